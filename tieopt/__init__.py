@@ -1,0 +1,10 @@
+"""Keep entries of a model's weights equal, through the optimizer."""
+
+from importlib.metadata import version
+
+from tieopt.optimizer import TiedOptimizer
+from tieopt.reduction import is_tied, tie_
+from tieopt.ties import Tie
+
+__all__ = ["Tie", "TiedOptimizer", "is_tied", "tie_"]
+__version__ = version("tieopt")
