@@ -141,7 +141,9 @@ def _runs(members: Tensor, groups: Tensor, sizes: Tensor, capacity: int) -> Iter
     while first < len(ends):
         last = max(bisect_right(ends, starts[first] + capacity), first + 1)
         slots = groups[starts[first] : ends[last - 1]] - first
-        parts = zip(members[starts[first] : ends[last - 1]].split(capacity), slots.split(capacity), strict=True)
+        parts = zip(
+            torch.split(members[starts[first] : ends[last - 1]], capacity), torch.split(slots, capacity), strict=True
+        )
         scale = 0.5 ** (2 * int(sizes[first:last].max()) - 1).bit_length()
         yield Run(leads[first:last], sizes[first:last], scale, tuple(_piece(*part) for part in parts))
         first = last

@@ -66,6 +66,8 @@ def tie_(tensor: Tensor, groups: Any) -> Tensor:
             written then.
 
     Example:
+        >>> import torch
+        >>> from tieopt import is_tied, tie_
         >>> weight = torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 6.0]])
         >>> tie_(weight, [[1, 2]])
         tensor([[0., 0.],
@@ -92,6 +94,8 @@ def is_tied(tensor: Tensor, groups: Any) -> bool:
         TypeError, IndexError, ValueError: as for :func:`tie_`.
 
     Example:
+        >>> import torch
+        >>> from tieopt import is_tied
         >>> is_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 2]])
         True
         >>> is_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 1]])

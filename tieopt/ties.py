@@ -38,6 +38,8 @@ class Tie:
         ValueError: an index occurs twice, or the labels have the wrong shape or a value below -1.
 
     Example:
+        >>> import torch
+        >>> from tieopt import Tie
         >>> weight = torch.nn.Parameter(torch.zeros(5, 3))
         >>> Tie(weight, [[4, 1], [0, 2]])
         Tie(parameter of shape (5, 3), 2 groups of 4 members, 1 free)

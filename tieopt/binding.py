@@ -1,0 +1,282 @@
+"""Ties bound to an optimizer: found among its parameters, applied to what stands there now.
+
+Parameters are held by their place in the parameter groups and not by identity, because hosts replace
+the Parameter objects. Every method takes the groups as they are at the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tieopt.index import Index
+from tieopt.reduction import Workspace, divide_, drift, multiplied, project_, projected
+from tieopt.ties import FREE, Tie, canonical_labels, described, fingerprint, group_count, shown
+
+Reduction = Literal["mean", "sum"]
+ParamGroups = list[dict[str, Any]]
+
+
+class TiedParameter:
+    """The tie of one parameter.
+
+    Attributes:
+        group: the number of its parameter group.
+        position: its place in the group.
+        shape: its shape when it was tied.
+        labels: canonical, int64 on the CPU, shape ``[n]``.
+    """
+
+    def __init__(self, group: int, position: int, shape: torch.Size, labels: Tensor) -> None:
+        self.group = group
+        self.position = position
+        self.shape = shape
+        self.labels = labels
+        self._index: Index | None = None
+
+    def index_on(self, device: torch.device) -> Index:
+        """The compiled tie; compiled again if the parameter has moved to another device."""
+        if self._index is None or self._index.device != device:
+            self._index = Index.compile(self.labels, self.shape[1:].numel(), device)
+        return self._index
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An index is quickly compiled, and larger than the labels.
+        return {**self.__dict__, "_index": None}
+
+
+class Binding:
+    """All the ties of an optimizer, and how to apply them.
+
+    Args:
+        param_groups: of the optimizer.
+        ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
+        reduction: ``"mean"`` or ``"sum"``, what the inner optimizer is to see of the gradients.
+
+    Raises:
+        TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
+    """
+
+    def __init__(self, param_groups: ParamGroups, ties: Any, reduction: Reduction) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"Unknown reduction.\n  Expected: 'mean' or 'sum'\n  Got:      {shown(reduction)}")
+        self.reduction = reduction
+        self.tied = _found(param_groups, _pairs(ties))
+        self._workspace = Workspace()
+
+    def parameters(self, param_groups: ParamGroups) -> list[tuple[TiedParameter, Tensor]]:
+        """The ties with the parameters that stand in their places now.
+
+        Raises:
+            RuntimeError: a parameter has another shape than when it was tied.
+        """
+        pairs = [(tied, param_groups[tied.group]["params"][tied.position]) for tied in self.tied]
+        for tied, param in pairs:
+            if param.shape != tied.shape:
+                raise RuntimeError(
+                    "A tied parameter has another shape than when it was tied.\n"
+                    f"  Parameter: {name_of(param_groups, tied.group, tied.position)}\n"
+                    f"  Expected:  {tuple(tied.shape)}\n"
+                    f"  Got:       {tuple(param.shape)}"
+                )
+        return pairs
+
+    def parameters_with_gradients(self, param_groups: ParamGroups) -> list[tuple[TiedParameter, Tensor]]:
+        """Those of :meth:`parameters` that take part in a step.
+
+        Raises:
+            RuntimeError: as :meth:`parameters`.
+            TypeError: a gradient is neither dense nor sparse COO.
+        """
+        pairs = [(tied, param) for tied, param in self.parameters(param_groups) if param.grad is not None]
+        for tied, param in pairs:
+            layout = _gradient(param).layout
+            if layout not in (torch.strided, torch.sparse_coo):
+                raise TypeError(
+                    f"The gradient of {name_of(param_groups, tied.group, tied.position)} cannot be tied.\n"
+                    "  Expected: layout torch.strided or torch.sparse_coo\n"
+                    f"  Got:      {layout}"
+                )
+        return pairs
+
+    def tie_gradient(self, tied: TiedParameter, param: Tensor, reduction: Reduction) -> Callable[[], None] | None:
+        """Ties one gradient; if it is to be the sum, returns what turns it into the mean again."""
+        grad = _gradient(param)
+        index = tied.index_on(grad.device)
+        if grad.layout == torch.strided and not grad.requires_grad and not _overlaps(grad):
+            project_(grad, index, self._workspace, reduction)
+            return None if reduction == "mean" else partial(self._divide_gradient, tied, param, grad)
+
+        # With a graph to keep, or without a place for every entry, the result is another tensor.
+        with torch.set_grad_enabled(grad.requires_grad):
+            mean = projected(grad, index)
+            param.grad = mean if reduction == "mean" else multiplied(mean, index)
+        return None if reduction == "mean" else partial(setattr, param, "grad", mean)
+
+    def _divide_gradient(self, tied: TiedParameter, param: Tensor, grad: Tensor) -> None:
+        # Some optimizers replace the gradient, or set it to None, while they step.
+        if param.grad is grad:
+            divide_(grad, tied.index_on(grad.device), self._workspace)
+
+    def tie_weight(self, tied: TiedParameter, param: Tensor, *, differentiable: bool) -> None:
+        """Ties one parameter; where the step is part of a graph, the projection is too."""
+        index = tied.index_on(param.device)
+        if differentiable and param.grad_fn is not None:
+            with torch.enable_grad():
+                param.copy_(projected(param, index))
+        else:
+            project_(param, index, self._workspace)
+
+    def drift(self, tied: TiedParameter, param: Tensor) -> float:
+        """The largest distance of a member from its group's mean."""
+        return drift(param, tied.index_on(param.device), self._workspace)
+
+    def summary(self, param_groups: ParamGroups) -> str:
+        """A table with a line for each tied parameter."""
+        lines = [["parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift"]]
+        for tied, param in self.parameters(param_groups):
+            slices, groups, free = len(tied.labels), group_count(tied.labels), int((tied.labels == FREE).sum())
+            names = [name_of(param_groups, tied.group, tied.position), str(tuple(param.shape))]
+            counts = [str(count) for count in (slices, groups, slices - free, free, groups + free)]
+            lines.append([*names, *counts, f"{self.drift(tied, param):.3g}"])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]) for line in lines
+        )
+
+    def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
+        """The fingerprint of each tie, by the number that its parameter has in a ``state_dict``."""
+        before = [0, *accumulate(len(group["params"]) for group in param_groups)]
+        return {before[tied.group] + tied.position: fingerprint(tied.labels) for tied in self.tied}
+
+    def check_fingerprints(self, saved: Mapping[int, str], param_groups: ParamGroups) -> None:
+        """Compares the fingerprints of a checkpoint with those of these ties.
+
+        Raises:
+            ValueError: they differ.
+        """
+        own = self.fingerprints(param_groups)
+        names = [
+            name_of(param_groups, group, position)
+            for group, settings in enumerate(param_groups)
+            for position in range(len(settings["params"]))
+        ]
+        for number in {**own, **saved}:
+            if own.get(number) != saved.get(number):
+                raise ValueError(
+                    "The state was saved with other ties.\n"
+                    f"  Parameter: {names[number] if number < len(names) else f'number {number}'}\n"
+                    f"  Expected:  {own.get(number, 'no ties')}\n"
+                    f"  Got:       {saved.get(number, 'no ties')}"
+                )
+
+
+class StepGradients:
+    """The gradients as the inner optimizer is to see them, for the length of one step."""
+
+    def __init__(self, binding: Binding, param_groups: ParamGroups) -> None:
+        self._binding = binding
+        self._param_groups = param_groups
+        self._undo: list[Callable[[], None]] = []
+        self.took_part: dict[TiedParameter, Tensor] = {}
+
+    def tie(self) -> None:
+        """Ties the gradients that are there, and remembers whose they are."""
+        for tied, param in self._binding.parameters_with_gradients(self._param_groups):
+            self.took_part[tied] = param
+            undo = self._binding.tie_gradient(tied, param, self._binding.reduction)
+            if undo is not None:
+                self._undo.append(undo)
+
+    def restore(self) -> None:
+        """Leaves the mean in ``.grad``, so that the next backward adds to the mean."""
+        while self._undo:
+            self._undo.pop()()
+
+    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure, with the gradients that it leaves tied after each call."""
+
+        @wraps(closure)
+        def tied_closure(*args: Any, **kwargs: Any) -> Any:
+            self.restore()
+            loss = closure(*args, **kwargs)
+            self.tie()
+            return loss
+
+        return tied_closure
+
+
+def name_of(param_groups: ParamGroups, group: int, position: int) -> str:
+    """What errors and tables call a parameter."""
+    names = param_groups[group].get("param_names")
+    return str(names[position]) if names else f"parameter {position} of group {group}"
+
+
+def _pairs(ties: Any) -> list[tuple[Any, Any]]:
+    """Parameters or names, and their groups."""
+    if isinstance(ties, Mapping):
+        return list(ties.items())
+    listed = [ties] if isinstance(ties, Tie) else list(ties) if isinstance(ties, Iterable) else None
+    if listed is None or isinstance(ties, Tensor) or not all(isinstance(tie, Tie) for tie in listed):
+        raise TypeError(
+            "These are no ties.\n"
+            "  Expected: a mapping {parameter: groups}, a Tie, or an iterable of Ties\n"
+            f"  Got:      {shown(ties)}"
+        )
+    return [(tie.param, tie.groups) for tie in listed]
+
+
+def _found(param_groups: ParamGroups, pairs: list[tuple[Any, Any]]) -> list[TiedParameter]:
+    """Finds the parameters and validates the groups against them."""
+    places: dict[Any, tuple[int, int]] = {}
+    for group, settings in enumerate(param_groups):
+        for keys in (settings["params"], settings.get("param_names", ())):
+            for position, key in enumerate(keys):
+                places.setdefault(key, (group, position))
+
+    found: dict[tuple[int, int], TiedParameter] = {}
+    for key, groups in pairs:
+        if not isinstance(key, (Tensor, str)) or key not in places:
+            raise ValueError(_not_held(param_groups, key))
+        group, position = place = places[key]
+        name = name_of(param_groups, group, position)
+        if place in found:
+            raise ValueError(
+                f"{name} is tied twice.\n"
+                "  Expected: one tie with all the groups of a parameter\n"
+                f"  Got:      {described(found[place].labels)}, and {shown(groups)}"
+            )
+        param = param_groups[group]["params"][position]
+        found[place] = TiedParameter(group, position, param.shape, canonical_labels(groups, param, name))
+    return list(found.values())
+
+
+def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
+    held = [
+        f"{name_of(param_groups, group, position)} {tuple(param.shape)}"
+        for group, settings in enumerate(param_groups)
+        for position, param in enumerate(settings["params"])
+    ]
+    more = f" and {len(held) - limit} more" if len(held) > limit else ""
+    nameless = isinstance(key, str) and not any("param_names" in settings for settings in param_groups)
+    hint = " (names need an optimizer that was built from model.named_parameters())" if nameless else ""
+    return (
+        "A tie is for a parameter that the optimizer does not hold.\n"
+        f"  Expected: one of {', '.join(held[:limit])}{more}\n"
+        f"  Got:      {shown(key)}{hint}"
+    )
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether entries share memory, as those of an expanded tensor do."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
