@@ -18,7 +18,7 @@ from torch import Tensor
 from tieopt.ties import FREE
 
 # Entries that are gathered at a time: what a core's cache holds, or what fills an accelerator.
-_CPU_ENTRIES = 2**17
+_CPU_ENTRIES = 2**18
 _ACCELERATOR_ENTRIES = 2**22
 
 # The longest plain running sum. Sums of more are built from the sums of blocks.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import new_class
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -141,8 +142,9 @@ class TiedOptimizer(Optimizer):
 
     def tie_drift(self) -> float:
         """The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied."""
-        pairs = self._tieopt.parameters(self.param_groups)
-        return max((self._tieopt.drift(tied, param) for tied, param in pairs), default=0.0)
+        drifts = [self._tieopt.drift(*pair) for pair in self._tieopt.parameters(self.param_groups)]
+        # Unlike Python's, this maximum is NaN if a drift is.
+        return float(torch.tensor([0.0, *drifts], dtype=torch.float64).max())
 
     def tie_summary(self) -> str:
         """A table of the ties, a line for each tied parameter, to be printed.

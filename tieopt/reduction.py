@@ -233,24 +233,26 @@ def _sparse(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def drift(tensor: Tensor, index: Index, workspace: Workspace) -> float:
-    """The largest distance of a member from the mean of its group, in the units of the tensor.
+    """The largest distance of a member from the mean of its group, NaN if there is one.
 
     Args:
-        tensor: as for :func:`project_`; complex entries are compared by modulus.
+        tensor: as for :func:`project_`; of complex entries the modulus counts.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
     """
     rows = _rows(tensor)
-    largest = 0.0
+    distances = [rows.new_zeros((), dtype=_accumulation(rows.dtype))]
     for run in index.runs:
         means = _means(rows, run, workspace)
         for piece in run.pieces:
-            distance = _gather(rows, piece.members, workspace, "members") - means[piece.slots]
+            members, mean = _gather(rows, piece.members, workspace, "members"), means[piece.slots]
+            # Equal infinities have no difference.
+            distance = torch.where(members == mean, 0.0, members - mean)
             if tensor.is_complex():
                 distance = torch.linalg.vector_norm(distance, dim=-1)
             if distance.numel():
-                largest = max(largest, float(distance.abs().max()))
-    return largest
+                distances.append(distance.abs().max())
+    return float(torch.stack(distances).max())
 
 
 def _means(rows: Tensor, run: Run, workspace: Workspace) -> Tensor:
