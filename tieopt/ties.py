@@ -137,24 +137,23 @@ def _labels_from_lists(groups: Any, tensor: Tensor, name: str) -> Tensor:
         flat = [_integer(i, name, expected) for i in flat]
 
     count = tensor.shape[0]
-    indices = torch.tensor(flat, dtype=torch.int64)
-    outside = ((indices < 0) | (indices >= count)).nonzero()
-    if len(outside):
+    outside = [i for i in flat if not 0 <= i < count]
+    if outside:
         raise IndexError(
             f"An index for {name} is out of range.\n"
             f"  Parameter: {tuple(tensor.shape)}\n"
             f"  Expected:  indices from 0 to {count - 1}\n"
-            f"  Got:       {int(indices[outside[0]])}"
+            f"  Got:       {outside[0]}"
         )
+    indices = torch.tensor(flat, dtype=torch.int64)
     numbers = torch.arange(len(members)).repeat_interleave(torch.tensor([len(m) for m in members], dtype=torch.int64))
     repeated = (torch.bincount(indices, minlength=count) > 1).nonzero()
     if len(repeated):
         at = int(repeated[0])
-        held_by = numbers[indices == at].tolist()
         raise ValueError(
             f"An index for {name} occurs more than once.\n"
             "  Expected: each index in one group, once\n"
-            f"  Got:      {at} in groups {held_by} ({[members[g] for g in dict.fromkeys(held_by)]})"
+            f"  Got:      {at} in groups {numbers[indices == at].tolist()}"
         )
     return torch.full((count,), FREE).index_put_((indices,), numbers)
 
