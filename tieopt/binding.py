@@ -214,7 +214,7 @@ class StepGradients:
 def name_of(param_groups: ParamGroups, group: int, position: int) -> str:
     """What errors and tables call a parameter."""
     names = param_groups[group].get("param_names")
-    return str(names[position]) if names else f"parameter {position} of group {group}"
+    return str(names[position]) if names else f"param_groups[{group}]['params'][{position}]"
 
 
 def _pairs(ties: Any) -> list[tuple[Any, Any]]:

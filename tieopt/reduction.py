@@ -56,7 +56,7 @@ def tie_(tensor: Tensor, groups: Any) -> Tensor:
     Args:
         tensor: shape ``[n, ...]``, any floating or complex dtype, any memory layout.
         groups: a list of lists of indices along dimension 0, or integer labels of shape ``[n]`` with
-            -1 for free slices.
+            -1 for free slices, as for :class:`~tieopt.Tie`.
 
     Returns:
         ``tensor``.

@@ -28,8 +28,8 @@ class Tie:
         param: the parameter, or its name if the optimizer was built from ``named_parameters()``.
             Shape ``[n, ...]``, any floating or complex dtype, any memory layout.
         groups: a list of lists of indices along dimension 0, each index at most once; or a tensor
-            of labels, shape ``[n]``, any integer dtype: slices with the same label are tied,
-            -1 is free.
+            (or NumPy array) of labels, shape ``[n]``, any integer dtype: slices with the same label
+            are tied, -1 is free.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or ``groups`` holds something other than
@@ -93,8 +93,8 @@ def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
             "  Expected: a tensor of one or more dimensions\n"
             "  Got:      a tensor of shape ()"
         )
-    if isinstance(groups, Tensor):
-        labels = _checked_labels(groups, tensor, name)
+    if hasattr(groups, "__array__"):
+        labels = _checked_labels(torch.as_tensor(groups), tensor, name)
     else:
         labels = _labels_from_lists(groups, tensor, name)
     return _renumbered(labels)
@@ -131,7 +131,8 @@ def _labels_from_lists(groups: Any, tensor: Tensor, name: str) -> Tensor:
             raise TypeError
         members = [group.tolist() if isinstance(group, Tensor) else list(group) for group in groups]
     except TypeError:
-        raise TypeError(f"Groups for {name} are not groups.\n{expected}  Got:      {shown(groups)}") from None
+        hint = " (labels go into a tensor: torch.tensor(labels))" if isinstance(groups, (list, tuple)) else ""
+        raise TypeError(f"Groups for {name} are not groups.\n{expected}  Got:      {shown(groups)}{hint}") from None
     flat = list(chain.from_iterable(members))
     if not set(map(type, flat)) <= {int}:
         flat = [_integer(i, name, expected) for i in flat]
