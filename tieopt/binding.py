@@ -115,13 +115,18 @@ class Binding:
         # With a graph to keep, or without a place for every entry, the result is another tensor.
         with torch.set_grad_enabled(grad.requires_grad):
             mean = projected(grad, index)
-            param.grad = mean if reduction == "mean" else multiplied(mean, index)
-        return None if reduction == "mean" else partial(setattr, param, "grad", mean)
+            param.grad = seen = mean if reduction == "mean" else multiplied(mean, index)
+        return None if reduction == "mean" else partial(self._replace_gradient, param, seen, mean)
 
-    def _divide_gradient(self, tied: TiedParameter, param: Tensor, grad: Tensor) -> None:
-        # Some optimizers replace the gradient, or set it to None, while they step.
-        if param.grad is grad:
-            divide_(grad, tied.index_on(grad.device), self._workspace)
+    # Some optimizers replace the gradient, or set it to None, while they step: that is left alone.
+
+    def _divide_gradient(self, tied: TiedParameter, param: Tensor, seen: Tensor) -> None:
+        if param.grad is seen:
+            divide_(seen, tied.index_on(seen.device), self._workspace)
+
+    def _replace_gradient(self, param: Tensor, seen: Tensor, mean: Tensor) -> None:
+        if param.grad is seen:
+            param.grad = mean
 
     def tie_weight(self, tied: TiedParameter, param: Tensor, *, differentiable: bool) -> None:
         """Ties one parameter; where the step is part of a graph, the projection is too."""

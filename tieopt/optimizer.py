@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from types import new_class
+from types import CellType, FunctionType, new_class
 from typing import Any, Self, cast
 
 import torch
@@ -213,16 +213,24 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     return hooked
 
 
-# What torch puts around the step of every optimizer, to fire the hooks and mark the profile.
+# What torch puts around the step of every optimizer, to fire the hooks and mark the profile. It is told by
+# its code: functools.wraps copies its mark `hooked` to whatever wraps it.
 _HOOKED_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def _below_hooks(step: Any) -> Any:
-    """The step without torch's wrapper, so that the hooks fire once, around the ties.
-
-    The wrapper is told by its code: ``functools.wraps`` copies its mark ``hooked`` to whatever wraps it.
-    """
-    return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED_CODE else step
+    """The step without torch's wrapper, so that the hooks fire once, around the ties."""
+    if getattr(step, "__code__", None) is _HOOKED_CODE:
+        return step.__wrapped__
+    if not isinstance(step, FunctionType) or not hasattr(step, "hooked"):
+        return step
+    # Somebody decorated the wrapped step: the same decorator, around what is below the wrapper.
+    below = [_below_hooks(cell.cell_contents) for cell in step.__closure__ or ()]
+    cells = [
+        cell if cell.cell_contents is content else CellType(content)
+        for cell, content in zip(step.__closure__ or (), below, strict=True)
+    ]
+    return FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__, tuple(cells))
 
 
 _tied_classes: dict[tuple[type, type], type[TiedOptimizer]] = {}
