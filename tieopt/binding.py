@@ -16,7 +16,17 @@ from torch import Tensor
 
 from tieopt.index import Index
 from tieopt.reduction import Workspace, divide_, drift, multiplied, project_, projected
-from tieopt.ties import FREE, Tie, canonical_labels, described, fingerprint, group_count, shown
+from tieopt.ties import (
+    FREE,
+    Tie,
+    canonical_labels,
+    check_writable,
+    described,
+    fingerprint,
+    group_count,
+    overlaps,
+    shown,
+)
 
 Reduction = Literal["mean", "sum"]
 ParamGroups = list[dict[str, Any]]
@@ -108,7 +118,7 @@ class Binding:
         """Ties one gradient; if it is to be the sum, returns what turns it into the mean again."""
         grad = _gradient(param)
         index = tied.index_on(grad.device)
-        if grad.layout == torch.strided and not grad.requires_grad and not _overlaps(grad):
+        if grad.layout == torch.strided and not grad.requires_grad and not overlaps(grad):
             project_(grad, index, self._workspace, reduction)
             return None if reduction == "mean" else partial(self._divide_gradient, tied, param, grad)
 
@@ -159,12 +169,18 @@ class Binding:
         before = [0, *accumulate(len(group["params"]) for group in param_groups)]
         return {before[tied.group] + tied.position: fingerprint(tied.labels) for tied in self.tied}
 
-    def check_fingerprints(self, saved: Mapping[int, str], param_groups: ParamGroups) -> None:
+    def check_fingerprints(self, saved: Any, param_groups: ParamGroups) -> None:
         """Compares the fingerprints of a checkpoint with those of these ties.
 
         Raises:
-            ValueError: they differ.
+            ValueError: they differ, or are none.
         """
+        if not isinstance(saved, Mapping):
+            raise ValueError(
+                "The ties of the state are none.\n"
+                "  Expected: what state_dict() of a TiedOptimizer returned\n"
+                f"  Got:      {shown(saved)}"
+            )
         own = self.fingerprints(param_groups)
         names = [
             name_of(param_groups, group, position)
@@ -257,7 +273,9 @@ def _found(param_groups: ParamGroups, pairs: list[tuple[Any, Any]]) -> list[Tied
                 f"  Got:      {described(found[place].labels)}, and {shown(groups)}"
             )
         param = param_groups[group]["params"][position]
-        found[place] = TiedParameter(group, position, param.shape, canonical_labels(groups, param, name))
+        labels = canonical_labels(groups, param, name)
+        check_writable(param, name)
+        found[place] = TiedParameter(group, position, param.shape, labels)
     return list(found.values())
 
 
@@ -280,8 +298,3 @@ def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
 def _gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether entries share memory, as those of an expanded tensor do."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

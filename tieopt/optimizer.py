@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from types import CellType, FunctionType, new_class
+from types import new_class
 from typing import Any, Self, cast
 
 import torch
@@ -219,18 +219,11 @@ _HOOKED_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def _below_hooks(step: Any) -> Any:
-    """The step without torch's wrapper, so that the hooks fire once, around the ties."""
-    if getattr(step, "__code__", None) is _HOOKED_CODE:
-        return step.__wrapped__
-    if not isinstance(step, FunctionType) or not hasattr(step, "hooked"):
-        return step
-    # Somebody decorated the wrapped step: the same decorator, around what is below the wrapper.
-    below = [_below_hooks(cell.cell_contents) for cell in step.__closure__ or ()]
-    cells = [
-        cell if cell.cell_contents is content else CellType(content)
-        for cell, content in zip(step.__closure__ or (), below, strict=True)
-    ]
-    return FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__, tuple(cells))
+    """The step without torch's wrapper, so that the hooks fire once, around the ties.
+
+    A decorator around the wrapper stays, as it may matter; then the hooks inside it fire as well.
+    """
+    return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED_CODE else step
 
 
 _tied_classes: dict[tuple[type, type], type[TiedOptimizer]] = {}
@@ -279,7 +272,9 @@ def _check_wrappable(optimizer: Any) -> None:
             f"  Got:      {type(optimizer).__name__} with {shown(optimizer.ties)}"
         )
     step = vars(optimizer).get("step")
-    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+    # A scheduler replaced it, around the step of the class: that may go.
+    scheduled = hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(optimizer).step
+    if step is not None and not scheduled:
         raise TypeError(
             "The optimizer's step was replaced on the instance, and ties cannot go below that.\n"
             "  Expected: an optimizer with the step of its class; tie it first, then replace the step\n"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tieopt.index import Index, Piece, Run
-from tieopt.ties import canonical_labels
+from tieopt.ties import canonical_labels, check_writable
 
 
 class Workspace:
@@ -77,6 +77,7 @@ def tie_(tensor: Tensor, groups: Any) -> Tensor:
         True
     """
     index = _compiled(tensor, groups)
+    check_writable(tensor, "the tensor")
     project_(tensor, index, Workspace())
     return tensor
 

@@ -6,6 +6,7 @@ a tie is found here, before anything is written; whoever holds canonical labels 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from itertools import chain
 from operator import index as as_int
@@ -81,11 +82,11 @@ def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
         int64 labels on the CPU, shape ``[n]``. Groups are numbered 0, 1, ... in the order of their
         first members, so that two ways to write one partition give equal labels.
     """
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout != torch.strided:
         raise TypeError(
-            f"{name} cannot be tied: it has no mean.\n"
-            "  Expected: a tensor of a floating or complex dtype\n"
-            f"  Got:      {tensor.dtype}"
+            f"{name} of shape {tuple(tensor.shape)} cannot be tied.\n"
+            "  Expected: a dense tensor of a floating or complex dtype\n"
+            f"  Got:      {tensor.dtype}, {tensor.layout}"
         )
     if tensor.dim() == 0:
         raise ValueError(
@@ -98,6 +99,25 @@ def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
     else:
         labels = _labels_from_lists(groups, tensor, name)
     return _renumbered(labels)
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether entries share memory, as those of an expanded tensor do."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def check_writable(tensor: Tensor, name: str) -> None:
+    """Refuses a dense tensor in which entries share memory.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if overlaps(tensor):
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} cannot be written.\n"
+            "  Expected: a place in memory for every entry, as after clone()\n"
+            f"  Got:      strides {tensor.stride()}"
+        )
 
 
 def _checked_labels(labels: Tensor, tensor: Tensor, name: str) -> Tensor:
@@ -190,7 +210,8 @@ def group_count(labels: Tensor) -> int:
 
 def fingerprint(labels: Tensor) -> str:
     """What a checkpoint says of a tie: readable, and different for different canonical labels."""
-    digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    # Their bytes without NumPy, which torch does not need to have.
+    digest = hashlib.sha256(ctypes.string_at(labels.data_ptr(), labels.nbytes)).hexdigest()
     return f"{described(labels)}, sha256 {digest}"
 
 
