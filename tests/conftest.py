@@ -1,0 +1,35 @@
+"""Hypothesis profiles and the fixtures that all tests share.
+
+The profile is chosen with pytest's ``--hypothesis-profile``:
+
+- ``quick``, the default: a few examples, the same ones on every run;
+- ``thorough``, for continuous integration: new examples on every run, and a failure prints the line
+  that reproduces it;
+- ``nightly``: as ``thorough``, with ten times as many.
+
+None has a deadline: the first call of a torch operator takes longer than the next thousand.
+"""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=12, stateful_step_count=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=100, stateful_step_count=40, deadline=None, print_blob=True)
+settings.register_profile("nightly", max_examples=1000, stateful_step_count=50, deadline=None, print_blob=True)
+settings.load_profile("quick")
+
+# The tensors are small: a second thread gains nothing, and on a busy machine waiting for it takes ten times as long.
+torch.set_num_threads(1)
+
+# A sparse tensor that breaks its own rules is an error; torch warns as long as nobody has decided.
+torch.sparse.check_sparse_tensor_invariants.enable()
+
+
+# Of session scope, because hypothesis runs a test many times within one function-scoped fixture.
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a test is to run on; skipped where the machine has none of the kind."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
