@@ -1,0 +1,239 @@
+"""The slow, obvious implementation that everything is compared with.
+
+Python loops over groups, members and entries, in exact or float64 arithmetic; nothing here is shared with
+the library. There are three references:
+
+- :func:`exact_means`, the mean of each group as a fraction;
+- :class:`SharedTraining`, training of the one shared parameter: what a tie *means*;
+- :class:`SlowTraining`, training of all the members, tied by loops: what a tied optimizer *does*, also
+  where no shared parameter does the same (weights written from outside, optimizers that couple entries).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Build = Callable[[list[Parameter]], Optimizer]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of each entry as an integer, so that -0.0 is not 0.0 and a NaN is itself."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_WORDS[tensor.element_size()])
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, the same shape, and the same bits in every entry."""
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(bits(first), bits(second))
+
+
+def members_of(labels: Tensor) -> list[list[int]]:
+    """The members of each group, in order."""
+    members: dict[int, list[int]] = {}
+    for position, label in enumerate(labels.tolist()):
+        if label != -1:
+            members.setdefault(label, []).append(position)
+    return list(members.values())
+
+
+def free_of(labels: Tensor) -> list[int]:
+    """The free slices, in order."""
+    return [position for position, label in enumerate(labels.tolist()) if label == -1]
+
+
+def all_tied(tensor: Tensor, labels: Tensor) -> bool:
+    """Whether all the members of each group have the same bits."""
+    return all(same_bits(tensor[member], tensor[group[0]]) for group in members_of(labels) for member in group[1:])
+
+
+def entries_of(tensor: Tensor) -> list[list[float]]:
+    """The entries of each slice as Python floats, which hold every dtype exactly; complex ones as two."""
+    tensor = tensor.detach().resolve_conj().cpu()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.double().reshape(len(tensor), math.prod(tensor.shape[1:])).tolist()
+
+
+def exact_means(tensor: Tensor, labels: Tensor) -> list[list[Fraction]]:
+    """For each group of :func:`members_of` the mean of each entry of its slices, without any error."""
+    rows = entries_of(tensor)
+    means = []
+    for group in members_of(labels):
+        columns = zip(*(rows[member] for member in group), strict=True)
+        means.append([_exact_mean(column) for column in columns])
+    return means
+
+
+def _exact_mean(values: Sequence[float]) -> Fraction:
+    ratios = [value.as_integer_ratio() for value in values]
+    common = max(denominator for _, denominator in ratios)  # all are powers of two
+    total = sum(numerator * (common // denominator) for numerator, denominator in ratios)
+    return Fraction(total, common * len(values))
+
+
+def unit_in_the_last_place(value: float, dtype: torch.dtype) -> Fraction:
+    """The distance between neighbouring numbers of a dtype around a value; at zero that of its subnormals."""
+    if value == 0:
+        return smallest_step(dtype)
+    return max(Fraction(2) ** (math.frexp(value)[1] - 1) * Fraction(torch.finfo(dtype).eps), smallest_step(dtype))
+
+
+def smallest_step(dtype: torch.dtype) -> Fraction:
+    """The smallest positive number of a dtype."""
+    info = torch.finfo(dtype)
+    return Fraction(info.smallest_normal) * Fraction(info.eps)
+
+
+def slowly_tied(tensor: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Means or sums of each group in float64 or complex128, by loops; the same layout is not kept."""
+    rows = entries_of(tensor)
+    for group in members_of(labels):
+        for entry in range(len(rows[group[0]])):
+            total = math.fsum(rows[member][entry] for member in group)
+            for member in group:
+                rows[member][entry] = total if reduction == "sum" else total / len(group)
+    if tensor.is_complex():
+        flat = torch.tensor(rows, dtype=torch.float64).reshape(*tensor.shape, 2)
+        return torch.view_as_complex(flat).to(tensor.dtype)
+    return torch.tensor(rows, dtype=torch.float64).reshape(tensor.shape).to(tensor.dtype)
+
+
+class SharedTraining:
+    """Training of the compact parameters: one slice for each group, and one for each free slice.
+
+    The weights that the model sees are built from them inside the forward pass, so that autograd adds up the
+    members' gradients. For ``reduction="mean"`` a hook divides them by the number of members.
+
+    Args:
+        weights: the starting weights, float64 or complex128, all tied.
+        labels: for each weight, labels of its slices.
+        build: makes the optimizer from the list of parameters.
+        reduction: "mean" or "sum".
+    """
+
+    def __init__(self, weights: Sequence[Tensor], labels: Sequence[Tensor], build: Build, reduction: str) -> None:
+        self.shared: list[Parameter] = []
+        self.slots: list[Tensor] = []
+        self.counts: list[Tensor] = []
+        for weight, names in zip(weights, labels, strict=True):
+            groups = members_of(names) + [[position] for position in free_of(names)]
+            slots = torch.empty(len(names), dtype=torch.int64, device=weight.device)
+            for slot, group in enumerate(groups):
+                slots[group] = slot
+            leads = torch.tensor([group[0] for group in groups], dtype=torch.int64, device=weight.device)
+            parameter = Parameter(weight.detach().index_select(0, leads).clone())
+            sizes = torch.tensor([float(len(group)) for group in groups], dtype=torch.float64, device=weight.device)
+            counts = sizes.view(-1, *[1] * (weight.dim() - 1))
+            if reduction == "mean":
+                parameter.register_hook(lambda grad, counts=counts: grad / counts)
+            self.shared.append(parameter)
+            self.slots.append(slots)
+            self.counts.append(counts)
+        self.reduction = reduction
+        self.optimizer = build(self.shared)
+
+    def weights(self) -> list[Tensor]:
+        """The weights that the model sees, differentiable."""
+        return [shared.index_select(0, slots) for shared, slots in zip(self.shared, self.slots, strict=True)]
+
+    def gradients(self) -> list[Tensor | None]:
+        """The mean gradients of the members, whatever the reduction."""
+        gradients: list[Tensor | None] = []
+        for shared, slots, counts in zip(self.shared, self.slots, self.counts, strict=True):
+            grad = shared.grad
+            if grad is not None:
+                grad = (grad / counts if self.reduction == "sum" else grad).index_select(0, slots)
+            gradients.append(grad)
+        return gradients
+
+
+class SlowTraining:
+    """Training of all the members with a bare optimizer, which loops tie before and after it.
+
+    Args:
+        weights: the starting weights.
+        labels: for each weight, labels of its slices.
+        build: makes the optimizer from the list of parameters.
+        reduction: "mean" or "sum".
+    """
+
+    def __init__(self, weights: Sequence[Tensor], labels: Sequence[Tensor], build: Build, reduction: str) -> None:
+        self.parameters = [Parameter(weight.detach().clone()) for weight in weights]
+        self.labels = list(labels)
+        self.reduction = reduction
+        self.optimizer = build(self.parameters)
+        self.tie_weights()
+
+    def add(self, weight: Tensor, lr: float) -> None:
+        """Another parameter, without ties, in a group of its own."""
+        self.parameters.append(Parameter(weight.detach().clone()))
+        self.labels.append(torch.full((len(weight),), -1))
+        self.optimizer.add_param_group({"params": [self.parameters[-1]], "lr": lr})
+
+    def tie_weights(self) -> None:
+        for parameter, labels in zip(self.parameters, self.labels, strict=True):
+            self._tie(parameter, labels)
+
+    def tie_gradients(self) -> None:
+        for parameter, labels in zip(self.parameters, self.labels, strict=True):
+            if parameter.grad is not None:
+                parameter.grad = slowly_tied(parameter.grad, labels)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """A step; a closure is called once, as optimizers do that work entry by entry."""
+        if closure is not None:
+            closure()
+        stepping = [
+            (parameter, labels)
+            for parameter, labels in zip(self.parameters, self.labels, strict=True)
+            if parameter.grad is not None
+        ]
+        self.tie_gradients()
+        means = [parameter.grad for parameter, _ in stepping]
+        for parameter, labels in stepping:
+            parameter.grad = slowly_tied(parameter.grad, labels, self.reduction)
+        self.optimizer.step()
+        for (parameter, labels), mean in zip(stepping, means, strict=True):
+            parameter.grad = mean
+            self._tie(parameter, labels)
+
+    def snapshot(self) -> tuple[list[Tensor], dict]:
+        """All that is needed to go on from here."""
+        weights = [parameter.detach().clone() for parameter in self.parameters]
+        return weights, copy.deepcopy(self.optimizer.state_dict())
+
+    def go_back_to(self, snapshot: tuple[list[Tensor], dict]) -> None:
+        """Weights and state as they were, without gradients."""
+        weights, state = snapshot
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.copy_(weight)
+                parameter.grad = None
+        self.optimizer.load_state_dict(copy.deepcopy(state))
+
+    @staticmethod
+    def _tie(parameter: Parameter, labels: Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(slowly_tied(parameter, labels))
+
+
+def average_rows_(tensor: Tensor, rows: Sequence[int]) -> None:
+    """The forum poster's own helper: gathers the rows of one group, averages them, writes them back."""
+    with torch.no_grad():
+        average = torch.zeros_like(tensor[rows[0]])
+        for row in rows:
+            average += tensor[row] / len(rows)
+        for row in rows:
+            tensor[row] = average

@@ -1,0 +1,246 @@
+"""Random sequences of all that happens to an optimizer, against the slow reference."""
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from reference import SlowTraining, all_tied
+from strategies import Recipe, labels, loss_of, normal, reductions, seeds, small_shapes, spelled
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import ExponentialLR
+
+from tieopt import TiedOptimizer
+
+# Both kinds of gradient scaling are here: fused optimizers unscale by themselves, the others are unscaled.
+RECIPES = [
+    Recipe(torch.optim.SGD, {"lr": 0.05}),
+    Recipe(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    Recipe(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "fused": True}),
+    Recipe(torch.optim.Adam, {"lr": 0.05, "foreach": True, "amsgrad": True}),
+    Recipe(torch.optim.AdamW, {"lr": 0.05, "fused": True}),
+    Recipe(torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.5}),
+    Recipe(torch.optim.Adagrad, {"lr": 0.05, "foreach": True}),
+    Recipe(torch.optim.Adamax, {"lr": 0.05}),
+]
+DECAY = 0.9
+
+
+class TiedTrainingBehavesAsTheReference(RuleBasedStateMachine):
+    """One tied training and its slow twin, to which everything happens alike."""
+
+    @initialize(
+        data=st.data(),
+        recipe=st.sampled_from(RECIPES),
+        reduction=reductions,
+        shapes=st.lists(st.tuples(st.integers(1, 6), small_shapes), min_size=1, max_size=2),
+        own_groups=st.booleans(),
+        seed=seeds,
+    )
+    def begin(
+        self, data: st.DataObject, recipe: Recipe, reduction: str, shapes: list[Any], own_groups: bool, seed: int
+    ) -> None:
+        starts = [normal((count, *rest), torch.float64, seed + i) for i, (count, rest) in enumerate(shapes)]
+        names = [data.draw(labels(len(start))) for start in starts]
+
+        def build(parameters: list[Parameter]) -> torch.optim.Optimizer:
+            return recipe([{"params": [p]} for p in parameters] if own_groups else parameters)
+
+        self.slow = SlowTraining(starts, names, build, reduction)
+        self.parameters = [Parameter(start.clone()) for start in starts]
+        ties = {p: data.draw(spelled(each)) for p, each in zip(self.parameters, names, strict=True)}
+        self.optimizer = TiedOptimizer(build(self.parameters), ties, reduction=reduction)
+        self.scheduler = ExponentialLR(self.optimizer, DECAY)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        self.stepped = False
+        self.saved: tuple[bytes, Any, int] | None = None
+        # Which parameters were written to from outside, and not been tied since.
+        self.written = [False] * len(starts)
+
+    # -- gradients and steps -----------------------------------------------------------------------------------
+
+    @rule(seed=seeds, only=st.sampled_from([slice(None), slice(0, 1)]))
+    def backward(self, seed: int, only: slice) -> None:
+        loss_of(self.parameters[only], seed).backward()
+        loss_of(self.slow.parameters[only], seed).backward()
+
+    @rule()
+    def step(self) -> None:
+        assert self.optimizer.step() is None
+        self.slow.step()
+        self._has_stepped()
+
+    @rule(seed=seeds, by_name=st.booleans())
+    def step_with_a_closure(self, seed: int, by_name: bool) -> None:
+        def closure() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            loss = loss_of(self.parameters, seed)
+            loss.backward()
+            return loss
+
+        def slow_closure() -> torch.Tensor:
+            self.slow.optimizer.zero_grad()
+            loss = loss_of(self.slow.parameters, seed)
+            loss.backward()
+            return loss
+
+        expected = loss_of(self.parameters, seed)
+        returned = self.optimizer.step(closure=closure) if by_name else self.optimizer.step(closure)
+        assert torch.equal(returned, expected)
+        self.slow.step(slow_closure)
+        self._has_stepped()
+
+    @rule()
+    def tie_gradients(self) -> None:
+        self.optimizer.tie_gradients()
+        self.slow.tie_gradients()
+
+    @rule(to_none=st.booleans())
+    def zero_grad(self, to_none: bool) -> None:
+        self.optimizer.zero_grad(set_to_none=to_none)
+        self.slow.optimizer.zero_grad(set_to_none=to_none)
+
+    @rule(seed=seeds, infinite=st.booleans(), where=st.integers(0, 100), to_none=st.booleans())
+    def scaled_step(self, seed: int, infinite: bool, where: int, to_none: bool) -> None:
+        self.zero_grad(to_none=True)
+        self.scaler.scale(loss_of(self.parameters, seed)).backward()
+        if infinite:
+            gradient = self.parameters[where % len(self.parameters)].grad
+            gradient.view(-1)[where % gradient.numel()] = math.inf
+            before = [parameter.detach().clone() for parameter in self.parameters]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if infinite:
+            for parameter, weight, written in zip(self.parameters, before, self.written, strict=True):
+                assert written or torch.equal(parameter, weight)
+        else:
+            loss_of(self.slow.parameters, seed).backward()
+            self.slow.step()
+            self._has_stepped()
+        self.zero_grad(to_none=to_none)
+        if infinite:
+            self.tie_weights()
+            self._give_gradients_alike()
+
+    def _give_gradients_alike(self) -> None:
+        """Zero gradients stay None in the twin, which never had any; make them agree."""
+        for parameter, slow in zip(self.parameters, self.slow.parameters, strict=True):
+            slow.grad = None if parameter.grad is None else torch.zeros_like(slow)
+
+    # -- hyperparameters ---------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.stepped)
+    @rule()
+    def schedule(self) -> None:
+        self.scheduler.step()
+        for group in self.slow.optimizer.param_groups:
+            group["lr"] *= DECAY
+
+    @precondition(lambda self: len(self.parameters) < 4)
+    @rule(shape=st.tuples(st.integers(1, 4), small_shapes), seed=seeds, rate=st.sampled_from([0.01, 0.02]))
+    def add_param_group(self, shape: Any, seed: int, rate: float) -> None:
+        weight = normal((shape[0], *shape[1]), torch.float64, seed)
+        self.parameters.append(Parameter(weight.clone()))
+        self.written.append(False)
+        self.optimizer.add_param_group({"params": [self.parameters[-1]], "lr": rate})
+        self.slow.add(weight, rate)
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    @rule()
+    def save(self) -> None:
+        file = io.BytesIO()
+        torch.save(
+            {
+                "weights": [parameter.detach() for parameter in self.parameters],
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "written": self.written,
+            },
+            file,
+        )
+        self.saved = file.getvalue(), self.slow.snapshot(), len(self.parameters)
+
+    @precondition(lambda self: self.saved is not None and self.saved[2] == len(self.parameters))
+    @rule()
+    def load(self) -> None:
+        saved, snapshot, _ = self.saved
+        saved = torch.load(io.BytesIO(saved), weights_only=True)
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, saved["weights"], strict=True):
+                parameter.copy_(weight)
+                parameter.grad = None
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.written = saved["written"]
+        self.slow.go_back_to(snapshot)
+
+    @rule(way=st.sampled_from(["deepcopy", "pickle"]))
+    def go_on_with_a_copy(self, way: str) -> None:
+        whole = (self.parameters, self.optimizer, self.scheduler)
+        copied = copy.deepcopy(whole) if way == "deepcopy" else pickle.loads(pickle.dumps(whole))  # noqa: S301
+        # What the original does from here on must not reach the copy.
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.fill_(math.nan)
+        self.optimizer.param_groups[0]["lr"] = math.nan
+        self.parameters, self.optimizer, self.scheduler = copied
+        self.stepped = False  # Copies of any optimizer have forgotten it, and schedulers warn.
+        assert isinstance(self.optimizer, TiedOptimizer)
+        for parameter in self.slow.parameters:  # Parameters are copied without their gradients.
+            parameter.grad = None
+
+    # -- the outside -------------------------------------------------------------------------------------------
+
+    @rule(seed=seeds, through_data=st.booleans())
+    def write_to_the_weights(self, seed: int, through_data: bool) -> None:
+        for i, (parameter, slow) in enumerate(zip(self.parameters, self.slow.parameters, strict=True)):
+            noise = normal(parameter.shape, torch.float64, seed + i)
+            with torch.no_grad():
+                (parameter.data if through_data else parameter).add_(noise)
+                slow.add_(noise)
+            self.written[i] = True
+
+    @rule()
+    def tie_weights(self) -> None:
+        self.optimizer.tie_weights()
+        self.slow.tie_weights()
+        self.written = [False] * len(self.parameters)
+
+    def _has_stepped(self) -> None:
+        self.stepped = True
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                self.written[i] = False
+
+    # -- what holds at all times -------------------------------------------------------------------------------
+
+    @invariant()
+    def members_are_equal_unless_written_to(self) -> None:
+        for parameter, names, written in zip(self.parameters, self.slow.labels, self.written, strict=True):
+            assert written or all_tied(parameter, names)
+
+    @invariant()
+    def weights_and_gradients_are_those_of_the_reference(self) -> None:
+        for parameter, slow in zip(self.parameters, self.slow.parameters, strict=True):
+            torch.testing.assert_close(parameter.detach(), slow.detach(), rtol=1e-10, atol=1e-10)
+            assert (parameter.grad is None) == (slow.grad is None)
+            if slow.grad is not None:
+                torch.testing.assert_close(parameter.grad, slow.grad, rtol=1e-10, atol=1e-10)
+
+    @invariant()
+    def settings_are_those_of_the_reference(self) -> None:
+        ours, theirs = self.optimizer.param_groups, self.slow.optimizer.param_groups
+        assert [len(group["params"]) for group in ours] == [len(group["params"]) for group in theirs]
+        assert [group["lr"] for group in ours] == [group["lr"] for group in theirs]
+        held = [parameter for group in ours for parameter in group["params"]]
+        assert all(map(lambda ours, theirs: ours is theirs, held, self.parameters))
+
+
+TestTiedTrainingBehavesAsTheReference = TiedTrainingBehavesAsTheReference.TestCase
