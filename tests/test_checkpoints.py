@@ -1,0 +1,324 @@
+"""A tied optimizer is saved, loaded, copied and pickled as the optimizer that it wraps."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from checks import (
+    GROUPS,
+    REDUCTIONS,
+    SHAPE,
+    bits,
+    one_bare,
+    one_tied,
+    parameter,
+    randn,
+    same_bits,
+    same_tree,
+    tied_bitwise,
+    train,
+)
+from torch.optim import SGD, Adagrad, AdamW
+
+from tieopt import TiedOptimizer
+
+# --- state_dict, load_state_dict, __setstate__ ---
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": 0.9}, {}])
+def test_the_state_and_the_groups_of_a_state_dict_have_exactly_the_inner_schema(kwargs):
+    for inner, settings in [(SGD, kwargs), (AdamW, {"amsgrad": bool(kwargs)}), (Adagrad, {})]:
+        _, tied = one_tied(inner, **settings)
+        _, bare = one_bare(inner, **settings)
+        train(tied, 2)
+        train(bare, 2)
+        saved, expected = tied.state_dict(), bare.state_dict()
+
+        assert set(saved) == {*expected, "ties"}
+        assert saved["param_groups"] == expected["param_groups"]
+        assert saved["state"].keys() == expected["state"].keys()
+        for key, entries in expected["state"].items():
+            assert list(saved["state"][key]) == list(entries)
+            for name, value in entries.items():
+                assert type(saved["state"][key][name]) is type(value)
+                assert getattr(saved["state"][key][name], "shape", None) == getattr(value, "shape", None)
+
+
+def test_a_bare_optimizer_loads_the_state_of_a_tied_one():
+    weight, tied = one_tied(AdamW)
+    train(tied, 3)
+    other, bare = one_bare(AdamW)
+    bare.load_state_dict(tied.state_dict())
+
+    assert type(bare) is AdamW
+    assert same_tree(bare.state_dict(), {key: tied.state_dict()[key] for key in ("state", "param_groups")})
+    assert bare.state[other]["step"] == tied.state[weight]["step"]
+
+
+def test_a_tied_optimizer_loads_the_state_of_a_bare_one():
+    _, bare = one_bare(AdamW)
+    train(bare, 3)
+    weight, tied = one_tied(AdamW)
+    tied.load_state_dict(bare.state_dict())
+
+    saved = tied.state_dict()
+    saved.pop("ties")
+    assert same_tree(saved, bare.state_dict())
+    train(tied, 3)
+    assert tied_bitwise(weight)
+
+
+@pytest.mark.parametrize("inner", [SGD, AdamW])
+def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(inner):
+    weight, optimizer = one_tied(inner)
+    train(optimizer, 3)
+    file = io.BytesIO()
+    torch.save({"weight": weight.detach(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    train(optimizer, 3, seed=900)
+
+    checkpoint = torch.load(file, weights_only=True)
+    other, resumed = one_tied(inner)
+    other.data.copy_(checkpoint["weight"])
+    resumed.load_state_dict(checkpoint["optimizer"])
+    train(resumed, 3, seed=900)
+
+    assert same_bits(weight, other)
+    assert same_tree(optimizer.state_dict(), resumed.state_dict())
+
+
+def test_load_state_dict_takes_its_argument_by_keyword_and_leaves_it_as_it_was():
+    _, optimizer = one_tied(AdamW)
+    train(optimizer, 2)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    _, other = one_tied(AdamW)
+
+    other.load_state_dict(state_dict=saved)
+
+    assert same_tree(saved, before)
+    assert same_tree(other.state_dict(), before)
+
+
+def test_load_state_dict_writes_through_the_setstate_of_the_inner_class():
+    class Newer(SGD):
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            for group in self.param_groups:
+                group.setdefault("added_since", "filled in")
+
+    weight, optimizer = one_tied(Newer)
+    optimizer.load_state_dict(SGD([weight], lr=0.25).state_dict())
+
+    assert optimizer.param_groups[0]["added_since"] == "filled in"
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert vars(optimizer)["param_groups"] is optimizer.param_groups
+
+
+def test_a_loaded_checkpoint_aliases_the_live_state_exactly_where_it_does_for_the_bare_optimizer():
+    _, donor = one_bare(AdamW)
+    train(donor, 2)
+
+    def aliased(optimizer):
+        saved = copy.deepcopy(donor.state_dict())
+        optimizer.load_state_dict(saved)
+        ((live, *_),) = [list(optimizer.state.values())]
+        return {name: live[name].data_ptr() == value.data_ptr() for name, value in saved["state"][0].items()}
+
+    assert aliased(one_tied(AdamW)[1]) == aliased(one_bare(AdamW)[1])
+
+
+def test_tying_writes_nothing_into_a_checkpoint_that_aliases_the_live_state():
+    _, donor = one_bare(AdamW)
+    train(donor, 2)
+    saved = donor.state_dict()
+    before = copy.deepcopy(saved)
+    weight, optimizer = one_tied(AdamW)
+    weight.grad = randn(*SHAPE, seed=1)
+
+    optimizer.load_state_dict(saved)
+    optimizer.tie_gradients()
+    optimizer.tie_weights()
+
+    assert same_tree(saved, before)
+
+
+def test_state_dict_hooks_fire_once():
+    _, optimizer = one_tied()
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda *_: seen.append("after saving"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: seen.append("before loading"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: seen.append("after loading"))
+
+    optimizer.load_state_dict(optimizer.state_dict())
+
+    assert seen == ["before saving", "after saving", "before loading", "after loading"]
+
+
+# --- pickle, deepcopy, and ties by position ---
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_copy_keeps_the_ties_and_goes_on_bit_for_bit(how, reduction):
+    weight, optimizer = one_tied(AdamW, reduction=reduction)
+    train(optimizer, 2)
+
+    other, twin = COPIES[how]((weight, optimizer))
+    train(optimizer, 3, seed=500)
+    train(twin, 3, seed=500)
+
+    assert type(twin) is type(optimizer)
+    assert twin is not optimizer
+    assert twin.param_groups[0]["params"][0] is other
+    assert tied_bitwise(other)
+    assert same_bits(weight, other)
+    assert same_tree(optimizer.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_training_a_copy_leaves_the_original_alone(how):
+    weight, optimizer = one_tied(AdamW)
+    train(optimizer, 2)
+    before, state = bits(weight), copy.deepcopy(optimizer.state_dict())
+
+    train(COPIES[how](optimizer), 2)
+
+    assert torch.equal(bits(weight), before)
+    assert same_tree(optimizer.state_dict(), state)
+
+
+def test_a_deepcopy_of_model_and_optimizer_together_is_tied_to_the_copied_model():
+    model = torch.nn.Linear(5, 7)
+    optimizer = TiedOptimizer(AdamW(model.parameters()), {model.weight: GROUPS})
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    before = bits(model.weight)
+
+    train(twin, 2)
+
+    assert tied_bitwise(twin_model.weight)
+    assert not same_bits(twin_model.weight, model.weight)
+    assert torch.equal(bits(model.weight), before)
+
+
+def test_a_pickle_is_read_by_a_process_that_has_never_seen_the_class(tmp_path):
+    weight, optimizer = one_tied(AdamW)
+    train(optimizer, 2)
+    (tmp_path / "optimizer.pickle").write_bytes(pickle.dumps(optimizer))
+    program = (
+        "import pickle, sys, torch\n"
+        "optimizer = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "weight = optimizer.param_groups[0]['params'][0]\n"
+        "weight.grad = torch.arange(35.0).view(7, 5)\n"
+        "optimizer.step()\n"
+        "print(type(optimizer).__name__, isinstance(optimizer, torch.optim.AdamW))\n"
+        "print(weight.detach().numpy().tobytes().hex())\n"
+    )
+    read = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", program, str(tmp_path / "optimizer.pickle")], capture_output=True, text=True, check=True
+    )
+    weight.grad = torch.arange(35.0).view(7, 5)
+    optimizer.step()
+
+    assert read.stdout.splitlines() == ["TiedAdamW True", weight.detach().numpy().tobytes().hex()]
+
+
+def test_ties_are_held_by_position_when_the_parameter_objects_are_replaced():
+    weight, optimizer = one_tied()
+    before = bits(weight)
+    replacement = parameter(*SHAPE, seed=2)
+    optimizer.param_groups[0]["params"][0] = replacement
+
+    train(optimizer, 1)
+
+    assert tied_bitwise(replacement)
+    assert torch.equal(bits(weight), before)
+    assert optimizer.ties[0].param is replacement
+
+
+def test_ties_are_held_by_position_when_the_list_of_parameters_is_replaced():
+    _, optimizer = one_tied()
+    replacement = parameter(*SHAPE, seed=2)
+    optimizer.param_groups = [{**group, "params": [replacement]} for group in optimizer.param_groups]
+
+    train(optimizer, 1)
+
+    assert tied_bitwise(replacement)
+
+
+# --- torch.distributed.checkpoint, in one process ---
+
+distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+
+
+def tied_linear(inner=AdamW, **kwargs):
+    model = torch.nn.Linear(5, 7)
+    with torch.no_grad():
+        model.weight.copy_(randn(7, 5))
+        model.bias.copy_(randn(7, seed=1))
+    return model, TiedOptimizer(inner(model.parameters(), **kwargs), {model.weight: GROUPS})
+
+
+@distributed
+@pytest.mark.parametrize("inner", [SGD, AdamW])
+def test_distributed_checkpoint_saves_and_loads_the_state(inner):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    kwargs = {"momentum": 0.9, "lr": 0.1} if inner is SGD else {}
+    model, optimizer = tied_linear(inner, **kwargs)
+    train(optimizer, 2)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    twin_model, twin = tied_linear(inner, **kwargs)
+    twin_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin_model, twin, saved)
+    optimizer.zero_grad()
+    train(optimizer, 2, seed=700)
+    train(twin, 2, seed=700)
+
+    assert set(saved) == {"state", "param_groups"}
+    assert set(saved["state"]) == {"weight", "bias"}
+    assert same_bits(model.weight, twin_model.weight)
+    assert same_tree(optimizer.state_dict(), twin.state_dict())
+    assert tied_bitwise(twin_model.weight)
+
+
+@distributed
+def test_the_fake_step_with_which_distributed_checkpoint_fills_an_empty_state_changes_no_weight():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, optimizer = tied_linear()
+    before = bits(model.weight), bits(model.bias)
+
+    saved = get_optimizer_state_dict(model, optimizer)
+
+    assert saved["state"]["weight"]["exp_avg"].shape == (7, 5)
+    assert torch.equal(bits(model.weight), before[0])
+    assert torch.equal(bits(model.bias), before[1])
+    assert model.weight.grad is None
+
+
+@distributed
+def test_distributed_checkpoint_sees_the_schema_of_the_bare_optimizer():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, optimizer = tied_linear()
+    bare_model = torch.nn.Linear(5, 7)
+    tied = get_optimizer_state_dict(model, optimizer)
+    bare = get_optimizer_state_dict(bare_model, AdamW(bare_model.parameters()))
+
+    assert tied["param_groups"] == bare["param_groups"]
+    assert {key: list(value) for key, value in tied["state"].items()} == {
+        key: list(value) for key, value in bare["state"].items()
+    }

@@ -1,0 +1,356 @@
+"""How the numbers are worked out: in pieces whose ends do not show, in little memory, in few operations."""
+
+import math
+
+import pytest
+import torch
+from checks import REDUCTIONS, bits, parameter, randn, same_bits, tied_bitwise
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tieopt import TiedOptimizer, is_tied, tie_
+from tieopt import index as index_module
+from tieopt.index import Index
+from tieopt.reduction import Workspace, divide_, drift, project_
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+ENTRIES = [1, 7, 64]
+seeds = st.integers(0, 2**20)
+reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def in_pieces(entries, tensor, labels, reduction="mean"):
+    """The result when so many entries are worked on at a time, and the number of pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "_CPU_ENTRIES", entries)
+        index = Index.compile(labels, tensor.shape[1:].numel(), tensor.device)
+    result = tensor.clone()
+    project_(result, index, Workspace(), reduction)
+    return result, sum(len(run.pieces) for run in index.runs)
+
+
+def shuffled(labels, seed):
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def groups_of(*sizes, free=0, seed=0):
+    """Labels for groups of these sizes, and some free slices, in any order."""
+    names = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return shuffled(torch.cat([names, torch.full((free,), -1)]), seed)
+
+
+# --- the ends of runs and pieces do not show ---
+
+
+@given(
+    sizes=st.lists(st.integers(1, 32), min_size=1, max_size=12),
+    free=st.integers(0, 5),
+    columns=st.sampled_from([(), (1,), (5,), (2, 3)]),
+    dtype=st.sampled_from(DTYPES),
+    entries=st.sampled_from(ENTRIES),
+    reduction=st.sampled_from(REDUCTIONS),
+    seed=seeds,
+)
+def test_groups_of_up_to_32_have_the_same_bits_wherever_the_pieces_end(
+    sizes, free, columns, dtype, entries, reduction, seed
+):
+    labels = groups_of(*sizes, free=free, seed=seed)
+    tensor = randn(len(labels), *columns, seed=seed).to(dtype)
+
+    whole, _ = in_pieces(2**18, tensor, labels, reduction)
+    cut, _ = in_pieces(entries, tensor, labels, reduction)
+
+    assert same_bits(cut, whole)
+
+
+@given(
+    sizes=st.lists(st.integers(33, 700), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    entries=st.sampled_from(ENTRIES),
+    seed=seeds,
+)
+def test_larger_groups_are_as_exact_wherever_the_pieces_end(sizes, dtype, entries, seed):
+    labels = groups_of(*sizes, free=3, seed=seed)
+    tensor = randn(len(labels), 2, seed=seed, dtype=dtype)
+    unit = torch.finfo(dtype).eps * tensor.abs().max().item()
+    for result, _ in (in_pieces(2**18, tensor, labels), in_pieces(entries, tensor, labels)):
+        for group, size in enumerate(sizes):
+            members = tensor[labels == group].double().T.tolist()
+            got = result[labels == group]
+            for column, values in enumerate(members):
+                exact = math.fsum(values) / size
+
+                assert abs(got[0, column].item() - exact) <= math.sqrt(size) * unit
+            assert tied_bitwise(got, [list(range(size))])
+
+
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_few_entries_at_a_time_really_give_many_pieces(entries):
+    labels = groups_of(*[5] * 40, free=3)
+    tensor = randn(len(labels), 3)
+
+    assert in_pieces(2**18, tensor, labels)[1] == 1
+    assert in_pieces(entries, tensor, labels)[1] >= 10
+
+
+def test_a_group_that_spans_several_pieces_keeps_its_value_to_the_last_bit():
+    labels = torch.zeros(500, dtype=torch.int64)
+    tensor = randn(1, 3).expand(500, 3).clone()
+    result, pieces = in_pieces(1, tensor, labels)
+
+    assert pieces > 10
+    assert same_bits(result, tensor)
+
+
+@pytest.mark.parametrize("entries", [*ENTRIES, 2**18])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_the_sum_back_to_the_mean_is_close_and_tied(dtype, entries):
+    labels = groups_of(2, 3, 7, 40, free=3)
+    tensor = randn(len(labels), 3).to(dtype)
+    mean, _ = in_pieces(entries, tensor, labels)
+    result, _ = in_pieces(entries, tensor, labels, "sum")
+    divide_(result, Index.compile(labels, 3, result.device), Workspace())
+
+    # Two roundings, which for sizes that are powers of two are none.
+    real = torch.view_as_real(mean) if dtype.is_complex else mean
+    torch.testing.assert_close(result, mean, rtol=2 * torch.finfo(real.dtype).eps, atol=0)
+    assert same_bits(result[labels == 0], mean[labels == 0])
+    assert all(tied_bitwise(result[labels == group], [list(range(int((labels == group).sum())))]) for group in range(4))
+
+
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_is_tied_sees_one_member_that_differs_in_any_piece(entries, monkeypatch):
+    monkeypatch.setattr(index_module, "_CPU_ENTRIES", entries)
+    labels = groups_of(40, 3, 2, free=2)
+    tensor = tie_(randn(len(labels), 3), labels)
+    assert is_tied(tensor, labels)
+    for row in (labels >= 0).nonzero().flatten().tolist():
+        other = tensor.clone()
+        other[row, 1] += 1.0
+
+        assert not is_tied(other, labels)
+
+
+@pytest.mark.parametrize("entries", [*ENTRIES, 2**18])
+def test_the_drift_is_found_in_any_piece(entries, monkeypatch):
+    monkeypatch.setattr(index_module, "_CPU_ENTRIES", entries)
+    labels = groups_of(4, 4, 4, free=1)
+    index = Index.compile(labels, 2, torch.device("cpu"))
+    for row in (labels >= 0).nonzero().flatten().tolist():
+        tensor = torch.zeros(len(labels), 2)
+        tensor[row, 1] = 4.0
+
+        assert drift(tensor, index, Workspace()) == 3.0
+    assert drift(torch.zeros(len(labels), 2), index, Workspace()) == 0.0
+
+
+# --- one result ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [64, 3000])
+def test_the_result_does_not_depend_on_the_number_of_threads(dtype, rows):
+    labels = shuffled(torch.arange(rows) % 5 - 1, seed=1)
+    tensor = randn(rows, 200).to(dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            results.append(tie_(tensor.clone(), labels))
+    finally:
+        torch.set_num_threads(threads)
+
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+@given(dtype=st.sampled_from(DTYPES), seed=seeds)
+def test_a_workspace_carries_nothing_from_one_call_to_the_next(dtype, seed):
+    labels = groups_of(40, 3, 2, free=2, seed=seed)
+    index = Index.compile(labels, 3, torch.device("cpu"))
+    used = Workspace()
+    for value in (float("nan"), float("inf"), 1e4):
+        project_(torch.full((len(labels), 3), value, dtype=dtype), index, used)
+    fresh, again = randn(len(labels), 3, seed=seed).to(dtype), randn(len(labels), 3, seed=seed).to(dtype)
+
+    project_(fresh, index, Workspace())
+    project_(again, index, used)
+
+    assert same_bits(fresh, again)
+
+
+def test_a_workspace_serves_tensors_of_several_sizes_and_dtypes():
+    workspace = Workspace()
+    for rows, columns, dtype in [
+        (40, 3, torch.float32),
+        (9, 70, torch.float32),
+        (40, 3, torch.bfloat16),
+        (3, 1, torch.float32),
+    ]:
+        labels = torch.arange(rows) % 3
+        tensor = randn(rows, columns, seed=rows).to(dtype)
+        expected = tie_(tensor.clone(), labels)
+        project_(tensor, Index.compile(labels, columns, tensor.device), workspace)
+
+        assert same_bits(tensor, expected)
+
+
+# --- memory and operations of a step ---
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations that run within it, and how many bytes of new storage each takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given_storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in([args, kwargs])}
+        result = func(*args, **kwargs)
+        self.names.append(str(func))
+        self.sizes += [
+            tensor.untyped_storage().nbytes()
+            for tensor in tensors_in(result)
+            if tensor.untyped_storage().data_ptr() not in given_storages
+        ]
+        return result
+
+    @property
+    def largest(self):
+        return max(self.sizes, default=0)
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value] if value.layout == torch.strided else []
+    if isinstance(value, dict):
+        return tensors_in(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+def operations_of(action):
+    with Operations() as operations:
+        action()
+    return operations
+
+
+def large(dtype=torch.float32, reduction="mean", size=2):
+    """Two megabytes and more, in groups of neighbours."""
+    rows, columns = 6000, 200
+    weight = parameter(rows, columns, dtype=dtype)
+    optimizer = TiedOptimizer(
+        SGD([weight], lr=0.1, foreach=False), {weight: torch.arange(rows) // size}, reduction=reduction
+    )
+    weight.grad = randn(rows, columns, seed=1, dtype=dtype)
+    return weight, optimizer
+
+
+@reductions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("size", [2, 200, 6000])
+def test_no_step_takes_memory_of_the_size_of_the_parameter(dtype, reduction, size):
+    weight, optimizer = large(dtype, reduction, size)
+    # Of one piece, in the dtype of the accumulation.
+    piece = index_module._CPU_ENTRIES * max(dtype.itemsize, 4)
+    assert weight.nbytes > 2 * piece or dtype == torch.bfloat16
+
+    for _ in range(2):
+        assert 0 < operations_of(optimizer.step).largest <= piece
+
+
+@reductions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_the_workspace_is_made_when_the_optimizer_is_tied_and_kept_from_then_on(dtype, reduction):
+    rows, columns = 6000, 200
+    weight = parameter(rows, columns, dtype=dtype)
+    inner = SGD([weight], lr=0.1, foreach=False)
+    weight.grad = randn(rows, columns, seed=1, dtype=dtype)
+
+    tying = operations_of(lambda: TiedOptimizer(inner, {weight: torch.arange(rows) // 2}, reduction=reduction))
+    steps = [operations_of(inner.step) for _ in range(3)]
+
+    assert sum("aten.empty.memory_format" in name for name in tying.names) >= 2
+    assert [sum("aten.empty.memory_format" in name for name in step.names) for step in steps] == [0, 0, 0]
+    assert steps[1].sizes == steps[2].sizes
+
+
+def test_all_parameters_share_one_workspace():
+    params = [parameter(600, 50, seed=seed) for seed in range(8)]
+    inner = SGD(params, lr=0.1, foreach=False)
+    first = operations_of(lambda: TiedOptimizer(SGD(params[:1]), {params[0]: torch.arange(600) // 2}))
+    tying = operations_of(lambda: TiedOptimizer(inner, {param: torch.arange(600) // 2 for param in params}))
+
+    made = [sum("aten.empty.memory_format" in name for name in operations.names) for operations in (first, tying)]
+    assert made[0] == made[1] > 0
+
+
+def pairs(count):
+    """So many groups of two among two thousand rows."""
+    labels = torch.full((2000,), -1)
+    labels[: 2 * count] = torch.arange(count).repeat(2)
+    return labels
+
+
+def hundreds(count):
+    """So many groups of a hundred among two thousand rows, which are summed up in blocks."""
+    labels = torch.full((2000,), -1)
+    labels[: 100 * count] = torch.arange(count).repeat(100)
+    return labels
+
+
+def prepared(sparse=False):
+    weight = parameter(2000, 4)
+    inner = SGD([weight], lr=0.1, foreach=False)
+    weight.grad = randn(2000, 4, seed=1)
+    if sparse:
+        weight.grad = weight.grad.to_sparse(1)
+    return weight, inner
+
+
+@reductions
+@pytest.mark.parametrize(("make", "few", "many"), [(pairs, 10, 1000), (hundreds, 2, 20)])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_step_takes_as_many_operations_for_many_groups_as_for_few(make, few, many, reduction, sparse):
+    names = []
+    for count in (few, many):
+        weight, inner = prepared(sparse)
+        optimizer = TiedOptimizer(inner, {weight: make(count)}, reduction=reduction)
+        # The first step with a sparse gradient looks up what only sparse gradients need.
+        optimizer.step()
+        names.append(operations_of(optimizer.step).names)
+
+    assert any("scatter_reduce" in name for name in names[0])
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("make", "few", "many"), [(pairs, 10, 1000), (hundreds, 2, 20)])
+def test_tying_takes_as_many_operations_for_many_groups_as_for_few(make, few, many):
+    names = []
+    for count in (few, many):
+        weight, inner = prepared()
+        ties = {weight: make(count)}
+        names.append(operations_of(lambda inner=inner, ties=ties: TiedOptimizer(inner, ties)).names)
+
+    assert len(names[0]) > 10
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("groups", [[], [[]], [[3], [5]], torch.arange(2000), torch.full((2000,), -1)], ids=str)
+def test_a_step_with_nothing_to_tie_takes_the_writing_operations_of_the_bare_step(groups):
+    results = []
+    for tie in (True, False):
+        weight, inner = prepared()
+        if tie:
+            TiedOptimizer(inner, {weight: groups})
+        operations = operations_of(inner.step)
+        results.append([[name for name in operations.names if "_." in name], bits(weight)])
+
+    assert results[0][0] == results[1][0] == ["aten.add_.Tensor"]
+    assert torch.equal(results[0][1], results[1][1])
