@@ -349,7 +349,10 @@ def recipes_for(*parameters: Tensor, entrywise: bool = False, closure: bool = Tr
 
 
 def loss_of(weights: Sequence[Tensor], seed: int) -> Tensor:
-    """A smooth loss of any weights, in which everything depends on everything; another one for each seed."""
+    """A smooth loss of any weights, in which everything depends on everything; another one for each seed.
+
+    Divided by the number of slices, so that training on the sum of the members' gradients does not diverge.
+    """
     source = generator(seed)
     loss: Any = 0.0
     coupling: Any = 0.0
@@ -358,7 +361,7 @@ def loss_of(weights: Sequence[Tensor], seed: int) -> Tensor:
         target = torch.randn(weight.shape, dtype=dtype, generator=source).to(weight.device, weight.dtype)
         curvature = torch.rand(weight.shape, dtype=torch.float64, generator=source).to(target.real)
         distance = torch.view_as_real(weight - target) if weight.is_complex() else (weight - target).unsqueeze(-1)
-        loss = loss + (curvature.unsqueeze(-1) * distance.square()).sum()
+        loss = loss + (curvature.unsqueeze(-1) * distance.square()).sum() / max(len(weight), 1)
         coupling = coupling + (weight * target).real.sum() / max(weight.numel(), 1)
     return loss + coupling.sin() if weights else torch.zeros((), requires_grad=True)
 

@@ -8,6 +8,7 @@ import copy
 import re
 from types import MethodType
 
+import numpy
 import pytest
 import torch
 from checks import GROUPS, SHAPE, bits, parameter, randn, same_tree, tied_bitwise, train
@@ -100,20 +101,22 @@ def test_an_index_that_occurs_twice_is_refused(setting, groups, index, where):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (1.0, r"1\.0 \(float\)"),
-        (1.5, r"1\.5 \(float\)"),
-        (float("nan"), r"nan \(float\)"),
-        (True, r"True \(bool\)"),
-        ("1", r"'1' \(str\)"),
-        (None, r"None \(NoneType\)"),
-        ([1], r"\[1\] \(list\)"),
-        (1j, r"1j \(complex\)"),
-        (slice(0, 2), r"slice\(0, 2, None\) \(slice\)"),
+        (1.0, "1.0 (float)"),
+        (1.5, "1.5 (float)"),
+        (float("nan"), "nan (float)"),
+        (True, "True (bool)"),
+        ("1", "'1' (str)"),
+        (None, "None (NoneType)"),
+        ([1], "[1] (list)"),
+        (1j, "1j (complex)"),
+        (slice(0, 2), "slice(0, 2, None) (slice)"),
     ],
     ids=str,
 )
 def test_an_index_that_is_no_integer_is_refused(setting, value, shown):
-    setting.refused(TypeError, setting.called, f"Got: +{shown}", "list of lists of indices", groups=[[0, value]])
+    setting.refused(
+        TypeError, setting.called, f"Got: +{re.escape(shown)}", "list of lists of indices", groups=[[0, value]]
+    )
 
 
 def test_a_group_that_is_a_tensor_of_floats_is_refused(setting):
@@ -123,17 +126,17 @@ def test_a_group_that_is_a_tensor_of_floats_is_refused(setting):
 @pytest.mark.parametrize(
     ("groups", "shown"),
     [
-        (3, r"3 \(int\)"),
-        (None, r"None \(NoneType\)"),
-        ([0, 1], r"\[0, 1\] \(list\)"),
-        ([[0, 1], 2], r"\[\[0, 1\], 2\] \(list\)"),
-        ("01", r"'01' \(str\)"),
-        (b"01", r"b'01' \(bytes\)"),
+        (3, "3 (int)"),
+        (None, "None (NoneType)"),
+        ([0, 1], "[0, 1] (list)"),
+        ([[0, 1], 2], "[[0, 1], 2] (list)"),
+        ("01", "'01' (str)"),
+        (b"01", "b'01' (bytes)"),
     ],
     ids=str,
 )
 def test_groups_that_are_no_lists_of_lists_are_refused(setting, groups, shown):
-    setting.refused(TypeError, setting.called, f"Got: +{shown}", "list of lists", groups=groups)
+    setting.refused(TypeError, setting.called, f"Got: +{re.escape(shown)}", "list of lists", groups=groups)
 
 
 # --- labels ---
@@ -332,9 +335,9 @@ def test_an_unknown_reduction_is_refused(setting, reduction):
         (None, "None"),
         (3, "3"),
         ("good", "'good'"),
-        ([[0, 1], [2, 3]], r"\[\[0, 1\], \[2, 3\]\]"),
+        ([[0, 1], [2, 3]], r"\[0, 1\]"),
         (torch.zeros(7, dtype=torch.int64), r"shape \(7,\)"),
-        ([("good", [[0, 1]])], r"\[\('good', \[\[0, 1\]\]\)\]"),
+        ([("good", [[0, 1]])], r"\('good', \[\[0, 1\]\]\)"),
     ],
     ids=["None", "int", "name", "groups", "labels", "pairs"],
 )
@@ -446,7 +449,7 @@ def test_the_order_and_the_names_of_groups_do_not_matter_to_a_state():
 @pytest.mark.parametrize("ties", [5, None, "x", [1]])
 def test_a_state_whose_ties_are_nothing_that_was_ever_saved_is_refused(ties):
     optimizer = trained()
-    state = {**optimizer.state_dict(), "ties": ties}
+    state = {**optimizer.state_dict(), "tieopt": ties}
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises((TypeError, ValueError)) as caught:
         optimizer.load_state_dict(state)
@@ -490,5 +493,71 @@ def test_a_parameter_whose_shape_changed_since_is_refused_and_nothing_is_written
         USES[use](optimizer)
 
     changed = r"\(5, 7\)" if "transposed" in change else r"\(8, 5\)"
-    assert_clear(caught.value, setting.called, r"Expected: +\(7, 5\)", f"Got: +{changed}")
+    assert_clear(caught.value, setting.called, r"Expected: .*\(7, 5\)", f"Got: .*{changed}")
     assert same_tree([[bits(param), bits(param.grad)] for param in params], before)
+
+
+# --- what comes close to being right ---
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "shown"),
+    [
+        ([torch.tensor(0), torch.tensor(1)], TypeError, r"tensor\(0\)"),
+        (torch.full((7,), 2**64 - 1, dtype=torch.uint64), TypeError, r"torch\.uint64"),
+        (numpy.zeros(7, dtype=object), TypeError, r"object|dtype\('O'\)"),
+        (numpy.zeros(7, dtype=">i8"), TypeError, r">i8"),
+    ],
+    ids=["single numbers as tensors", "uint64", "objects", "byte order"],
+)
+def test_groups_that_are_nearly_right_are_refused(setting, groups, error, shown):
+    setting.refused(error, f"Got: .*{shown}", ties={setting.good: GROUPS, setting.bad: groups})
+
+
+@pytest.mark.parametrize("change", ["reversed", "read-only", "int8"])
+def test_labels_of_numpy_are_labels(change):
+    labels = numpy.array([0, 1, 0, -1, 2, 2, 1])
+    expected = Tie(torch.zeros(7), torch.tensor([0, 1, 0, -1, 2, 2, 1])).groups
+    if change == "reversed":
+        labels = labels[::-1].copy()[::-1]
+    elif change == "read-only":
+        labels.flags.writeable = False
+    else:
+        labels = labels.astype(numpy.int8)
+    assert torch.equal(Tie(torch.zeros(7), labels).groups, expected)
+
+
+def test_a_tensor_whose_entries_overlap_in_memory_is_refused():
+    tensor = torch.arange(5.0).unfold(0, 3, 1)
+    with pytest.raises(ValueError, match=r"strides \(1, 1\)"):
+        tie_(tensor, [[0, 2]])
+    assert torch.equal(tensor, torch.arange(5.0).unfold(0, 3, 1))
+
+
+@pytest.mark.parametrize("number", ["0", -5, 99])
+def test_a_fingerprint_of_a_parameter_that_there_is_not_is_refused(number):
+    optimizer = trained()
+    state = {**optimizer.state_dict(), "tieopt": {**optimizer.state_dict()["tieopt"], number: "1 groups"}}
+    with pytest.raises(ValueError, match=rf"number {re.escape(repr(number))}\n.*no ties\n.*1 groups"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_parameter_that_a_host_added_without_a_name_has_its_place_for_a_name(setting):
+    optimizer = SGD([("good", setting.good)], lr=0.1)
+    optimizer.param_groups[0]["params"].append(setting.bad)
+    with pytest.raises(IndexError, match=r"param_groups\[0\]\['params'\]\[1\]"):
+        TiedOptimizer(optimizer, {setting.bad: [[0, SHAPE[0]]]})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_dtype_without_means_is_refused(dtype):
+    with pytest.raises(TypeError, match=str(dtype)):
+        tie_(torch.zeros(3, 2, dtype=dtype), [[0, 1]])
+
+
+def test_a_parameter_without_data_is_refused(setting):
+    bad = torch.nn.Parameter(torch.zeros(*SHAPE, device="meta"))
+    optimizer, before = SGD([setting.good, bad], lr=0.1), bits(setting.good)
+    with pytest.raises(TypeError, match="device meta"):
+        TiedOptimizer(optimizer, {setting.good: GROUPS, bad: GROUPS})
+    assert torch.equal(bits(setting.good), before)

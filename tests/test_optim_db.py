@@ -119,7 +119,7 @@ class Run:
     def result(self):
         """All that a run leaves behind, but for the fingerprints of the ties."""
         state = self.optimizer.state_dict()
-        state.pop("ties", None)
+        state.pop("tieopt", None)
         return [[param.detach() for param in self.optimizer.param_groups[0]["params"]], state]
 
 

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from reference import entries_of, exact_means, members_of, smallest_step, unit_i
 from strategies import (
     ALL,
     HALF,
+    REAL,
     TINY,
     generator,
     labels,
@@ -24,17 +26,23 @@ from strategies import (
 from tieopt import tie_
 
 
-def _tolerance(largest: float, size: int, dtype: torch.dtype) -> Fraction:
+def _tolerance(mean: Fraction, members: list[float], dtype: torch.dtype) -> Fraction:
     """What the mean may be off by.
 
-    Two units in the last place of the largest member for types below float32, the square root of the
-    group's size in units for float32 and float64; and near zero, where differences cannot be scaled down
+    Types of up to 32 bits are added up in float64: half a unit in the last place of the mean itself, and what
+    the float64 sum may lose. That is, in units of the members' mean size, the length of a block and the
+    number of blocks, about twice the square root of the group's size. In float64 itself it is no more than the
+    square root in units of the largest member, either; and near zero, where differences cannot be scaled down
     without loss, a few subnormal numbers for each member.
     """
-    real = dtype.to_real()
-    units = 2.0 if real in (*HALF, *TINY) else math.sqrt(size)
-    inherent = smallest_step(real if real == torch.float64 else torch.float32) * 4 * size
-    return Fraction(units) * unit_in_the_last_place(largest, real) + inherent
+    real, size = dtype.to_real(), len(members)
+    sizes = [abs(Fraction(member)) for member in members]
+    block = min(size, max(32, math.isqrt(size)))
+    units = (block + -(-size // block) + 2) * unit_in_the_last_place(float(sum(sizes) / size), torch.float64)
+    if real == torch.float64:
+        root = Fraction(math.sqrt(size)) * unit_in_the_last_place(float(max(sizes)), torch.float64)
+        return min(units, root) + smallest_step(real) * 4 * size
+    return unit_in_the_last_place(float(mean), real) / 2 + units
 
 
 def _check_mean(before: torch.Tensor, after: torch.Tensor, names: torch.Tensor) -> None:
@@ -42,20 +50,20 @@ def _check_mean(before: torch.Tensor, after: torch.Tensor, names: torch.Tensor) 
     for group, means in zip(members_of(names), exact_means(before, names), strict=True):
         for entry, mean in enumerate(means):
             found = new[group[0]][entry]
-            largest = max(abs(old[member][entry]) for member in group)
             assert math.isfinite(found), (found, float(mean), before.dtype)
             error = abs(Fraction(found) - mean)
-            assert error <= _tolerance(largest, len(group), before.dtype), (
+            assert error <= _tolerance(mean, [old[member][entry] for member in group], before.dtype), (
                 f"{found!r} for the mean {float(mean)!r} of {len(group)} members in {before.dtype}, "
-                f"off by {float(error / unit_in_the_last_place(largest, before.dtype.to_real())):.3g} units"
+                f"off by {float(error / unit_in_the_last_place(float(mean), before.dtype.to_real())):.3g} units"
             )
 
 
+@pytest.mark.parametrize("dtype", ALL, ids=str)
 @given(st.data())
-def test_the_value_of_a_group_is_its_mean(device: torch.device, data: st.DataObject) -> None:
+def test_the_value_of_a_group_is_its_mean(device: torch.device, dtype: torch.dtype, data: st.DataObject) -> None:
     shape = data.draw(shapes())
     names = data.draw(labels(shape[0]))
-    start = data.draw(tensors(shape, ALL, finite=True)).to(device)
+    start = data.draw(tensors(shape, [dtype], finite=True)).to(device)
     tensor = tie_(laid_out(start, data.draw(layouts(start, lazy=True))), data.draw(spelled(names)))
     _check_mean(start, tensor, names)
 
@@ -69,18 +77,16 @@ def test_the_value_of_a_group_is_its_mean_where_slices_are_long(device: torch.de
     _check_mean(start[:, ::4999], tensor[:, ::4999], names)
 
 
+@pytest.mark.parametrize("dtype", REAL, ids=str)
 @given(
     size=st.one_of(st.integers(2, 200), st.sampled_from([1000, 4097])),
-    dtype=st.sampled_from([*HALF, torch.float32, torch.float64]),
     values=st.tuples(st.floats(-3, 3, width=16), st.floats(-3, 3, width=16)),
     odd=st.sampled_from(["first", "last", "half", "none"]),
 )
-@example(size=100_000, dtype=torch.float32, values=(1.1, 1.0), odd="first")
-@example(size=100_000, dtype=torch.float64, values=(1.1, 1.0), odd="first")
-@example(size=100_000, dtype=torch.float16, values=(1.1, 1.0), odd="first")
-@example(size=100_000, dtype=torch.bfloat16, values=(1.1, 1.0), odd="half")
+@example(size=100_000, values=(1.1, 1.0), odd="first")
+@example(size=100_000, values=(1.1, 1.0), odd="half")
 def test_errors_that_all_point_the_same_way_do_not_pile_up(
-    device: torch.device, size: int, dtype: torch.dtype, values: tuple[float, float], odd: str
+    device: torch.device, dtype: torch.dtype, size: int, values: tuple[float, float], odd: str
 ) -> None:
     column = torch.full((size,), values[0], dtype=dtype)
     column[{"first": slice(0, 1), "last": slice(-1, None), "half": slice(0, size // 2), "none": slice(0, 0)}[odd]] = (
@@ -90,16 +96,29 @@ def test_errors_that_all_point_the_same_way_do_not_pile_up(
     _check_mean(column, tie_(column.clone().to(device), names), names)
 
 
+@pytest.mark.parametrize("dtype", REAL, ids=str)
 @given(
-    size=st.integers(2, 3000),
-    dtype=st.sampled_from([*HALF, torch.float32, torch.float64, *TINY]),
-    fraction=st.floats(0.5, 1),
-    seed=seeds,
-    one_sign=st.booleans(),
+    size=st.one_of(st.integers(2, 200), st.just(1000)),
+    power=st.integers(0, 15),
+    place=st.floats(0, 1, exclude_max=True),
 )
-@example(size=4, dtype=torch.float16, fraction=40_000 / torch.finfo(torch.float16).max, seed=0, one_sign=True)
+@example(size=100_000, power=15, place=0.0)
+@example(size=92, power=14, place=0.0)
+def test_one_large_member_does_not_cost_the_others_their_digits(
+    device: torch.device, dtype: torch.dtype, size: int, power: int, place: float
+) -> None:
+    column = torch.full((size,), 0.1, dtype=dtype)
+    column[int(place * size)] = 10.0**power if torch.finfo(dtype).max > 1e15 else 10.0 ** (power % 5)
+    names = torch.zeros(size, dtype=torch.int64)
+    _check_mean(column, tie_(column.clone().to(device), names), names)
+
+
+@pytest.mark.parametrize("dtype", [*REAL, *TINY], ids=str)
+@given(size=st.integers(2, 3000), fraction=st.floats(0.5, 1), seed=seeds, one_sign=st.booleans())
+@example(size=4, fraction=0.61, seed=0, one_sign=True)  # in float16 the four times 40000 that add up to infinity
+@example(size=137_575, fraction=1.0, seed=0, one_sign=True)
 def test_no_sum_overflows_where_the_mean_is_finite(
-    device: torch.device, size: int, dtype: torch.dtype, fraction: float, seed: int, one_sign: bool
+    device: torch.device, dtype: torch.dtype, size: int, fraction: float, seed: int, one_sign: bool
 ) -> None:
     signs = torch.randint(0, 2, (size,), generator=generator(seed)) * 2 - 1
     column = torch.full((size,), torch.finfo(dtype).max * fraction, dtype=torch.float64)
@@ -121,3 +140,11 @@ def test_the_mean_of_infinities_is_what_arithmetic_says(
         torch.testing.assert_close(
             tensor.double().cpu(), torch.full((len(values),), expected).double(), rtol=0, atol=0, equal_nan=True
         )
+
+
+def test_the_mean_of_many_numbers_as_large_as_can_be_is_finite(device: torch.device) -> None:
+    largest = torch.finfo(torch.float64).max
+    for size in (137_575, 353_723):
+        column = torch.full((size,), largest, dtype=torch.float64, device=device)
+        column[0] = 0.536 * largest
+        assert bool(tie_(column, torch.zeros(size, dtype=torch.int64)).isfinite().all())

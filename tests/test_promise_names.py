@@ -67,7 +67,7 @@ def test_the_way_ties_are_written_changes_no_bit_of_training(device: torch.devic
         ends.append(parameter)
         states.append(optimizer.state_dict())
     assert same_bits(*ends)
-    assert states[0]["ties"] == states[1]["ties"]
+    assert states[0]["tieopt"] == states[1]["tieopt"]
 
 
 @given(st.data())

@@ -131,12 +131,14 @@ def test_a_write_from_outside_is_tied_again_by_tie_weights_and_by_a_step(
     optimizer = TiedOptimizer(recipe([parameter]), {parameter: data.draw(spelled(names))})
     with torch.no_grad():
         parameter.copy_(data.draw(tensors(tuple(parameter.shape), [parameter.dtype])))
+    pointer = parameter.data_ptr()
     if data.draw(st.booleans()):
         optimizer.tie_weights()
     else:
         loss_of([parameter], data.draw(seeds)).backward()
         optimizer.step()
     assert all_tied(parameter, names)
+    assert parameter.data_ptr() == pointer
 
 
 SPARSE = [

@@ -1078,3 +1078,55 @@ def test_a_tie_can_be_read_back_and_given_to_another_optimizer():
     other = parameter(*SHAPE, seed=1)
     TiedOptimizer(SGD([other]), Tie(other, tie.groups))
     assert tied_bitwise(other)
+
+
+# --- all or nothing, where the fault is not in the arguments ---
+
+
+def test_a_class_that_cannot_be_subclassed_leaves_the_weights():
+    class NeedsTag(SGD):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            super().__init_subclass__(**kwargs)
+
+    weight = parameter(*SHAPE)
+    optimizer, before = NeedsTag([weight], lr=0.1), bits(weight)
+    with pytest.raises(TypeError, match="tag"):
+        TiedOptimizer(optimizer, {weight: GROUPS})
+    assert torch.equal(bits(weight), before)
+    assert type(optimizer) is NeedsTag
+
+
+def test_a_gradient_that_cannot_be_written_leaves_the_others_at_the_mean():
+    first, second = parameter(*SHAPE), parameter(*SHAPE, seed=1)
+    ties = {first: GROUPS, second: GROUPS}
+    optimizer = TiedOptimizer(SGD([first, second], lr=0.1), ties, reduction="sum")
+    first.grad = randn(*SHAPE, seed=2)
+    expected = mean_gradient(first.grad)
+    with torch.inference_mode():
+        second.grad = randn(*SHAPE, seed=3)
+    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+        optimizer.step()
+    torch.testing.assert_close(first.grad, expected)
+
+
+def test_a_tied_parameter_that_is_gone_is_an_error_that_names_its_place():
+    _, optimizer = one_tied()
+    optimizer.param_groups.clear()
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[0\]\n.*\(7, 5\)\n.*no parameter there"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_extra_arguments_of_the_state_go_to_the_inner_optimizer(reduction):
+    class Verbose(SGD):
+        def state_dict(self, prefix=""):
+            self.seen = [prefix]
+            return super().state_dict()
+
+        def load_state_dict(self, state_dict, *, strict):
+            self.seen.append(strict)
+            super().load_state_dict(state_dict)
+
+    _, optimizer = one_tied(Verbose, reduction)
+    optimizer.load_state_dict(optimizer.state_dict("model."), strict=True)
+    assert optimizer.seen == ["model.", True]

@@ -78,22 +78,26 @@ class Binding:
         self.reduction = reduction
         self.tied = _found(param_groups, _pairs(ties))
         self._workspace = Workspace()
+        for tied, param in self.parameters(param_groups):
+            tied.index_on(param.device)
 
     def parameters(self, param_groups: ParamGroups) -> list[tuple[TiedParameter, Tensor]]:
         """The ties with the parameters that stand in their places now.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied.
+            RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        pairs = [(tied, param_groups[tied.group]["params"][tied.position]) for tied in self.tied]
-        for tied, param in pairs:
-            if param.shape != tied.shape:
+        pairs = []
+        for tied in self.tied:
+            param = _at(param_groups, tied.group, tied.position)
+            if param is None or param.shape != tied.shape:
                 raise RuntimeError(
-                    "A tied parameter has another shape than when it was tied.\n"
+                    "A tied parameter has not the shape that it had when it was tied.\n"
                     f"  Parameter: {name_of(param_groups, tied.group, tied.position)}\n"
                     f"  Expected:  {tuple(tied.shape)}\n"
-                    f"  Got:       {tuple(param.shape)}"
+                    f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}"
                 )
+            pairs.append((tied, param))
         return pairs
 
     def parameters_with_gradients(self, param_groups: ParamGroups) -> list[tuple[TiedParameter, Tensor]]:
@@ -101,42 +105,35 @@ class Binding:
 
         Raises:
             RuntimeError: as :meth:`parameters`.
-            TypeError: a gradient is neither dense nor sparse COO.
         """
-        pairs = [(tied, param) for tied, param in self.parameters(param_groups) if param.grad is not None]
-        for tied, param in pairs:
-            layout = _gradient(param).layout
-            if layout not in (torch.strided, torch.sparse_coo):
-                raise TypeError(
-                    f"The gradient of {name_of(param_groups, tied.group, tied.position)} cannot be tied.\n"
-                    "  Expected: layout torch.strided or torch.sparse_coo\n"
-                    f"  Got:      {layout}"
-                )
-        return pairs
+        return [(tied, param) for tied, param in self.parameters(param_groups) if param.grad is not None]
 
     def tie_gradient(self, tied: TiedParameter, param: Tensor, reduction: Reduction) -> Callable[[], None] | None:
         """Ties one gradient; if it is to be the sum, returns what turns it into the mean again."""
-        grad = _gradient(param)
+        grad = param.grad
+        assert grad is not None
         index = tied.index_on(grad.device)
-        if grad.layout == torch.strided and not grad.requires_grad and not overlaps(grad):
-            project_(grad, index, self._workspace, reduction)
-            return None if reduction == "mean" else partial(self._divide_gradient, tied, param, grad)
+        if grad.layout == torch.sparse_coo or grad.requires_grad:
+            # It has no place for every member, or a graph to keep: the result is another tensor.
+            with torch.set_grad_enabled(grad.requires_grad):
+                mean = projected(grad, index)
+                param.grad = seen = mean if reduction == "mean" else multiplied(mean, index)
+            restore = partial(setattr, param, "grad", mean)
+        else:
+            if overlaps(grad):
+                param.grad = grad = grad.clone()
+            seen = grad
+            project_(seen, index, self._workspace, reduction)
+            restore = partial(divide_, seen, index, self._workspace)
+        if reduction == "mean":
+            return None
 
-        # With a graph to keep, or without a place for every entry, the result is another tensor.
-        with torch.set_grad_enabled(grad.requires_grad):
-            mean = projected(grad, index)
-            param.grad = seen = mean if reduction == "mean" else multiplied(mean, index)
-        return None if reduction == "mean" else partial(self._replace_gradient, param, seen, mean)
+        def to_mean() -> None:
+            # Some optimizers replace the gradient, or set it to None, while they step.
+            if param.grad is seen:
+                restore()
 
-    # Some optimizers replace the gradient, or set it to None, while they step: that is left alone.
-
-    def _divide_gradient(self, tied: TiedParameter, param: Tensor, seen: Tensor) -> None:
-        if param.grad is seen:
-            divide_(seen, tied.index_on(seen.device), self._workspace)
-
-    def _replace_gradient(self, param: Tensor, seen: Tensor, mean: Tensor) -> None:
-        if param.grad is seen:
-            param.grad = mean
+        return to_mean
 
     def tie_weight(self, tied: TiedParameter, param: Tensor, *, differentiable: bool) -> None:
         """Ties one parameter; where the step is part of a graph, the projection is too."""
@@ -177,21 +174,18 @@ class Binding:
         """
         if not isinstance(saved, Mapping):
             raise ValueError(
-                "The ties of the state are none.\n"
+                "The fingerprints of the state's ties are no mapping.\n"
                 "  Expected: what state_dict() of a TiedOptimizer returned\n"
                 f"  Got:      {shown(saved)}"
             )
         own = self.fingerprints(param_groups)
-        names = [
-            name_of(param_groups, group, position)
-            for group, settings in enumerate(param_groups)
-            for position in range(len(settings["params"]))
-        ]
+        places = ((g, position) for g, group in enumerate(param_groups) for position in range(len(group["params"])))
+        names = {number: name_of(param_groups, *place) for number, place in enumerate(places)}
         for number in {**own, **saved}:
             if own.get(number) != saved.get(number):
                 raise ValueError(
                     "The state was saved with other ties.\n"
-                    f"  Parameter: {names[number] if number < len(names) else f'number {number}'}\n"
+                    f"  Parameter: {names.get(number, f'number {number!r}')}\n"
                     f"  Expected:  {own.get(number, 'no ties')}\n"
                     f"  Got:       {saved.get(number, 'no ties')}"
                 )
@@ -234,21 +228,28 @@ class StepGradients:
 
 def name_of(param_groups: ParamGroups, group: int, position: int) -> str:
     """What errors and tables call a parameter."""
-    names = param_groups[group].get("param_names")
-    return str(names[position]) if names else f"param_groups[{group}]['params'][{position}]"
+    names = param_groups[group].get("param_names", ()) if group < len(param_groups) else ()
+    return str(names[position]) if position < len(names) else f"param_groups[{group}]['params'][{position}]"
+
+
+def _at(param_groups: ParamGroups, group: int, position: int) -> Tensor | None:
+    params = param_groups[group]["params"] if group < len(param_groups) else ()
+    return params[position] if position < len(params) else None
 
 
 def _pairs(ties: Any) -> list[tuple[Any, Any]]:
     """Parameters or names, and their groups."""
     if isinstance(ties, Mapping):
         return list(ties.items())
-    listed = [ties] if isinstance(ties, Tie) else list(ties) if isinstance(ties, Iterable) else None
-    if listed is None or isinstance(ties, Tensor) or not all(isinstance(tie, Tie) for tie in listed):
-        raise TypeError(
-            "These are no ties.\n"
-            "  Expected: a mapping {parameter: groups}, a Tie, or an iterable of Ties\n"
-            f"  Got:      {shown(ties)}"
-        )
+    single = isinstance(ties, (Tie, Tensor)) or not isinstance(ties, Iterable)
+    listed = [ties] if single else list(ties)
+    for tie in listed:
+        if not isinstance(tie, Tie):
+            raise TypeError(
+                "These are no ties.\n"
+                "  Expected: a mapping {parameter: groups}, a Tie, or an iterable of Ties\n"
+                f"  Got:      {shown(tie)}{'' if single else f' in {shown(ties)}'}"
+            )
     return [(tie.param, tie.groups) for tie in listed]
 
 
@@ -293,8 +294,3 @@ def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
         f"  Expected: one of {', '.join(held[:limit])}{more}\n"
         f"  Got:      {shown(key)}{hint}"
     )
-
-
-def _gradient(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad

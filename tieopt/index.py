@@ -68,18 +68,17 @@ class Index:
         members: position of each member, sorted by group, then by position; int64, shape ``[m]``.
         groups: the group of each member, int64, shape ``[m]``.
         sizes: the number of members of each group, int64, shape ``[g]``.
-        largest: the largest of ``sizes``, 0 without groups.
-        runs: the same, cut to be worked on one after the other.
+        runs: the same, cut to be worked on one after the other; sparse gradients need the whole.
     """
 
     length: int
     members: Tensor
     groups: Tensor
     sizes: Tensor
-    largest: int
     runs: tuple[Run, ...]
 
     @classmethod
+    @torch.inference_mode(False)  # Its tensors are to be used outside as well.
     def compile(cls, labels: Tensor, slice_entries: int, device: torch.device) -> Index:
         """Compiles labels for tensors whose slices have ``slice_entries`` entries.
 
@@ -101,7 +100,7 @@ class Index:
         # At least sqrt(largest), so that the sums of no more than sqrt(largest) pieces are added up.
         capacity = max(entries // max(slice_entries, 1), math.isqrt(largest), 1)
         runs = tuple(_runs(members, groups, sizes, capacity))
-        return cls(len(labels), members, groups, sizes, largest, runs)
+        return cls(len(labels), members, groups, sizes, runs)
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,6 @@ from types import new_class
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from tieopt.binding import Binding, Reduction, StepGradients
@@ -34,14 +33,14 @@ _HOOKS = (
 )
 
 # Where the fingerprints stand in a state_dict, beside "state" and "param_groups".
-_TIES = "ties"
+_FINGERPRINTS = "tieopt"
 
 
 class TiedOptimizer(Optimizer):
     r"""Keeps entries of the parameters of any optimizer equal.
 
-    Before a step the gradients of the members of each group are replaced by their mean, and after it
-    the members by theirs. For an optimizer that works entry by entry this is exactly training the one
+    Before a step the gradients of each group are replaced by their mean (or sum), and after it the
+    members by their mean. For an optimizer that works entry by entry this is exactly training the one
     value that they share.
 
     The wrapped optimizer becomes the tied one: ``TiedOptimizer(optimizer, ties) is optimizer``, still an
@@ -53,7 +52,8 @@ class TiedOptimizer(Optimizer):
             stand for parameters if the optimizer was built from ``named_parameters()``.
         reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which
             is the gradient that autograd gives to one parameter used in several places. After the
-            step ``.grad`` holds the mean in either case, so that gradients accumulate.
+            step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
+            dividing by the size), so that gradients accumulate.
 
     Raises:
         TypeError: ``optimizer`` is none or is tied already, ``ties`` are none, or groups hold something
@@ -82,12 +82,13 @@ class TiedOptimizer(Optimizer):
     def __new__(  # noqa: D102
         cls,
         optimizer: Optimizer,
-        ties: Mapping[Tensor | str, Any] | Tie | Iterable[Tie],
+        ties: Mapping[Any, Any] | Tie | Iterable[Tie],
         *,
         reduction: Reduction = "mean",
     ) -> Self:
         _check_wrappable(optimizer)
         binding = Binding(optimizer.param_groups, ties, reduction)
+        tied_class = _tied_class(cls, type(optimizer))
         _tie_weights(optimizer, binding)
 
         # Nothing fails from here on.
@@ -95,7 +96,7 @@ class TiedOptimizer(Optimizer):
         for name in _HOOKS:
             if not isinstance(vars(optimizer).get(name), OrderedDict):
                 setattr(optimizer, name, OrderedDict(vars(optimizer).get(name) or {}))
-        optimizer.__class__ = _tied_class(cls, type(optimizer))
+        optimizer.__class__ = tied_class
         tied = cast(Self, optimizer)
         tied._tieopt = binding
         return tied
@@ -103,7 +104,7 @@ class TiedOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        ties: Mapping[Tensor | str, Any] | Tie | Iterable[Tie],
+        ties: Mapping[Any, Any] | Tie | Iterable[Tie],
         *,
         reduction: Reduction = "mean",
     ) -> None:
@@ -123,8 +124,7 @@ class TiedOptimizer(Optimizer):
         too: the sum stands in ``.grad`` only while the inner optimizer reads it.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied.
-            TypeError: a gradient is neither dense nor sparse COO.
+            RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
         for tied, param in self._tieopt.parameters_with_gradients(self.param_groups):
             self._tieopt.tie_gradient(tied, param, "mean")
@@ -132,11 +132,10 @@ class TiedOptimizer(Optimizer):
     def tie_weights(self) -> None:
         """Replaces the members of each group by their mean; for when anything else wrote to the weights.
 
-        Idempotent bit for bit. A frozen parameter (``requires_grad`` is False and there is no gradient)
-        is not written.
+        Idempotent bit for bit. A frozen parameter, whose ``requires_grad`` is False, is not written.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied.
+            RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
         _tie_weights(self, self._tieopt)
 
@@ -160,25 +159,26 @@ class TiedOptimizer(Optimizer):
         """
         return self._tieopt.summary(self.param_groups)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the wrapped optimizer, and beside it the fingerprints of the ties.
 
         A bare optimizer loads it, and :meth:`load_state_dict` loads a bare optimizer's.
         """
-        state_dict = super().state_dict()
+        state_dict = super().state_dict(*args, **kwargs)
         if not self._tieopt.tied:
             return state_dict
-        return {**state_dict, _TIES: self._tieopt.fingerprints(self.param_groups)}
+        return {**state_dict, _FINGERPRINTS: self._tieopt.fingerprints(self.param_groups)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Loads a state that was saved with the same ties, or without any.
 
         Raises:
             ValueError: it was saved with other ties. Nothing is loaded then.
         """
-        if _TIES in state_dict:
-            self._tieopt.check_fingerprints(state_dict[_TIES], self.param_groups)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _TIES})
+        if _FINGERPRINTS in state_dict:
+            self._tieopt.check_fingerprints(state_dict[_FINGERPRINTS], self.param_groups)
+        state_dict = {key: value for key, value in state_dict.items() if key != _FINGERPRINTS}
+        super().load_state_dict(state_dict, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made at run time; pickle would not find it by its name.
@@ -191,17 +191,18 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
         self._opt_called = True
         gradients = StepGradients(self._tieopt, self.param_groups)
-        gradients.tie()
         if args and callable(args[0]):
             args = (gradients.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = gradients.around(kwargs["closure"])
         try:
+            gradients.tie()
             return _below_hooks(inner.step)(self, *args, **kwargs)
         finally:
             gradients.restore()
+            differentiable = _is_differentiable(self)
             for tied, param in gradients.took_part.items():
-                self._tieopt.tie_weight(tied, param, differentiable=_is_differentiable(self))
+                self._tieopt.tie_weight(tied, param, differentiable=differentiable)
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
@@ -251,9 +252,10 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
 
 
 def _tie_weights(optimizer: Optimizer, binding: Binding) -> None:
+    differentiable = _is_differentiable(optimizer)
     for tied, param in binding.parameters(optimizer.param_groups):
-        if param.requires_grad or param.grad is not None:
-            binding.tie_weight(tied, param, differentiable=_is_differentiable(optimizer))
+        if param.requires_grad:
+            binding.tie_weight(tied, param, differentiable=differentiable)
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:

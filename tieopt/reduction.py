@@ -1,17 +1,20 @@
 r"""The numbers: group means, in place, dense and sparse, in any precision.
 
 All members of a group are replaced by their mean: the orthogonal projection :math:`P` onto the tied
-tensors. It is computed as
+tensors. If they are equal, they must come out as they went in, bit for bit, so that tying what is tied
+is no change. A plain mean rounds. There are two ways out:
 
-.. math:: m = p + \frac{1}{K} \sum_{i=1}^{K} (w_i - p)
+- Types of up to 32 bits are added up in float64, where the sum of equal members is exact.
+- For float64 there is no wider type. There the mean is computed around an estimate :math:`p`, first the
+  first member and then the mean around that,
 
-around a pivot :math:`p`, which is the first member of the group. If all members are equal, every
-difference is zero and :math:`m` is that member, bit for bit; a plain mean rounds. Differences are
-scaled by a power of two, which is exact, so that no sum overflows where the mean is finite.
+  .. math:: m = p + \frac{1}{K} \sum_{i=1}^{K} (w_i - p)
+
+  and all differences of equal members are zero.
 
 Only functions of tensors stand here. They run through an :class:`~tieopt.index.Index`, gather a piece
 of it into a kept workspace, add it up with ``scatter_reduce`` and write it back: no Python per group
-and no memory that grows with the tensor.
+and no memory that grows with the number of rows.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class Workspace:
         entries = torch.Size(shape).numel()
         buffer = self._buffers.get((name, dtype, device))
         if buffer is None or buffer.numel() < entries:
-            buffer = self._buffers[name, dtype, device] = torch.empty(entries, dtype=dtype, device=device)
+            # Outside inference mode, where a buffer could not be written to any more afterwards.
+            with torch.inference_mode(False):
+                buffer = self._buffers[name, dtype, device] = torch.empty(entries, dtype=dtype, device=device)
         return buffer[:entries].view(shape)
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
@@ -107,8 +112,8 @@ def is_tied(tensor: Tensor, groups: Any) -> bool:
     workspace = Workspace()
     return all(
         torch.equal(
-            _gather(rows, piece.members, workspace, "members"),
-            _gather(rows, run.leads, workspace, "lead")[piece.slots],
+            _gathered(rows, piece.members, workspace, "members"),
+            _gathered(rows, run.leads, workspace, "leads")[piece.slots],
         )
         for run in index.runs
         for piece in run.pieces
@@ -137,7 +142,7 @@ def project_(tensor: Tensor, index: Index, workspace: Workspace, reduction: str 
     for run in index.runs:
         values = _means(rows, run, workspace).to(rows.dtype)
         if reduction == "sum":
-            values = (values.to(_accumulation(rows.dtype)) * _column(run.sizes, values)).to(rows.dtype)
+            values = _multiplied(values, run.sizes)
         _write(rows, run, values, workspace)
 
 
@@ -152,7 +157,7 @@ def divide_(tensor: Tensor, index: Index, workspace: Workspace) -> None:
     """
     rows = _rows(tensor)
     for run in index.runs:
-        sums = _gather(rows, run.leads, workspace, "lead")
+        sums = _gathered(rows, run.leads, workspace, "leads")
         _write(rows, run, (sums / _column(run.sizes, sums)).to(rows.dtype), workspace)
 
 
@@ -181,24 +186,23 @@ def projected(tensor: Tensor, index: Index) -> Tensor:
 def multiplied(tensor: Tensor, index: Index) -> Tensor:
     """Every member times the size of its group, out of place and differentiable: from mean to sum."""
     if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        values = _multiplied(tensor.values(), index.size_of[tensor.indices()[0]])
-        return _sparse(tensor.indices(), values, tensor.shape)
+        indices, values = _entries(tensor)
+        return _sparse(indices, _multiplied(values, index.size_of[indices[0]]), tensor)
     return _multiplied(tensor, index.size_of)
 
 
-def _multiplied(tensor: Tensor, sizes: Tensor) -> Tensor:
-    return (tensor.to(_accumulation(tensor.dtype)) * _column(sizes, tensor)).to(tensor.dtype)
+def _multiplied(slices: Tensor, sizes: Tensor) -> Tensor:
+    return (slices.to(_accumulation(slices)) * _column(sizes, slices)).to(slices.dtype)
 
 
 def _projected_sparse(tensor: Tensor, index: Index) -> Tensor:
     """If any member of a group is stored, every member is, afterwards; other groups stay unstored.
 
-    The members to be are laid out densely, group by group, the stored ones are put into their
-    places, the rest is zero, and the dense projection does the arithmetic.
+    The members to be are laid out densely, group by group, the stored ones are added up in their places,
+    the rest is zero, and the dense projection does the arithmetic. Free entries stay as they are, not even
+    coalesced, because an optimizer may add them up in another order.
     """
-    tensor = tensor.coalesce()
-    indices, values = tensor.indices(), tensor.values()
+    indices, values = _entries(tensor)
     group = index.group_of[indices[0]]
     tied = group >= 0
 
@@ -219,17 +223,24 @@ def _projected_sparse(tensor: Tensor, index: Index) -> Tensor:
     columns[0] = index.members[index.starts[touched[0][labels]] + ranks]
 
     places = starts[owner] + index.rank_of[indices[0][tied]]
-    dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied])
+    dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
     dense = projected(dense, Index.compile(labels, values.shape[1:].numel(), labels.device))
     return _sparse(
-        torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1),
-        torch.cat([values[~tied], dense]),
-        tensor.shape,
+        torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1), torch.cat([values[~tied], dense]), tensor
     )
 
 
-def _sparse(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=False).coalesce()
+def _entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a sparse tensor; with a graph, only those of a coalesced one are part of it."""
+    if tensor.requires_grad:
+        tensor = tensor.coalesce()
+        return tensor.indices(), tensor.values()
+    return tensor._indices(), tensor._values()
+
+
+def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
+    result = torch.sparse_coo_tensor(indices, values, like.shape, check_invariants=False)
+    return result.coalesce() if like.is_coalesced() or like.requires_grad else result
 
 
 @torch.no_grad()
@@ -242,11 +253,11 @@ def drift(tensor: Tensor, index: Index, workspace: Workspace) -> float:
         workspace: as for :func:`project_`.
     """
     rows = _rows(tensor)
-    distances = [rows.new_zeros((), dtype=_accumulation(rows.dtype))]
+    distances = [rows.new_zeros((), dtype=_accumulation(rows))]
     for run in index.runs:
         means = _means(rows, run, workspace)
         for piece in run.pieces:
-            members, mean = _gather(rows, piece.members, workspace, "members"), means[piece.slots]
+            members, mean = _gathered(rows, piece.members, workspace, "members"), means[piece.slots]
             # Equal infinities have no difference.
             distance = torch.where(members == mean, 0.0, members - mean)
             if tensor.is_complex():
@@ -258,29 +269,48 @@ def drift(tensor: Tensor, index: Index, workspace: Workspace) -> float:
 
 def _means(rows: Tensor, run: Run, workspace: Workspace) -> Tensor:
     """The mean of each group, shape ``[g, ...]``, in the dtype of the accumulation."""
-    leads = _gather(rows, run.leads, workspace, "lead")
+    wide = _accumulation(rows)
+    if wide == torch.float64 and rows.dtype != wide:
+        totals = torch.full((len(run.leads), *rows.shape[1:]), -0.0, dtype=wide, device=rows.device)
+        for piece in run.pieces:
+            _add_up(totals, piece, _gathered(rows, piece.members, workspace, "members"))
+        return totals.div_(_column(run.sizes, totals))
+    means = _gathered(rows, run.leads, workspace, "leads")
+    # An estimate far from the mean costs digits; the mean around it is near.
+    for _ in range(2):
+        means = _means_around(means, rows, run, workspace)
+    return means
+
+
+def _means_around(estimates: Tensor, rows: Tensor, run: Run, workspace: Workspace) -> Tensor:
+    """The estimates, corrected by the mean difference of the members from them."""
     # The difference of two infinities is NaN, where their mean may well be infinite.
-    pivots = torch.nan_to_num(leads, nan=0.0, posinf=0.0, neginf=0.0)
+    pivots = torch.nan_to_num(estimates, nan=0.0, posinf=0.0, neginf=0.0)
     offsets = pivots * -run.scale
-    totals = torch.zeros_like(leads)
+    totals = torch.zeros_like(estimates)
     for piece in run.pieces:
-        members = _gather(rows, piece.members, workspace, "members")
+        members = _gathered(rows, piece.members, workspace, "members")
         differences = workspace.take("differences", members.shape, members.dtype, members.device)
         torch.index_select(offsets, 0, piece.slots, out=differences)
-        differences.add_(members, alpha=run.scale)
-        _add_up(totals, piece, differences)
-    # Half the distance of the mean from the pivot, because the distance itself may overflow.
+        # Scaled by a power of two, so that no sum overflows where the mean is finite.
+        _add_up(totals, piece, differences.add_(members, alpha=run.scale))
+    # Half the distance from the pivot, because the distance itself may overflow.
     halves = totals.div_(_column(run.sizes.to(totals.dtype) * (2 * run.scale), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
+    # The mean of finite members is finite, whatever the last rounding says.
+    largest = torch.finfo(means.dtype).max
+    means = torch.where(halves.isfinite(), means.clamp(-largest, largest), means)
     # Adding a zero would turn -0.0 into 0.0.
-    return torch.where(halves == 0, leads, means)
+    return torch.where(halves == 0, estimates, means)
 
 
 def _add_up(totals: Tensor, piece: Piece, values: Tensor) -> None:
+    """Adds the values of the members to the totals of their groups."""
     if piece.blocks is None:
         _scatter_add_(totals, piece.slots, values)
     else:
-        partial = values.new_zeros(len(piece.block_slots), *values.shape[1:])
+        # -0.0 is what adds nothing to any number; 0.0 would turn -0.0 into 0.0.
+        partial = values.new_full((len(piece.block_slots), *values.shape[1:]), -0.0)
         _scatter_add_(partial, piece.blocks, values)
         _scatter_add_(totals, piece.block_slots, partial)
 
@@ -289,17 +319,16 @@ def _scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
     if totals.device.type == "cpu":
         totals.scatter_reduce_(0, _column(slots, values).expand_as(values), values, "sum")
     else:
-        # There scatter_reduce adds with atomics, in an order that changes from run to run: replicas
+        # On CUDA scatter_reduce adds with atomics, in an order that changes from run to run: replicas
         # of one model would drift apart. This sorts first and always adds in the same order.
         totals.index_put_((slots,), values, accumulate=True)
 
 
-def _gather(rows: Tensor, positions: Tensor, workspace: Workspace, name: str) -> Tensor:
+def _gathered(rows: Tensor, positions: Tensor, workspace: Workspace, name: str) -> Tensor:
     """``rows[positions]`` in the dtype of the accumulation, in the buffer of that name."""
-    shape = (len(positions), *rows.shape[1:])
+    shape, wide = (len(positions), *rows.shape[1:]), _accumulation(rows)
     stored = workspace.take(name, shape, rows.dtype, rows.device)
     torch.index_select(_bits(rows), 0, positions, out=_bits(stored))
-    wide = _accumulation(rows.dtype)
     return stored if wide == rows.dtype else workspace.take(name, shape, wide, rows.device).copy_(stored)
 
 
@@ -313,10 +342,9 @@ def _write(rows: Tensor, run: Run, values: Tensor, workspace: Workspace) -> None
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor as real slices along dimension 0, their entries in the order of memory."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
     inner = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(0, *inner)
+    tensor = tensor.permute(0, *inner)
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor) if tensor.is_complex() else tensor
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -324,9 +352,10 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to add in: float32 for the types below it, which lose digits and overflow."""
-    return torch.promote_types(dtype, torch.float32) if dtype.itemsize >= 2 else torch.float32
+def _accumulation(tensor: Tensor) -> torch.dtype:
+    """The dtype to add in: twice the digits and more, where there is one."""
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    return wide.to_complex() if tensor.is_complex() else wide
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

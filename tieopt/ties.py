@@ -17,6 +17,21 @@ from torch import Tensor
 
 FREE = -1
 
+# The dtypes that have a mean and that torch converts to the others.
+_DTYPES = {
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+}
+
 
 class Tie:
     """Which slices of a parameter share one value.
@@ -33,10 +48,12 @@ class Tie:
             are tied, -1 is free.
 
     Raises:
-        TypeError: ``param`` is neither a tensor nor a name, or ``groups`` holds something other than
-            integers.
+        TypeError: ``param`` is neither a tensor nor a name, or cannot be tied, or ``groups`` holds
+            something other than integers.
         IndexError: an index is out of range.
         ValueError: an index occurs twice, or the labels have the wrong shape or a value below -1.
+
+    Groups for a name are looked at when an optimizer finds the parameter.
 
     Example:
         >>> import torch
@@ -82,11 +99,11 @@ def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
         int64 labels on the CPU, shape ``[n]``. Groups are numbered 0, 1, ... in the order of their
         first members, so that two ways to write one partition give equal labels.
     """
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout != torch.strided:
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(
             f"{name} of shape {tuple(tensor.shape)} cannot be tied.\n"
-            "  Expected: a dense tensor of a floating or complex dtype\n"
-            f"  Got:      {tensor.dtype}, {tensor.layout}"
+            "  Expected: a dense tensor of a floating or complex dtype, on a device that holds its data\n"
+            f"  Got:      {tensor.dtype}, {tensor.layout}, device {tensor.device}"
         )
     if tensor.dim() == 0:
         raise ValueError(
@@ -94,16 +111,36 @@ def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
             "  Expected: a tensor of one or more dimensions\n"
             "  Got:      a tensor of shape ()"
         )
-    if hasattr(groups, "__array__"):
-        labels = _checked_labels(torch.as_tensor(groups), tensor, name)
+    if isinstance(groups, Tensor):
+        labels = _checked_labels(groups, tensor, name)
+    elif hasattr(groups, "__array__"):
+        labels = _checked_labels(_from_array(groups, name), tensor, name)
     else:
         labels = _labels_from_lists(groups, tensor, name)
     return _renumbered(labels)
 
 
+def _from_array(labels: Any, name: str) -> Tensor:
+    """A NumPy array as a tensor; a copy, because torch takes none that is read-only or reversed."""
+    try:
+        return torch.as_tensor(labels.copy())
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Labels for {name} have the wrong dtype.\n"
+            "  Expected: an integer dtype, in the byte order of this machine\n"
+            f"  Got:      {labels.dtype!r}"
+        ) from None
+
+
 def overlaps(tensor: Tensor) -> bool:
-    """Whether entries share memory, as those of an expanded tensor do."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def check_writable(tensor: Tensor, name: str) -> None:
@@ -121,9 +158,11 @@ def check_writable(tensor: Tensor, name: str) -> None:
 
 
 def _checked_labels(labels: Tensor, tensor: Tensor, name: str) -> Tensor:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
         raise TypeError(
-            f"Labels for {name} have the wrong dtype.\n  Expected: an integer dtype\n  Got:      {labels.dtype}"
+            f"Labels for {name} have the wrong dtype.\n"
+            "  Expected: an integer dtype that fits into int64\n"
+            f"  Got:      {labels.dtype}"
         )
     if labels.shape != tensor.shape[:1]:
         raise ValueError(
@@ -149,7 +188,7 @@ def _labels_from_lists(groups: Any, tensor: Tensor, name: str) -> Tensor:
     try:
         if isinstance(groups, (str, bytes)):
             raise TypeError
-        members = [group.tolist() if isinstance(group, Tensor) else list(group) for group in groups]
+        members = [list(group.tolist() if isinstance(group, Tensor) else group) for group in groups]
     except TypeError:
         hint = " (labels go into a tensor: torch.tensor(labels))" if isinstance(groups, (list, tuple)) else ""
         raise TypeError(f"Groups for {name} are not groups.\n{expected}  Got:      {shown(groups)}{hint}") from None
@@ -209,7 +248,12 @@ def group_count(labels: Tensor) -> int:
 
 
 def fingerprint(labels: Tensor) -> str:
-    """What a checkpoint says of a tie: readable, and different for different canonical labels."""
+    """What a checkpoint says of a tie: readable, and the same for the same tie.
+
+    A group of one member ties nothing, and counts as a free slice.
+    """
+    sizes = torch.bincount(labels[labels != FREE], minlength=1)
+    labels = _renumbered(torch.where((labels != FREE) & (sizes[labels] > 1), labels, FREE))
     # Their bytes without NumPy, which torch does not need to have.
     digest = hashlib.sha256(ctypes.string_at(labels.data_ptr(), labels.nbytes)).hexdigest()
     return f"{described(labels)}, sha256 {digest}"
