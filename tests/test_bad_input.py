@@ -561,3 +561,8 @@ def test_a_parameter_without_data_is_refused(setting):
     with pytest.raises(TypeError, match="device meta"):
         TiedOptimizer(optimizer, {setting.good: GROUPS, bad: GROUPS})
     assert torch.equal(bits(setting.good), before)
+
+
+def test_a_tie_says_what_it_is():
+    assert repr(Tie("layer.bad", GROUPS)) == f"Tie('layer.bad', {GROUPS} (list))"
+    assert repr(Tie(torch.zeros(7, 5), GROUPS)) == "Tie(parameter of shape (7, 5), 2 groups of 5 members, 2 free)"

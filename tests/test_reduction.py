@@ -354,3 +354,14 @@ def test_a_step_with_nothing_to_tie_takes_the_writing_operations_of_the_bare_ste
 
     assert results[0][0] == results[1][0] == ["aten.add_.Tensor"]
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (2, 3, 1)])
+def test_the_drift_of_complex_entries_is_a_modulus(shape):
+    tensor = torch.zeros(shape, dtype=torch.complex64)
+    tensor[1] = 6 + 8j
+    for layout in (tensor, tensor.mT.contiguous().mT if tensor.dim() > 2 else tensor.t().contiguous().t()):
+        index = Index.compile(torch.zeros(2, dtype=torch.int64), math.prod(shape[1:]), layout.device)
+        assert drift(layout, index, Workspace()) == 5.0
+    strided = torch.tensor([0, 6 + 8j]).as_strided((2, 1), (1, 0))
+    assert drift(strided, index, Workspace()) == 5.0

@@ -10,6 +10,8 @@ from torch.optim import SGD, Adagrad, SparseAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, tie_
+from tieopt.index import Index
+from tieopt.reduction import multiplied, projected
 
 ROWS, COLUMNS = 12, 4
 GROUPS = [[0, 3, 5], [1, 7], [2, 8, 9, 11]]
@@ -381,3 +383,22 @@ def test_free_rows_that_occur_several_times_are_trained_as_by_the_bare_optimizer
         each.step()
     assert same_bits(weight[FREE], alone[FREE])
     assert not same_bits(weight[[3]], alone[[3]])  # tied to row 0
+
+
+def test_the_graph_of_a_sparse_gradient_is_kept():
+    rows = torch.tensor([[4, 0, 4, 7]])
+    values = randn(4, COLUMNS, seed=5, dtype=torch.float64).requires_grad_()
+    weights = randn(ROWS, COLUMNS, seed=6, dtype=torch.float64)
+    index = Index.compile(labels_of(GROUPS), COLUMNS, torch.device("cpu"))
+
+    def gradient_through(function, *, dense):
+        gradient = torch.sparse_coo_tensor(rows, values, (ROWS, COLUMNS))
+        result = function(gradient.to_dense() if dense else gradient).to_dense()
+        return torch.autograd.grad((result * weights).sum(), values)[0]
+
+    for function in (lambda g: projected(g, index), lambda g: multiplied(projected(g, index), index)):
+        torch.testing.assert_close(gradient_through(function, dense=False), gradient_through(function, dense=True))
+
+
+def labels_of(groups):
+    return torch.tensor([next((i for i, group in enumerate(groups) if row in group), -1) for row in range(ROWS)])
