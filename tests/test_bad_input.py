@@ -566,3 +566,73 @@ def test_a_parameter_without_data_is_refused(setting):
 def test_a_tie_says_what_it_is():
     assert repr(Tie("layer.bad", GROUPS)) == f"Tie('layer.bad', {GROUPS} (list))"
     assert repr(Tie(torch.zeros(7, 5), GROUPS)) == "Tie(parameter of shape (7, 5), 2 groups of 5 members, 2 free)"
+
+
+# --- the wording, whole ---
+
+
+@pytest.mark.parametrize(
+    ("tie", "message"),
+    [
+        (
+            lambda: Tie(3, GROUPS),
+            "A tie needs a parameter.\n  Expected: a tensor, or the name of a parameter\n  Got:      3 (int)",
+        ),
+        (
+            lambda: Tie(torch.zeros(3), [0, 0, 1]),
+            "Groups for the parameter are not groups.\n"
+            "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
+            "  Got:      [0, 0, 1] (list) (labels go into a tensor: torch.tensor(labels))",
+        ),
+        (
+            lambda: Tie(torch.zeros(3), 5),
+            "Groups for the parameter are not groups.\n"
+            "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
+            "  Got:      5 (int)",
+        ),
+        (
+            lambda: Tie(torch.zeros(3), [[0, 1], [1, 2]]),
+            "An index for the parameter occurs more than once.\n"
+            "  Expected: each index in one group, once\n"
+            "  Got:      1 in groups [0, 1]",
+        ),
+        (
+            lambda: Tie(torch.zeros(3), numpy.zeros(3, dtype=">i4")),
+            "Labels for the parameter have the wrong dtype.\n"
+            "  Expected: an integer dtype, in the byte order of this machine\n"
+            "  Got:      dtype('>i4')",
+        ),
+        (
+            lambda: Tie(torch.zeros(3), "x" * 78),
+            "Groups for the parameter are not groups.\n"
+            "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
+            f"  Got:      '{'x' * 78}' (str)",
+        ),
+        (
+            lambda: Tie(torch.zeros(3), "x" * 79),
+            "Groups for the parameter are not groups.\n"
+            "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
+            f"  Got:      '{'x' * 76}... (str)",
+        ),
+    ],
+    ids=["no parameter", "flat labels", "a number", "twice", "byte order", "just short enough", "too long"],
+)
+def test_errors_say_exactly(tie, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        tie()
+    assert str(caught.value) == message
+
+
+def test_a_tie_of_nothing_says_so():
+    assert repr(Tie(torch.zeros(0, 2), [])) == "Tie(parameter of shape (0, 2), 0 groups of 0 members, 0 free)"
+
+
+def test_a_group_of_one_member_is_no_other_tie_to_a_state():
+    def optimizer_with(groups):
+        weight = parameter(*SHAPE)
+        return TiedOptimizer(SGD([weight], lr=0.1), {weight: groups})
+
+    saved = optimizer_with([[0, 1], [2], [3, 4]]).state_dict()
+    optimizer_with([[3, 4], [0, 1]]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="saved with other ties"):
+        optimizer_with([[0, 1], [2, 5], [3, 4]]).load_state_dict(saved)

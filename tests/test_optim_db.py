@@ -93,7 +93,8 @@ class Run:
                 rows = torch.tensor([step % len(param), (step + 1) % len(param), step % len(param)])
                 used, target = embedding(rows, param, sparse=True), target[rows]
             loss = loss + (used - target).abs().pow(2).sum()
-        return loss
+        # What is maximised needs a maximum.
+        return -loss if self.variant.kwargs.get("maximize") else loss
 
     def closure(self, step):
         def closure():

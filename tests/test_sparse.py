@@ -400,5 +400,15 @@ def test_the_graph_of_a_sparse_gradient_is_kept():
         torch.testing.assert_close(gradient_through(function, dense=False), gradient_through(function, dense=True))
 
 
+def test_entries_in_three_sparse_dimensions_are_tied_where_they_stand():
+    gradient = randn(ROWS, 3, 5, seed=7)
+    gradient[:, 1] = 0
+    gradient[randn(ROWS, 3, 5, seed=8) < 0] = 0
+    index = Index.compile(labels_of(GROUPS), 15, torch.device("cpu"))
+    found = projected(gradient.to_sparse(3), index)
+    assert found.is_coalesced()
+    torch.testing.assert_close(found.to_dense(), projected(gradient, index))
+
+
 def labels_of(groups):
     return torch.tensor([next((i for i, group in enumerate(groups) if row in group), -1) for row in range(ROWS)])
