@@ -239,7 +239,8 @@ def _renumbered(labels: Tensor) -> Tensor:
 def described(labels: Tensor) -> str:
     """How many groups, members and free slices canonical labels have, in words."""
     free = int((labels == FREE).sum())
-    return f"{group_count(labels)} groups of {labels.numel() - free} members, {free} free"
+    count = group_count(labels)
+    return f"{count} group{'' if count == 1 else 's'} of {labels.numel() - free} members, {free} free"
 
 
 def group_count(labels: Tensor) -> int:
