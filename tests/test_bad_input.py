@@ -603,6 +603,24 @@ def test_a_tie_says_what_it_is():
             "  Got:      dtype('>i4')",
         ),
         (
+            lambda: Tie(torch.zeros(3), numpy.zeros(3)),
+            "Labels for the parameter have the wrong dtype.\n"
+            "  Expected: an integer dtype that fits into int64\n"
+            "  Got:      torch.float64",
+        ),
+        (
+            lambda: Tie(torch.zeros(3, dtype=torch.int32), [[0, 1]]),
+            "the parameter of shape (3,) cannot be tied.\n"
+            "  Expected: a dense tensor of a floating or complex dtype, on a device that holds its data\n"
+            "  Got:      torch.int32, torch.strided, device cpu",
+        ),
+        (
+            lambda: Tie(torch.zeros(()), []),
+            "the parameter has no slices to tie.\n"
+            "  Expected: a tensor of one or more dimensions\n"
+            "  Got:      a tensor of shape ()",
+        ),
+        (
             lambda: Tie(torch.zeros(3), "x" * 78),
             "Groups for the parameter are not groups.\n"
             "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
@@ -615,7 +633,18 @@ def test_a_tie_says_what_it_is():
             f"  Got:      '{'x' * 76}... (str)",
         ),
     ],
-    ids=["no parameter", "flat labels", "a number", "twice", "byte order", "just short enough", "too long"],
+    ids=[
+        "no parameter",
+        "flat labels",
+        "a number",
+        "twice",
+        "byte order",
+        "floats of NumPy",
+        "integers",
+        "no dimension",
+        "just short enough",
+        "too long",
+    ],
 )
 def test_errors_say_exactly(tie, message):
     with pytest.raises((TypeError, ValueError)) as caught:
