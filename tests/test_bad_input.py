@@ -15,6 +15,7 @@ from checks import GROUPS, SHAPE, bits, parameter, randn, same_tree, tied_bitwis
 from torch.optim import SGD, AdamW
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
+from tieopt.ties import overlaps
 
 LAST = SHAPE[0] - 1
 AT_POSITION = r"parameter 1 of group 0|param_groups\[0\]\['params'\]\[1\]"
@@ -665,3 +666,24 @@ def test_a_group_of_one_member_is_no_other_tie_to_a_state():
     optimizer_with([[3, 4], [0, 1]]).load_state_dict(saved)
     with pytest.raises(ValueError, match="saved with other ties"):
         optimizer_with([[0, 1], [2, 5], [3, 4]]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((3, 4), (4, 1), False),
+        ((3, 4), (1, 3), False),
+        ((3, 4), (9, 2), False),
+        ((3, 4), (3, 1), True),
+        ((3, 4), (4, 0), True),
+        ((3, 1), (1, 0), False),
+        ((3, 1, 2), (2, 0, 1), False),
+        ((2, 3, 4), (12, 4, 1), False),
+        ((2, 3, 4), (11, 4, 1), True),
+        ((2, 3, 4), (1, 2, 6), False),
+        ((2, 3, 4), (1, 2, 5), True),
+        ((0, 3), (3, 1), False),
+    ],
+)
+def test_entries_that_share_memory_are_found(shape, strides, expected):
+    assert overlaps(torch.zeros(64).as_strided(shape, strides)) == expected
