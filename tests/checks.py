@@ -1,5 +1,8 @@
 """What the tests of optimizers and their hosts share: equality to the last bit, and one small training run."""
 
+import pickle
+from typing import TypeVar
+
 import reference
 import torch
 from torch import Tensor
@@ -7,6 +10,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from tieopt import TiedOptimizer, tie_
+
+T = TypeVar("T")
 
 SHAPE = (7, 5)
 GROUPS = [[0, 3, 5], [1, 6]]
@@ -91,3 +96,8 @@ def sum_gradient(gradient: Tensor) -> Tensor:
     for group in GROUPS:
         result[group] *= len(group)
     return result
+
+
+def pickled(value: T) -> T:
+    """What comes out of a pickle of the value."""
+    return pickle.loads(pickle.dumps(value))  # noqa: S301

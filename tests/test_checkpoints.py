@@ -16,6 +16,7 @@ from checks import (
     one_bare,
     one_tied,
     parameter,
+    pickled,
     randn,
     same_bits,
     same_tree,
@@ -161,10 +162,6 @@ def test_state_dict_hooks_fire_once():
 
 
 # --- pickle, deepcopy, and ties by position ---
-
-
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))  # noqa: S301
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled}
@@ -326,7 +323,7 @@ def test_distributed_checkpoint_sees_the_schema_of_the_bare_optimizer():
 
 def test_a_look_at_a_copy_in_inference_mode_does_not_stop_the_next_step():
     _, optimizer = one_tied()
-    again = pickle.loads(pickle.dumps(optimizer))  # noqa: S301
+    again = pickled(optimizer)
     with torch.inference_mode():
         assert again.tie_drift() == 0.0
         again.tie_summary()

@@ -7,12 +7,11 @@ as it is, and with each of the implementations ``foreach`` and ``fused`` that it
 
 import copy
 import io
-import pickle
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checks import GROUPS, bits, parameter, randn, same_bits, same_tree, tied_bitwise
+from checks import GROUPS, bits, parameter, pickled, randn, same_bits, same_tree, tied_bitwise
 from test_schedulers import SCHEDULERS, advance, settings_of
 from torch.amp import GradScaler
 from torch.nn.functional import embedding
@@ -313,10 +312,6 @@ def test_states_are_exchanged_with_the_bare_optimizer(variant):
 
 
 # --- deepcopy and pickle ---
-
-
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))  # noqa: S301
 
 
 def continued_copy(run, copied):
