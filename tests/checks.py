@@ -10,6 +10,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from tieopt import TiedOptimizer, tie_
+from tieopt.index import Index
+from tieopt.slices import Slices, numbered
 
 T = TypeVar("T")
 
@@ -96,6 +98,11 @@ def sum_gradient(gradient: Tensor) -> Tensor:
     for group in GROUPS:
         result[group] *= len(group)
     return result
+
+
+def index_of(labels: Tensor, tensor: Tensor) -> Index:
+    """The compiled tie of the rows of a tensor."""
+    return Index.compile(numbered([Slices(labels)]), [tensor])
 
 
 def pickled(value: T) -> T:

@@ -212,13 +212,14 @@ def test_a_key_that_is_neither_a_parameter_nor_a_name_is_refused(setting, key):
 
 
 def test_a_parameter_that_is_tied_twice_is_refused(setting):
-    ties = [Tie(setting.good, GROUPS), Tie(setting.bad, [[0, 1]]), Tie(setting.bad, [[2, 3]])]
-    setting.refused(ValueError, setting.called, "tied twice", ties=ties)
+    ties = [Tie(setting.good, GROUPS), Tie(setting.bad, [[0, 1]]), Tie(setting.bad, [[2, 3], [4, 1]])]
+    both = (r"entry \(1, 0\) in 1 group of 2 members, 5 free", "and in 2 groups of 4 members, 3 free")
+    setting.refused(ValueError, setting.called, "tied twice", "share no entry", *both, ties=ties)
 
 
 def test_a_parameter_that_is_tied_as_itself_and_by_its_name_is_refused():
     setting = Setting(named=True)
-    setting.refused(ValueError, setting.called, "tied twice", ties={setting.bad: [[0, 1]], "layer.bad": [[2, 3]]})
+    setting.refused(ValueError, setting.called, "tied twice", ties={setting.bad: [[0, 1]], "layer.bad": [[1, 3]]})
 
 
 def test_a_parameter_without_dimensions_is_refused():
@@ -518,14 +519,14 @@ def test_groups_that_are_nearly_right_are_refused(setting, groups, error, shown)
 @pytest.mark.parametrize("change", ["reversed", "read-only", "int8"])
 def test_labels_of_numpy_are_labels(change):
     labels = numpy.array([0, 1, 0, -1, 2, 2, 1])
-    expected = Tie(torch.zeros(7), torch.tensor([0, 1, 0, -1, 2, 2, 1])).groups
+    expected = torch.tensor([0, 1, 0, -1, 2, 2, 1])
     if change == "reversed":
         labels = labels[::-1].copy()[::-1]
     elif change == "read-only":
         labels.flags.writeable = False
     else:
         labels = labels.astype(numpy.int8)
-    assert torch.equal(Tie(torch.zeros(7), labels).groups, expected)
+    assert torch.equal(Tie(torch.zeros(7), labels).parts[0].groups, expected)
 
 
 def test_a_tensor_whose_entries_overlap_in_memory_is_refused():

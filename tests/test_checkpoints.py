@@ -242,7 +242,7 @@ def test_ties_are_held_by_position_when_the_parameter_objects_are_replaced():
 
     assert tied_bitwise(replacement)
     assert torch.equal(bits(weight), before)
-    assert optimizer.ties[0].param is replacement
+    assert optimizer.ties[0].parts[0].param is replacement
 
 
 def test_ties_are_held_by_position_when_the_list_of_parameters_is_replaced():

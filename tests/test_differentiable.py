@@ -1,5 +1,6 @@
 """Where a graph is to be kept, the projection is a part of it."""
 
+import checks
 import pytest
 import torch
 from checks import FREE, GROUPS, REDUCTIONS, SHAPE, bits, mean_gradient, parameter, randn, sum_gradient, tied_bitwise
@@ -9,8 +10,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.optim import SGD, Adam
 
 from tieopt import Tie, TiedOptimizer
-from tieopt.index import Index
-from tieopt.reduction import multiplied, projected
+from tieopt.reduction import projected
 
 DOUBLE = torch.float64
 ROWS = SHAPE[0]
@@ -21,8 +21,8 @@ seeds = st.integers(0, 2**20)
 
 
 def index_of(labels, shape=SHAPE):
-    canonical = Tie(torch.zeros(shape), labels).groups
-    return Index.compile(canonical, torch.Size(shape[1:]).numel(), torch.device("cpu"))
+    (part,) = Tie(torch.zeros(shape), labels).parts
+    return checks.index_of(part.groups, torch.zeros(shape))
 
 
 def reduced(gradient, reduction):
@@ -37,7 +37,7 @@ def test_the_gradient_of_the_projection_is_right(labels, seed, dtype):
     index = index_of(labels)
     tensor = randn(*SHAPE, seed=seed, dtype=dtype).requires_grad_()
 
-    assert gradcheck(lambda tensor: projected(tensor, index), [tensor])
+    assert gradcheck(lambda tensor: projected([tensor], index)[0], [tensor])
 
 
 @given(labels=some_labels, seed=seeds, dtype=st.sampled_from([DOUBLE, torch.complex128]))
@@ -46,7 +46,7 @@ def test_the_second_gradient_of_the_projection_is_right(labels, seed, dtype):
     tensor = randn(*SHAPE, seed=seed, dtype=dtype).requires_grad_()
 
     # Squared, because the second gradient of what is linear is zero.
-    assert gradgradcheck(lambda tensor: projected(tensor, index).square(), [tensor])
+    assert gradgradcheck(lambda tensor: projected([tensor], index)[0].square(), [tensor])
 
 
 @given(labels=some_labels, seed=seeds)
@@ -54,8 +54,8 @@ def test_the_gradient_of_the_sum_is_right(labels, seed):
     index = index_of(labels)
     tensor = randn(*SHAPE, seed=seed, dtype=DOUBLE).requires_grad_()
 
-    assert gradcheck(lambda tensor: multiplied(projected(tensor, index), index), [tensor])
-    assert gradgradcheck(lambda tensor: multiplied(projected(tensor, index), index).square(), [tensor])
+    assert gradcheck(lambda tensor: projected([tensor], index, "sum")[0], [tensor])
+    assert gradgradcheck(lambda tensor: projected([tensor], index, "sum")[0].square(), [tensor])
 
 
 @given(labels=some_labels, seed=seeds)
@@ -64,9 +64,9 @@ def test_the_projection_is_its_own_backward(labels, seed):
     tensor = randn(*SHAPE, seed=seed).requires_grad_()
     cotangent = randn(*SHAPE, seed=seed + 1)
     before = bits(tensor)
-    (gradient,) = grad(projected(tensor, index), tensor, cotangent)
+    (gradient,) = grad(projected([tensor], index)[0], tensor, cotangent)
 
-    assert torch.equal(bits(gradient), bits(projected(cotangent, index)))
+    assert torch.equal(bits(gradient), bits(projected([cotangent], index)[0]))
     assert torch.equal(bits(tensor), before)
 
 
@@ -80,7 +80,7 @@ def test_the_gradient_of_the_projection_is_right_in_any_memory_layout(layout):
     }[layout]()
     index = index_of(LABELS, shape)
 
-    assert gradcheck(lambda tensor: projected(tensor, index), [tensor.requires_grad_()])
+    assert gradcheck(lambda tensor: projected([tensor], index)[0], [tensor.requires_grad_()])
 
 
 # --- gradients with a graph (create_graph=True) ---

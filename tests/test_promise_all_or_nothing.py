@@ -12,6 +12,7 @@ from strategies import ALL, REAL, labels, loss_of, normal, recipes_for, seeds, s
 from torch.nn import Parameter
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
+from tieopt.slices import Slices, numbered
 
 
 class Bad(NamedTuple):
@@ -134,7 +135,7 @@ def bad_arguments(draw: st.DrawFn, optimizer: Any, parameters: list[Parameter]) 
     """Calls that fail before the groups are looked at: the ties, the optimizer or the reduction are wrong."""
     good = {parameters[0]: [[0]]}
     stranger = Parameter(torch.zeros(3, 5))
-    twice = [Tie(parameters[0], [[0]]), Tie(parameters[0], [])]
+    twice = [Tie(parameters[0], [[0]])] * 2
     value = draw(st.sampled_from([None, 3, "mean", [[0, 1]], 1.5]))
     unknown = draw(st.sampled_from(["Mean", "max", "", None, 1]))
     return draw(
@@ -235,4 +236,4 @@ def _canonical(names: torch.Tensor) -> torch.Tensor:
     """Labels that are equal where the ties are: a group of one member ties nothing."""
     sizes = torch.bincount(names[names >= 0], minlength=1)
     names = torch.where((names >= 0) & (sizes[names] > 1), names, -1)
-    return Tie(torch.zeros(len(names)), names).groups
+    return numbered([Slices(names)])[0].labels

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import REDUCTIONS, bits, parameter, randn, same_bits, tied_bitwise
+from checks import REDUCTIONS, bits, index_of, parameter, randn, same_bits, tied_bitwise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD
@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt import index as index_module
-from tieopt.index import Index
 from tieopt.reduction import Workspace, divide_, drift, project_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
@@ -25,9 +24,9 @@ def in_pieces(entries, tensor, labels, reduction="mean"):
     """The result when so many entries are worked on at a time, and the number of pieces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "_CPU_ENTRIES", entries)
-        index = Index.compile(labels, tensor.shape[1:].numel(), tensor.device)
+        index = index_of(labels, tensor)
     result = tensor.clone()
-    project_(result, index, Workspace(), reduction)
+    project_([result], index, Workspace(), reduction)
     return result, sum(len(run.pieces) for run in index.runs)
 
 
@@ -111,7 +110,7 @@ def test_from_the_sum_back_to_the_mean_is_close_and_tied(dtype, entries):
     tensor = randn(len(labels), 3).to(dtype)
     mean, _ = in_pieces(entries, tensor, labels)
     result, _ = in_pieces(entries, tensor, labels, "sum")
-    divide_(result, Index.compile(labels, 3, result.device), Workspace())
+    divide_([result], index_of(labels, result), Workspace())
 
     # Two roundings, which for sizes that are powers of two are none.
     real = torch.view_as_real(mean) if dtype.is_complex else mean
@@ -137,13 +136,13 @@ def test_is_tied_sees_one_member_that_differs_in_any_piece(entries, monkeypatch)
 def test_the_drift_is_found_in_any_piece(entries, monkeypatch):
     monkeypatch.setattr(index_module, "_CPU_ENTRIES", entries)
     labels = groups_of(4, 4, 4, free=1)
-    index = Index.compile(labels, 2, torch.device("cpu"))
+    index = index_of(labels, torch.zeros(len(labels), 2))
     for row in (labels >= 0).nonzero().flatten().tolist():
         tensor = torch.zeros(len(labels), 2)
         tensor[row, 1] = 4.0
 
-        assert drift(tensor, index, Workspace()) == 3.0
-    assert drift(torch.zeros(len(labels), 2), index, Workspace()) == 0.0
+        assert drift([tensor], index, Workspace()) == 3.0
+    assert drift([torch.zeros(len(labels), 2)], index, Workspace()) == 0.0
 
 
 # --- one result ---
@@ -169,14 +168,14 @@ def test_the_result_does_not_depend_on_the_number_of_threads(dtype, rows):
 @given(dtype=st.sampled_from(DTYPES), seed=seeds)
 def test_a_workspace_carries_nothing_from_one_call_to_the_next(dtype, seed):
     labels = groups_of(40, 3, 2, free=2, seed=seed)
-    index = Index.compile(labels, 3, torch.device("cpu"))
+    index = index_of(labels, torch.zeros(len(labels), 3))
     used = Workspace()
     for value in (float("nan"), float("inf"), 1e4):
-        project_(torch.full((len(labels), 3), value, dtype=dtype), index, used)
+        project_([torch.full((len(labels), 3), value, dtype=dtype)], index, used)
     fresh, again = randn(len(labels), 3, seed=seed).to(dtype), randn(len(labels), 3, seed=seed).to(dtype)
 
-    project_(fresh, index, Workspace())
-    project_(again, index, used)
+    project_([fresh], index, Workspace())
+    project_([again], index, used)
 
     assert same_bits(fresh, again)
 
@@ -192,7 +191,7 @@ def test_a_workspace_serves_tensors_of_several_sizes_and_dtypes():
         labels = torch.arange(rows) % 3
         tensor = randn(rows, columns, seed=rows).to(dtype)
         expected = tie_(tensor.clone(), labels)
-        project_(tensor, Index.compile(labels, columns, tensor.device), workspace)
+        project_([tensor], index_of(labels, tensor), workspace)
 
         assert same_bits(tensor, expected)
 
@@ -361,7 +360,7 @@ def test_the_drift_of_complex_entries_is_a_modulus(shape):
     tensor = torch.zeros(shape, dtype=torch.complex64)
     tensor[1] = 6 + 8j
     for layout in (tensor, tensor.mT.contiguous().mT if tensor.dim() > 2 else tensor.t().contiguous().t()):
-        index = Index.compile(torch.zeros(2, dtype=torch.int64), math.prod(shape[1:]), layout.device)
-        assert drift(layout, index, Workspace()) == 5.0
+        index = index_of(torch.zeros(2, dtype=torch.int64), layout)
+        assert drift([layout], index, Workspace()) == 5.0
     strided = torch.tensor([0, 6 + 8j]).as_strided((2, 1), (1, 0))
-    assert drift(strided, index, Workspace()) == 5.0
+    assert drift([strided], index, Workspace()) == 5.0

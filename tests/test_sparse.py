@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import REDUCTIONS, bits, parameter, randn, same_bits, tied_bitwise
+from checks import REDUCTIONS, bits, index_of, parameter, randn, same_bits, tied_bitwise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import embedding
@@ -10,8 +10,7 @@ from torch.optim import SGD, Adagrad, SparseAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, tie_
-from tieopt.index import Index
-from tieopt.reduction import multiplied, projected
+from tieopt.reduction import projected
 
 ROWS, COLUMNS = 12, 4
 GROUPS = [[0, 3, 5], [1, 7], [2, 8, 9, 11]]
@@ -389,14 +388,14 @@ def test_the_graph_of_a_sparse_gradient_is_kept():
     rows = torch.tensor([[4, 0, 4, 7]])
     values = randn(4, COLUMNS, seed=5, dtype=torch.float64).requires_grad_()
     weights = randn(ROWS, COLUMNS, seed=6, dtype=torch.float64)
-    index = Index.compile(labels_of(GROUPS), COLUMNS, torch.device("cpu"))
+    index = index_of(labels_of(GROUPS), torch.zeros(ROWS, COLUMNS))
 
     def gradient_through(function, *, dense):
         gradient = torch.sparse_coo_tensor(rows, values, (ROWS, COLUMNS))
         result = function(gradient.to_dense() if dense else gradient).to_dense()
         return torch.autograd.grad((result * weights).sum(), values)[0]
 
-    for function in (lambda g: projected(g, index), lambda g: multiplied(projected(g, index), index)):
+    for function in (lambda g: projected([g], index)[0], lambda g: projected([g], index, "sum")[0]):
         torch.testing.assert_close(gradient_through(function, dense=False), gradient_through(function, dense=True))
 
 
@@ -404,10 +403,10 @@ def test_entries_in_three_sparse_dimensions_are_tied_where_they_stand():
     gradient = randn(ROWS, 3, 5, seed=7)
     gradient[:, 1] = 0
     gradient[randn(ROWS, 3, 5, seed=8) < 0] = 0
-    index = Index.compile(labels_of(GROUPS), 15, torch.device("cpu"))
-    found = projected(gradient.to_sparse(3), index)
+    index = index_of(labels_of(GROUPS), gradient)
+    found = projected([gradient.to_sparse(3)], index)[0]
     assert found.is_coalesced()
-    torch.testing.assert_close(found.to_dense(), projected(gradient, index))
+    torch.testing.assert_close(found.to_dense(), projected([gradient], index)[0])
 
 
 def labels_of(groups):

@@ -6,58 +6,64 @@ the Parameter objects. Every method takes the groups as they are at the moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tieopt.index import Index
-from tieopt.reduction import Workspace, divide_, drift, multiplied, project_, projected
-from tieopt.ties import (
-    FREE,
-    Tie,
-    canonical_labels,
-    check_writable,
-    described,
-    fingerprint,
-    group_count,
-    overlaps,
-    shown,
-)
+from tieopt.index import Index, Layout
+from tieopt.reduction import Reduction, Workspace, divide_, drift, project_, projected
+from tieopt.slices import FREE, Slices, fingerprint, numbered
+from tieopt.ties import Part, Tie, check_one_shape, check_writable, overlaps, shown
 
-Reduction = Literal["mean", "sum"]
 ParamGroups = list[dict[str, Any]]
 
 
-class TiedParameter:
-    """The tie of one parameter.
+class Place(NamedTuple):
+    """Where a tied parameter stands.
 
     Attributes:
         group: the number of its parameter group.
         position: its place in the group.
         shape: its shape when it was tied.
-        labels: canonical, int64 on the CPU, shape ``[n]``.
     """
 
-    def __init__(self, group: int, position: int, shape: torch.Size, labels: Tensor) -> None:
-        self.group = group
-        self.position = position
-        self.shape = shape
-        self.labels = labels
-        self._index: Index | None = None
+    group: int
+    position: int
+    shape: torch.Size
 
-    def index_on(self, device: torch.device) -> Index:
-        """The compiled tie; compiled again if the parameter has moved to another device."""
-        if self._index is None or self._index.device != device:
-            self._index = Index.compile(self.labels, self.shape[1:].numel(), device)
-        return self._index
+
+class BoundTie:
+    """The tie of one parameter, or of several that were joined.
+
+    Attributes:
+        places: of the parameters.
+        slices: of each parameter; groups are numbered in the order of their first members.
+    """
+
+    def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
+        self.places = tuple(places)
+        self.slices = numbered(slices)
+        self._indices: dict[Layout, Index] = {}
+
+    def index_for(self, tensors: Sequence[Tensor]) -> Index:
+        """The compiled tie; compiled again for tensors of another layout, or on another device."""
+        layout = Layout.of(self.slices, tensors)
+        if layout not in self._indices:
+            self._indices[layout] = Index.compile(self.slices, tensors)
+        return self._indices[layout]
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether it is of rows of one parameter, so that sparse gradients can be tied as they are."""
+        return len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
 
     def __getstate__(self) -> dict[str, Any]:
         # An index is quickly compiled, and larger than the labels.
-        return {**self.__dict__, "_index": None}
+        return {**self.__dict__, "_indices": {}}
 
 
 class Binding:
@@ -76,53 +82,62 @@ class Binding:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"Unknown reduction.\n  Expected: 'mean' or 'sum'\n  Got:      {shown(reduction)}")
         self.reduction = reduction
-        self.tied = _found(param_groups, _pairs(ties))
+        self.ties = _found(param_groups, _listed(ties))
         self._workspace = Workspace()
-        for tied, param in self.parameters(param_groups):
-            tied.index_on(param.device)
+        for tie, params in self.parameters(param_groups):
+            tie.index_for(params)
 
-    def parameters(self, param_groups: ParamGroups) -> list[tuple[TiedParameter, Tensor]]:
+    def parameters(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
         """The ties with the parameters that stand in their places now.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            ValueError: joined parameters have come to differ in what has to be the same.
         """
         pairs = []
-        for tied in self.tied:
-            param = _at(param_groups, tied.group, tied.position)
-            if param is None or param.shape != tied.shape:
-                raise RuntimeError(
-                    "A tied parameter has not the shape that it had when it was tied.\n"
-                    f"  Parameter: {name_of(param_groups, tied.group, tied.position)}\n"
-                    f"  Expected:  {tuple(tied.shape)}\n"
-                    f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}"
-                )
-            pairs.append((tied, param))
+        for tie in self.ties:
+            params = [_at(param_groups, place) for place in tie.places]
+            if len(params) > 1:
+                _check_alike(param_groups, tie.places, params)
+            pairs.append((tie, params))
         return pairs
 
-    def parameters_with_gradients(self, param_groups: ParamGroups) -> list[tuple[TiedParameter, Tensor]]:
+    def parameters_with_gradients(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
         """Those of :meth:`parameters` that take part in a step.
 
-        Raises:
-            RuntimeError: as :meth:`parameters`.
-        """
-        return [(tied, param) for tied, param in self.parameters(param_groups) if param.grad is not None]
+        If one of several joined parameters does, all of them do: what has no gradient gets one of zeros.
 
-    def tie_gradient(self, tied: TiedParameter, param: Tensor, reduction: Reduction) -> Callable[[], None] | None:
-        """Ties one gradient; if it is to be the sum, returns what turns it into the mean again."""
-        grad = param.grad
-        assert grad is not None
-        index = tied.index_on(grad.device)
-        if grad.layout == torch.sparse_coo or grad.requires_grad:
-            # It has no place for every member, or a graph to keep: the result is another tensor.
-            with torch.set_grad_enabled(grad.requires_grad):
-                mean = projected(grad, index)
-                param.grad = seen = mean if reduction == "mean" else multiplied(mean, index)
-            restore = partial(setattr, param, "grad", mean)
+        Raises:
+            RuntimeError, ValueError: as :meth:`parameters`.
+        """
+        pairs = self.parameters(param_groups)
+        joined = [params for _, params in pairs if len(params) > 1]
+        incomplete = True
+        while incomplete:  # A parameter may be joined with one, and with another by another tie.
+            incomplete = False
+            for params in joined:
+                missing = [param for param in params if param.grad is None]
+                if 0 < len(missing) < len(params):
+                    incomplete = True
+                    for param in missing:
+                        param.grad = torch.zeros_like(param)
+        return [(tie, params) for tie, params in pairs if params[0].grad is not None]
+
+    def tie_gradients(self, tie: BoundTie, params: list[Tensor], reduction: Reduction) -> Callable[[], None] | None:
+        """Ties the gradients of one tie; if they are to be the sum, returns what turns them into the mean again."""
+        grads = [_tieable_gradient(tie, param) for param in params]
+        recorded = any(grad.requires_grad for grad in grads)
+        if recorded or grads[0].layout == torch.sparse_coo:
+            # There is a graph to keep, or no place for every member: the results are other tensors.
+            index = tie.index_for(params)
+            with torch.set_grad_enabled(recorded):
+                means = projected(grads, index)
+                seen = means if reduction == "mean" else projected(grads, index, reduction)
+            for param, grad in zip(params, seen, strict=True):
+                param.grad = grad
+            restore = partial(_replace_gradients, params, means)
         else:
-            if overlaps(grad):
-                param.grad = grad = grad.clone()
-            seen = grad
+            seen, index = tuple(grads), tie.index_for(grads)
             project_(seen, index, self._workspace, reduction)
             restore = partial(divide_, seen, index, self._workspace)
         if reduction == "mean":
@@ -130,41 +145,51 @@ class Binding:
 
         def to_mean() -> None:
             # Some optimizers replace the gradient, or set it to None, while they step.
-            if param.grad is seen:
+            if all(param.grad is grad for param, grad in zip(params, seen, strict=True)):
                 restore()
 
         return to_mean
 
-    def tie_weight(self, tied: TiedParameter, param: Tensor, *, differentiable: bool) -> None:
-        """Ties one parameter; where the step is part of a graph, the projection is too."""
-        index = tied.index_on(param.device)
-        if differentiable and param.grad_fn is not None:
+    def tie_weights(self, tie: BoundTie, params: list[Tensor], *, differentiable: bool) -> None:
+        """Ties the parameters of one tie; where the step is part of a graph, the projection is too."""
+        index = tie.index_for(params)
+        if differentiable and any(param.grad_fn is not None for param in params):
             with torch.enable_grad():
-                param.copy_(projected(param, index))
+                for param, result in zip(params, projected(params, index), strict=True):
+                    param.copy_(result)
         else:
-            project_(param, index, self._workspace)
+            project_(params, index, self._workspace)
 
-    def drift(self, tied: TiedParameter, param: Tensor) -> float:
+    def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean."""
-        return drift(param, tied.index_on(param.device), self._workspace)
+        return drift(params, tie.index_for(params), self._workspace)
 
     def summary(self, param_groups: ParamGroups) -> str:
         """A table with a line for each tied parameter."""
         lines = [["parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift"]]
-        for tied, param in self.parameters(param_groups):
-            slices, groups, free = len(tied.labels), group_count(tied.labels), int((tied.labels == FREE).sum())
-            names = [name_of(param_groups, tied.group, tied.position), str(tuple(param.shape))]
-            counts = [str(count) for count in (slices, groups, slices - free, free, groups + free)]
-            lines.append([*names, *counts, f"{self.drift(tied, param):.3g}"])
+        for tie, params in self.parameters(param_groups):
+            measured = f"{self.drift(tie, params):.3g}"
+            for place, slices in zip(tie.places, tie.slices, strict=True):
+                labels = slices.labels
+                count, free = labels.numel(), int((labels == FREE).sum())
+                groups = len(torch.unique(labels[labels != FREE]))
+                counts = [str(number) for number in (count, groups, count - free, free, groups + free)]
+                lines.append([name_of(param_groups, place), str(tuple(place.shape)), *counts, measured])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]) for line in lines
         )
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
-        """The fingerprint of each tie, by the number that its parameter has in a ``state_dict``."""
+        """The fingerprints of its ties, for each parameter by the number that it has in a ``state_dict``."""
         before = [0, *accumulate(len(group["params"]) for group in param_groups)]
-        return {before[tied.group] + tied.position: fingerprint(tied.labels) for tied in self.tied}
+        found: dict[int, list[str]] = {}
+        for tie in self.ties:
+            numbers = [before[place.group] + place.position for place in tie.places]
+            own = fingerprint(tie.slices, numbers)
+            for number in dict.fromkeys(numbers):
+                found.setdefault(number, []).append(own)
+        return {number: "; ".join(sorted(own)) for number, own in found.items()}
 
     def check_fingerprints(self, saved: Any, param_groups: ParamGroups) -> None:
         """Compares the fingerprints of a checkpoint with those of these ties.
@@ -179,8 +204,7 @@ class Binding:
                 f"  Got:      {shown(saved)}"
             )
         own = self.fingerprints(param_groups)
-        places = ((g, position) for g, group in enumerate(param_groups) for position in range(len(group["params"])))
-        names = {number: name_of(param_groups, *place) for number, place in enumerate(places)}
+        names = dict(enumerate(name_of(param_groups, place) for place in _places(param_groups)))
         for number in {**own, **saved}:
             if own.get(number) != saved.get(number):
                 raise ValueError(
@@ -198,13 +222,13 @@ class StepGradients:
         self._binding = binding
         self._param_groups = param_groups
         self._undo: list[Callable[[], None]] = []
-        self.took_part: dict[TiedParameter, Tensor] = {}
+        self.took_part: dict[BoundTie, list[Tensor]] = {}
 
     def tie(self) -> None:
         """Ties the gradients that are there, and remembers whose they are."""
-        for tied, param in self._binding.parameters_with_gradients(self._param_groups):
-            self.took_part[tied] = param
-            undo = self._binding.tie_gradient(tied, param, self._binding.reduction)
+        for tie, params in self._binding.parameters_with_gradients(self._param_groups):
+            self.took_part[tie] = params
+            undo = self._binding.tie_gradients(tie, params, self._binding.reduction)
             if undo is not None:
                 self._undo.append(undo)
 
@@ -226,21 +250,55 @@ class StepGradients:
         return tied_closure
 
 
-def name_of(param_groups: ParamGroups, group: int, position: int) -> str:
+def name_of(param_groups: ParamGroups, place: Place) -> str:
     """What errors and tables call a parameter."""
-    names = param_groups[group].get("param_names", ()) if group < len(param_groups) else ()
-    return str(names[position]) if position < len(names) else f"param_groups[{group}]['params'][{position}]"
+    names = param_groups[place.group].get("param_names", ()) if place.group < len(param_groups) else ()
+    if place.position < len(names):
+        return str(names[place.position])
+    return f"param_groups[{place.group}]['params'][{place.position}]"
 
 
-def _at(param_groups: ParamGroups, group: int, position: int) -> Tensor | None:
-    params = param_groups[group]["params"] if group < len(param_groups) else ()
-    return params[position] if position < len(params) else None
+def _tieable_gradient(tie: BoundTie, param: Tensor) -> Tensor:
+    """The gradient, replaced by another tensor of the same entries if it cannot be tied as it is."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout == torch.sparse_coo and not tie.is_of_rows:
+        param.grad = grad = grad.to_dense()
+    elif grad.layout == torch.strided and not grad.requires_grad and overlaps(grad):
+        param.grad = grad = grad.clone()
+    return grad
 
 
-def _pairs(ties: Any) -> list[tuple[Any, Any]]:
-    """Parameters or names, and their groups."""
+def _replace_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
+def _at(param_groups: ParamGroups, place: Place) -> Tensor:
+    params = param_groups[place.group]["params"] if place.group < len(param_groups) else ()
+    param: Tensor | None = params[place.position] if place.position < len(params) else None
+    if param is None or param.shape != place.shape:
+        raise RuntimeError(
+            "A tied parameter has not the shape that it had when it was tied.\n"
+            f"  Parameter: {name_of(param_groups, place)}\n"
+            f"  Expected:  {tuple(place.shape)}\n"
+            f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}"
+        )
+    return param
+
+
+def _places(param_groups: ParamGroups) -> list[Place]:
+    return [
+        Place(group, position, param.shape)
+        for group, settings in enumerate(param_groups)
+        for position, param in enumerate(settings["params"])
+    ]
+
+
+def _listed(ties: Any) -> list[tuple[Part, ...]]:
+    """The parts of each tie."""
     if isinstance(ties, Mapping):
-        return list(ties.items())
+        return [(Part(param, groups, 0, None),) for param, groups in ties.items()]
     single = isinstance(ties, (Tie, Tensor)) or not isinstance(ties, Iterable)
     listed = [ties] if single else list(ties)
     for tie in listed:
@@ -250,42 +308,102 @@ def _pairs(ties: Any) -> list[tuple[Any, Any]]:
                 "  Expected: a mapping {parameter: groups}, a Tie, or an iterable of Ties\n"
                 f"  Got:      {shown(tie)}{'' if single else f' in {shown(ties)}'}"
             )
-    return [(tie.param, tie.groups) for tie in listed]
+    return [tie.parts for tie in listed]
 
 
-def _found(param_groups: ParamGroups, pairs: list[tuple[Any, Any]]) -> list[TiedParameter]:
-    """Finds the parameters and validates the groups against them."""
-    places: dict[Any, tuple[int, int]] = {}
-    for group, settings in enumerate(param_groups):
-        for keys in (settings["params"], settings.get("param_names", ())):
-            for position, key in enumerate(keys):
-                places.setdefault(key, (group, position))
+def _found(param_groups: ParamGroups, ties: Sequence[tuple[Part, ...]]) -> list[BoundTie]:
+    """Finds the parameters and validates the ties against them."""
+    places: dict[Any, Place] = {}
+    for place in _places(param_groups):
+        settings = param_groups[place.group]
+        places.setdefault(settings["params"][place.position], place)
+        if place.position < len(settings.get("param_names", ())):
+            places.setdefault(settings["param_names"][place.position], place)
 
-    found: dict[tuple[int, int], TiedParameter] = {}
-    for key, groups in pairs:
-        if not isinstance(key, (Tensor, str)) or key not in places:
-            raise ValueError(_not_held(param_groups, key))
-        group, position = place = places[key]
-        name = name_of(param_groups, group, position)
-        if place in found:
+    found = []
+    for parts in ties:
+        held = []
+        for part in parts:
+            if not isinstance(part.param, (Tensor, str)) or part.param not in places:
+                raise ValueError(_not_held(param_groups, part.param))
+            held.append(places[part.param])
+        names, params = [name_of(param_groups, place) for place in held], [_at(param_groups, place) for place in held]
+        slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
+        check_one_shape(list(zip(slices, params, strict=True)), names)
+        for param, name in zip(params, names, strict=True):
+            check_writable(param, name)
+        _check_alike(param_groups, held, params)
+        _check_settings(param_groups, held)
+        found.append(BoundTie(held, slices))
+    _check_disjoint(param_groups, found)
+    return found
+
+
+def _check_alike(param_groups: ParamGroups, places: Sequence[Place], params: Sequence[Tensor]) -> None:
+    """Refuses to join parameters of different dtypes, devices, or of which only some are frozen."""
+    first = params[0]
+    for place, param in zip(places, params, strict=True):
+        for attribute in ("dtype", "device", "requires_grad"):
+            expected, got = getattr(first, attribute), getattr(param, attribute)
+            if expected != got:
+                raise ValueError(
+                    f"Joined parameters differ in {attribute}.\n"
+                    f"  Expected: {expected}, as {name_of(param_groups, places[0])} has\n"
+                    f"  Got:      {got} of {name_of(param_groups, place)}"
+                )
+
+
+def _check_settings(param_groups: ParamGroups, places: Sequence[Place]) -> None:
+    """Refuses to join parameters that the optimizer would update differently."""
+    first = param_groups[places[0].group]
+    for place in places:
+        other = param_groups[place.group]
+        differing = [
+            f"{key}: {shown(first.get(key))} and {shown(other.get(key))}"
+            for key in {**first, **other}
+            if key not in ("params", "param_names", "name") and not _same(first.get(key), other.get(key))
+        ]
+        if differing:
             raise ValueError(
-                f"{name} is tied twice.\n"
-                "  Expected: one tie with all the groups of a parameter\n"
-                f"  Got:      {described(found[place].labels)}, and {shown(groups)}"
+                "Joined parameters stand in parameter groups with different settings.\n"
+                f"  Parameters: {name_of(param_groups, places[0])} and {name_of(param_groups, place)}\n"
+                f"  Expected:   the same settings in param_groups[{places[0].group}] and [{place.group}]\n"
+                f"  Got:        {'; '.join(differing)}"
             )
-        param = param_groups[group]["params"][position]
-        labels = canonical_labels(groups, param, name)
-        check_writable(param, name)
-        found[place] = TiedParameter(group, position, param.shape, labels)
-    return list(found.values())
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    return bool(first == second)
+
+
+def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None:
+    """Refuses ties that share an entry."""
+    parts: dict[Place, list[Slices]] = {}
+    for tie in ties:
+        for place, slices in zip(tie.places, tie.slices, strict=True):
+            parts.setdefault(place, []).append(slices)
+    for place, several in parts.items():
+        if len(several) == 1:
+            continue
+        owner = torch.full(place.shape, FREE, dtype=torch.int32)
+        for number, slices in enumerate(several):
+            labelled = torch.zeros(place.shape, dtype=torch.bool)
+            labelled.movedim(slices.dim, 0)[slices.labels != FREE] = True
+            shared = labelled & (owner != FREE)
+            if shared.any():
+                entry = tuple(shared.nonzero()[0].tolist())
+                raise ValueError(
+                    f"{name_of(param_groups, place)} is tied twice.\n"
+                    "  Expected: ties that share no entry\n"
+                    f"  Got:      entry {entry} in {several[int(owner[entry])]}, and in {slices}"
+                )
+            owner[labelled] = number
 
 
 def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
-    held = [
-        f"{name_of(param_groups, group, position)} {tuple(param.shape)}"
-        for group, settings in enumerate(param_groups)
-        for position, param in enumerate(settings["params"])
-    ]
+    held = [f"{name_of(param_groups, place)} {tuple(place.shape)}" for place in _places(param_groups)]
     more = f" and {len(held) - limit} more" if len(held) > limit else ""
     nameless = isinstance(key, str) and not any("param_names" in settings for settings in param_groups)
     hint = " (names need an optimizer that was built from model.named_parameters())" if nameless else ""

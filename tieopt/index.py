@@ -1,13 +1,13 @@
 """A tie compiled to index tensors: which slices to gather, and where to add them up.
 
-Compiled once for the tensors of one shape on one device, so that a step only runs through it.
+Compiled once for tensors of one layout on one device, so that a step only runs through it.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.ties import FREE
+from tieopt.slices import FREE, Slices
 
 # Entries that are gathered at a time: what a core's cache holds, or what fills an accelerator.
 _CPU_ENTRIES = 2**18
@@ -25,18 +25,42 @@ _ACCELERATOR_ENTRIES = 2**22
 _BLOCK = 32
 
 
-class Piece(NamedTuple):
-    """Members that are gathered at once.
+class Members(NamedTuple):
+    """Members of groups.
 
     Attributes:
-        members: their positions along dimension 0 of the tied tensor, int64, shape ``[m]``.
+        part: the number of the tensor that each is in, int64, shape ``[m]``.
+        position: its place among the rows of that tensor, int64, shape ``[m]``.
+        group: its group, int64, shape ``[m]``.
+        scale: what multiple of its group's shared value it is, shape ``[m]``.
+    """
+
+    part: Tensor
+    position: Tensor
+    group: Tensor
+    scale: Tensor
+
+    def at(self, chosen: Tensor | slice) -> Members:
+        """Some of them."""
+        return Members(*(column[chosen] for column in self))
+
+
+class Piece(NamedTuple):
+    """Members in one tensor that are gathered at once.
+
+    Attributes:
+        part: the number of the tensor.
+        members: their positions among its rows, int64, shape ``[m]``.
         slots: the group of each, counted from the first group of the run, int64, shape ``[m]``.
-        blocks: the block of each, int64, shape ``[m]``, or None if no group needs blocks.
+        multiples: what each is of its group's lead, shape ``[m]``; None if all are 1.
+        blocks: the block of each, int64, shape ``[m]``; None if no group needs blocks.
         block_slots: the slot of each block, int64, shape ``[b]``.
     """
 
+    part: int
     members: Tensor
     slots: Tensor
+    multiples: Tensor | None
     blocks: Tensor | None
     block_slots: Tensor
 
@@ -44,68 +68,103 @@ class Piece(NamedTuple):
 class Run(NamedTuple):
     """Whole groups that are reduced at once: as many as fit into one piece, or a large one in several.
 
+    Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
+
     Attributes:
-        leads: the first member of each group, int64, shape ``[g]``.
-        sizes: the number of members of each group, int64, shape ``[g]``.
-        scale: a power of two, at most half the inverse of the largest size.
+        leads: the leads by the tensor that they are in: its number, their rows, their slots.
+        norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
+        counts: what makes the sum out of the mean: the sum of the squared scales of each group; ``[g]``.
+        signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
+        scale: a power of two, so small that no sum over a group overflows.
         pieces: all the members of these groups.
     """
 
-    leads: Tensor
-    sizes: Tensor
+    leads: tuple[tuple[int, Tensor, Tensor], ...]
+    norms: Tensor
+    counts: Tensor
+    signed: bool
     scale: float
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Index:
-    """The members of every group, sorted by group and cut into runs.
-
-    Groups of one member are left out: they are their own mean.
+class Layout(NamedTuple):
+    """What an index depends on beside the labels.
 
     Attributes:
-        length: the length of dimension 0 of the tensors it is for.
-        members: position of each member, sorted by group, then by position; int64, shape ``[m]``.
-        groups: the group of each member, int64, shape ``[m]``.
-        sizes: the number of members of each group, int64, shape ``[g]``.
-        runs: the same, cut to be worked on one after the other; sparse gradients need the whole.
+        device: where the tensors are.
+        steps: of the slices of each, see :meth:`~tieopt.slices.Slices.steps`.
     """
 
-    length: int
-    members: Tensor
-    groups: Tensor
+    device: torch.device
+    steps: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Layout:
+        """The layout of tensors that are sliced so."""
+        steps = (each.steps(tensor) for each, tensor in zip(slices, tensors, strict=True))
+        return cls(tensors[0].device, tuple(steps))
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The members of every group of one or several tensors, sorted by group and cut into runs.
+
+    Groups of one member are left out: they are their own mean. Members whose scale is zero are
+    *pinned*: they are zero, and belong to no sum.
+
+    Attributes:
+        slices: what is labelled in each tensor.
+        members: all of them but the pinned ones, sorted by group, each group's lead first.
+        sizes: the number of members of each group, int64, shape ``[g]``.
+        runs: the same, cut to be worked on one after the other; sparse gradients need the whole.
+        pinned: the rows that are zero, int64, shape ``[p]``, by the number of the tensor that they are in.
+    """
+
+    slices: tuple[Slices, ...]
+    members: Members
     sizes: Tensor
     runs: tuple[Run, ...]
+    pinned: dict[int, Tensor]
+
+    @classmethod
+    def compile(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Index:
+        """Compiles labels for tensors.
+
+        Args:
+            slices: for each tensor. Slices with the same label are members of one group, whichever tensor
+                they are in.
+            tensors: dense ones; their layout and device matter, and not their entries.
+        """
+        return cls.compile_for(slices, Layout.of(slices, tensors), slices[0].slice_shape(tensors[0]).numel())
 
     @classmethod
     @torch.inference_mode(False)  # Its tensors are to be used outside as well.
-    def compile(cls, labels: Tensor, slice_entries: int, device: torch.device) -> Index:
-        """Compiles labels for tensors whose slices have ``slice_entries`` entries.
-
-        Args:
-            labels: int64, shape ``[n]``, -1 is free.
-            slice_entries: the number of entries of one slice.
-            device: where the tensors are.
-        """
-        labels = labels.to(device)
-        members = (labels != FREE).nonzero().squeeze(1)
-        sizes = torch.bincount(labels[members])
-        members = members[sizes[labels[members]] > 1]
-        _, groups, sizes = torch.unique(labels[members], return_inverse=True, return_counts=True)
-        order = torch.argsort(groups, stable=True)
-        members, groups = members[order], groups[order]
+    def compile_for(cls, slices: Sequence[Slices], layout: Layout, slice_entries: int) -> Index:
+        """Compiles labels for tensors of a layout whose slices have so many entries."""
+        tied = _tied_members(slices, layout)
+        pins, tied = tied.at(tied.scale == 0), tied.at(tied.scale != 0)
+        unit = tied.scale.abs() == 1
+        sizes = torch.bincount(tied.group)
+        # The sum of a single gradient is not the gradient itself where its scale is another.
+        kept = (sizes[tied.group] > 1) | ~unit
+        _, group, sizes = torch.unique(tied.group[kept], return_inverse=True, return_counts=True)
+        # A member of scale 1 or -1 leads, if there is one: then the others are rounded once.
+        order = torch.argsort(2 * group + ~unit[kept], stable=True)
+        members = tied.at(kept)._replace(group=group).at(order)
 
         largest = int(sizes.max()) if len(sizes) else 0
-        entries = _CPU_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES
+        entries = _CPU_ENTRIES if layout.device.type == "cpu" else _ACCELERATOR_ENTRIES
         # At least sqrt(largest), so that the sums of no more than sqrt(largest) pieces are added up.
         capacity = max(entries // max(slice_entries, 1), math.isqrt(largest), 1)
-        runs = tuple(_runs(members, groups, sizes, capacity))
-        return cls(len(labels), members, groups, sizes, runs)
+        runs = tuple(_runs(members, sizes, capacity))
+        pinned = {part: pins.position[pins.part == part] for part in torch.unique(pins.part).tolist()}
+        return cls(tuple(slices), members, sizes, runs, pinned)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the index tensors are."""
-        return self.members.device
+    def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as real rows, the entries of a row in the order of the first tensor's memory."""
+        rows = [each.rows(tensor) for each, tensor in zip(self.slices, tensors, strict=True)]
+        inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
+        return [_real(each.permute(0, *inner)) for each in rows]
 
     @cached_property
     def starts(self) -> Tensor:
@@ -114,51 +173,94 @@ class Index:
 
     @cached_property
     def group_of(self) -> Tensor:
-        """The group of each slice, -1 for a free one, int64, shape ``[n]``."""
-        return self._for_slices(FREE, self.groups)
+        """The group of each row of a single tensor, -1 for a free or pinned one, int64, shape ``[n]``."""
+        return self._for_rows(FREE, self.members.group)
 
     @cached_property
     def rank_of(self) -> Tensor:
-        """The place of each slice among the members of its group, int64, shape ``[n]``."""
-        ranks = torch.arange(len(self.members), device=self.device) - self.starts[self.groups]
-        return self._for_slices(0, ranks)
+        """The place of each row of a single tensor among the members of its group, int64, shape ``[n]``."""
+        ranks = torch.arange(len(self.members.group), device=self.sizes.device) - self.starts[self.members.group]
+        return self._for_rows(0, ranks)
 
-    @cached_property
-    def size_of(self) -> Tensor:
-        """The size of the group of each slice, 1 for a free one, int64, shape ``[n]``."""
-        return self._for_slices(1, self.sizes[self.groups])
-
-    def _for_slices(self, free: int, values: Tensor) -> Tensor:
-        return torch.full((self.length,), free, device=self.device).index_put_((self.members,), values)
+    def _for_rows(self, free: int, values: Tensor) -> Tensor:
+        rows = torch.full((self.slices[0].labels.numel(),), free, device=self.sizes.device)
+        return rows.index_put_((self.members.position,), values)
 
 
-def _runs(members: Tensor, groups: Tensor, sizes: Tensor, capacity: int) -> Iterator[Run]:
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest real dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A view of real entries: a complex one is two."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
+def _tied_members(slices: Sequence[Slices], layout: Layout) -> Members:
+    """The slices that are not free, tensor by tensor."""
+    columns = []
+    for part, (each, steps) in enumerate(zip(slices, layout.steps, strict=True)):
+        tied = (each.labels != FREE).flatten()
+        scale = each.scales.to(wide_dtype(layout.device))
+        labels, scale, position = (one.flatten()[tied] for one in (each.labels, scale, each.positions(steps)))
+        columns.append(Members(torch.full_like(labels, part), position, labels, scale))
+    return Members(*(torch.cat(column).to(layout.device) for column in zip(*columns, strict=True)))
+
+
+def _runs(members: Members, sizes: Tensor, capacity: int) -> Iterator[Run]:
+    """Cuts members that are sorted by group into runs of about ``capacity`` members."""
     ends = sizes.cumsum(0).tolist()
     starts = [0, *ends]
-    leads = members[sizes.cumsum(0) - sizes]
     first = 0
     while first < len(ends):
         last = max(bisect_right(ends, starts[first] + capacity), first + 1)
-        slots = groups[starts[first] : ends[last - 1]] - first
-        parts = zip(
-            torch.split(members[starts[first] : ends[last - 1]], capacity), torch.split(slots, capacity), strict=True
-        )
-        scale = 0.5 ** (2 * int(sizes[first:last].max()) - 1).bit_length()
-        yield Run(leads[first:last], sizes[first:last], scale, tuple(_piece(*part) for part in parts))
+        run = members.at(slice(starts[first], ends[last - 1]))
+        yield _run(run._replace(group=run.group - first), sizes[first:last], capacity)
         first = last
 
 
-def _piece(members: Tensor, slots: Tensor) -> Piece:
+def _run(members: Members, sizes: Tensor, capacity: int) -> Run:
+    """Splits the members of whole groups, numbered from 0, by the tensor that they are in."""
+    leads = members.at(sizes.cumsum(0) - sizes)
+    multiples = members.scale / leads.scale[members.group]
+    # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
+    bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
+    related = members._replace(scale=multiples)
+    parts = torch.unique(members.part).tolist()
+    return Run(
+        leads=tuple((part, leads.position[leads.part == part], leads.group[leads.part == part]) for part in parts),
+        norms=_group_sums(members.group, multiples.square()),
+        counts=_group_sums(members.group, members.scale.square()),
+        signed=bool((multiples.abs() == 1).all()),
+        scale=0.5 ** math.ceil(math.log2(bound)),
+        pieces=tuple(
+            _piece(part, related.at(chosen))
+            for part in parts
+            for chosen in torch.split((members.part == part).nonzero().squeeze(1), capacity)
+        ),
+    )
+
+
+def _group_sums(group: Tensor, values: Tensor) -> Tensor:
+    return values.new_zeros(int(group[-1]) + 1).index_put_((group,), values, accumulate=True)
+
+
+def _piece(part: int, members: Members) -> Piece:
     """Cuts groups of more than ``_BLOCK`` members into blocks of about the square root of their size.
 
     The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of
     ``sqrt(K)`` terms like ``sqrt(K)`` (blocked summation, Higham, "Accuracy and Stability of Numerical
     Algorithms", section 4.2).
     """
+    slots = members.group
+    multiples = None if bool((members.scale == 1).all()) else members.scale
     _, counts = torch.unique_consecutive(slots, return_counts=True)
     if int(counts.max()) <= _BLOCK:
-        return Piece(members, slots, None, slots[:0])
+        return Piece(part, members.position, slots, multiples, None, slots[:0])
     lengths = counts.double().sqrt().long().clamp(min=_BLOCK)
     ranks = torch.arange(len(slots), device=slots.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     opens = ranks % lengths.repeat_interleave(counts) == 0
-    return Piece(members, slots, opens.cumsum(0) - 1, slots[opens])
+    return Piece(part, members.position, slots, multiples, opens.cumsum(0) - 1, slots[opens])

@@ -20,7 +20,8 @@ from typing import Any, Self, cast
 import torch
 from torch.optim import Optimizer
 
-from tieopt.binding import Binding, Reduction, StepGradients
+from tieopt.binding import Binding, StepGradients
+from tieopt.reduction import Reduction
 from tieopt.ties import Tie, shown
 
 _HOOKS = (
@@ -113,8 +114,16 @@ class TiedOptimizer(Optimizer):
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """What is tied: a :class:`Tie` for each tied parameter."""
-        return tuple(Tie(param, tied.labels) for tied, param in self._tieopt.parameters(self.param_groups))
+        """What is tied."""
+        return tuple(
+            Tie.join(
+                *(
+                    Tie(param, slices.labels, dim=slices.dim, scale=slices.scale)
+                    for param, slices in zip(params, tie.slices, strict=True)
+                )
+            )
+            for tie, params in self._tieopt.parameters(self.param_groups)
+        )
 
     def tie_gradients(self) -> None:
         """Replaces the gradients of the members of each group by their mean, in ``.grad``.
@@ -126,8 +135,8 @@ class TiedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        for tied, param in self._tieopt.parameters_with_gradients(self.param_groups):
-            self._tieopt.tie_gradient(tied, param, "mean")
+        for tie, params in self._tieopt.parameters_with_gradients(self.param_groups):
+            self._tieopt.tie_gradients(tie, params, "mean")
 
     def tie_weights(self) -> None:
         """Replaces the members of each group by their mean; for when anything else wrote to the weights.
@@ -165,7 +174,7 @@ class TiedOptimizer(Optimizer):
         A bare optimizer loads it, and :meth:`load_state_dict` loads a bare optimizer's.
         """
         state_dict = super().state_dict(*args, **kwargs)
-        if not self._tieopt.tied:
+        if not self._tieopt.ties:
             return state_dict
         return {**state_dict, _FINGERPRINTS: self._tieopt.fingerprints(self.param_groups)}
 
@@ -201,8 +210,8 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
         finally:
             gradients.restore()
             differentiable = _is_differentiable(self)
-            for tied, param in gradients.took_part.items():
-                self._tieopt.tie_weight(tied, param, differentiable=differentiable)
+            for tie, params in gradients.took_part.items():
+                self._tieopt.tie_weights(tie, params, differentiable=differentiable)
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
@@ -253,9 +262,9 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
 
 def _tie_weights(optimizer: Optimizer, binding: Binding) -> None:
     differentiable = _is_differentiable(optimizer)
-    for tied, param in binding.parameters(optimizer.param_groups):
-        if param.requires_grad:
-            binding.tie_weight(tied, param, differentiable=differentiable)
+    for tie, params in binding.parameters(optimizer.param_groups):
+        if params[0].requires_grad:
+            binding.tie_weights(tie, params, differentiable=differentiable)
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:

@@ -19,13 +19,17 @@ and no memory that grows with the number of rows.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Piece, Run
-from tieopt.ties import canonical_labels, check_writable
+from tieopt.index import Index, Piece, Run, wide_dtype
+from tieopt.slices import Slices, numbered
+from tieopt.ties import check_writable, slices_for
+
+Reduction = Literal["mean", "sum"]
 
 
 class Workspace:
@@ -52,23 +56,26 @@ class Workspace:
         return Workspace, ()
 
 
-def tie_(tensor: Tensor, groups: Any) -> Tensor:
+def tie_(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Tensor:
     r"""Replaces the members of each group by their mean, in place.
 
     Idempotent bit for bit; free slices are not touched. Not recorded by autograd, as the functions of
-    ``torch.nn.init``.
+    ``torch.nn.init``. With scales :math:`s` a member becomes :math:`s_i w_0`, where
+    :math:`w_0 = \sum_i s_i w_i / \sum_i s_i^2`: the orthogonal projection.
 
     Args:
-        tensor: shape ``[n, ...]``, any floating or complex dtype, any memory layout.
-        groups: a list of lists of indices along dimension 0, or integer labels of shape ``[n]`` with
-            -1 for free slices, as for :class:`~tieopt.Tie`.
+        tensor: any floating or complex dtype, any memory layout.
+        groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, as for
+            :class:`~tieopt.Tie`.
+        dim: the dimension along which the slices lie.
+        scale: what multiple of its group's shared value each slice is, as for :class:`~tieopt.Tie`.
 
     Returns:
         ``tensor``.
 
     Raises:
-        TypeError, IndexError, ValueError: ``groups`` do not fit, as for :class:`~tieopt.Tie`. Nothing is
-            written then.
+        TypeError, IndexError, ValueError: ``groups``, ``dim`` or ``scale`` do not fit, as for
+            :class:`~tieopt.Tie`. Nothing is written then.
 
     Example:
         >>> import torch
@@ -80,21 +87,25 @@ def tie_(tensor: Tensor, groups: Any) -> Tensor:
                 [2., 4.]])
         >>> is_tied(weight, [[1, 2]])
         True
+        >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=torch.tensor([1.0, -1.0, 0.0]))
+        tensor([ 2., -2.,  0.])
     """
-    index = _compiled(tensor, groups)
+    slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
     check_writable(tensor, "the tensor")
-    project_(tensor, index, Workspace())
+    project_([tensor], Index.compile(slices, [tensor]), Workspace())
     return tensor
 
 
-def is_tied(tensor: Tensor, groups: Any) -> bool:
-    """Whether all the members of each group are equal, exactly.
+def is_tied(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> bool:
+    """Whether all the members of each group are equal, exactly; with scales, what :func:`tie_` would write.
 
     Equal means ``==`` as in :func:`torch.equal`: a group that holds a NaN is not tied.
 
     Args:
         tensor: as for :func:`tie_`.
         groups: as for :func:`tie_`.
+        dim: as for :func:`tie_`.
+        scale: as for :func:`tie_`.
 
     Raises:
         TypeError, IndexError, ValueError: as for :func:`tie_`.
@@ -107,95 +118,114 @@ def is_tied(tensor: Tensor, groups: Any) -> bool:
         >>> is_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 1]])
         False
     """
-    index = _compiled(tensor, groups)
-    rows = _rows(tensor.detach())
-    workspace = Workspace()
+    slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
+    return tied([tensor.detach()], Index.compile(slices, [tensor]), Workspace())
+
+
+def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> bool:
+    """Whether dense tensors are tied, as :func:`is_tied`."""
+    rows = index.rows(tensors)
     return all(
         torch.equal(
-            _gathered(rows, piece.members, workspace, "members"),
-            _gathered(rows, run.leads, workspace, "leads")[piece.slots],
+            _gathered(rows[piece.part], piece.members, workspace, "members"),
+            _expected(leads, piece, rows[0].dtype, workspace),
         )
         for run in index.runs
+        for leads in [_leads(rows, run, workspace)]
         for piece in run.pieces
+    ) and all(
+        bool((_gathered(rows[part], pins, workspace, "members") == 0).all()) for part, pins in index.pinned.items()
     )
 
 
-def _compiled(tensor: Tensor, groups: Any) -> Index:
-    labels = canonical_labels(groups, tensor, "the tensor")
-    return Index.compile(labels, tensor.shape[1:].numel(), tensor.device)
-
-
 @torch.no_grad()
-def project_(tensor: Tensor, index: Index, workspace: Workspace, reduction: str = "mean") -> None:
-    """Writes to all members of each group their mean, or their sum.
+def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, reduction: Reduction = "mean") -> None:
+    """Writes to all members of each group their mean, or their sum; with scales, multiples of it.
 
-    The sum is the size of the group times the mean *as it is stored*, so that projecting to the mean
-    first changes nothing.
+    The sum is the size of the group (with scales, the sum of their squares) times the mean *as it is
+    stored*, so that projecting to the mean first changes nothing.
 
     Args:
-        tensor: dense, shape ``[index.length, ...]``, no two entries in one memory location.
-        index: which slices to tie, on the device of the tensor.
+        tensors: those that the index is for: dense, no two entries in one memory location.
+        index: which slices to tie.
         workspace: buffers to work in.
         reduction: ``"mean"`` or ``"sum"``.
     """
-    rows = _rows(tensor)
+    rows = index.rows(tensors)
     for run in index.runs:
-        values = _means(rows, run, workspace).to(rows.dtype)
+        values = _means(rows, run, workspace).to(rows[0].dtype)
         if reduction == "sum":
-            values = _multiplied(values, run.sizes)
+            values = (values.to(_wide(values)) * _column(run.counts, values)).to(values.dtype)
         _write(rows, run, values, workspace)
+    for part, pins in index.pinned.items():
+        _bits(rows[part]).index_fill_(0, pins, 0)
 
 
 @torch.no_grad()
-def divide_(tensor: Tensor, index: Index, workspace: Workspace) -> None:
-    """Divides the members of each group by its size: from the sum back to the mean.
+def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, strength: float) -> None:
+    """Moves all members towards the mean of their group, and what is pinned towards zero.
 
     Args:
-        tensor: as for :func:`project_`, and tied.
+        tensors: as for :func:`project_`.
+        index: as for :func:`project_`.
+        workspace: as for :func:`project_`.
+        strength: how far, from 0, not at all, to 1, as :func:`project_` but for the rounding.
+    """
+    rows = index.rows(tensors)
+
+    def move(part: int, positions: Tensor, members: Tensor, goal: Tensor) -> None:
+        # Equal infinities have no difference.
+        moved = torch.where(members == goal, members, members.lerp(goal, strength)).to(rows[part].dtype)
+        _bits(rows[part]).index_copy_(0, positions, _bits(moved))
+
+    for run in index.runs:
+        means = _means(rows, run, workspace)
+        for piece in run.pieces:
+            members = _gathered(rows[piece.part], piece.members, workspace, "members")
+            move(piece.part, piece.members, members, _expected(means, piece, rows[0].dtype, workspace))
+    for part, pins in index.pinned.items():
+        members = _gathered(rows[part], pins, workspace, "members")
+        move(part, pins, members, torch.zeros_like(members))
+
+
+@torch.no_grad()
+def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
+    """From the sum back to the mean.
+
+    Args:
+        tensors: as for :func:`project_`, and projected to the sum.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
     """
-    rows = _rows(tensor)
+    rows = index.rows(tensors)
     for run in index.runs:
-        sums = _gathered(rows, run.leads, workspace, "leads")
-        _write(rows, run, (sums / _column(run.sizes, sums)).to(rows.dtype), workspace)
+        sums = _leads(rows, run, workspace)
+        _write(rows, run, (sums / _column(run.counts, sums)).to(rows[0].dtype), workspace)
 
 
 class _Projection(torch.autograd.Function):
-    """``project_`` out of place; linear and symmetric, so it is its own backward."""
+    """``project_`` out of place; linear and symmetric, also to the sum, so it is its own backward."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, index: Index) -> Tensor:
-        ctx.index = index
-        result = tensor.clone()
-        project_(result, index, Workspace())
-        return result
+    def forward(ctx: Any, index: Index, reduction: Reduction, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.index, ctx.reduction = index, reduction
+        results = tuple(tensor.clone() for tensor in tensors)
+        project_(results, index, Workspace(), reduction)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return projected(grads[0], ctx.index), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *projected(grads, ctx.index, ctx.reduction)
 
 
-def projected(tensor: Tensor, index: Index) -> Tensor:
-    """The projection of a dense or sparse COO tensor, out of place and differentiable."""
-    if tensor.layout == torch.sparse_coo:
-        return _projected_sparse(tensor, index)
-    return _Projection.apply(tensor, index)  # type: ignore[no-any-return, no-untyped-call]
+def projected(tensors: Sequence[Tensor], index: Index, reduction: Reduction = "mean") -> tuple[Tensor, ...]:
+    """The projection of dense tensors, or of one sparse COO tensor by rows, out of place and differentiable."""
+    if tensors[0].layout == torch.sparse_coo:
+        return (_projected_sparse(tensors[0], index, reduction),)
+    return _Projection.apply(index, reduction, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def multiplied(tensor: Tensor, index: Index) -> Tensor:
-    """Every member times the size of its group, out of place and differentiable: from mean to sum."""
-    if tensor.layout == torch.sparse_coo:
-        indices, values = _entries(tensor)
-        return _sparse(indices, _multiplied(values, index.size_of[indices[0]]), tensor)
-    return _multiplied(tensor, index.size_of)
-
-
-def _multiplied(slices: Tensor, sizes: Tensor) -> Tensor:
-    return (slices.to(_accumulation(slices)) * _column(sizes, slices)).to(slices.dtype)
-
-
-def _projected_sparse(tensor: Tensor, index: Index) -> Tensor:
+def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Tensor:
     """If any member of a group is stored, every member is, afterwards; other groups stay unstored.
 
     The members to be are laid out densely, group by group, the stored ones are added up in their places,
@@ -205,6 +235,8 @@ def _projected_sparse(tensor: Tensor, index: Index) -> Tensor:
     indices, values = _entries(tensor)
     group = index.group_of[indices[0]]
     tied = group >= 0
+    if index.pinned:
+        values = torch.where(_column(torch.isin(indices[0], index.pinned[0]), values), 0, values)
 
     # Sparse dimensions after the first say where in its slice an entry stands.
     widths = tensor.shape[1 : tensor.sparse_dim()]
@@ -217,14 +249,16 @@ def _projected_sparse(tensor: Tensor, index: Index) -> Tensor:
 
     labels = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     ranks = torch.arange(len(labels), device=sizes.device) - starts[labels]
+    members = index.members.at(index.starts[touched[0][labels]] + ranks)
     columns = [touched[1][labels]]
     for width in reversed(widths):
         columns[:1] = [columns[0] // width, columns[0] % width]
-    columns[0] = index.members[index.starts[touched[0][labels]] + ranks]
+    columns[0] = members.position
 
     places = starts[owner] + index.rank_of[indices[0][tied]]
     dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
-    dense = projected(dense, Index.compile(labels, values.shape[1:].numel(), labels.device))
+    slices = Slices(labels.cpu(), members.scale.cpu())
+    (dense,) = projected([dense], Index.compile([slices], [dense]), reduction)
     return _sparse(
         torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1), torch.cat([values[~tied], dense]), tensor
     )
@@ -244,64 +278,89 @@ def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def drift(tensor: Tensor, index: Index, workspace: Workspace) -> float:
-    """The largest distance of a member from the mean of its group, NaN if there is one.
+def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> float:
+    """The largest distance of a member from what its group's mean makes of it, NaN if there is one.
 
     Args:
-        tensor: as for :func:`project_`; of complex entries the modulus counts.
+        tensors: as for :func:`project_`; of complex entries the modulus counts.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
     """
-    rows = _rows(tensor)
-    distances = [rows.new_zeros((), dtype=_accumulation(rows))]
+    rows = index.rows(tensors)
+    distances = [rows[0].new_zeros((), dtype=_wide(rows[0]))]
+
+    def measure(members: Tensor, expected: Tensor | float) -> None:
+        # Equal infinities have no difference.
+        distance = torch.where(members == expected, 0.0, members - expected)
+        if tensors[0].is_complex():
+            distance = torch.linalg.vector_norm(distance, dim=-1)
+        if distance.numel():
+            distances.append(distance.abs().max())
+
     for run in index.runs:
         means = _means(rows, run, workspace)
         for piece in run.pieces:
-            members, mean = _gathered(rows, piece.members, workspace, "members"), means[piece.slots]
-            # Equal infinities have no difference.
-            distance = torch.where(members == mean, 0.0, members - mean)
-            if tensor.is_complex():
-                distance = torch.linalg.vector_norm(distance, dim=-1)
-            if distance.numel():
-                distances.append(distance.abs().max())
+            members = _gathered(rows[piece.part], piece.members, workspace, "members")
+            measure(members, _expected(means, piece, rows[0].dtype, workspace))
+    for part, pins in index.pinned.items():
+        measure(_gathered(rows[part], pins, workspace, "members"), 0.0)
     return float(torch.stack(distances).max())
 
 
-def _means(rows: Tensor, run: Run, workspace: Workspace) -> Tensor:
-    """The mean of each group, shape ``[g, ...]``, in the dtype of the accumulation."""
-    wide = _accumulation(rows)
-    if wide == torch.float64 and rows.dtype != wide:
-        totals = torch.full((len(run.leads), *rows.shape[1:]), -0.0, dtype=wide, device=rows.device)
+def _means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """The mean of each group, as the value of its lead; shape ``[g, ...]``, in the wide dtype."""
+    wide = _wide(rows[0])
+    if run.signed and wide == torch.float64 and rows[0].dtype != wide:
+        totals = torch.full((len(run.norms), *rows[0].shape[1:]), -0.0, dtype=wide, device=rows[0].device)
         for piece in run.pieces:
-            _add_up(totals, piece, _gathered(rows, piece.members, workspace, "members"))
-        return totals.div_(_column(run.sizes, totals))
-    means = _gathered(rows, run.leads, workspace, "leads")
+            members = _gathered(rows[piece.part], piece.members, workspace, "members")
+            _add_up(totals, piece, _times(members, piece))
+        return totals.div_(_column(run.norms, totals))
+    means = _leads(rows, run, workspace)
     # An estimate far from the mean costs digits; the mean around it is near.
     for _ in range(2):
         means = _means_around(means, rows, run, workspace)
     return means
 
 
-def _means_around(estimates: Tensor, rows: Tensor, run: Run, workspace: Workspace) -> Tensor:
+def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """The estimates, corrected by the mean difference of the members from them."""
     # The difference of two infinities is NaN, where their mean may well be infinite.
     pivots = torch.nan_to_num(estimates, nan=0.0, posinf=0.0, neginf=0.0)
-    offsets = pivots * -run.scale
     totals = torch.zeros_like(estimates)
     for piece in run.pieces:
-        members = _gathered(rows, piece.members, workspace, "members")
-        differences = workspace.take("differences", members.shape, members.dtype, members.device)
-        torch.index_select(offsets, 0, piece.slots, out=differences)
+        members = _gathered(rows[piece.part], piece.members, workspace, "members")
+        differences = _expected(pivots, piece, rows[0].dtype, workspace)
         # Scaled by a power of two, so that no sum overflows where the mean is finite.
-        _add_up(totals, piece, differences.add_(members, alpha=run.scale))
+        differences.mul_(-run.scale).add_(members, alpha=run.scale)
+        _add_up(totals, piece, _times(differences, piece))
     # Half the distance from the pivot, because the distance itself may overflow.
-    halves = totals.div_(_column(run.sizes.to(totals.dtype) * (2 * run.scale), totals))
+    halves = totals.div_(_column(run.norms * (2 * run.scale), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
     # The mean of finite members is finite, whatever the last rounding says.
     largest = torch.finfo(means.dtype).max
     means = torch.where(halves.isfinite(), means.clamp(-largest, largest), means)
     # Adding a zero would turn -0.0 into 0.0.
     return torch.where(halves == 0, estimates, means)
+
+
+def _expected(values: Tensor, piece: Piece, stored: torch.dtype, workspace: Workspace) -> Tensor:
+    """What the members of a piece are if these are the values of their leads, in the dtype of the values.
+
+    A multiple is rounded as it will be when it is stored: only then is tying idempotent.
+    """
+    spread = workspace.take("expected", (len(piece.slots), *values.shape[1:]), values.dtype, values.device)
+    torch.index_select(_bits(values), 0, piece.slots, out=_bits(spread))
+    if piece.multiples is None:
+        return spread
+    if values.dtype != _wide(values):
+        return spread.copy_(_times(spread.to(_wide(spread)), piece))
+    return _times(spread, piece) if stored == values.dtype else spread.copy_(_times(spread, piece).to(stored))
+
+
+def _times(members: Tensor, piece: Piece) -> Tensor:
+    """Members times their multiples, in place."""
+    return members if piece.multiples is None else members.mul_(_column(piece.multiples, members))
 
 
 def _add_up(totals: Tensor, piece: Piece, values: Tensor) -> None:
@@ -324,27 +383,30 @@ def _scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
         totals.index_put_((slots,), values, accumulate=True)
 
 
+def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """The lead of each group, in the wide dtype."""
+    if len(run.leads) == 1:
+        part, members, _ = run.leads[0]
+        return _gathered(rows[part], members, workspace, "leads")
+    leads = workspace.take("leads", (len(run.norms), *rows[0].shape[1:]), _wide(rows[0]), rows[0].device)
+    for part, members, slots in run.leads:
+        leads.index_copy_(0, slots, _gathered(rows[part], members, workspace, "members"))
+    return leads
+
+
 def _gathered(rows: Tensor, positions: Tensor, workspace: Workspace, name: str) -> Tensor:
-    """``rows[positions]`` in the dtype of the accumulation, in the buffer of that name."""
-    shape, wide = (len(positions), *rows.shape[1:]), _accumulation(rows)
+    """``rows[positions]`` in the wide dtype, in the buffer of that name."""
+    shape, wide = (len(positions), *rows.shape[1:]), _wide(rows)
     stored = workspace.take(name, shape, rows.dtype, rows.device)
     torch.index_select(_bits(rows), 0, positions, out=_bits(stored))
     return stored if wide == rows.dtype else workspace.take(name, shape, wide, rows.device).copy_(stored)
 
 
-def _write(rows: Tensor, run: Run, values: Tensor, workspace: Workspace) -> None:
+def _write(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
     """Every member of a group gets the group's value."""
     for piece in run.pieces:
-        spread = workspace.take("members", (len(piece.slots), *values.shape[1:]), rows.dtype, rows.device)
-        torch.index_select(_bits(values), 0, piece.slots, out=_bits(spread))
-        _bits(rows).index_copy_(0, piece.members, _bits(spread))
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor as real slices along dimension 0, their entries in the order of memory."""
-    inner = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
-    tensor = tensor.permute(0, *inner)
-    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor) if tensor.is_complex() else tensor
+        expected = _expected(values, piece, values.dtype, workspace)
+        _bits(rows[piece.part]).index_copy_(0, piece.members, _bits(expected))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -352,10 +414,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def _accumulation(tensor: Tensor) -> torch.dtype:
+def _wide(tensor: Tensor) -> torch.dtype:
     """The dtype to add in: twice the digits and more, where there is one."""
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-    return wide.to_complex() if tensor.is_complex() else wide
+    return wide_dtype(tensor.device)
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

@@ -1,21 +1,20 @@
-"""What is tied: from what the user wrote to labels.
+"""What is tied: from what the user wrote to labelled slices.
 
-Lists of indices, or a tensor of labels -> canonical labels. Everything that a user can get wrong about
-a tie is found here, before anything is written; whoever holds canonical labels may trust them.
+Lists of indices, or a tensor of labels -> :class:`~tieopt.slices.Slices`. Everything that a user can get
+wrong about a tie is found here, before anything is written; whoever holds slices may trust them.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+from collections.abc import Sequence
 from itertools import chain
 from operator import index as as_int
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-FREE = -1
+from tieopt.slices import FREE, Slices
 
 # The dtypes that have a mean and that torch converts to the others.
 _DTYPES = {
@@ -33,25 +32,66 @@ _DTYPES = {
 }
 
 
-class Tie:
-    """Which slices of a parameter share one value.
+# Scales whose squares and quotients, and sums of many of them, are neither infinite nor zero.
+_LARGEST_SCALE = 2.0**100
 
-    A *slice* is what one label labels: a row of a matrix, a kernel of a convolution's first
-    dimension, an entry of a bias. Slices in one *group* are tied to each other; slices in no group are
+
+class Part(NamedTuple):
+    """What a tie labels in one parameter.
+
+    Attributes:
+        param: the parameter, or its name.
+        groups: for a tensor its labels, int64 on the CPU; for a name what was given.
+        dim: the dimension along which the slices lie.
+        scale: for a tensor float64 on the CPU, the shape of ``groups``, or None; for a name what was given.
+    """
+
+    param: Tensor | str
+    groups: Any
+    dim: int
+    scale: Any
+
+    def slices(self, tensor: Tensor, name: str) -> Slices:
+        """The slices of a tensor that it labels; raises as :class:`Tie`."""
+        return slices_for(tensor, self.groups, self.dim, self.scale, name)
+
+    def __repr__(self) -> str:
+        if isinstance(self.param, Tensor):
+            return f"Tie(parameter of shape {tuple(self.param.shape)}, {Slices(self.groups, self.scale, self.dim)})"
+        dim = f", dim={self.dim!r}" if self.dim != 0 else ""
+        scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
+        return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale})"
+
+
+class Tie:
+    r"""Which slices of a parameter share one value.
+
+    A *slice* is what one label labels: a row of a matrix, a kernel of a convolution, an entry of a bias,
+    or a single element. Slices in one *group* are tied to each other; slices in no group are
     *free* and never touched.
+
+    With ``scale``, members are multiples of what they share, :math:`w_i = s_i w_0`: -1 is a flipped
+    sign, and 0 pins a slice at zero. The projection is then
+    :math:`w_0 = \sum_i s_i w_i / \sum_i s_i^2`.
 
     Args:
         param: the parameter, or its name if the optimizer was built from ``named_parameters()``.
-            Shape ``[n, ...]``, any floating or complex dtype, any memory layout.
-        groups: a list of lists of indices along dimension 0, each index at most once; or a tensor
-            (or NumPy array) of labels, shape ``[n]``, any integer dtype: slices with the same label
-            are tied, -1 is free.
+            One dimension or more, any floating or complex dtype, any memory layout.
+        groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy
+            array) of labels, any integer dtype: slices with the same label are tied, -1 is free. The shape
+            of labels is a leading part of the parameter's: for a convolution's weight ``[out, in, k, k]``,
+            ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single elements.
+        dim: the dimension along which the slices lie; 1 ties the columns of a matrix. Labels are for
+            ``param.movedim(dim, 0)``.
+        scale: what multiple of its group's shared value each slice is, in the shape of the labels (for
+            lists, one for each index of ``dim``): real, finite, and if not zero from 2**-100 to 2**100 in
+            magnitude.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or cannot be tied, or ``groups`` holds
-            something other than integers.
-        IndexError: an index is out of range.
-        ValueError: an index occurs twice, or the labels have the wrong shape or a value below -1.
+            something other than integers, or ``scale`` something other than real numbers.
+        IndexError: an index, or ``dim``, is out of range.
+        ValueError: an index occurs twice, labels or scale have the wrong shape, or a value that is none.
 
     Groups for a name are looked at when an optimizer finds the parameter.
 
@@ -61,43 +101,81 @@ class Tie:
         >>> weight = torch.nn.Parameter(torch.zeros(5, 3))
         >>> Tie(weight, [[4, 1], [0, 2]])
         Tie(parameter of shape (5, 3), 2 groups of 4 members, 1 free)
-        >>> Tie(weight, torch.tensor([7, 3, 7, -1, 3])).groups
-        tensor([ 0,  1,  0, -1,  1])
+        >>> Tie(weight, torch.tensor([0, 1, 0]), dim=1)
+        Tie(parameter of shape (5, 3), 2 groups of 3 members, 0 free, dim=1)
 
     Attributes:
-        param: what was given.
-        groups: for a tensor the canonical labels, int64, shape ``[n]``, groups numbered in the order
-            of their first members, -1 for free slices; for a name what was given, until an
-            optimizer finds the parameter.
+        parts: what it labels, a part for each parameter that was joined.
     """
 
-    def __init__(self, param: Tensor | str, groups: Any) -> None:
+    parts: tuple[Part, ...]
+
+    def __init__(self, param: Tensor | str, groups: Any, *, dim: int = 0, scale: Any = None) -> None:
         if not isinstance(param, (Tensor, str)):
             raise TypeError(
                 "A tie needs a parameter.\n"
                 "  Expected: a tensor, or the name of a parameter\n"
                 f"  Got:      {shown(param)}"
             )
-        self.param = param
-        self.groups = canonical_labels(groups, param, "the parameter") if isinstance(param, Tensor) else groups
+        if isinstance(param, Tensor):
+            slices = slices_for(param, groups, dim, scale, "the parameter")
+            groups, scale, dim = slices.labels, slices.scale, slices.dim
+        self.parts = (Part(param, groups, dim, scale),)
+
+    @classmethod
+    def join(cls, *ties: Tie) -> Tie:
+        """Ties slices of several parameters, or along several dimensions: the same label, the same group.
+
+        The slices must have one shape. Lists of indices are labelled by their place: the first list of
+        each tie is one group.
+
+        Args:
+            ties: those to join, at least one.
+
+        Raises:
+            TypeError: something is no :class:`Tie`, or there is nothing.
+            ValueError: the slices have different shapes.
+
+        Example:
+            An autoencoder whose decoder is the encoder transposed:
+
+            >>> import torch
+            >>> from tieopt import Tie, TiedOptimizer
+            >>> encoder, decoder = torch.nn.Linear(8, 3), torch.nn.Linear(3, 8)
+            >>> rows = Tie(encoder.weight, torch.arange(3))
+            >>> columns = Tie(decoder.weight, torch.arange(3), dim=1)
+            >>> inner = torch.optim.Adam([encoder.weight, decoder.weight])
+            >>> optimizer = TiedOptimizer(inner, Tie.join(rows, columns))
+            >>> torch.equal(encoder.weight, decoder.weight.T)
+            True
+        """
+        for tie in ties or (None,):
+            if not isinstance(tie, Tie):
+                raise TypeError(f"Tie.join joins ties.\n  Expected: Ties, at least one\n  Got:      {shown(tie)}")
+        joined = cls.__new__(cls)
+        joined.parts = tuple(chain.from_iterable(tie.parts for tie in ties))
+        known = [part for part in joined.parts if isinstance(part.param, Tensor)]
+        check_one_shape([(part.slices(part.param, "the parameter"), part.param) for part in known])  # type: ignore
+        return joined
 
     def __repr__(self) -> str:
-        if isinstance(self.param, str):
-            return f"Tie({self.param!r}, {shown(self.groups)})"
-        return f"Tie(parameter of shape {tuple(self.param.shape)}, {described(self.groups)})"
+        if len(self.parts) == 1:
+            return repr(self.parts[0])
+        return f"Tie.join({', '.join(map(repr, self.parts))})"
 
 
-def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
-    """Validates ``groups`` against the tensor they are for and returns their labels.
+def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> Slices:
+    """Validates a tie against the tensor that it is for.
 
     Args:
+        tensor: what is to be tied.
         groups: as in :class:`Tie`.
-        tensor: what is to be tied, shape ``[n, ...]``.
+        dim: as in :class:`Tie`.
+        scale: as in :class:`Tie`.
         name: how the errors call the tensor.
 
     Returns:
-        int64 labels on the CPU, shape ``[n]``. Groups are numbered 0, 1, ... in the order of their
-        first members, so that two ways to write one partition give equal labels.
+        The slices, with the labels that were given.
     """
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(
@@ -111,24 +189,92 @@ def canonical_labels(groups: Any, tensor: Tensor, name: str) -> Tensor:
             "  Expected: a tensor of one or more dimensions\n"
             "  Got:      a tensor of shape ()"
         )
+    dim = _checked_dim(dim, tensor, name)
+    shape = tensor.movedim(dim, 0).shape
+    along = f"along dimension {dim}"
     if isinstance(groups, Tensor):
-        labels = _checked_labels(groups, tensor, name)
+        labels = _checked_labels(groups, tensor, shape, along, name)
     elif hasattr(groups, "__array__"):
-        labels = _checked_labels(_from_array(groups, name), tensor, name)
+        labels = _checked_labels(_from_array(groups, "Labels", "an integer dtype", name), tensor, shape, along, name)
     else:
-        labels = _labels_from_lists(groups, tensor, name)
-    return _renumbered(labels)
+        labels = _labels_from_lists(groups, tensor, shape[0], name)
+    return Slices(labels, _checked_scale(scale, labels, tensor, name), dim)
 
 
-def _from_array(labels: Any, name: str) -> Tensor:
+def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str] | None = None) -> None:
+    """Refuses to join slices of different shapes.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for number, (each, tensor) in enumerate(slices):
+        first, other = slices[0][0].slice_shape(slices[0][1]), each.slice_shape(tensor)
+        if first != other:
+            called = [names[i] if names else f"part {i}" for i in (0, number)]
+            raise ValueError(
+                "Joined slices have different shapes.\n"
+                f"  Expected: slices of shape {tuple(first)}, as in {called[0]} {tuple(slices[0][1].shape)}\n"
+                f"  Got:      {tuple(other)} in {called[1]} {tuple(tensor.shape)}"
+            )
+
+
+def _checked_dim(dim: Any, tensor: Tensor, name: str) -> int:
+    expected = f"  Parameter: {tuple(tensor.shape)}\n  Expected:  an integer from 0 to {tensor.dim() - 1}\n"
+    try:
+        if isinstance(dim, bool):
+            raise TypeError
+        number = as_int(dim)
+    except TypeError:
+        raise TypeError(f"dim for {name} is not an integer.\n{expected}  Got:       {shown(dim)}") from None
+    if not -tensor.dim() <= number < tensor.dim():
+        raise IndexError(f"dim for {name} is out of range.\n{expected}  Got:       {number}")
+    return number % tensor.dim()
+
+
+def _checked_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor | None:
+    if scale is None:
+        return None
+    if not isinstance(scale, Tensor):
+        if not hasattr(scale, "__array__"):
+            raise TypeError(
+                f"The scale for {name} is no tensor.\n"
+                f"  Expected: a tensor of real numbers of shape {tuple(labels.shape)}, or None\n"
+                f"  Got:      {shown(scale)}"
+            )
+        scale = _from_array(scale, "Scales", "a real dtype", name)
+    if scale.is_complex() or scale.dtype == torch.bool:
+        raise TypeError(
+            f"The scale for {name} has the wrong dtype.\n  Expected: a real dtype\n  Got:      {scale.dtype}"
+        )
+    if scale.shape != labels.shape:
+        raise ValueError(
+            f"The scale for {name} has the wrong shape.\n"
+            f"  Parameter: {tuple(tensor.shape)}\n"
+            f"  Expected:  {tuple(labels.shape)}, one number for each label\n"
+            f"  Got:       {tuple(scale.shape)}"
+        )
+    scale = scale.detach().to("cpu", torch.float64)
+    size = scale.abs()
+    wrong = ~((size == 0) | ((size >= 1 / _LARGEST_SCALE) & (size <= _LARGEST_SCALE)))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"The scale for {name} has a value that scales nothing.\n"
+            "  Expected: finite numbers, zero or from 2**-100 to 2**100 in magnitude\n"
+            f"  Got:      {float(scale[at])} at position {shown_position(at)}"
+        )
+    return None if bool((scale == 1).all()) else scale
+
+
+def _from_array(array: Any, what: str, expected: str, name: str) -> Tensor:
     """A NumPy array as a tensor; a copy, because torch takes none that is read-only or reversed."""
     try:
-        return torch.as_tensor(labels.copy())
+        return torch.as_tensor(array.copy())
     except (TypeError, ValueError):
         raise TypeError(
-            f"Labels for {name} have the wrong dtype.\n"
-            "  Expected: an integer dtype, in the byte order of this machine\n"
-            f"  Got:      {labels.dtype!r}"
+            f"{what} for {name} have the wrong dtype.\n"
+            f"  Expected: {expected}, in the byte order of this machine\n"
+            f"  Got:      {array.dtype!r}"
         ) from None
 
 
@@ -157,33 +303,34 @@ def check_writable(tensor: Tensor, name: str) -> None:
         )
 
 
-def _checked_labels(labels: Tensor, tensor: Tensor, name: str) -> Tensor:
+def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: str, name: str) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
         raise TypeError(
             f"Labels for {name} have the wrong dtype.\n"
             "  Expected: an integer dtype that fits into int64\n"
             f"  Got:      {labels.dtype}"
         )
-    if labels.shape != tensor.shape[:1]:
+    if not labels.dim() or labels.shape != shape[: labels.dim()]:
+        deeper = f", or a longer beginning of {tuple(shape)}" if len(shape) > 1 else ""
         raise ValueError(
             f"Labels for {name} have the wrong shape.\n"
             f"  Parameter: {tuple(tensor.shape)}\n"
-            f"  Expected:  {tuple(tensor.shape[:1])}, one label for each slice along dimension 0\n"
+            f"  Expected:  {tuple(shape[:1])}, one label for each slice {along}{deeper}\n"
             f"  Got:       {tuple(labels.shape)}"
         )
     labels = labels.detach().to("cpu", torch.int64)
     wrong = (labels < FREE).nonzero()
     if len(wrong):
-        at = int(wrong[0])
+        at = tuple(wrong[0].tolist())
         raise ValueError(
             f"Labels for {name} have a negative value.\n"
             f"  Expected: group numbers from 0 on, or {FREE} for a free slice\n"
-            f"  Got:      {int(labels[at])} at position {at}"
+            f"  Got:      {int(labels[at])} at position {shown_position(at)}"
         )
     return labels
 
 
-def _labels_from_lists(groups: Any, tensor: Tensor, name: str) -> Tensor:
+def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Tensor:
     expected = "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
     try:
         if isinstance(groups, (str, bytes)):
@@ -196,7 +343,6 @@ def _labels_from_lists(groups: Any, tensor: Tensor, name: str) -> Tensor:
     if not set(map(type, flat)) <= {int}:
         flat = [_integer(i, name, expected) for i in flat]
 
-    count = tensor.shape[0]
     outside = [i for i in flat if not 0 <= i < count]
     if outside:
         raise IndexError(
@@ -227,37 +373,9 @@ def _integer(value: Any, name: str, expected: str) -> int:
         raise TypeError(f"An index for {name} is not an integer.\n{expected}  Got:      {shown(value)}") from None
 
 
-def _renumbered(labels: Tensor) -> Tensor:
-    """Groups numbered in the order of their first members."""
-    tied = (labels != FREE).nonzero().squeeze(1)
-    names, number = torch.unique(labels[tied], return_inverse=True)
-    first = torch.full_like(names, labels.numel()).scatter_reduce_(0, number, tied, "amin")
-    rank = torch.empty_like(first).index_put_((first.argsort(),), torch.arange(len(first)))
-    return torch.full_like(labels, FREE).index_put_((tied,), rank[number])
-
-
-def described(labels: Tensor) -> str:
-    """How many groups, members and free slices canonical labels have, in words."""
-    free = int((labels == FREE).sum())
-    count = group_count(labels)
-    return f"{count} group{'' if count == 1 else 's'} of {labels.numel() - free} members, {free} free"
-
-
-def group_count(labels: Tensor) -> int:
-    """The number of groups in canonical labels."""
-    return int(labels.max()) + 1 if labels.numel() else 0
-
-
-def fingerprint(labels: Tensor) -> str:
-    """What a checkpoint says of a tie: readable, and the same for the same tie.
-
-    A group of one member ties nothing, and counts as a free slice.
-    """
-    sizes = torch.bincount(labels[labels != FREE], minlength=1)
-    labels = _renumbered(torch.where((labels != FREE) & (sizes[labels] > 1), labels, FREE))
-    # Their bytes without NumPy, which torch does not need to have.
-    digest = hashlib.sha256(ctypes.string_at(labels.data_ptr(), labels.nbytes)).hexdigest()
-    return f"{described(labels)}, sha256 {digest}"
+def shown_position(position: tuple[int, ...]) -> str:
+    """A position, without brackets where it is a single number."""
+    return str(position[0] if len(position) == 1 else position)
 
 
 def shown(value: Any, limit: int = 80) -> str:

@@ -1,0 +1,129 @@
+"""Labelled slices of tensors: which there are, what tells one labelling from another, where they lie in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FREE = -1
+
+
+class Slices(NamedTuple):
+    """Labelled slices of one tensor.
+
+    Attributes:
+        labels: the group of each slice, -1 for a free one; int64 on the CPU. Their shape is how the shape
+            of the tensor begins, once dimension ``dim`` was moved to the front.
+        scale: what multiple of its group's shared value each slice is, float64 on the CPU, the shape of
+            ``labels``; None if all are 1.
+        dim: the dimension along which the slices lie.
+    """
+
+    labels: Tensor
+    scale: Tensor | None = None
+    dim: int = 0
+
+    def __str__(self) -> str:
+        return f"{described([self])}{f', dim={self.dim}' * (self.dim != 0)}{', scaled' * (self.scale is not None)}"
+
+    @property
+    def scales(self) -> Tensor:
+        """``scale``, also where it is None."""
+        return torch.ones(self.labels.shape, dtype=torch.float64) if self.scale is None else self.scale
+
+    def slice_shape(self, tensor: Tensor) -> torch.Size:
+        """The shape of one slice."""
+        return tensor.movedim(self.dim, 0).shape[self.labels.dim() :]
+
+    def steps(self, tensor: Tensor) -> tuple[int, ...]:
+        """For each dimension of the labels, how many of :meth:`rows` lie between neighbours."""
+        if self.labels.dim() == 1:
+            return (1,)
+        strides = self._strides(tensor)
+        return tuple(stride // _common(strides) for stride in strides)
+
+    def positions(self, steps: tuple[int, ...]) -> Tensor:
+        """Which of :meth:`rows` each slice is, int64, the shape of ``labels``."""
+        positions = torch.zeros((), dtype=torch.int64)
+        for step, size in zip(steps, self.labels.shape, strict=True):
+            positions = positions[..., None] + step * torch.arange(size)
+        return positions
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A view with the slices along its first dimension.
+
+        One label dimension is moved to the front. Several are walked as one, in steps of what their
+        strides have in common, whatever the layout; so not every row needs to be a slice, and rows may
+        overlap, but the slices among them do not.
+        """
+        front, depth = tensor.movedim(self.dim, 0), self.labels.dim()
+        if depth == 1:
+            return front
+        strides = self._strides(tensor)
+        last = sum(stride * (size - 1) for stride, size in zip(strides, self.labels.shape, strict=True))
+        unit = _common(strides)
+        count = last // unit + 1 if self.labels.numel() else 0
+        return front.as_strided((count, *front.shape[depth:]), (unit, *front.stride()[depth:]))
+
+    def _strides(self, tensor: Tensor) -> tuple[int, ...]:
+        strides = tensor.movedim(self.dim, 0).stride()
+        # The stride of a dimension of one entry means nothing.
+        return tuple(stride if size > 1 else 0 for stride, size in zip(strides, self.labels.shape, strict=False))
+
+
+def _common(strides: tuple[int, ...]) -> int:
+    return math.gcd(*strides) or 1
+
+
+def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
+    """Groups numbered 0, 1, ... in the order of their first members.
+
+    Two ways to write one partition give equal labels then.
+    """
+    flat = torch.cat([each.labels.flatten() for each in slices])
+    tied = (flat != FREE).nonzero().squeeze(1)
+    names, number = torch.unique(flat[tied], return_inverse=True)
+    first = torch.full_like(names, flat.numel()).scatter_reduce_(0, number, tied, "amin")
+    rank = torch.empty_like(first).index_put_((first.argsort(),), torch.arange(len(first)))
+    flat = torch.full_like(flat, FREE).index_put_((tied,), rank[number])
+    parts = torch.split(flat, [each.labels.numel() for each in slices])
+    return tuple(each._replace(labels=part.view(each.labels.shape)) for each, part in zip(slices, parts, strict=True))
+
+
+def described(slices: Sequence[Slices]) -> str:
+    """How many groups, members and free slices there are, in words."""
+    labels = torch.cat([each.labels.flatten() for each in slices])
+    count, free = len(torch.unique(labels[labels != FREE])), int((labels == FREE).sum())
+    return f"{count} group{'' if count == 1 else 's'} of {labels.numel() - free} members, {free} free"
+
+
+def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
+    """What a checkpoint says of a tie: readable, and the same for the same tie.
+
+    A group of one member ties nothing, and counts as a free slice. All that is pinned at zero is one.
+
+    Args:
+        slices: of each parameter.
+        numbers: of the parameters in the ``state_dict``.
+    """
+    flat = torch.cat([one.labels.flatten() for one in slices])
+    scale = torch.cat([one.scales.flatten() for one in slices])
+    tied, pinned = (flat != FREE) & (scale != 0), (flat != FREE) & (scale == 0)
+    sizes = torch.bincount(flat[tied], minlength=1)
+    kept = tied & ((sizes[flat] > 1) | (scale.abs() != 1))
+    (canonical,) = numbered([Slices(torch.where(kept, flat, FREE))])
+    labels = torch.where(pinned, FREE - 1, canonical.labels)
+    digest = hashlib.sha256(
+        repr([(n, one.dim, one.labels.shape) for n, one in zip(numbers, slices, strict=True)]).encode()
+    )
+    for column in (labels, torch.where(kept, scale, 1.0)):
+        # Their bytes without NumPy, which torch does not need to have.
+        digest.update(ctypes.string_at(column.data_ptr(), column.nbytes))
+    zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
+    return f"{described([canonical])}{zeros}, sha256 {digest.hexdigest()}"
