@@ -13,6 +13,7 @@ from checks import (
     REDUCTIONS,
     SHAPE,
     bits,
+    mean_gradient,
     one_bare,
     one_tied,
     parameter,
@@ -66,9 +67,12 @@ def test_a_tied_optimizer_loads_the_state_of_a_bare_one():
     weight, tied = one_tied(AdamW)
     tied.load_state_dict(bare.state_dict())
 
-    saved = tied.state_dict()
+    saved, expected = tied.state_dict(), bare.state_dict()
     saved.pop("tieopt")
-    assert same_tree(saved, bare.state_dict())
+    expected["state"] = {
+        0: {key: mean_gradient(value) if value.shape == SHAPE else value for key, value in expected["state"][0].items()}
+    }
+    assert same_tree(saved, expected)
     train(tied, 3)
     assert tied_bitwise(weight)
 
@@ -121,7 +125,7 @@ def test_load_state_dict_writes_through_the_setstate_of_the_inner_class():
 
 
 def test_a_loaded_checkpoint_aliases_the_live_state_exactly_where_it_does_for_the_bare_optimizer():
-    _, donor = one_bare(AdamW)
+    _, donor = one_tied(AdamW)
     train(donor, 2)
 
     def aliased(optimizer):

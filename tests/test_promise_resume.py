@@ -24,7 +24,7 @@ from strategies import (
 )
 from torch.nn import Parameter
 
-from tieopt import TiedOptimizer
+from tieopt import TiedOptimizer, tie_
 
 
 def _resumable(recipe: Recipe, dtype: torch.dtype) -> bool:
@@ -127,6 +127,17 @@ def test_a_copy_goes_on_as_the_original_does(device: torch.device, data: st.Data
     assert _same_state(copied.state_dict(), straight.state_dict())
 
 
+def _averaged(state: Any, start: torch.Tensor, names: torch.Tensor) -> Any:
+    """The state, with the mean of the members in what has an entry for each of the parameter's."""
+    return {
+        number: {
+            key: tie_(value.clone(), names) if torch.is_tensor(value) and value.shape == start.shape else value
+            for key, value in entries.items()
+        }
+        for number, entries in state.items()
+    }
+
+
 @given(st.data())
 def test_a_bare_optimizer_loads_a_tied_one_and_the_other_way_round(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
@@ -141,5 +152,6 @@ def test_a_bare_optimizer_loads_a_tied_one_and_the_other_way_round(data: st.Data
     bare.load_state_dict(tied.state_dict())
     assert _same_state(bare.state_dict()["state"], tied.state_dict()["state"])
     _train(bare, [second], steps)
+    names = tied.ties[0].parts[0].groups
     tied.load_state_dict(bare.state_dict())
-    assert _same_state(bare.state_dict()["state"], tied.state_dict()["state"])
+    assert _same_state(_averaged(bare.state_dict()["state"], start, names), tied.state_dict()["state"])

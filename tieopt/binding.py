@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tieopt.index import Index, Layout
-from tieopt.reduction import Reduction, Workspace, divide_, drift, project_, projected
+from tieopt.reduction import Reduction, Workspace, divide_, drift, project_, projected, relax_
 from tieopt.slices import FREE, Slices, fingerprint, numbered
 from tieopt.ties import Part, Tie, check_one_shape, check_writable, overlaps, shown
 
@@ -73,19 +73,30 @@ class Binding:
         param_groups: of the optimizer.
         ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
         reduction: ``"mean"`` or ``"sum"``, what the inner optimizer is to see of the gradients.
+        strength: how far a projection moves the weights, from 0 to 1.
+        every: each how many steps they are projected.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
 
-    def __init__(self, param_groups: ParamGroups, ties: Any, reduction: Reduction) -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"Unknown reduction.\n  Expected: 'mean' or 'sum'\n  Got:      {shown(reduction)}")
+    def __init__(
+        self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
+    ) -> None:
+        _check_options(reduction, strength, every)
         self.reduction = reduction
+        self.strength = strength
+        self.every = every
+        self.steps = 0
         self.ties = _found(param_groups, _listed(ties))
         self._workspace = Workspace()
         for tie, params in self.parameters(param_groups):
             tie.index_for(params)
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether the ties are approximate: gradients stay as they are, and weights may drift apart."""
+        return self.strength != 1 or self.every != 1
 
     def parameters(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
         """The ties with the parameters that stand in their places now.
@@ -150,15 +161,19 @@ class Binding:
 
         return to_mean
 
-    def tie_weights(self, tie: BoundTie, params: list[Tensor], *, differentiable: bool) -> None:
+    def tie_weights(
+        self, tie: BoundTie, params: list[Tensor], *, differentiable: bool = False, strength: float = 1.0
+    ) -> None:
         """Ties the parameters of one tie; where the step is part of a graph, the projection is too."""
         index = tie.index_for(params)
         if differentiable and any(param.grad_fn is not None for param in params):
             with torch.enable_grad():
                 for param, result in zip(params, projected(params, index), strict=True):
-                    param.copy_(result)
-        else:
+                    param.copy_(result if strength == 1 else param.lerp(result, strength))
+        elif strength == 1:
             project_(params, index, self._workspace)
+        else:
+            relax_(params, index, self._workspace, strength)
 
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean."""
@@ -176,9 +191,15 @@ class Binding:
                 counts = [str(number) for number in (count, groups, count - free, free, groups + free)]
                 lines.append([name_of(param_groups, place), str(tuple(place.shape)), *counts, measured])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
+        table = [
             "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]) for line in lines
-        )
+        ]
+        return "\n".join([*table, *([self.relaxation] if self.relaxed else [])])
+
+    @property
+    def relaxation(self) -> str:
+        """How approximate relaxed ties are, in words."""
+        return f"Ties are approximate: strength {self.strength}, every {self.every} step{'s' * (self.every != 1)}"
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """The fingerprints of its ties, for each parameter by the number that it has in a ``state_dict``."""
@@ -191,18 +212,19 @@ class Binding:
                 found.setdefault(number, []).append(own)
         return {number: "; ".join(sorted(own)) for number, own in found.items()}
 
-    def check_fingerprints(self, saved: Any, param_groups: ParamGroups) -> None:
-        """Compares the fingerprints of a checkpoint with those of these ties.
+    def check_saved(self, saved: Any, param_groups: ParamGroups) -> None:
+        """Compares what a checkpoint says of its ties with these.
 
         Raises:
-            ValueError: they differ, or are none.
+            ValueError: they differ, or it says nothing of ties.
         """
-        if not isinstance(saved, Mapping):
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("ties"), Mapping):
             raise ValueError(
-                "The fingerprints of the state's ties are no mapping.\n"
+                "The state does not say what its ties are.\n"
                 "  Expected: what state_dict() of a TiedOptimizer returned\n"
                 f"  Got:      {shown(saved)}"
             )
+        saved = saved["ties"]
         own = self.fingerprints(param_groups)
         names = dict(enumerate(name_of(param_groups, place) for place in _places(param_groups)))
         for number in {**own, **saved}:
@@ -225,7 +247,9 @@ class StepGradients:
         self.took_part: dict[BoundTie, list[Tensor]] = {}
 
     def tie(self) -> None:
-        """Ties the gradients that are there, and remembers whose they are."""
+        """Ties the gradients that are there, and remembers whose they are; relaxed ties leave them alone."""
+        if self._binding.relaxed:
+            return
         for tie, params in self._binding.parameters_with_gradients(self._param_groups):
             self.took_part[tie] = params
             undo = self._binding.tie_gradients(tie, params, self._binding.reduction)
@@ -248,6 +272,29 @@ class StepGradients:
             return loss
 
         return tied_closure
+
+
+def _check_options(reduction: Any, strength: Any, every: Any) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"Unknown reduction.\n  Expected: 'mean' or 'sum'\n  Got:      {shown(reduction)}")
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not number or not 0 <= strength <= 1:
+        raise (ValueError if number else TypeError)(
+            f"strength says how far a projection goes.\n  Expected: a number from 0 to 1\n  Got:      {shown(strength)}"
+        )
+    whole = isinstance(every, int) and not isinstance(every, bool)
+    if not whole or every < 1:
+        raise (ValueError if whole else TypeError)(
+            "every says each how many steps the weights are projected.\n"
+            "  Expected: an integer from 1 on\n"
+            f"  Got:      {shown(every)}"
+        )
+    if reduction == "sum" and (strength != 1 or every != 1):
+        raise ValueError(
+            "Relaxed ties leave the gradients as they are, and do not add them up.\n"
+            "  Expected: reduction='mean', or strength=1 and every=1\n"
+            f"  Got:      reduction='sum', strength={strength}, every={every}"
+        )
 
 
 def name_of(param_groups: ParamGroups, place: Place) -> str:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from tieopt.binding import Binding, StepGradients
 from tieopt.reduction import Reduction
+from tieopt.state import tied_state
 from tieopt.ties import Tie, shown
 
 _HOOKS = (
@@ -33,8 +34,8 @@ _HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 
-# Where the fingerprints stand in a state_dict, beside "state" and "param_groups".
-_FINGERPRINTS = "tieopt"
+# Where what the ties add stands in a state_dict, beside "state" and "param_groups".
+_TIEOPT = "tieopt"
 
 
 class TiedOptimizer(Optimizer):
@@ -54,14 +55,26 @@ class TiedOptimizer(Optimizer):
         reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which
             is the gradient that autograd gives to one parameter used in several places. After the
             step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
-            dividing by the size), so that gradients accumulate.
+            dividing by the size), so that gradients accumulate. With scales the sum is
+            :math:`\\sum_i s_i g_i`, the gradient of the shared value, times the scale of each member.
+        strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
+        every: the weights are projected after each so many steps.
+
+    With another ``strength`` or ``every`` than 1 the ties are *relaxed*: the members are trained by their own
+    gradients and pulled together, as in locally connected layers that share weights now and then (Pogodin
+    et al., "Towards Biologically Plausible Convolutional Networks", 2021). They are approximate then, and
+    :meth:`tie_drift` says by how much; :meth:`tie_weights` ties them exactly.
+
+    An optimizer that has state already is made to look as if its weights had been tied all along: what it
+    keeps of each entry is averaged per group, too.
 
     Raises:
         TypeError: ``optimizer`` is none or is tied already, ``ties`` are none, or groups hold something
             other than integers.
         IndexError: an index is out of range.
-        ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; a
-            parameter is tied twice; ``reduction`` is unknown.
+        ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
+            share an entry; joined parameters differ in dtype, device or settings, or only some of them
+            are frozen; ``reduction``, ``strength`` or ``every`` is none.
 
     Example:
         >>> import torch
@@ -86,11 +99,13 @@ class TiedOptimizer(Optimizer):
         ties: Mapping[Any, Any] | Tie | Iterable[Tie],
         *,
         reduction: Reduction = "mean",
+        strength: float = 1.0,
+        every: int = 1,
     ) -> Self:
         _check_wrappable(optimizer)
-        binding = Binding(optimizer.param_groups, ties, reduction)
+        binding = Binding(optimizer.param_groups, ties, reduction, strength, every)
         tied_class = _tied_class(cls, type(optimizer))
-        _tie_weights(optimizer, binding)
+        _tie_all(optimizer, binding)
 
         # Nothing fails from here on.
         vars(optimizer).pop("step", None)
@@ -108,6 +123,8 @@ class TiedOptimizer(Optimizer):
         ties: Mapping[Any, Any] | Tie | Iterable[Tie],
         *,
         reduction: Reduction = "mean",
+        strength: float = 1.0,
+        every: int = 1,
     ) -> None:
         # __new__ did it all; Optimizer.__init__ would begin a second state.
         pass
@@ -142,11 +159,49 @@ class TiedOptimizer(Optimizer):
         """Replaces the members of each group by their mean; for when anything else wrote to the weights.
 
         Idempotent bit for bit. A frozen parameter, whose ``requires_grad`` is False, is not written.
+        Relaxed ties are tied exactly.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
         _tie_weights(self, self._tieopt)
+
+    def retie(self, ties: Mapping[Any, Any] | Tie | Iterable[Tie]) -> None:
+        """Replaces all ties by others, in the middle of a training.
+
+        The weights are tied at once, and the state of the optimizer is made to look as if they had been
+        tied all along: what it keeps of each entry is averaged per group. What has not the shape of its
+        parameter is left alone.
+
+        Args:
+            ties: as for :class:`TiedOptimizer`. Parameters that were added since may be among them.
+
+        Raises:
+            TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`. The ties stay as they are then.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer, is_tied
+            >>> weight = torch.nn.Parameter(torch.randn(4, 2))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([weight]), {weight: [[0, 1]]})
+            >>> optimizer.retie({weight: [[0, 1, 2]]})
+            >>> is_tied(weight, [[0, 1, 2]])
+            True
+            >>> optimizer.untie()
+            >>> optimizer.ties
+            ()
+        """
+        kept = self._tieopt
+        binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every)
+        _tie_all(self, binding)
+        self._tieopt = binding
+
+    def untie(self) -> None:
+        """Ends all ties: from here on every entry is trained for itself.
+
+        Weights and state stay as they are.
+        """
+        self.retie(())
 
     def tie_drift(self) -> float:
         """The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied."""
@@ -176,18 +231,33 @@ class TiedOptimizer(Optimizer):
         state_dict = super().state_dict(*args, **kwargs)
         if not self._tieopt.ties:
             return state_dict
-        return {**state_dict, _FINGERPRINTS: self._tieopt.fingerprints(self.param_groups)}
+        saved: dict[str, Any] = {"ties": self._tieopt.fingerprints(self.param_groups)}
+        if self._tieopt.relaxed:
+            saved["steps"] = self._tieopt.steps
+        return {**state_dict, _TIEOPT: saved}
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Loads a state that was saved with the same ties, or without any.
 
+        One without any is averaged per group, as if the weights had been tied all along.
+
         Raises:
             ValueError: it was saved with other ties. Nothing is loaded then.
         """
-        if _FINGERPRINTS in state_dict:
-            self._tieopt.check_fingerprints(state_dict[_FINGERPRINTS], self.param_groups)
-        state_dict = {key: value for key, value in state_dict.items() if key != _FINGERPRINTS}
+        saved = state_dict.get(_TIEOPT)
+        if _TIEOPT in state_dict:
+            self._tieopt.check_saved(saved, self.param_groups)
+        state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
         super().load_state_dict(state_dict, *args, **kwargs)
+        if saved is not None:
+            self._tieopt.steps = saved.get("steps", 0)
+        elif not self._tieopt.relaxed:
+            for state, key, value in tied_state(self.state, self._tieopt.parameters(self.param_groups)):
+                state[key] = value
+
+    def __repr__(self) -> str:
+        relaxed = self._tieopt.relaxed and self._tieopt.ties
+        return super().__repr__() + (f"\n{self._tieopt.relaxation}" if relaxed else "")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made at run time; pickle would not find it by its name.
@@ -212,6 +282,10 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
             differentiable = _is_differentiable(self)
             for tie, params in gradients.took_part.items():
                 self._tieopt.tie_weights(tie, params, differentiable=differentiable)
+            if self._tieopt.relaxed:
+                self._tieopt.steps += 1
+                if self._tieopt.steps % self._tieopt.every == 0:
+                    _tie_weights(self, self._tieopt, self._tieopt.strength)
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
@@ -260,11 +334,19 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
     return optimizer
 
 
-def _tie_weights(optimizer: Optimizer, binding: Binding) -> None:
+def _tie_all(optimizer: Optimizer, binding: Binding) -> None:
+    """Ties the weights, and the state that an optimizer has already."""
+    changes = [] if binding.relaxed else tied_state(optimizer.state, binding.parameters(optimizer.param_groups))
+    _tie_weights(optimizer, binding, binding.strength)
+    for state, key, value in changes:
+        state[key] = value
+
+
+def _tie_weights(optimizer: Optimizer, binding: Binding, strength: float = 1.0) -> None:
     differentiable = _is_differentiable(optimizer)
     for tie, params in binding.parameters(optimizer.param_groups):
         if params[0].requires_grad:
-            binding.tie_weights(tie, params, differentiable=differentiable)
+            binding.tie_weights(tie, params, differentiable=differentiable, strength=strength)
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:
