@@ -1,0 +1,742 @@
+r"""Patterns: functions that return labels, and scales where a pattern has signs or zeros.
+
+Entries with the same label share one value :math:`w_0`, and :math:`w_i = s_i w_0` where :math:`s_i` is the
+scale: 1, -1 for the opposite, 0 for an entry pinned at zero. Where a pattern returns labels alone, every
+scale is 1. Labels are int64 and scales float32, both on the CPU.
+
+The matrix patterns label the first two dimensions of a shape, so that the entries of the weight of a linear
+layer and whole kernels of the weight of a convolution are tied::
+
+    ties = {layer.weight: patterns.toeplitz(layer.weight.shape)}
+
+    labels, scale = patterns.antisymmetric(layer.weight.shape)
+    ties = Tie(layer.weight, labels, scale=scale)
+
+Nothing is drawn at random but by a seed, and no argument is written to. A pattern is not looked up in a
+parameter but made for a shape; only :func:`clusters` reads weights. :func:`orbits` needs scipy, and
+:func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from importlib import import_module
+from math import prod
+from operator import index as as_int
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from tieopt.ties import shown
+
+_INT32_MAX = 2**31 - 1
+# Of more distinct values than this, k-means sees a summary.
+_SUMMARY = 2**12
+
+# --- matrices ---
+
+
+def symmetric(shape: Sequence[int]) -> Tensor:
+    """A matrix that equals its transpose: ``W[i, j] = W[j, i]``.
+
+    Args:
+        shape: ``[n, n, ...]``.
+
+    Returns:
+        Labels of shape ``[n, n]``, ``n (n + 1) / 2`` groups.
+
+    Raises:
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, or the first two differ.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.symmetric((3, 3))
+        >>> labels
+        tensor([[0, 1, 3],
+                [1, 2, 4],
+                [3, 4, 5]])
+        >>> torch.equal(labels, labels.T)
+        True
+    """
+    i, j = _grid(*_square(shape, "symmetric"))
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    return high * (high + 1) // 2 + low
+
+
+def antisymmetric(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A matrix that is the negative of its transpose: ``W[i, j] = -W[j, i]``, zero on the diagonal.
+
+    Such a matrix keeps a recurrent network stable (Chang et al., AntisymmetricRNN, 2019).
+
+    Args:
+        shape: ``[n, n, ...]``.
+
+    Returns:
+        Labels of shape ``[n, n]``, ``n (n - 1) / 2`` groups and one for each entry of the diagonal; and
+        their scales, 1 above the diagonal, -1 below, and 0 on it.
+
+    Raises:
+        TypeError, ValueError: as for :func:`symmetric`.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels, scale = patterns.antisymmetric((3, 3))
+        >>> scale
+        tensor([[ 0.,  1.,  1.],
+                [-1.,  0.,  1.],
+                [-1., -1.,  0.]])
+        >>> weight = torch.randn(6)[labels] * scale
+        >>> torch.equal(weight, -weight.T)
+        True
+    """
+    i, j = _grid(*_square(shape, "antisymmetric"))
+    return symmetric(shape), (j - i).sign().float()
+
+
+def persymmetric(shape: Sequence[int]) -> Tensor:
+    """A matrix that is symmetric about its anti-diagonal: ``W[i, j] = W[n - 1 - j, n - 1 - i]``.
+
+    Args:
+        shape: ``[n, n, ...]``.
+
+    Returns:
+        Labels of shape ``[n, n]``, ``n (n + 1) / 2`` groups.
+
+    Raises:
+        TypeError, ValueError: as for :func:`symmetric`.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.persymmetric((3, 3))
+        >>> labels
+        tensor([[3, 1, 0],
+                [4, 2, 1],
+                [5, 4, 3]])
+        >>> torch.equal(labels, labels.T.flip(0, 1))
+        True
+    """
+    _square(shape, "persymmetric")
+    return symmetric(shape).flip(1)
+
+
+def centrosymmetric(shape: Sequence[int]) -> Tensor:
+    """A matrix that is symmetric about its center: ``W[i, j] = W[m - 1 - i, n - 1 - j]``.
+
+    Args:
+        shape: ``[m, n, ...]``.
+
+    Returns:
+        Labels of shape ``[m, n]``, ``m n / 2`` groups, rounded up.
+
+    Raises:
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.centrosymmetric((3, 2))
+        >>> labels
+        tensor([[0, 1],
+                [2, 2],
+                [1, 0]])
+        >>> torch.equal(labels, labels.flip(0, 1))
+        True
+    """
+    m, n = _sizes(shape, least=2)[:2]
+    entries = torch.arange(m * n).view(m, n)
+    return torch.minimum(entries, entries.flip(0, 1))
+
+
+def circulant(shape: Sequence[int]) -> Tensor:
+    """A matrix whose rows are rotations of the first: ``W[i, j] = W[0, (j - i) % n]``.
+
+    Args:
+        shape: ``[n, n, ...]``.
+
+    Returns:
+        Labels of shape ``[n, n]``, ``n`` groups.
+
+    Raises:
+        TypeError, ValueError: as for :func:`symmetric`.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.circulant((3, 3))
+        >>> labels
+        tensor([[0, 1, 2],
+                [2, 0, 1],
+                [1, 2, 0]])
+        >>> torch.equal(labels, labels.roll((1, 1), (0, 1)))
+        True
+    """
+    n, _ = _square(shape, "circulant")
+    i, j = _grid(n, n)
+    return (j - i) % n
+
+
+def block_circulant(shape: Sequence[int], block: int) -> Tensor:
+    """A matrix of square blocks, each of which is circulant.
+
+    The structure of CirCNN (Ding et al., 2017), which has ``block`` times fewer values.
+
+    Args:
+        shape: ``[m, n, ...]``.
+        block: rows and columns of a block; a divisor of ``m`` and of ``n``.
+
+    Returns:
+        Labels of shape ``[m, n]``, ``m n / block`` groups.
+
+    Raises:
+        TypeError: ``shape`` is not a sequence of integers, or ``block`` is not an integer.
+        ValueError: ``shape`` has fewer than two dimensions, or ``block`` does not divide the first two.
+
+    Example:
+        >>> from tieopt import patterns
+        >>> patterns.block_circulant((2, 4), 2)
+        tensor([[0, 1, 2, 3],
+                [1, 0, 3, 2]])
+    """
+    m, n = _sizes(shape, least=2)[:2]
+    block = _whole(block, "The size of a block", 1, max(m, n) or _INT32_MAX)
+    if m % block or n % block:
+        raise ValueError(_message("A matrix cannot be cut into such blocks.", f"a divisor of {m} and of {n}", block))
+    i, j = _grid(m, n)
+    return (i // block * (n // block) + j // block) * block + (j - i) % block
+
+
+def toeplitz(shape: Sequence[int]) -> Tensor:
+    """A matrix that is constant along its diagonals: ``W[i, j] = W[i + 1, j + 1]``.
+
+    Args:
+        shape: ``[m, n, ...]``.
+
+    Returns:
+        Labels of shape ``[m, n]``, ``m + n - 1`` groups.
+
+    Raises:
+        TypeError, ValueError: as for :func:`centrosymmetric`.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.toeplitz((2, 3))
+        >>> labels
+        tensor([[1, 2, 3],
+                [0, 1, 2]])
+        >>> torch.equal(labels[1:, 1:], labels[:-1, :-1])
+        True
+    """
+    m, n = _sizes(shape, least=2)[:2]
+    i, j = _grid(m, n)
+    return j - i + (m - 1)
+
+
+def hankel(shape: Sequence[int]) -> Tensor:
+    """A matrix that is constant along its anti-diagonals: ``W[i, j] = W[i + 1, j - 1]``.
+
+    Args:
+        shape: ``[m, n, ...]``.
+
+    Returns:
+        Labels of shape ``[m, n]``, ``m + n - 1`` groups.
+
+    Raises:
+        TypeError, ValueError: as for :func:`centrosymmetric`.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.hankel((2, 3))
+        >>> labels
+        tensor([[0, 1, 2],
+                [1, 2, 3]])
+        >>> torch.equal(labels[1:, :-1], labels[:-1, 1:])
+        True
+    """
+    i, j = _grid(*_sizes(shape, least=2)[:2])
+    return i + j
+
+
+# --- symmetries of any shape ---
+
+
+def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
+    """Entries that equal their mirror image along each of some dimensions: ``W = W.flip(d)`` for each ``d``.
+
+    Args:
+        shape: any; for a convolution ``[out, in, height, width]``, whose last dimension is mirrored.
+        dims: which dimensions, each once; negative ones count from the end.
+
+    Returns:
+        Labels of that shape. The number of groups is the product of the sizes, where those of ``dims``
+        are halved and rounded up.
+
+    Raises:
+        TypeError: ``shape`` or ``dims`` is not a sequence of integers.
+        ValueError: ``shape`` has no dimension.
+        IndexError: ``shape`` has no such dimension.
+        ValueError: a dimension occurs twice.
+
+    Example:
+        >>> from tieopt import patterns
+        >>> patterns.mirrored((2, 3))
+        tensor([[0, 1, 0],
+                [2, 3, 2]])
+        >>> patterns.mirrored((2, 3), dims=(0, 1))
+        tensor([[0, 1, 0],
+                [0, 1, 0]])
+    """
+    sizes = _sizes(shape, least=1)
+    places = _places(dims, len(sizes))
+    halves = [(size + 1) // 2 if dim in places else size for dim, size in enumerate(sizes)]
+    labels = torch.arange(prod(halves)).view(halves)
+    for dim in places:
+        entries = torch.arange(sizes[dim])
+        labels = labels.index_select(dim, torch.minimum(entries, entries.flip(0)))
+    return labels
+
+
+def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
+    r"""Square kernels that equal themselves rotated by 90 degrees: ``W = W.rot90(1, (-2, -1))``.
+
+    The rotations form the group :math:`C_4`; with the reflections, ``W = W.flip(-1)``, it is :math:`D_4`, the
+    symmetries of the square. Each kernel, all but the last two dimensions, is tied within itself.
+
+    Args:
+        shape: ``[..., k, k]``.
+        mirrored: whether a kernel also equals its mirror images.
+
+    Returns:
+        Labels of that shape. For each kernel ``k^2 / 4`` groups, rounded up; mirrored, ``h (h + 1) / 2``,
+        where ``h`` is ``k / 2``, rounded up.
+
+    Raises:
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, or the last two differ.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> labels = patterns.rotated((4, 4))
+        >>> labels
+        tensor([[0, 1, 2, 0],
+                [2, 3, 3, 1],
+                [1, 3, 3, 2],
+                [0, 2, 1, 0]])
+        >>> torch.equal(labels, labels.rot90())
+        True
+        >>> len(patterns.rotated((4, 4), mirrored=True).unique())
+        3
+    """
+    sizes = _sizes(shape, least=2)
+    *kernels, k, other = sizes
+    if k != other:
+        raise ValueError(_message("Such kernels cannot be rotated.", "the last two dimensions to be equal", sizes))
+    entries = torch.arange(k * k).view(k, k)
+    views = [entries, entries.flip(0)] if mirrored else [entries]
+    first = torch.stack([view.rot90(turns) for view in views for turns in range(4)]).amin(0)
+    names, number = torch.unique(first, return_inverse=True)
+    labels: Tensor = torch.arange(prod(kernels)).view(*kernels, 1, 1) * len(names) + number
+    return labels
+
+
+def orbits(*permutations: Tensor) -> Tensor:
+    """Entries that any composition of some permutations maps to each other.
+
+    That is for any symmetry that has no function of its own here. Number the entries, and write down what
+    stands in the place of each. ``W[i, j, a, b] = W[j, i, k - 1 - a, k - 1 - b]``, for instance, says that
+    swapping input and output mirrors a kernel of ``k x k`` entries about its center::
+
+        entries = torch.arange(weight.numel()).view(weight.shape)
+        labels = patterns.orbits(entries.transpose(0, 1).flip(2, 3))
+
+    The inverses need not be given: some power of each permutation is its inverse. Found as the connected
+    components of a graph, by scipy.
+
+    Args:
+        permutations: one or more integer tensors of one shape, each a rearrangement of
+            ``torch.arange(n).view(shape)``.
+
+    Returns:
+        Labels of that shape.
+
+    Raises:
+        TypeError: there is no permutation, or one is not an integer tensor.
+        ValueError: the shapes differ, or one is not a permutation.
+        ImportError: scipy is not installed.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> entries = torch.arange(6).view(2, 3)
+        >>> patterns.orbits(entries.flip(0))
+        tensor([[0, 1, 2],
+                [0, 1, 2]])
+        >>> patterns.orbits(entries.flip(0), entries.roll(1, 1))
+        tensor([[0, 0, 0],
+                [0, 0, 0]])
+    """
+    if not permutations:
+        raise TypeError(_message("Orbits need a permutation.", "one integer tensor or more", "none"))
+    images = [_image(entries, number, permutations[0]) for number, entries in enumerate(permutations)]
+    sparse, graphs = _optional("scipy.sparse"), _optional("scipy.sparse.csgraph")
+    edges = torch.stack(images, dim=1)
+    starts = torch.arange(len(edges) + 1) * len(images)
+    ones = torch.ones(edges.numel(), dtype=torch.float64)
+    graph = sparse.csr_matrix((ones.numpy(), edges.flatten().numpy(), starts.numpy()), shape=(len(edges),) * 2)
+    _, labels = graphs.connected_components(graph, connection="weak")
+    return torch.from_numpy(labels).long().view(permutations[0].shape)
+
+
+# --- convolutions ---
+
+
+def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A convolution unrolled: the dense layer that computes the same from flattened inputs.
+
+    The label of an entry is the position in ``conv.weight.flatten()`` of its value. Entries out of the
+    kernel's reach are pinned at zero by scale 0, and their label is the number after the last position,
+    ``conv.weight.numel()``. So padding the weight with one zero gives the dense layer::
+
+        dense.weight = nn.functional.pad(conv.weight.flatten(), (0, 1))[labels]
+
+    Args:
+        conv: of any stride, dilation, groups and zero padding.
+        input_size: length or ``(height, width)`` of the input; one number stands for both.
+
+    Returns:
+        Labels of shape ``[out_channels * out_positions, in_channels * in_positions]``, in the order of
+        :class:`torch.nn.Flatten`, at most ``conv.weight.numel()`` groups and one for the zeros (positions
+        that only see padding do not occur); and their scales, 1 within the kernel's reach and 0 elsewhere.
+
+    Raises:
+        TypeError: ``conv`` is not such a layer, or ``input_size`` not one or more integers.
+        ValueError: the padding is not by zeros, or the input is too small or of other dimensions.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> conv = torch.nn.Conv1d(1, 1, kernel_size=2)
+        >>> labels, scale = patterns.convolution(conv, 3)
+        >>> labels
+        tensor([[0, 1, 2],
+                [2, 0, 1]])
+        >>> scale
+        tensor([[1., 1., 0.],
+                [0., 1., 1.]])
+        >>> weight = torch.nn.functional.pad(conv.weight.flatten(), (0, 1))[labels]
+        >>> x = torch.ones(1, 3)
+        >>> torch.allclose(x @ weight.T + conv.bias, conv(x))
+        True
+    """
+    taps = _taps(conv, input_size)
+    inputs = conv.in_channels // conv.groups
+    o, i = _grid(conv.out_channels, conv.in_channels)
+    channels = torch.where(o // (conv.out_channels // conv.groups) == i // inputs, o * inputs + i % inputs, -1)
+    labels = reduce(_nested, zip(taps, conv.kernel_size, strict=True), channels)
+    reached = labels >= 0
+    return torch.where(reached, labels, conv.weight.numel()), reached.float()
+
+
+def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> Tensor:
+    """The bias of the dense layer of :func:`convolution`: each channel's, at all its positions.
+
+    Args:
+        conv: as for :func:`convolution`, with a bias.
+        input_size: as for :func:`convolution`.
+
+    Returns:
+        Labels of shape ``[out_channels * out_positions]``, ``out_channels`` groups: the positions in
+        ``conv.bias``, so that ``dense.bias = conv.bias[labels]``.
+
+    Raises:
+        TypeError, ValueError: as for :func:`convolution`.
+        ValueError: ``conv`` has no bias.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> patterns.convolution_bias(torch.nn.Conv1d(1, 2, kernel_size=2), 4)
+        tensor([0, 0, 0, 1, 1, 1])
+    """
+    positions = prod(len(taps) for taps in _taps(conv, input_size))
+    if conv.bias is None:
+        raise ValueError(_message("A convolution has no bias.", "bias=True", conv))
+    return torch.arange(conv.out_channels).repeat_interleave(positions)
+
+
+# --- compression ---
+
+
+def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Entries that a hash function sorts into buckets, each with a sign: HashedNets (Chen et al., 2015).
+
+    .. math:: W_i = \xi(i)\, w_{h(i)}, \qquad h(i) \in \{0, \dots, B - 1\}, \quad \xi(i) \in \{-1, 1\}
+
+    The signs make the products of inputs that meet in a bucket cancel on average. Both hashes are the 32-bit
+    MurmurHash3 of the position :math:`i` in the flattened weight, from scikit-learn, with seeds of their own:
+    the same on every machine. Give every layer its own seed.
+
+    Args:
+        shape: any, of fewer than ``2^31`` entries.
+        buckets: how many values there are.
+        seed: of both hashes.
+
+    Returns:
+        Labels of that shape, at most ``buckets`` groups; and their scales, 1 or -1.
+
+    Raises:
+        TypeError: ``shape`` is not a sequence of integers, or ``buckets`` or ``seed`` is not an integer.
+        ValueError: ``shape`` has no dimension or too many entries, or ``buckets`` or ``seed`` is out of range.
+        ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> from tieopt import patterns
+        >>> labels, scale = patterns.hashed((2, 4), buckets=3)
+        >>> labels
+        tensor([[2, 1, 1, 0],
+                [0, 0, 2, 2]])
+        >>> scale
+        tensor([[ 1., -1., -1.,  1.],
+                [ 1.,  1.,  1.,  1.]])
+    """
+    sizes = _sizes(shape, least=1)
+    buckets = _whole(buckets, "The number of buckets", 1, _INT32_MAX)
+    seed = _whole(seed, "A seed", 0, 2**32 - 1)
+    if prod(sizes) > _INT32_MAX:
+        raise ValueError(
+            _message(
+                "A shape has too many entries to be hashed.", f"{_INT32_MAX} or fewer", f"{prod(sizes)} in {sizes}"
+            )
+        )
+    murmur = _optional("sklearn.utils").murmurhash3_32
+    keys = torch.arange(prod(sizes), dtype=torch.int32).numpy()
+    label, sign = (
+        torch.from_numpy(murmur(keys, seed=murmur(f"{use} {seed}", positive=True), positive=True).astype("int64"))
+        for use in ("bucket", "sign")
+    )
+    return (label % buckets).view(sizes), (1 - 2 * (sign % 2)).float().view(sizes)
+
+
+def clusters(tensor: Tensor, count: int, *, of: str = "rows", seed: int = 0) -> Tensor:
+    """Rows or values that k-means puts into one cluster; tied, they become their cluster's mean.
+
+    The clusters of values are those of Deep Compression (Han et al., 2016). Equal rows, and equal values,
+    are in one cluster, and what the clusters are does not depend on the order of the rows. If there are no more
+    distinct ones than clusters, each has its own. The clusters are those of one start by k-means++; for
+    more than a few thousand distinct values they are found on a fine histogram of them, and then each value
+    goes to the nearest center. By scikit-learn, in float64; another version of it may find others.
+
+    Args:
+        tensor: the weights now, shape ``[n, ...]``, any real floating dtype.
+        count: of clusters, at most the number of rows or values.
+        of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries.
+        seed: of the start.
+
+    Returns:
+        For rows labels of shape ``[n]``, for values of the shape of ``tensor``, larger ones for larger
+        values; at most ``count`` groups.
+
+    Raises:
+        TypeError: ``tensor`` is not a dense floating tensor, or ``count`` or ``seed`` is not an integer.
+        ValueError: ``tensor`` has no rows or no entries or one that is not finite, ``count`` or ``seed``
+            is out of range, or ``of`` is neither of the two.
+        ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns
+        >>> weight = torch.tensor([[0.0, 0.1], [5.0, 5.1], [5.2, 5.0]])
+        >>> first, second, third = patterns.clusters(weight, 2)
+        >>> bool(second == third), bool(first == second)
+        (True, False)
+        >>> patterns.clusters(weight, 2, of="values")
+        tensor([[0, 0],
+                [1, 1],
+                [1, 1]])
+    """
+    if of not in ("rows", "values"):
+        raise ValueError(_message("Clusters are of something else.", "of='rows' or of='values'", shown(of)))
+    rows = of == "rows"
+    points = _points(tensor, rows)
+    count = _whole(count, "The number of clusters", 1, len(points))
+    seed = _whole(seed, "A seed", 0, 2**32 - 1)
+    k_means = _optional("sklearn.cluster").KMeans(count, random_state=seed, n_init=1)
+
+    points, own, sizes = torch.unique(points, dim=0 if rows else None, return_inverse=True, return_counts=True)
+    if len(points) <= count:
+        labels = torch.arange(len(points))
+    elif rows:
+        labels = torch.from_numpy(k_means.fit(points.numpy(), sample_weight=sizes.numpy()).labels_).long()
+    else:
+        means, masses = _summary(points, sizes, max(_SUMMARY, 4 * count))
+        k_means.fit(means.unsqueeze(1).numpy(), sample_weight=masses.numpy())
+        centers = torch.from_numpy(k_means.cluster_centers_).flatten().sort().values
+        labels = torch.bucketize(points, (centers[1:] + centers[:-1]) / 2)
+    return labels[own].view(tensor.shape[:1] if rows else tensor.shape)
+
+
+# --- what the patterns share ---
+
+
+def _message(wrong: str, expected: object, got: object) -> str:
+    return f"{wrong}\n  Expected: {expected}\n  Got:      {got}"
+
+
+def _grid(m: int, n: int) -> tuple[Tensor, Tensor]:
+    """The indices of rows, as a column, and of columns, as a row."""
+    return torch.arange(m).unsqueeze(1), torch.arange(n).unsqueeze(0)
+
+
+def _sizes(shape: Sequence[int], least: int) -> tuple[int, ...]:
+    """A shape of at least so many dimensions, checked."""
+    sizes = _integers(shape, "A shape", "the sizes of a parameter, as weight.shape")
+    if len(sizes) < least or min(sizes) < 0:
+        expected = f"{least} dimension{'s' * (least > 1)} or more, of no negative size"
+        raise ValueError(_message("A pattern does not fit this shape.", expected, sizes))
+    return sizes
+
+
+def _square(shape: Sequence[int], name: str) -> tuple[int, int]:
+    sizes = _sizes(shape, least=2)
+    if sizes[0] != sizes[1]:
+        expected = "the first two dimensions to be equal"
+        raise ValueError(_message(f"A matrix of this shape cannot be {name}.", expected, sizes))
+    return sizes[0], sizes[1]
+
+
+def _integers(values: Any, what: str, expected: str) -> tuple[int, ...]:
+    try:
+        if isinstance(values, (Tensor, str, bytes)):
+            raise TypeError
+        return tuple(as_int(value) for value in values)
+    except TypeError:
+        raise TypeError(_message(f"{what} is not a sequence of integers.", expected, shown(values))) from None
+
+
+def _whole(value: Any, what: str, low: int, high: int) -> int:
+    """An integer within bounds, checked."""
+    expected = f"an integer from {low} to {high}"
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        number = as_int(value)
+    except TypeError:
+        raise TypeError(_message(f"{what} is not an integer.", expected, shown(value))) from None
+    if not low <= number <= high:
+        raise ValueError(_message(f"{what} is out of range.", expected, number))
+    return number
+
+
+def _places(dims: Sequence[int], count: int) -> list[int]:
+    """Dimensions counted from the front, checked."""
+    numbers = _integers(dims, "What is mirrored", "the numbers of dimensions, as (0, 1)")
+    outside = [dim for dim in numbers if not -count <= dim < count]
+    if outside:
+        raise IndexError(_message("A dimension is out of range.", f"from {-count} to {count - 1}", outside[0]))
+    places = [dim % count for dim in numbers]
+    if len(set(places)) < len(places):
+        raise ValueError(_message("A dimension occurs more than once.", "each dimension once", numbers))
+    return places
+
+
+def _image(permutation: Any, number: int, first: Tensor) -> Tensor:
+    """A permutation, flat and checked."""
+    if (
+        not isinstance(permutation, Tensor)
+        or permutation.is_floating_point()
+        or permutation.is_complex()
+        or permutation.dtype in (torch.bool, torch.uint64)
+    ):
+        expected = "an integer tensor, as torch.arange(n).view(shape) rearranged"
+        raise TypeError(_message(f"Permutation {number} is not one of integers.", expected, shown(permutation)))
+    if permutation.shape != first.shape:
+        wrong = f"Permutation {number} has another shape than the first."
+        raise ValueError(_message(wrong, tuple(first.shape), tuple(permutation.shape)))
+    image = permutation.detach().to("cpu", torch.int64).flatten()
+    outside = (image < 0) | (image >= len(image))
+    wrong_ones = outside if outside.any() else torch.bincount(image)[image] > 1
+    if wrong_ones.any():
+        expected = f"each number from 0 to {len(image) - 1}, once"
+        got = f"{image[wrong_ones][0].item()}{'' if outside.any() else ' more than once'}"
+        raise ValueError(_message(f"Permutation {number} is not a rearrangement.", expected, got))
+    return image
+
+
+def _taps(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> list[Tensor]:
+    """For each dimension the tap by which an output sees an input: shape ``[out, in]``, -1 for none."""
+    if not isinstance(conv, (nn.Conv1d, nn.Conv2d)):
+        expected = "torch.nn.Conv1d or torch.nn.Conv2d"
+        raise TypeError(_message("Only a convolution can be unrolled.", expected, shown(conv)))
+    if conv.padding_mode != "zeros":
+        raise ValueError(_message("Such padding cannot be unrolled.", "padding_mode='zeros'", repr(conv.padding_mode)))
+    count = len(conv.kernel_size)
+    sizes = (input_size,) * count if isinstance(input_size, SupportsIndex) else input_size
+    expected = f"{count} integer{'s' * (count > 1)} from 1 on"
+    sizes = _integers(sizes, "The size of an input", expected)
+    if len(sizes) != count or min(sizes) < 1:
+        raise ValueError(_message("The input of a convolution cannot have this size.", expected, sizes))
+    taps = []
+    for dim, size in enumerate(sizes):
+        reach = conv.dilation[dim] * (conv.kernel_size[dim] - 1)
+        padding = {"same": reach, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[dim]
+        if size + padding <= reach:
+            wrong = f"The input of a convolution is too small in dimension {dim}."
+            raise ValueError(_message(wrong, f"{reach + 1 - padding} or more, for {conv}", size))
+        o, i = _grid((size + padding - reach - 1) // conv.stride[dim] + 1, size)
+        # An odd padding has one less on the left.
+        offset = i + padding // 2 - o * conv.stride[dim]
+        seen = (offset >= 0) & (offset <= reach) & (offset % conv.dilation[dim] == 0)
+        taps.append(torch.where(seen, offset // conv.dilation[dim], -1))
+    return taps
+
+
+def _nested(outer: Tensor, inner: tuple[Tensor, int]) -> Tensor:
+    """Each entry of a matrix replaced by a matrix: ``outer * size + inner``, and -1 where either is -1."""
+    first, second = outer[:, None, :, None], inner[0][None, :, None, :]
+    labels = torch.where((first >= 0) & (second >= 0), first * inner[1] + second, -1)
+    return labels.flatten(2, 3).flatten(0, 1)
+
+
+def _points(tensor: Any, rows: bool) -> Tensor:
+    """What is clustered: the rows ``[n, columns]`` or values ``[n]`` of a tensor, in float64."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        expected = "a dense tensor of a real floating dtype"
+        got = f"{shown(tensor)}, {tensor.layout}" if isinstance(tensor, Tensor) else shown(tensor)
+        raise TypeError(_message("This cannot be clustered.", expected, got))
+    if tensor.numel() == 0 or tensor.dim() == 0:
+        raise ValueError(_message("There is nothing to cluster.", "one entry or more", shown(tensor)))
+    points = tensor.detach().to("cpu", torch.float64).reshape((len(tensor), -1) if rows else (-1,))
+    finite = points.isfinite()
+    if not finite.all():
+        at = tuple((~finite.view(tensor.shape)).nonzero()[0].tolist())
+        raise ValueError(_message("A tensor cannot be clustered.", "finite entries", f"{tensor[at].item()} at {at}"))
+    return points
+
+
+def _summary(values: Tensor, sizes: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Distinct, ascending values in bins, both of small width and of few values: their means and masses."""
+    if len(values) <= 2 * bins:
+        return values, sizes
+    even = torch.linspace(values[0].item(), values[-1].item(), bins, dtype=torch.float64)
+    ranks = values[torch.arange(bins) * (len(values) - 1) // (bins - 1)]
+    place = torch.bucketize(values, torch.unique(torch.cat([even, ranks])))
+    masses = torch.bincount(place, weights=sizes)
+    filled = masses > 0
+    return torch.bincount(place, weights=values * sizes)[filled] / masses[filled], masses[filled]
+
+
+def _optional(module: str) -> Any:
+    """A module that only some patterns need."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(_message(f"This pattern needs {module}.", "pip install 'tieopt[patterns]'", error)) from None
