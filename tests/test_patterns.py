@@ -491,6 +491,27 @@ def test_a_far_value_and_many_equal_ones_leave_room_for_the_rest():
     assert squared_error(values[:-1], labels[:-1], 8) < 0.05
 
 
+@given(bins=st.integers(16, 64), seed=seeds)
+def test_a_summary_keeps_masses_and_moments_and_far_values(bins, seed):
+    far = torch.tensor([-5.0, 7.0, 8.0, 9.0])
+    values = torch.cat([randn(1000, seed=seed).clamp(-2, 2), far]).double().unique()
+    masses = torch.randint(1, 9, (len(values),), generator=torch.Generator().manual_seed(seed))
+    means, weights = patterns._summary(values, masses, bins)
+
+    assert bins <= len(means) <= 2 * bins
+    assert (means.diff() > 0).all()
+    assert weights.sum() == masses.sum()
+    torch.testing.assert_close(means @ weights, values @ masses.double())
+    assert {-5.0, 7.0, 8.0, 9.0} <= set(means.tolist())
+    # Where there are many values, a bin has few.
+    assert weights.max() <= 9 * (len(values) / (bins - 1) + 1)
+
+
+def test_there_are_more_bins_than_clusters(monkeypatch):
+    monkeypatch.setattr(patterns, "_SUMMARY", 16)
+    assert len(patterns.clusters(randn(1000), 60, of="values").unique()) == 60
+
+
 @pytest.mark.parametrize("of", ["rows", "values"])
 def test_clusters_are_the_same_for_a_seed_and_write_nothing(of):
     tensor = randn(60, 4).requires_grad_()
