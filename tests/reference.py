@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from tieopt import Tie
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -108,6 +111,51 @@ def slowly_tied(tensor: Tensor, labels: Tensor, reduction: str = "mean") -> Tens
         flat = torch.tensor(rows, dtype=torch.float64).reshape(*tensor.shape, 2)
         return torch.view_as_complex(flat).to(tensor.dtype)
     return torch.tensor(rows, dtype=torch.float64).reshape(tensor.shape).to(tensor.dtype)
+
+
+Member = tuple[int, int, float]
+
+
+def groups_of_entries(tie: Tie, parameters: Sequence[Tensor]) -> list[list[Member]]:
+    """The members of each group entry by entry: the number of the parameter, the flat position, the scale."""
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    groups: dict[tuple[int, int], list[Member]] = {}
+    for part in tie.parts:
+        number = numbers[id(part.param)]
+        positions = torch.arange(part.param.numel()).view(part.param.shape).movedim(part.dim, 0)
+        for place in product(*map(range, part.groups.shape)):
+            label = int(part.groups[place])
+            scale = 1.0 if part.scale is None else float(part.scale[place])
+            for inner, position in enumerate(positions[place].flatten().tolist()):
+                if label != -1:
+                    groups.setdefault((label, inner), []).append((number, position, scale))
+    return list(groups.values())
+
+
+def flat(tensor: Tensor) -> list[complex]:
+    """All entries as Python numbers, in the order of the indices."""
+    return tensor.detach().resolve_conj().cpu().to(torch.complex128).flatten().tolist()
+
+
+def slowly_tied_entries(
+    tensors: Sequence[Tensor], groups: Sequence[Sequence[Member]], reduction: str = "mean"
+) -> list[Tensor]:
+    """``w_i = s_i sum(s_j w_j) / sum(s_j^2)``, or without the division, in float64 or complex128, by loops."""
+    entries = [flat(tensor) for tensor in tensors]
+    for group in groups:
+        total = _sum(scale * entries[number][position] for number, position, scale in group)
+        norm = 1.0 if reduction == "sum" else math.fsum(scale * scale for _, _, scale in group)
+        for number, position, scale in group:
+            entries[number][position] = scale * total / norm if norm else 0.0
+    return [
+        (values if tensor.is_complex() else values.real).view(tensor.shape).to(tensor.dtype)
+        for values, tensor in zip((torch.tensor(one, dtype=torch.complex128) for one in entries), tensors, strict=True)
+    ]
+
+
+def _sum(values: Iterable[complex]) -> complex:
+    listed = [complex(value) for value in values]
+    return complex(math.fsum(value.real for value in listed), math.fsum(value.imag for value in listed))
 
 
 class SharedTraining:

@@ -139,6 +139,21 @@ def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> bool:
 
 
 @torch.no_grad()
+def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
+    """Writes to all members of each group what its lead says they are.
+
+    Args:
+        tensors: as for :func:`project_`.
+        index: as for :func:`project_`.
+        workspace: as for :func:`project_`.
+    """
+    rows = index.rows(tensors)
+    for run in index.runs:
+        _write(rows, run, _leads(rows, run, workspace).to(rows[0].dtype), workspace)
+    _pin(rows, index)
+
+
+@torch.no_grad()
 def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, reduction: Reduction = "mean") -> None:
     """Writes to all members of each group their mean, or their sum; with scales, multiples of it.
 
@@ -157,8 +172,7 @@ def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, redu
         if reduction == "sum":
             values = (values.to(_wide(values)) * _column(run.counts, values)).to(values.dtype)
         _write(rows, run, values, workspace)
-    for part, pins in index.pinned.items():
-        _bits(rows[part]).index_fill_(0, pins, 0)
+    _pin(rows, index)
 
 
 @torch.no_grad()
@@ -407,6 +421,12 @@ def _write(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -
     for piece in run.pieces:
         expected = _expected(values, piece, values.dtype, workspace)
         _bits(rows[piece.part]).index_copy_(0, piece.members, _bits(expected))
+
+
+def _pin(rows: list[Tensor], index: Index) -> None:
+    """What is pinned is zero."""
+    for part, pins in index.pinned.items():
+        _bits(rows[part]).index_fill_(0, pins, 0)
 
 
 def _bits(tensor: Tensor) -> Tensor:

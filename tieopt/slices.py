@@ -115,8 +115,8 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     flat = torch.cat([one.labels.flatten() for one in slices])
     scale = torch.cat([one.scales.flatten() for one in slices])
     tied, pinned = (flat != FREE) & (scale != 0), (flat != FREE) & (scale == 0)
-    sizes = torch.bincount(flat[tied], minlength=1)
-    kept = tied & ((sizes[flat] > 1) | (scale.abs() != 1))
+    _, number, sizes = torch.unique(torch.where(tied, flat, FREE), return_inverse=True, return_counts=True)
+    kept = tied & ((sizes[number] > 1) | (scale.abs() != 1))
     (canonical,) = numbered([Slices(torch.where(kept, flat, FREE))])
     labels = torch.where(pinned, FREE - 1, canonical.labels)
     digest = hashlib.sha256(

@@ -1,0 +1,284 @@
+"""The ten promises for ties of every kind: columns, kernels, elements, scaled, joined, several of one parameter."""
+
+import copy
+import io
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import Member, bits, flat, groups_of_entries, same_bits, slowly_tied_entries
+from strategies import (
+    COMPLEX,
+    COUPLING,
+    ENTRYWISE,
+    REAL,
+    TINY,
+    Recipe,
+    laid_out,
+    layouts,
+    loss_of,
+    normal,
+    recipes_for,
+    reductions,
+    seeds,
+    tensors,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from tieopt import Tie, TiedOptimizer, is_tied, tie_
+from tieopt.testing import assert_equivalent, assert_tied, ties
+
+SIGNED = ("none", "signs", "zeros")
+shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
+
+
+def _parameters(
+    data: st.DataObject,
+    dtypes: Sequence[torch.dtype],
+    shapes: st.SearchStrategy[tuple[int, ...]] = shapes,
+    most: int = 2,
+) -> list[Parameter]:
+    dtype = data.draw(st.sampled_from(list(dtypes)))
+    starts = [
+        data.draw(tensors(data.draw(shapes), [dtype], finite=True)) for _ in range(data.draw(st.integers(1, most)))
+    ]
+    return [Parameter(laid_out(start, data.draw(layouts(start)))) for start in starts]
+
+
+def _groups(drawn: Sequence[Tie], parameters: Sequence[Tensor]) -> list[list[Member]]:
+    return [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+
+
+def _assert_members_agree(parameters: Sequence[Tensor], groups: Sequence[Sequence[Member]]) -> None:
+    """For scales of -1, 0 and 1 bit for bit but for the sign of zero, and to a unit in the last place otherwise."""
+    entries = [flat(parameter) for parameter in parameters]
+    dtype = parameters[0].dtype
+    for group in groups:
+        units = [(number, position, scale) for number, position, scale in group if abs(scale) == 1]
+        lead = next(iter(units or [member for member in group if member[2] != 0]), None)
+        for number, position, scale in group:
+            value = entries[number][position]
+            if scale == 0:
+                assert value == 0
+            elif units and abs(scale) == 1:
+                assert value == scale * lead[2] * entries[lead[0]][lead[1]]
+            else:
+                expected = scale / lead[2] * entries[lead[0]][lead[1]]
+                for got, exact in ((value.real, expected.real), (value.imag, expected.imag)):
+                    finite = min(abs(exact), torch.finfo(dtype).max)
+                    unit = max(
+                        torch.finfo(dtype).eps * 2.0 ** (math.frexp(finite)[1] - 1),
+                        torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
+                    )
+                    assert abs(got - exact) <= unit or (math.isinf(got) and abs(exact) > torch.finfo(dtype).max)
+
+
+def _steps(optimizer: torch.optim.Optimizer, parameters: list[Parameter], seeds: list[int]) -> None:
+    for seed in seeds:
+        optimizer.zero_grad()
+        loss_of(parameters, seed).backward()
+        optimizer.step()
+
+
+some_seeds = st.lists(seeds, min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in ENTRYWISE + COUPLING if not recipe.closure], ids=repr)
+@given(st.data())
+def test_members_are_tied_after_construction_and_every_step(recipe: Recipe, data: st.DataObject) -> None:
+    dtypes = [dtype for dtype in (*REAL, *COMPLEX) if dtype in recipe.dtypes]
+    parameters = _parameters(data, dtypes, st.tuples(*[st.integers(1, 5)] * 2) if recipe.matrices else shapes)
+    drawn = data.draw(ties(parameters))
+    groups = _groups(drawn, parameters)
+    optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=data.draw(reductions))
+    _assert_members_agree(parameters, groups)
+    for seed in data.draw(some_seeds):
+        _steps(optimizer, parameters, [seed])
+        assume(all(bool(parameter.isfinite().all()) for parameter in parameters))
+        _assert_members_agree(parameters, groups)
+        assert optimizer.tie_drift() == 0
+
+
+@pytest.mark.parametrize("dtype", [*REAL, *COMPLEX, *TINY], ids=str)
+@given(st.data())
+def test_tying_tied_input_changes_no_bit(dtype: torch.dtype, data: st.DataObject) -> None:
+    start = data.draw(tensors(data.draw(shapes), [dtype], finite=True))
+    tensor = laid_out(start, data.draw(layouts(start, lazy=True)))
+    for tie in data.draw(ties([tensor])):
+        (part,) = tie.parts
+        tie_(tensor, part.groups, dim=part.dim, scale=part.scale)
+        once = tensor.clone()
+        tie_(tensor, part.groups, dim=part.dim, scale=part.scale)
+        assert same_bits(tensor, once)
+        if bool((tensor == tensor).all() if dtype not in TINY else (tensor.float() == tensor.float()).all()):
+            assert is_tied(tensor, part.groups, dim=part.dim, scale=part.scale)
+            assert_tied(tensor, tie)
+
+
+@given(st.data())
+def test_a_group_goes_to_its_projection(data: st.DataObject) -> None:
+    parameters = [
+        Parameter(
+            normal(data.draw(shapes), data.draw(st.sampled_from([torch.float64, torch.complex128])), data.draw(seeds))
+        )
+    ]
+    parameters += [Parameter(normal(data.draw(shapes), parameters[0].dtype, data.draw(seeds)))]
+    drawn = data.draw(ties(parameters))
+    expected = slowly_tied_entries(parameters, _groups(drawn, parameters))
+    TiedOptimizer(torch.optim.SGD(parameters), drawn)
+    for parameter, one in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), one, rtol=1e-13, atol=1e-13)
+
+
+@given(st.data())
+def test_free_entries_are_the_bare_optimizers_bit_for_bit(data: st.DataObject) -> None:
+    parameters = _parameters(data, [torch.float32, torch.float64])
+    recipe = data.draw(
+        recipes_for(*parameters, closure=False, entrywise=True).filter(lambda one: not one.settings.get("fused"))
+    )
+    drawn = data.draw(ties(parameters))
+    bare = copy.deepcopy(parameters)
+    groups = _groups(drawn, parameters)
+    optimizer, other = TiedOptimizer(recipe(parameters), drawn), recipe(bare)
+    for seed in data.draw(some_seeds):
+        for each, stepped in ((optimizer, parameters), (other, bare)):
+            each.zero_grad()
+            for number, parameter in enumerate(stepped):
+                parameter.grad = normal(parameter.shape, parameter.dtype, seed + number)
+            each.step()
+    tied = {(number, position) for group in groups for number, position, _ in group}
+    for number, (parameter, one) in enumerate(zip(parameters, bare, strict=True)):
+        free = [position for position in range(parameter.numel()) if (number, position) not in tied]
+        assert same_bits(parameter.detach().flatten()[free], one.detach().flatten()[free])
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in ENTRYWISE if torch.float64 in recipe.dtypes], ids=repr)
+@given(st.data())
+def test_the_trajectory_is_that_of_the_shared_values(recipe: Recipe, data: st.DataObject) -> None:
+    linear = recipe.optimizer is torch.optim.SGD
+    model = torch.nn.ParameterList([normal(data.draw(shapes), torch.float64, data.draw(seeds)) for _ in range(2)])
+    drawn = data.draw(ties(list(model), ("none", "signs", "zeros", "any") if linear else SIGNED))
+
+    assert_equivalent(
+        lambda: _Weights(model),
+        recipe,
+        lambda _: drawn,
+        data.draw(st.lists(seeds, min_size=10, max_size=10)),
+        reduction=data.draw(reductions),
+        loss=lambda module, seed: module(seed),
+        tolerance=1e-11,
+    )
+
+
+class _Weights(torch.nn.Module):
+    """A model that is its parameters."""
+
+    def __init__(self, weights: torch.nn.ParameterList) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, seed: int) -> Tensor:
+        return loss_of(list(self.weights), seed)
+
+
+@given(st.data())
+def test_names_of_groups_do_not_matter(data: st.DataObject) -> None:
+    parameters = _parameters(data, REAL)
+    drawn = data.draw(ties(parameters))
+    twins = copy.deepcopy(parameters)
+    number = {id(parameter): twin for parameter, twin in zip(parameters, twins, strict=True)}
+    renamed = [
+        Tie.join(
+            *(
+                Tie(
+                    number[id(part.param)],
+                    torch.where(part.groups < 0, -1, 1000 - 7 * part.groups),
+                    dim=part.dim,
+                    scale=part.scale,
+                )
+                for part in tie.parts
+            )
+        )
+        for tie in reversed(drawn)
+    ]
+    first = TiedOptimizer(torch.optim.SGD(parameters), drawn)
+    second = TiedOptimizer(torch.optim.SGD(twins), renamed)
+    assert all(map(same_bits, parameters, twins))
+    assert first.state_dict()["tieopt"] == second.state_dict()["tieopt"]
+
+
+@given(st.data())
+def test_tying_is_an_orthogonal_projection(data: st.DataObject) -> None:
+    parameters = [Parameter(normal(data.draw(shapes), torch.float64, data.draw(seeds))) for _ in range(2)]
+    drawn = data.draw(ties(parameters))
+    optimizer = TiedOptimizer(torch.optim.SGD(parameters), drawn)
+    before = [normal(parameter.shape, torch.float64, data.draw(seeds)) for parameter in parameters]
+    for parameter, grad in zip(parameters, before, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.tie_gradients()
+    g = torch.cat([grad.flatten() for grad in before])
+    p = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    assert p.norm() <= g.norm() * (1 + 1e-12)
+    assert abs(float((g - p) @ p)) <= 1e-12 * float(g @ g)
+
+
+@given(st.data())
+def test_gradients_accumulate(data: st.DataObject) -> None:
+    parameters = [Parameter(normal(data.draw(shapes), torch.float64, data.draw(seeds))) for _ in range(2)]
+    drawn, reduction = data.draw(ties(parameters)), data.draw(reductions)
+    groups = _groups(drawn, parameters)
+    optimizer = TiedOptimizer(torch.optim.SGD(parameters, lr=0.0), drawn, reduction=reduction)
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for seed in data.draw(some_seeds):
+        loss_of(parameters, seed).backward()
+        optimizer.step()
+        grads = torch.autograd.grad(loss_of(parameters, seed), parameters)
+        total = slowly_tied_entries([one + grad for one, grad in zip(total, grads, strict=True)], groups)
+        for parameter, one in zip(parameters, total, strict=True):
+            torch.testing.assert_close(parameter.grad, one, rtol=1e-10, atol=1e-10)
+
+
+@given(st.data())
+def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(data: st.DataObject) -> None:
+    parameters = _parameters(data, [torch.float32, torch.float64])
+    recipe = data.draw(recipes_for(*parameters, closure=False))
+    drawn, reduction = data.draw(ties(parameters)), data.draw(reductions)
+    optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=reduction)
+    _steps(optimizer, parameters, data.draw(some_seeds))
+
+    saved = io.BytesIO()
+    torch.save([optimizer.state_dict(), [parameter.detach() for parameter in parameters]], saved)
+    saved.seek(0)
+    state, weights = torch.load(saved, weights_only=True)
+    resumed = [Parameter(weight) for weight in weights]
+    number = {id(parameter): one for parameter, one in zip(parameters, resumed, strict=True)}
+    again = [
+        Tie.join(*(Tie(number[id(part.param)], part.groups, dim=part.dim, scale=part.scale) for part in tie.parts))
+        for tie in drawn
+    ]
+    other = TiedOptimizer(recipe(resumed), again, reduction=reduction)
+    other.load_state_dict(state)
+    after = data.draw(some_seeds)
+    _steps(optimizer, parameters, after)
+    _steps(other, resumed, after)
+    assert all(map(same_bits, parameters, resumed))
+
+
+@given(st.data())
+def test_ties_that_share_an_entry_are_refused_and_nothing_is_written(data: st.DataObject) -> None:
+    parameters = _parameters(data, REAL)
+    drawn = data.draw(ties(parameters))
+    covered = groups_of_entries(drawn[0], parameters)
+    assume(covered)
+    member = covered[0][0]
+    labels = torch.full((parameters[member[0]].numel(),), -1)
+    labels[member[1]] = 0
+    clash = Tie(parameters[member[0]], labels.view(parameters[member[0]].shape))
+    before = [bits(parameter).clone() for parameter in parameters]
+    with pytest.raises(ValueError, match="share no entry"):
+        TiedOptimizer(torch.optim.SGD(parameters), [*drawn, clash])
+    assert all(torch.equal(bits(parameter), one) for parameter, one in zip(parameters, before, strict=True))

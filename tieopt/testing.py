@@ -1,0 +1,354 @@
+"""For users' own tests, and this library's: is it tied, is it the shared parameter, and what ties there are.
+
+The strategies need hypothesis, the rest does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from tieopt.binding import Binding
+from tieopt.optimizer import TiedOptimizer
+from tieopt.reduction import Reduction, Workspace, lead_
+from tieopt.slices import FREE, Slices
+from tieopt.ties import Tie, slices_for
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+MakeOptimizer = Callable[[Iterable[tuple[str, Parameter]]], Optimizer]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
+    """Asserts that entries are tied, bit for bit but for the sign of zero.
+
+    Args:
+        model_or_tensor: a model, or a tensor.
+        ties: for a model as for :class:`~tieopt.TiedOptimizer`, where names are those of
+            ``model.named_parameters()``; for a tensor groups as for :func:`~tieopt.is_tied`, or a
+            :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are then taken.
+
+    Raises:
+        AssertionError: a member is not what the first of its group says; which, and by how much.
+        TypeError, IndexError, ValueError: ``ties`` do not fit.
+
+    Example:
+        >>> import torch
+        >>> from tieopt.testing import assert_tied
+        >>> assert_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 2]])
+        >>> assert_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 1]])
+        Traceback (most recent call last):
+        ...
+        AssertionError: the tensor is not tied.
+          Expected: 1.0 at (1,), as the first member of its group says
+          Got:      2.0
+    """
+    if isinstance(model_or_tensor, Tensor):
+        part = ties.parts[0] if isinstance(ties, Tie) else Tie(model_or_tensor, ties).parts[0]
+        named = {"the tensor": model_or_tensor}
+        ties = Tie(model_or_tensor, part.groups, dim=part.dim, scale=part.scale)
+    else:
+        named = dict(model_or_tensor.named_parameters())
+    names = list(named)
+    groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
+    for tie, tied in Binding(groups, ties, "mean").parameters(groups):
+        led = [param.detach().clone() for param in tied]
+        lead_(led, tie.index_for(led), Workspace())
+        for place, expected, param in zip(tie.places, led, tied, strict=True):
+            wide = torch.complex128 if param.is_complex() else torch.float64
+            expected, got = expected.to(wide), param.detach().to(wide)
+            if not torch.equal(expected, got):
+                at = tuple((expected != got).nonzero()[0].tolist())
+                raise AssertionError(
+                    f"{names[place.position]} is not tied.\n"
+                    f"  Expected: {expected[at].item()} at {at}, as the first member of its group says\n"
+                    f"  Got:      {got[at].item()}"
+                )
+
+
+def assert_equivalent(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: MakeOptimizer,
+    ties: Any,
+    batches: Iterable[Any],
+    *,
+    reduction: Reduction = "mean",
+    loss: Loss | None = None,
+    tolerance: float = 1e-12,
+) -> None:
+    """Asserts that tied training is training of the shared values, step by step in float64.
+
+    Beside the model under ties, its copy is trained, whose weights are built inside ``forward`` from one
+    parameter with a slice for each group, as a reparametrisation does. For an optimizer that works entry
+    by entry the two are one trajectory; with scales other than -1, 0 and 1 only if its update is linear in
+    the gradient.
+
+    Args:
+        make_model: returns the model; called once.
+        make_optimizer: makes the optimizer from pairs of names and parameters; called for each side.
+        ties: as for :class:`~tieopt.TiedOptimizer`, with names for parameters; or a function that returns
+            them for the model.
+        batches: one for each step.
+        reduction: as for :class:`~tieopt.TiedOptimizer`.
+        loss: of a model on a batch; by default the mean square of ``model(batch)``.
+        tolerance: the largest difference that passes, relative to the largest entry of a parameter, or to 1
+            if that is less.
+
+    Raises:
+        AssertionError: the two differ; it says at which step, in which parameter, by how much, and whether
+            the optimizer couples entries, in which case it has to.
+
+    Example:
+        >>> import torch
+        >>> from tieopt.testing import assert_equivalent
+        >>> assert_equivalent(
+        ...     lambda: torch.nn.Linear(3, 4),
+        ...     lambda params: torch.optim.Adam(params, lr=0.1),
+        ...     {"weight": [[0, 2], [1, 3]]},
+        ...     torch.randn(10, 5, 3, dtype=torch.float64),
+        ... )
+    """
+    measure = loss or _mean_square
+    model = make_model().double()
+    listed = ties(model) if callable(ties) else ties
+    optimizer = TiedOptimizer(make_optimizer(list(model.named_parameters())), listed, reduction=reduction)
+    shared = _SharedModel(model, optimizer, reduction)
+    shared_optimizer = make_optimizer(list(shared.named_parameters()))
+
+    for step, batch in enumerate(batches, start=1):
+        _step(optimizer, partial(measure, model, batch))
+        _step(shared_optimizer, partial(measure, shared, batch))
+        built = shared.weights()
+        for name, param in model.named_parameters():
+            size = max(1.0, float(built[name].detach().abs().max())) if param.numel() else 1.0
+            difference = (param.detach() - built[name].detach()).abs()
+            if not bool((difference <= tolerance * size).all()):
+                at = tuple((~(difference <= tolerance * size)).nonzero()[0].tolist())
+                couples = _couples_entries(make_optimizer)
+                why = "couples entries, so that it cannot follow the shared values"
+                raise AssertionError(
+                    f"Tied training is not training of the shared values: step {step}, {name}.\n"
+                    f"  Expected: {built[name][at].item()} at {at}, to {tolerance * size:.3g}\n"
+                    f"  Got:      {param[at].item()}, which differs by {difference[at].item():.3g}; "
+                    f"{type(optimizer).__name__.removeprefix('Tied')} {why if couples else 'works entry by entry'}"
+                )
+
+
+def _mean_square(model: nn.Module, batch: Any) -> Tensor:
+    output: Tensor = model(batch)
+    return output.square().mean()
+
+
+class _SharedModel(nn.Module):
+    """A model whose tied weights are built from one slice for each group inside ``forward``."""
+
+    def __init__(self, model: nn.Module, optimizer: TiedOptimizer, reduction: Reduction) -> None:
+        super().__init__()
+        self._model = [copy.deepcopy(model)]  # in a list, lest its parameters be trained
+        params = {param: name for name, param in model.named_parameters()}
+        # What stands behind each entry: of which parameter it is a multiple, at which position, times what.
+        self._built: dict[str, list[tuple[str, Tensor, Tensor]]] = {name: [] for name in params.values()}
+        untied = {name: torch.ones(param.shape, dtype=torch.bool) for param, name in params.items()}
+
+        for number, tie in enumerate(optimizer.ties):
+            names = [params[part.param] for part in tie.parts]  # type: ignore[index]
+            slices = [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
+            tensors = [part.param.detach() for part in tie.parts]  # type: ignore[union-attr]
+            entries = [entries_of(each, tensor) for each, tensor in zip(slices, tensors, strict=True)]
+            count = 1 + max(int(ids.max()) if ids.numel() else FREE for ids, _ in entries)
+            values, norms = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+            for (ids, scale), tensor, name in zip(entries, tensors, names, strict=True):
+                tied = ids != FREE
+                untied[name] &= ~tied
+                norms.index_add_(0, ids[tied], scale[tied].square())
+                led = tied & (scale != 0)
+                values[ids[led]] = tensor[led] / scale[led]
+                self._built[name].append((f"shared_{number}", ids, scale))
+            self.register_parameter(f"shared_{number}", Parameter(values))
+            if reduction == "mean":
+                divide = partial(torch.mul, 1 / torch.where(norms == 0, 1.0, norms))
+                self.get_parameter(f"shared_{number}").register_hook(divide)  # type: ignore[no-untyped-call]
+
+        for number, (param, name) in enumerate(params.items()):
+            ids = torch.full(param.shape, FREE)
+            ids[untied[name]] = torch.arange(int(untied[name].sum()))
+            self._built[name].append((f"free_{number}", ids, torch.ones(param.shape, dtype=torch.float64)))
+            self.register_parameter(f"free_{number}", Parameter(param.detach()[untied[name]].clone()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of the model, differentiable."""
+        weights = {}
+        for name, sources in self._built.items():
+            weight = torch.zeros(sources[0][1].shape, dtype=torch.float64)
+            for source, ids, scale in sources:
+                chosen = ids != FREE
+                values = self.get_parameter(source)[ids[chosen]] * scale[chosen]
+                weight = weight.masked_scatter(chosen, values)
+            weights[name] = weight
+        return weights
+
+    def forward(self, *args: Any) -> Any:
+        return torch.func.functional_call(self._model[0], self.weights(), args)
+
+
+def entries_of(slices: Slices, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Slices written out entry by entry.
+
+    Returns:
+        For each entry of the tensor the number of the shared value that it is a multiple of, -1 for a free
+        one, int64; and its scale, float64. Both have the shape of the tensor.
+    """
+    shape = slices.slice_shape(tensor)
+    inner = torch.arange(shape.numel()).view(shape)
+    labels = slices.labels.view(*slices.labels.shape, *[1] * len(shape))
+    ids = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
+    scale = slices.scales.view(labels.shape).expand(ids.shape)
+    return ids.movedim(0, slices.dim), scale.movedim(0, slices.dim)
+
+
+def _step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
+    def closure() -> float:
+        optimizer.zero_grad()
+        value = loss()
+        torch.autograd.backward(value)
+        return value.item()
+
+    optimizer.step(closure)
+
+
+def _couples_entries(make_optimizer: MakeOptimizer) -> bool:
+    """Whether the update of an entry depends on other entries: it does not matter to those that it does not."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    target = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    order = torch.randperm(12, generator=generator)
+
+    whole = Parameter(start.clone())
+    pieces = [Parameter(piece.clone()) for piece in torch.split(start.flatten()[order], 5)]
+    try:
+        together = make_optimizer([("whole", whole)])
+        apart = make_optimizer([(f"piece {number}", piece) for number, piece in enumerate(pieces)])
+        for _ in range(3):
+            _step(together, lambda: (whole - target).pow(4).sum())
+            _step(apart, lambda: (torch.cat(list(pieces)) - target.flatten()[order]).pow(4).sum())
+    except (ValueError, RuntimeError):  # It takes no vectors: it knows rows and columns.
+        return True
+    return not torch.allclose(torch.cat(list(pieces)), whole.detach().flatten()[order], rtol=1e-9, atol=1e-9)
+
+
+# --- strategies ---
+
+
+def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
+    """Labels of a shape: any partition of any of the slices, or one large group, or pairs, or all free.
+
+    Args:
+        shape: of the labels; a number for those of rows.
+    """
+    from hypothesis import strategies as st
+
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    count = math.prod(sizes)
+
+    @st.composite
+    def drawn(draw: st.DrawFn) -> Tensor:
+        if count == 0:
+            return torch.zeros(sizes, dtype=torch.int64)
+        kind = draw(st.sampled_from(["any", "any", "one group", "pairs", "free"]))
+        if kind == "free":
+            return torch.full(sizes, FREE)
+        if kind == "one group":
+            names = torch.zeros(count, dtype=torch.int64)
+            names[draw(st.lists(st.integers(0, count - 1), max_size=2))] = FREE
+            return names.view(sizes)
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+        if kind == "pairs":
+            return (torch.randperm(count, generator=generator) // 2).view(sizes)
+        most = draw(st.integers(0, min(count, 20)))
+        if count <= 12:
+            return torch.tensor(draw(st.lists(st.integers(FREE, most), min_size=count, max_size=count))).view(sizes)
+        return torch.randint(FREE, most + 1, sizes, generator=generator)
+
+    return drawn()
+
+
+def scales(shape: Sequence[int], kinds: Sequence[str] = ("none", "signs", "zeros", "any")) -> SearchStrategy[Any]:
+    """Scales of a shape, or None.
+
+    Args:
+        shape: of the labels.
+        kinds: what may be drawn: None; 1 and -1; these and 0; any multiples and 0.
+    """
+    from hypothesis import strategies as st
+
+    values = {
+        "signs": [1.0, -1.0],
+        "zeros": [1.0, -1.0, 0.0],
+        "any": [1.0, -1.0, 0.0, 2.0, -0.5, 3.0, 0.1, -1 / 3],
+    }
+
+    @st.composite
+    def drawn(draw: st.DrawFn) -> Tensor | None:
+        kind = draw(st.sampled_from(list(kinds)))
+        if kind == "none":
+            return None
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+        picks = torch.randint(len(values[kind]), tuple(shape), generator=generator)
+        return torch.tensor(values[kind], dtype=torch.float64)[picks]
+
+    return drawn()
+
+
+def ties(
+    tensors: Sequence[Tensor], kinds: Sequence[str] = ("none", "signs", "zeros", "any")
+) -> SearchStrategy[list[Tie]]:
+    """Ties of every kind: rows, columns, kernels or elements, scaled, joined, several of one parameter.
+
+    Args:
+        tensors: what is to be tied, of one dimension or more and of one dtype.
+        kinds: of scales, as for :func:`scales`.
+
+    Returns:
+        Ties that share no entry.
+    """
+    from hypothesis import strategies as st
+
+    @st.composite
+    def drawn(draw: st.DrawFn) -> list[Tie]:
+        first, *others = tensors
+        dim, depth = draw(st.sampled_from(_units(first)))
+        unit = first.movedim(dim, 0).shape[depth:]
+        chosen: list[tuple[Tensor, int, int]] = [(first, dim, depth)]
+        for other in others:
+            fitting = [place for place in _units(other) if other.movedim(place[0], 0).shape[place[1] :] == unit]
+            if draw(st.booleans()) and fitting:
+                at, deep = draw(st.sampled_from(fitting))
+                chosen.append((other, at, deep))
+        parts = []
+        for tensor, at, deep in chosen:
+            shape = tensor.movedim(at, 0).shape[:deep]
+            parts.append(Tie(tensor, draw(labels(shape)), dim=at, scale=draw(scales(shape, kinds))))
+        result = [Tie.join(*parts)]
+        if draw(st.booleans()):
+            (part, *_) = parts[0].parts
+            ids, _ = entries_of(slices_for(first, part.groups, part.dim, part.scale, "the tensor"), first)
+            rest = torch.where(ids == FREE, draw(labels(first.shape)), FREE)
+            result.append(Tie(first, rest, scale=draw(scales(first.shape, kinds))))
+        return result
+
+    return drawn()
+
+
+def _units(tensor: Tensor) -> list[tuple[int, int]]:
+    """The ways to slice a tensor: the dimension, and how many dimensions the labels have."""
+    return [(dim, depth) for dim in range(tensor.dim()) for depth in range(1, tensor.dim() + 1)]
