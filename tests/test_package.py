@@ -13,9 +13,18 @@ import pytest
 from torch.optim import Optimizer
 
 import tieopt
+from tieopt import patterns, testing
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = [getattr(tieopt, name) for name in tieopt.__all__]
+PUBLIC = [
+    *(getattr(tieopt, name) for name in tieopt.__all__),
+    *(
+        thing
+        for module in (patterns, testing)
+        for name, thing in vars(module).items()
+        if inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
+    ),
+]
 METHODS = [
     member
     for name, member in inspect.getmembers(tieopt.TiedOptimizer)
@@ -47,7 +56,9 @@ def test_public_names_have_an_example_that_runs(thing: object) -> None:
 def test_every_public_name_stands_in_the_pages() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
     methods = [name for name in vars(tieopt.TiedOptimizer) if not name.startswith("_")]
-    missing = [name for name in [*tieopt.__all__, *methods] if not re.search(rf"\b{name}\b", pages)]
+    missing = [
+        name for name in [*(thing.__name__ for thing in PUBLIC), *methods] if not re.search(rf"\b{name}\b", pages)
+    ]
     assert not missing
 
 

@@ -164,7 +164,7 @@ class _SharedModel(nn.Module):
             names = [params[part.param] for part in tie.parts]  # type: ignore[index]
             slices = [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
             tensors = [part.param.detach() for part in tie.parts]  # type: ignore[union-attr]
-            entries = [entries_of(each, tensor) for each, tensor in zip(slices, tensors, strict=True)]
+            entries = [_entries_of(each, tensor) for each, tensor in zip(slices, tensors, strict=True)]
             count = 1 + max(int(ids.max()) if ids.numel() else FREE for ids, _ in entries)
             values, norms = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
             for (ids, scale), tensor, name in zip(entries, tensors, names, strict=True):
@@ -201,7 +201,7 @@ class _SharedModel(nn.Module):
         return torch.func.functional_call(self._model[0], self.weights(), args)
 
 
-def entries_of(slices: Slices, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _entries_of(slices: Slices, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Slices written out entry by entry.
 
     Returns:
@@ -254,6 +254,14 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
 
     Args:
         shape: of the labels; a number for those of rows.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from tieopt.testing import labels
+        >>> @given(labels((2, 3)))
+        ... def test_labels_have_their_shape(names):
+        ...     assert names.shape == (2, 3)
+        >>> test_labels_have_their_shape()
     """
     from hypothesis import strategies as st
 
@@ -288,6 +296,14 @@ def scales(shape: Sequence[int], kinds: Sequence[str] = ("none", "signs", "zeros
     Args:
         shape: of the labels.
         kinds: what may be drawn: None; 1 and -1; these and 0; any multiples and 0.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from tieopt.testing import scales
+        >>> @given(scales((2, 3), ["signs"]))
+        ... def test_signs_are_signs(signs):
+        ...     assert signs.abs().eq(1).all()
+        >>> test_signs_are_signs()
     """
     from hypothesis import strategies as st
 
@@ -320,6 +336,17 @@ def ties(
 
     Returns:
         Ties that share no entry.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given
+        >>> from tieopt import TiedOptimizer
+        >>> from tieopt.testing import ties
+        >>> weight = torch.nn.Parameter(torch.randn(3, 4))
+        >>> @given(ties([weight]))
+        ... def test_tied_weights_do_not_drift(drawn):
+        ...     assert TiedOptimizer(torch.optim.SGD([weight]), drawn).tie_drift() == 0
+        >>> test_tied_weights_do_not_drift()
     """
     from hypothesis import strategies as st
 
@@ -341,7 +368,7 @@ def ties(
         result = [Tie.join(*parts)]
         if draw(st.booleans()):
             (part, *_) = parts[0].parts
-            ids, _ = entries_of(slices_for(first, part.groups, part.dim, part.scale, "the tensor"), first)
+            ids, _ = _entries_of(slices_for(first, part.groups, part.dim, part.scale, "the tensor"), first)
             rest = torch.where(ids == FREE, draw(labels(first.shape)), FREE)
             result.append(Tie(first, rest, scale=draw(scales(first.shape, kinds))))
         return result
