@@ -48,6 +48,7 @@ class BoundTie:
         self.places = tuple(places)
         self.slices = numbered(slices)
         self._indices: dict[Layout, Index] = {}
+        self._fingerprints: dict[tuple[int, ...], str] = {}
 
     def index_for(self, tensors: Sequence[Tensor]) -> Index:
         """The compiled tie; compiled again for tensors of another layout, or on another device."""
@@ -55,6 +56,12 @@ class BoundTie:
         if layout not in self._indices:
             self._indices[layout] = Index.compile(self.slices, tensors)
         return self._indices[layout]
+
+    def fingerprint_as(self, numbers: tuple[int, ...]) -> str:
+        """The fingerprint, where these are the numbers of the parameters in a ``state_dict``."""
+        if numbers not in self._fingerprints:
+            self._fingerprints[numbers] = fingerprint(self.slices, numbers)
+        return self._fingerprints[numbers]
 
     @property
     def is_of_rows(self) -> bool:
@@ -206,10 +213,9 @@ class Binding:
         before = [0, *accumulate(len(group["params"]) for group in param_groups)]
         found: dict[int, list[str]] = {}
         for tie in self.ties:
-            numbers = [before[place.group] + place.position for place in tie.places]
-            own = fingerprint(tie.slices, numbers)
+            numbers = tuple(before[place.group] + place.position for place in tie.places)
             for number in dict.fromkeys(numbers):
-                found.setdefault(number, []).append(own)
+                found.setdefault(number, []).append(tie.fingerprint_as(numbers))
         return {number: "; ".join(sorted(own)) for number, own in found.items()}
 
     def check_saved(self, saved: Any, param_groups: ParamGroups) -> None:
@@ -405,6 +411,8 @@ def _check_settings(param_groups: ParamGroups, places: Sequence[Place]) -> None:
     first = param_groups[places[0].group]
     for place in places:
         other = param_groups[place.group]
+        if other is first:
+            continue
         differing = [
             f"{key}: {shown(first.get(key))} and {shown(other.get(key))}"
             for key in {**first, **other}
