@@ -37,7 +37,7 @@ def test_the_gradient_of_the_projection_is_right(labels, seed, dtype):
     index = index_of(labels)
     tensor = randn(*SHAPE, seed=seed, dtype=dtype).requires_grad_()
 
-    assert gradcheck(lambda tensor: projected([tensor], index)[0], [tensor])
+    assert gradcheck(lambda tensor: projected([tensor], lambda _: index)[0], [tensor])
 
 
 @given(labels=some_labels, seed=seeds, dtype=st.sampled_from([DOUBLE, torch.complex128]))
@@ -46,7 +46,7 @@ def test_the_second_gradient_of_the_projection_is_right(labels, seed, dtype):
     tensor = randn(*SHAPE, seed=seed, dtype=dtype).requires_grad_()
 
     # Squared, because the second gradient of what is linear is zero.
-    assert gradgradcheck(lambda tensor: projected([tensor], index)[0].square(), [tensor])
+    assert gradgradcheck(lambda tensor: projected([tensor], lambda _: index)[0].square(), [tensor])
 
 
 @given(labels=some_labels, seed=seeds)
@@ -54,8 +54,8 @@ def test_the_gradient_of_the_sum_is_right(labels, seed):
     index = index_of(labels)
     tensor = randn(*SHAPE, seed=seed, dtype=DOUBLE).requires_grad_()
 
-    assert gradcheck(lambda tensor: projected([tensor], index, "sum")[0], [tensor])
-    assert gradgradcheck(lambda tensor: projected([tensor], index, "sum")[0].square(), [tensor])
+    assert gradcheck(lambda tensor: projected([tensor], lambda _: index, "sum")[0], [tensor])
+    assert gradgradcheck(lambda tensor: projected([tensor], lambda _: index, "sum")[0].square(), [tensor])
 
 
 @given(labels=some_labels, seed=seeds)
@@ -64,9 +64,9 @@ def test_the_projection_is_its_own_backward(labels, seed):
     tensor = randn(*SHAPE, seed=seed).requires_grad_()
     cotangent = randn(*SHAPE, seed=seed + 1)
     before = bits(tensor)
-    (gradient,) = grad(projected([tensor], index)[0], tensor, cotangent)
+    (gradient,) = grad(projected([tensor], lambda _: index)[0], tensor, cotangent)
 
-    assert torch.equal(bits(gradient), bits(projected([cotangent], index)[0]))
+    assert torch.equal(bits(gradient), bits(projected([cotangent], lambda _: index)[0]))
     assert torch.equal(bits(tensor), before)
 
 
@@ -80,7 +80,7 @@ def test_the_gradient_of_the_projection_is_right_in_any_memory_layout(layout):
     }[layout]()
     index = index_of(LABELS, shape)
 
-    assert gradcheck(lambda tensor: projected([tensor], index)[0], [tensor.requires_grad_()])
+    assert gradcheck(lambda tensor: projected([tensor], lambda _: index)[0], [tensor.requires_grad_()])
 
 
 # --- gradients with a graph (create_graph=True) ---

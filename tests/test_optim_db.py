@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checks import GROUPS, bits, parameter, pickled, randn, same_bits, same_tree, tied_bitwise
+from checks import GROUPS, bits, mean_gradient, parameter, pickled, randn, same_bits, same_tree, tied_bitwise
 from test_schedulers import SCHEDULERS, advance, settings_of
 from torch.amp import GradScaler
 from torch.nn.functional import embedding
@@ -299,6 +299,16 @@ def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(variant):
     assert tied_bitwise(twin.params[0])
 
 
+def averaged(result):
+    """What a run leaves behind, but with the mean of the members in the state of the tied parameter."""
+    params, state = result
+    entries = {
+        key: mean_gradient(value) if torch.is_tensor(value) and value.shape == SHAPES[0] else value
+        for key, value in state["state"].get(0, {}).items()
+    }
+    return [params, {**state, "state": {**state["state"], **({0: entries} if entries else {})}}]
+
+
 @every_variant
 def test_states_are_exchanged_with_the_bare_optimizer(variant):
     bare, tied = Run(variant).train(range(3)), Run.tied(variant).train(range(3))
@@ -307,7 +317,7 @@ def test_states_are_exchanged_with_the_bare_optimizer(variant):
     to_tied = resumed(bare, io.BytesIO(), Run.tied(variant))
 
     assert same_tree(to_bare.result, tied.result)
-    assert same_tree(to_tied.result, bare.result)
+    assert same_tree(to_tied.result, averaged(bare.result))
     assert tied_bitwise(to_tied.train(range(3, 6)).params[0])
 
 

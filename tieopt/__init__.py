@@ -2,9 +2,9 @@
 
 from importlib.metadata import version
 
+from tieopt.functional import is_tied, tie_
 from tieopt.layers import neurons
 from tieopt.optimizer import TiedOptimizer
-from tieopt.reduction import is_tied, tie_
 from tieopt.ties import Tie
 
 __all__ = ["Tie", "TiedOptimizer", "is_tied", "neurons", "tie_"]

@@ -15,11 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.slices import FREE, Slices
+from tieopt.slices import FREE, Slices, real
 
 # Entries that are gathered at a time: what a core's cache holds, or what fills an accelerator.
 _CPU_ENTRIES = 2**18
 _ACCELERATOR_ENTRIES = 2**22
+
+# A multiple of the shared value by which another member leads a group than one of scale 1.
+_MUCH_LARGER = 256.0
 
 # The longest plain running sum. Sums of more are built from the sums of blocks.
 _BLOCK = 32
@@ -43,6 +46,15 @@ class Members(NamedTuple):
     def at(self, chosen: Tensor | slice) -> Members:
         """Some of them."""
         return Members(*(column[chosen] for column in self))
+
+    def to(self, device: torch.device) -> Members:
+        """The same on another device."""
+        return self._replace(
+            part=self.part.to(device),
+            position=self.position.to(device),
+            group=self.group.to(device),
+            scale=self.scale.to(device, wide_dtype(device)),
+        )
 
 
 class Piece(NamedTuple):
@@ -114,57 +126,57 @@ class Index:
 
     Attributes:
         slices: what is labelled in each tensor.
-        members: all of them but the pinned ones, sorted by group, each group's lead first.
-        sizes: the number of members of each group, int64, shape ``[g]``.
-        runs: the same, cut to be worked on one after the other; sparse gradients need the whole.
+        layout: of the tensors that it is for, and of no others.
+        runs: all groups, to be worked on one run after the other.
         pinned: the rows that are zero, int64, shape ``[p]``, by the number of the tensor that they are in.
     """
 
     slices: tuple[Slices, ...]
-    members: Members
-    sizes: Tensor
+    layout: Layout
     runs: tuple[Run, ...]
     pinned: dict[int, Tensor]
 
     @classmethod
+    @torch.inference_mode(False)  # Its tensors are to be used outside as well.
     def compile(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Index:
         """Compiles labels for tensors.
 
         Args:
-            slices: for each tensor. Slices with the same label are members of one group, whichever tensor
-                they are in.
+            slices: for each tensor, numbered. Slices with the same label are members of one group, whichever
+                tensor they are in.
             tensors: dense ones; their layout and device matter, and not their entries.
         """
-        return cls.compile_for(slices, Layout.of(slices, tensors), slices[0].slice_shape(tensors[0]).numel())
+        layout = Layout.of(slices, tensors)
+        members, pins = _sorted_members(slices, layout)
+        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout.device)
+        parts = torch.unique(pins.part).tolist() if len(pins.part) else []
+        pinned = {part: pins.position[pins.part == part].to(layout.device) for part in parts}
+        return cls(tuple(slices), layout, tuple(runs), pinned)
 
     @classmethod
-    @torch.inference_mode(False)  # Its tensors are to be used outside as well.
-    def compile_for(cls, slices: Sequence[Slices], layout: Layout, slice_entries: int) -> Index:
-        """Compiles labels for tensors of a layout whose slices have so many entries."""
-        tied = _tied_members(slices, layout)
-        pins, tied = tied.at(tied.scale == 0), tied.at(tied.scale != 0)
-        unit = tied.scale.abs() == 1
-        sizes = torch.bincount(tied.group)
-        # The sum of a single gradient is not the gradient itself where its scale is another.
-        kept = (sizes[tied.group] > 1) | ~unit
-        _, group, sizes = torch.unique(tied.group[kept], return_inverse=True, return_counts=True)
-        # A member of scale 1 or -1 leads, if there is one: then the others are rounded once.
-        order = torch.argsort(2 * group + ~unit[kept], stable=True)
-        members = tied.at(kept)._replace(group=group).at(order)
-
-        largest = int(sizes.max()) if len(sizes) else 0
-        entries = _CPU_ENTRIES if layout.device.type == "cpu" else _ACCELERATOR_ENTRIES
-        # At least sqrt(largest), so that the sums of no more than sqrt(largest) pieces are added up.
-        capacity = max(entries // max(slice_entries, 1), math.isqrt(largest), 1)
-        runs = tuple(_runs(members, sizes, capacity))
-        pinned = {part: pins.position[pins.part == part] for part in torch.unique(pins.part).tolist()}
-        return cls(tuple(slices), members, sizes, runs, pinned)
+    @torch.inference_mode(False)
+    def of_groups(cls, members: Members, tensor: Tensor) -> Index:
+        """An index of the rows of a tensor, all of them members, in the order of their groups."""
+        runs = _runs(members, tensor.shape[1:].numel(), tensor.device)
+        slices = (Slices(members.group),)
+        return cls(slices, Layout.of(slices, [tensor]), tuple(runs), {})
 
     def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as real rows, the entries of a row in the order of the first tensor's memory."""
         rows = [each.rows(tensor) for each, tensor in zip(self.slices, tensors, strict=True)]
         inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
-        return [_real(each.permute(0, *inner)) for each in rows]
+        return [real(each.permute(0, *inner)) for each in rows]
+
+    @cached_property
+    def members(self) -> Members:
+        """All of them but the pinned ones, sorted by group, each group's lead first; for sparse gradients."""
+        with torch.inference_mode(False):
+            return _sorted_members(self.slices, self.layout)[0].to(self.layout.device)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """The number of members of each group, int64, shape ``[g]``."""
+        return torch.bincount(self.members.group)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -192,52 +204,67 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """A view of real entries: a complex one is two."""
-    if not tensor.is_complex():
-        return tensor
-    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-
-
-def _tied_members(slices: Sequence[Slices], layout: Layout) -> Members:
-    """The slices that are not free, tensor by tensor."""
+def _sorted_members(slices: Sequence[Slices], layout: Layout) -> tuple[Members, Members]:
+    """The members of groups, sorted by group, each group's lead first; and those that are pinned. On the CPU."""
     columns = []
     for part, (each, steps) in enumerate(zip(slices, layout.steps, strict=True)):
         tied = (each.labels != FREE).flatten()
-        scale = each.scales.to(wide_dtype(layout.device))
-        labels, scale, position = (one.flatten()[tied] for one in (each.labels, scale, each.positions(steps)))
+        labels, scale, position = (one.flatten()[tied] for one in (each.labels, each.scales, each.positions(steps)))
         columns.append(Members(torch.full_like(labels, part), position, labels, scale))
-    return Members(*(torch.cat(column).to(layout.device) for column in zip(*columns, strict=True)))
+    members = Members(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    pins, members = members.at(members.scale == 0), members.at(members.scale != 0)
+
+    size = members.scale.abs()
+    # The sum of a single gradient is not the gradient itself where its scale is another.
+    members = members.at((torch.bincount(members.group)[members.group] > 1) | (size != 1))
+    used = (torch.bincount(members.group) > 0).cumsum(0) - 1
+    members = members._replace(group=used[members.group])
+    size = members.scale.abs()
+    if not bool((size == 1).all()):
+        # A member of scale 1 or -1 leads: the others are its multiples, rounded once. If there is none, or a much
+        # larger one, that does, lest what is too small for the lead be lost to all.
+        rank = torch.where(size == 1, _MUCH_LARGER, size)
+        members = members.at(rank.argsort(descending=True, stable=True))
+    return members.at(members.group.argsort(stable=True)), pins
 
 
-def _runs(members: Members, sizes: Tensor, capacity: int) -> Iterator[Run]:
-    """Cuts members that are sorted by group into runs of about ``capacity`` members."""
+def _runs(members: Members, slice_entries: int, device: torch.device) -> Iterator[Run]:
+    """Cuts members that are sorted by group into runs of so many as are gathered at once."""
+    sizes = torch.bincount(members.group)
+    largest = int(sizes.max()) if len(sizes) else 0
+    entries = _CPU_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES
+    # At least sqrt(largest), so that the sums of no more than sqrt(largest) pieces are added up.
+    capacity = max(entries // max(slice_entries, 1), math.isqrt(largest), 1)
     ends = sizes.cumsum(0).tolist()
     starts = [0, *ends]
     first = 0
     while first < len(ends):
         last = max(bisect_right(ends, starts[first] + capacity), first + 1)
         run = members.at(slice(starts[first], ends[last - 1]))
-        yield _run(run._replace(group=run.group - first), sizes[first:last], capacity)
+        yield _run(run._replace(group=run.group - first), sizes[first:last], capacity, device)
         first = last
 
 
-def _run(members: Members, sizes: Tensor, capacity: int) -> Run:
+def _run(members: Members, sizes: Tensor, capacity: int, device: torch.device) -> Run:
     """Splits the members of whole groups, numbered from 0, by the tensor that they are in."""
     leads = members.at(sizes.cumsum(0) - sizes)
     multiples = members.scale / leads.scale[members.group]
     # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
     bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
     related = members._replace(scale=multiples)
-    parts = torch.unique(members.part).tolist()
+    parts = torch.unique(members.part).tolist() if bool(members.part.any()) else [0]
+    wide = wide_dtype(device)
     return Run(
-        leads=tuple((part, leads.position[leads.part == part], leads.group[leads.part == part]) for part in parts),
-        norms=_group_sums(members.group, multiples.square()),
-        counts=_group_sums(members.group, members.scale.square()),
+        leads=tuple(
+            (part, leads.position[leads.part == part].to(device), leads.group[leads.part == part].to(device))
+            for part in parts
+        ),
+        norms=_group_sums(members.group, multiples.square()).to(device, wide),
+        counts=_group_sums(members.group, members.scale.square()).to(device, wide),
         signed=bool((multiples.abs() == 1).all()),
         scale=0.5 ** math.ceil(math.log2(bound)),
         pieces=tuple(
-            _piece(part, related.at(chosen))
+            _piece(part, related.at(chosen), device)
             for part in parts
             for chosen in torch.split((members.part == part).nonzero().squeeze(1), capacity)
         ),
@@ -248,7 +275,7 @@ def _group_sums(group: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(int(group[-1]) + 1).index_put_((group,), values, accumulate=True)
 
 
-def _piece(part: int, members: Members) -> Piece:
+def _piece(part: int, members: Members, device: torch.device) -> Piece:
     """Cuts groups of more than ``_BLOCK`` members into blocks of about the square root of their size.
 
     The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of
@@ -256,11 +283,12 @@ def _piece(part: int, members: Members) -> Piece:
     Algorithms", section 4.2).
     """
     slots = members.group
-    multiples = None if bool((members.scale == 1).all()) else members.scale
+    multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
     _, counts = torch.unique_consecutive(slots, return_counts=True)
+    whole = Piece(part, members.position.to(device), slots.to(device), multiples, None, slots[:0].to(device))
     if int(counts.max()) <= _BLOCK:
-        return Piece(part, members.position, slots, multiples, None, slots[:0])
+        return whole
     lengths = counts.double().sqrt().long().clamp(min=_BLOCK)
     ranks = torch.arange(len(slots), device=slots.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     opens = ranks % lengths.repeat_interleave(counts) == 0
-    return Piece(part, members.position, slots, multiples, opens.cumsum(0) - 1, slots[opens])
+    return whole._replace(blocks=(opens.cumsum(0) - 1).to(device), block_slots=slots[opens].to(device))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tieopt.slices import FREE
+from tieopt.slices import FREE, numbered
 from tieopt.ties import Tie, shown, slices_for
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -45,7 +45,8 @@ def neurons(module: nn.Module, groups: Any, *, following: nn.Module | None = Non
     """
     if not isinstance(module, _LAYERS):
         raise TypeError(_wrong("This layer has no neurons to tie.", [layer.__name__ for layer in _LAYERS], module))
-    labels = slices_for(module.weight, groups, 0, None, f"the weight of {module}").labels
+    (slices,) = numbered([slices_for(module.weight, groups, 0, None, f"the weight of {module}")])
+    labels = slices.labels
     if labels.dim() != 1:
         raise ValueError(
             _wrong("Neurons are tied whole.", f"labels of shape {tuple(module.weight.shape[:1])}", tuple(labels.shape))
@@ -70,7 +71,7 @@ def _readers(module: nn.Module, labels: Tensor, following: nn.Module) -> Tie:
     if units * positions != inputs or getattr(following, "groups", 1) != 1:
         expected = f"a layer without groups and with {units} inputs{', or a multiple' * flattened}"
         raise ValueError(_wrong("The following layer does not read these neurons.", expected, following))
-    spread = labels[:, None] * positions + torch.arange(positions)
+    spread = labels[:, None] * positions + torch.arange(positions, device="cpu")
     return Tie(following.weight, torch.where(labels[:, None] == FREE, FREE, spread).flatten(), dim=1)
 
 

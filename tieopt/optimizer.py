@@ -20,9 +20,10 @@ from typing import Any, Self, cast
 import torch
 from torch.optim import Optimizer
 
-from tieopt.binding import Binding, StepGradients
+from tieopt.binding import Binding
+from tieopt.gradients import Pairs, StepGradients, tie_gradients
 from tieopt.reduction import Reduction
-from tieopt.state import tied_state
+from tieopt.state import tied_state, write_state
 from tieopt.ties import Tie, shown
 
 _HOOKS = (
@@ -56,9 +57,9 @@ class TiedOptimizer(Optimizer):
             is the gradient that autograd gives to one parameter used in several places. After the
             step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
             dividing by the size), so that gradients accumulate. With scales the sum is
-            :math:`\\sum_i s_i g_i`, the gradient of the shared value, times the scale of each member.
+            :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each member.
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
-        every: the weights are projected after each so many steps.
+        every: after every how many steps the weights are projected.
 
     With another ``strength`` or ``every`` than 1 the ties are *relaxed*: the members are trained by their own
     gradients and pulled together, as in locally connected layers that share weights now and then (Pogodin
@@ -146,14 +147,14 @@ class TiedOptimizer(Optimizer):
         """Replaces the gradients of the members of each group by their mean, in ``.grad``.
 
         :meth:`step` does so itself; call this to read or to clip the tied gradients before. Idempotent
-        bit for bit. A gradient that is None stays None. It is the mean for ``reduction="sum"``
+        bit for bit. A gradient that is None stays None, unless a joined parameter has one: then it counts as
+        zero. It is the mean for ``reduction="sum"``
         too: the sum stands in ``.grad`` only while the inner optimizer reads it.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        for tie, params in self._tieopt.parameters_with_gradients(self.param_groups):
-            self._tieopt.tie_gradients(tie, params, "mean")
+        tie_gradients(self._tieopt.parameters(self.param_groups), self._tieopt.workspace)
 
     def tie_weights(self) -> None:
         """Replaces the members of each group by their mean; for when anything else wrote to the weights.
@@ -164,7 +165,7 @@ class TiedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        _tie_weights(self, self._tieopt)
+        _tie_weights(self, self._tieopt, _trained(self, self._tieopt))
 
     def retie(self, ties: Mapping[Any, Any] | Tie | Iterable[Tie]) -> None:
         """Replaces all ties by others, in the middle of a training.
@@ -177,7 +178,10 @@ class TiedOptimizer(Optimizer):
             ties: as for :class:`TiedOptimizer`. Parameters that were added since may be among them.
 
         Raises:
-            TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`. The ties stay as they are then.
+            TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`. Everything stays as it is then.
+
+        Joined parameters that were trained for different numbers of steps keep their step counts, which no
+        mean makes equal.
 
         Example:
             >>> import torch
@@ -193,6 +197,7 @@ class TiedOptimizer(Optimizer):
         """
         kept = self._tieopt
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every)
+        binding.steps = kept.steps
         _tie_all(self, binding)
         self._tieopt = binding
 
@@ -239,21 +244,20 @@ class TiedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Loads a state that was saved with the same ties, or without any.
 
-        One without any is averaged per group, as if the weights had been tied all along.
+        One without any, or with relaxed ones, is averaged per group, as if the weights had been tied all along.
 
         Raises:
             ValueError: it was saved with other ties. Nothing is loaded then.
         """
-        saved = state_dict.get(_TIEOPT)
+        pairs, saved = _trained(self, self._tieopt), state_dict.get(_TIEOPT)
         if _TIEOPT in state_dict:
             self._tieopt.check_saved(saved, self.param_groups)
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             self._tieopt.steps = saved.get("steps", 0)
-        elif not self._tieopt.relaxed:
-            for state, key, value in tied_state(self.state, self._tieopt.parameters(self.param_groups)):
-                state[key] = value
+        if not self._tieopt.relaxed and (saved is None or "steps" in saved):
+            write_state(tied_state(self.state, pairs))
 
     def __repr__(self) -> str:
         relaxed = self._tieopt.relaxed and self._tieopt.ties
@@ -269,23 +273,24 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
 
     def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
         self._opt_called = True
-        gradients = StepGradients(self._tieopt, self.param_groups)
+        binding = self._tieopt
+        gradients = StepGradients(binding, self.param_groups)
         if args and callable(args[0]):
             args = (gradients.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = gradients.around(kwargs["closure"])
         try:
             gradients.tie()
-            return _below_hooks(inner.step)(self, *args, **kwargs)
+            result = _below_hooks(inner.step)(self, *args, **kwargs)
+            binding.steps += 1
+            if binding.relaxed and binding.steps % binding.every == 0:
+                _tie_weights(self, binding, gradients.pairs, binding.strength)
+            return result
         finally:
             gradients.restore()
-            differentiable = _is_differentiable(self)
-            for tie, params in gradients.took_part.items():
-                self._tieopt.tie_weights(tie, params, differentiable=differentiable)
-            if self._tieopt.relaxed:
-                self._tieopt.steps += 1
-                if self._tieopt.steps % self._tieopt.every == 0:
-                    _tie_weights(self, self._tieopt, self._tieopt.strength)
+            # A closure may have changed the ties.
+            if binding is self._tieopt and not binding.relaxed:
+                _tie_weights(self, binding, gradients.pairs)
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
@@ -336,17 +341,21 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
 
 def _tie_all(optimizer: Optimizer, binding: Binding) -> None:
     """Ties the weights, and the state that an optimizer has already."""
-    changes = [] if binding.relaxed else tied_state(optimizer.state, binding.parameters(optimizer.param_groups))
-    _tie_weights(optimizer, binding, binding.strength)
-    for state, key, value in changes:
-        state[key] = value
+    pairs = _trained(optimizer, binding)
+    changes = [] if binding.relaxed else tied_state(optimizer.state, pairs)
+    _tie_weights(optimizer, binding, pairs, binding.strength)
+    write_state(changes)
 
 
-def _tie_weights(optimizer: Optimizer, binding: Binding, strength: float = 1.0) -> None:
+def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:
+    """The ties whose parameters are not frozen."""
+    return [pair for pair in binding.parameters(optimizer.param_groups) if pair[1][0].requires_grad]
+
+
+def _tie_weights(optimizer: Optimizer, binding: Binding, pairs: Pairs, strength: float = 1.0) -> None:
     differentiable = _is_differentiable(optimizer)
-    for tie, params in binding.parameters(optimizer.param_groups):
-        if params[0].requires_grad:
-            binding.tie_weights(tie, params, differentiable=differentiable, strength=strength)
+    for tie, params in pairs:
+        binding.tie_weights(tie, params, differentiable=differentiable, strength=strength)
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:

@@ -150,7 +150,7 @@ def centrosymmetric(shape: Sequence[int]) -> Tensor:
         True
     """
     m, n = _sizes(shape, least=2)[:2]
-    entries = torch.arange(m * n).view(m, n)
+    entries = torch.arange(m * n, device="cpu").view(m, n)
     return torch.minimum(entries, entries.flip(0, 1))
 
 
@@ -297,9 +297,9 @@ def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
     sizes = _sizes(shape, least=1)
     places = _places(dims, len(sizes))
     halves = [(size + 1) // 2 if dim in places else size for dim, size in enumerate(sizes)]
-    labels = torch.arange(prod(halves)).view(halves)
+    labels = torch.arange(prod(halves), device="cpu").view(halves)
     for dim in places:
-        entries = torch.arange(sizes[dim])
+        entries = torch.arange(sizes[dim], device="cpu")
         labels = labels.index_select(dim, torch.minimum(entries, entries.flip(0)))
     return labels
 
@@ -340,11 +340,11 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
     *kernels, k, other = sizes
     if k != other:
         raise ValueError(_message("Such kernels cannot be rotated.", "the last two dimensions to be equal", sizes))
-    entries = torch.arange(k * k).view(k, k)
+    entries = torch.arange(k * k, device="cpu").view(k, k)
     views = [entries, entries.flip(0)] if mirrored else [entries]
     first = torch.stack([view.rot90(turns) for view in views for turns in range(4)]).amin(0)
     names, number = torch.unique(first, return_inverse=True)
-    labels: Tensor = torch.arange(prod(kernels)).view(*kernels, 1, 1) * len(names) + number
+    labels: Tensor = torch.arange(prod(kernels), device="cpu").view(*kernels, 1, 1) * len(names) + number
     return labels
 
 
@@ -389,8 +389,8 @@ def orbits(*permutations: Tensor) -> Tensor:
     images = [_image(entries, number, permutations[0]) for number, entries in enumerate(permutations)]
     sparse, graphs = _optional("scipy.sparse"), _optional("scipy.sparse.csgraph")
     edges = torch.stack(images, dim=1)
-    starts = torch.arange(len(edges) + 1) * len(images)
-    ones = torch.ones(edges.numel(), dtype=torch.float64)
+    starts = torch.arange(len(edges) + 1, device="cpu") * len(images)
+    ones = torch.ones(edges.numel(), dtype=torch.float64, device="cpu")
     graph = sparse.csr_matrix((ones.numpy(), edges.flatten().numpy(), starts.numpy()), shape=(len(edges),) * 2)
     _, labels = graphs.connected_components(graph, connection="weak")
     return torch.from_numpy(labels).long().view(permutations[0].shape)
@@ -470,7 +470,7 @@ def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int
     positions = prod(len(taps) for taps in _taps(conv, input_size))
     if conv.bias is None:
         raise ValueError(_message("A convolution has no bias.", "bias=True", conv))
-    return torch.arange(conv.out_channels).repeat_interleave(positions)
+    return torch.arange(conv.out_channels, device="cpu").repeat_interleave(positions)
 
 
 # --- compression ---
@@ -518,7 +518,7 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
             )
         )
     murmur = _optional("sklearn.utils").murmurhash3_32
-    keys = torch.arange(prod(sizes), dtype=torch.int32).numpy()
+    keys = torch.arange(prod(sizes), dtype=torch.int32, device="cpu").numpy()
     label, sign = (
         torch.from_numpy(murmur(keys, seed=murmur(f"{use} {seed}", positive=True), positive=True).astype("int64"))
         for use in ("bucket", "sign")
@@ -573,7 +573,7 @@ def clusters(tensor: Tensor, count: int, *, of: str = "rows", seed: int = 0) -> 
 
     points, own, sizes = torch.unique(points, dim=0 if rows else None, return_inverse=True, return_counts=True)
     if len(points) <= count:
-        labels = torch.arange(len(points))
+        labels = torch.arange(len(points), device="cpu")
     elif rows:
         labels = torch.from_numpy(k_means.fit(points.numpy(), sample_weight=sizes.numpy()).labels_).long()
     else:
@@ -593,7 +593,7 @@ def _message(wrong: str, expected: object, got: object) -> str:
 
 def _grid(m: int, n: int) -> tuple[Tensor, Tensor]:
     """The indices of rows, as a column, and of columns, as a row."""
-    return torch.arange(m).unsqueeze(1), torch.arange(n).unsqueeze(0)
+    return torch.arange(m, device="cpu").unsqueeze(1), torch.arange(n, device="cpu").unsqueeze(0)
 
 
 def _sizes(shape: Sequence[int], least: int) -> tuple[int, ...]:
@@ -726,8 +726,8 @@ def _summary(values: Tensor, sizes: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Distinct, ascending values in bins, both of small width and of few values: their means and masses."""
     if len(values) <= 2 * bins:
         return values, sizes
-    even = torch.linspace(values[0].item(), values[-1].item(), bins, dtype=torch.float64)
-    ranks = values[torch.arange(bins) * (len(values) - 1) // (bins - 1)]
+    even = torch.linspace(values[0].item(), values[-1].item(), bins, dtype=torch.float64, device="cpu")
+    ranks = values[torch.arange(bins, device="cpu") * (len(values) - 1) // (bins - 1)]
     place = torch.bucketize(values, torch.unique(torch.cat([even, ranks])))
     masses = torch.bincount(place, weights=sizes)
     filled = masses > 0

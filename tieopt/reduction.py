@@ -19,17 +19,17 @@ and no memory that grows with the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Piece, Run, wide_dtype
-from tieopt.slices import Slices, numbered
-from tieopt.ties import check_writable, slices_for
+from tieopt.index import Index, Members, Piece, Run, wide_dtype
 
 Reduction = Literal["mean", "sum"]
+IndexFor = Callable[[Sequence[Tensor]], Index]
 
 
 class Workspace:
@@ -56,86 +56,16 @@ class Workspace:
         return Workspace, ()
 
 
-def tie_(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Tensor:
-    r"""Replaces the members of each group by their mean, in place.
-
-    Idempotent bit for bit; free slices are not touched. Not recorded by autograd, as the functions of
-    ``torch.nn.init``. With scales :math:`s` a member becomes :math:`s_i w_0`, where
-    :math:`w_0 = \sum_i s_i w_i / \sum_i s_i^2`: the orthogonal projection.
-
-    Args:
-        tensor: any floating or complex dtype, any memory layout.
-        groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, as for
-            :class:`~tieopt.Tie`.
-        dim: the dimension along which the slices lie.
-        scale: what multiple of its group's shared value each slice is, as for :class:`~tieopt.Tie`.
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeError, IndexError, ValueError: ``groups``, ``dim`` or ``scale`` do not fit, as for
-            :class:`~tieopt.Tie`. Nothing is written then.
-
-    Example:
-        >>> import torch
-        >>> from tieopt import is_tied, tie_
-        >>> weight = torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 6.0]])
-        >>> tie_(weight, [[1, 2]])
-        tensor([[0., 0.],
-                [2., 4.],
-                [2., 4.]])
-        >>> is_tied(weight, [[1, 2]])
-        True
-        >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=torch.tensor([1.0, -1.0, 0.0]))
-        tensor([ 2., -2.,  0.])
-    """
-    slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
-    check_writable(tensor, "the tensor")
-    project_([tensor], Index.compile(slices, [tensor]), Workspace())
-    return tensor
-
-
-def is_tied(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> bool:
-    """Whether all the members of each group are equal, exactly; with scales, what :func:`tie_` would write.
-
-    Equal means ``==`` as in :func:`torch.equal`: a group that holds a NaN is not tied.
-
-    Args:
-        tensor: as for :func:`tie_`.
-        groups: as for :func:`tie_`.
-        dim: as for :func:`tie_`.
-        scale: as for :func:`tie_`.
-
-    Raises:
-        TypeError, IndexError, ValueError: as for :func:`tie_`.
-
-    Example:
-        >>> import torch
-        >>> from tieopt import is_tied
-        >>> is_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 2]])
-        True
-        >>> is_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 1]])
-        False
-    """
-    slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
-    return tied([tensor.detach()], Index.compile(slices, [tensor]), Workspace())
-
-
 def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> bool:
-    """Whether dense tensors are tied, as :func:`is_tied`."""
+    """Whether dense tensors are what the leads of their groups say.
+
+    Args:
+        tensors: as for :func:`project_`.
+        index: as for :func:`project_`.
+        workspace: as for :func:`project_`.
+    """
     rows = index.rows(tensors)
-    return all(
-        torch.equal(
-            _gathered(rows[piece.part], piece.members, workspace, "members"),
-            _expected(leads, piece, rows[0].dtype, workspace),
-        )
-        for run in index.runs
-        for leads in [_leads(rows, run, workspace)]
-        for piece in run.pieces
-    ) and all(
-        bool((_gathered(rows[part], pins, workspace, "members") == 0).all()) for part, pins in index.pinned.items()
-    )
+    return all(torch.equal(members, expected) for _, _, members, expected in _compared(rows, index, _leads, workspace))
 
 
 @torch.no_grad()
@@ -170,7 +100,7 @@ def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, redu
     for run in index.runs:
         values = _means(rows, run, workspace).to(rows[0].dtype)
         if reduction == "sum":
-            values = (values.to(_wide(values)) * _column(run.counts, values)).to(values.dtype)
+            values = (values.to(wide_dtype(values.device)) * _column(run.counts, values)).to(values.dtype)
         _write(rows, run, values, workspace)
     _pin(rows, index)
 
@@ -183,23 +113,13 @@ def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, streng
         tensors: as for :func:`project_`.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
-        strength: how far, from 0, not at all, to 1, as :func:`project_` but for the rounding.
+        strength: how far, from more than 0 to 1, which is as :func:`project_` but for the rounding.
     """
     rows = index.rows(tensors)
-
-    def move(part: int, positions: Tensor, members: Tensor, goal: Tensor) -> None:
+    for part, positions, members, expected in _compared(rows, index, _means, workspace):
         # Equal infinities have no difference.
-        moved = torch.where(members == goal, members, members.lerp(goal, strength)).to(rows[part].dtype)
+        moved = torch.where(members == expected, members, members.lerp(expected, strength)).to(rows[part].dtype)
         _bits(rows[part]).index_copy_(0, positions, _bits(moved))
-
-    for run in index.runs:
-        means = _means(rows, run, workspace)
-        for piece in run.pieces:
-            members = _gathered(rows[piece.part], piece.members, workspace, "members")
-            move(piece.part, piece.members, members, _expected(means, piece, rows[0].dtype, workspace))
-    for part, pins in index.pinned.items():
-        members = _gathered(rows[part], pins, workspace, "members")
-        move(part, pins, members, torch.zeros_like(members))
 
 
 @torch.no_grad()
@@ -221,22 +141,35 @@ class _Projection(torch.autograd.Function):
     """``project_`` out of place; linear and symmetric, also to the sum, so it is its own backward."""
 
     @staticmethod
-    def forward(ctx: Any, index: Index, reduction: Reduction, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.index, ctx.reduction = index, reduction
+    def forward(
+        ctx: Any, index_for: IndexFor, reduction: Reduction, which: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.arguments = index_for, reduction, which
         results = tuple(tensor.clone() for tensor in tensors)
-        project_(results, index, Workspace(), reduction)
+        parts = [results[number] for number in which]
+        project_(parts, index_for(parts), Workspace(), reduction)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *projected(grads, ctx.index, ctx.reduction)
+        results: tuple[Tensor, ...] = _Projection.apply(*ctx.arguments, *grads)  # type: ignore[no-untyped-call]
+        return None, None, None, *results
 
 
-def projected(tensors: Sequence[Tensor], index: Index, reduction: Reduction = "mean") -> tuple[Tensor, ...]:
-    """The projection of dense tensors, or of one sparse COO tensor by rows, out of place and differentiable."""
+def projected(tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reduction = "mean") -> tuple[Tensor, ...]:
+    """The projection of dense tensors, or of one sparse COO tensor by rows, out of place and differentiable.
+
+    Args:
+        tensors: as for :func:`project_`; a tensor that occurs twice has one result, twice.
+        index_for: returns the index for tensors of any layout.
+        reduction: as for :func:`project_`.
+    """
     if tensors[0].layout == torch.sparse_coo:
-        return (_projected_sparse(tensors[0], index, reduction),)
-    return _Projection.apply(index, reduction, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+        return (_projected_sparse(tensors[0], index_for(tensors), reduction),)
+    distinct = list({id(tensor): tensor for tensor in tensors}.values())
+    which = tuple(next(n for n, one in enumerate(distinct) if one is tensor) for tensor in tensors)
+    results = _Projection.apply(index_for, reduction, which, *distinct)  # type: ignore[no-untyped-call]
+    return tuple(results[number] for number in which)
 
 
 def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Tensor:
@@ -271,11 +204,15 @@ def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Ten
 
     places = starts[owner] + index.rank_of[indices[0][tied]]
     dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
-    slices = Slices(labels.cpu(), members.scale.cpu())
-    (dense,) = projected([dense], Index.compile([slices], [dense]), reduction)
+    laid_out = members._replace(position=torch.arange(len(labels), device=sizes.device), group=labels)
+    (dense,) = projected([dense], partial(_index_of_groups, laid_out), reduction)
     return _sparse(
         torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1), torch.cat([values[~tied], dense]), tensor
     )
+
+
+def _index_of_groups(members: Members, tensors: Sequence[Tensor]) -> Index:
+    return Index.of_groups(members, tensors[0])
 
 
 def _entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,40 +238,68 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> floa
         workspace: as for :func:`project_`.
     """
     rows = index.rows(tensors)
-    distances = [rows[0].new_zeros((), dtype=_wide(rows[0]))]
-
-    def measure(members: Tensor, expected: Tensor | float) -> None:
+    distances = [rows[0].new_zeros((), dtype=wide_dtype(rows[0].device))]
+    for _, _, members, expected in _compared(rows, index, _means, workspace):
         # Equal infinities have no difference.
         distance = torch.where(members == expected, 0.0, members - expected)
         if tensors[0].is_complex():
             distance = torch.linalg.vector_norm(distance, dim=-1)
         if distance.numel():
             distances.append(distance.abs().max())
+    return float(torch.stack(distances).max())
 
+
+def _compared(
+    rows: list[Tensor],
+    index: Index,
+    values_of: Callable[[list[Tensor], Run, Workspace], Tensor],
+    workspace: Workspace,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Piece by piece the number of a tensor, rows, what stands there, and what should by some value of the leads."""
     for run in index.runs:
-        means = _means(rows, run, workspace)
+        values = values_of(rows, run, workspace)
         for piece in run.pieces:
             members = _gathered(rows[piece.part], piece.members, workspace, "members")
-            measure(members, _expected(means, piece, rows[0].dtype, workspace))
+            yield piece.part, piece.members, members, _expected(values, piece, rows[0].dtype, workspace)
     for part, pins in index.pinned.items():
-        measure(_gathered(rows[part], pins, workspace, "members"), 0.0)
-    return float(torch.stack(distances).max())
+        members = _gathered(rows[part], pins, workspace, "members")
+        yield part, pins, members, torch.zeros_like(members)
 
 
 def _means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """The mean of each group, as the value of its lead; shape ``[g, ...]``, in the wide dtype."""
-    wide = _wide(rows[0])
+    wide = wide_dtype(rows[0].device)
     if run.signed and wide == torch.float64 and rows[0].dtype != wide:
         totals = torch.full((len(run.norms), *rows[0].shape[1:]), -0.0, dtype=wide, device=rows[0].device)
         for piece in run.pieces:
             members = _gathered(rows[piece.part], piece.members, workspace, "members")
             _add_up(totals, piece, _times(members, piece))
         return totals.div_(_column(run.norms, totals))
+    if wide != rows[0].dtype and wide == torch.float64:
+        return _scaled_means(rows, run, workspace)
     means = _leads(rows, run, workspace)
     # An estimate far from the mean costs digits; the mean around it is near.
     for _ in range(2):
         means = _means_around(means, rows, run, workspace)
     return means
+
+
+def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """The leads of groups that are tied already, and of the others the mean, which multiples were rounded for."""
+    leads = _leads(rows, run, workspace).clone()
+    totals, distances = torch.zeros_like(leads), torch.zeros_like(leads)
+    for piece in run.pieces:
+        members = _gathered(rows[piece.part], piece.members, workspace, "members")
+        differences = _expected(leads, piece, rows[0].dtype, workspace)
+        # Equal infinities have no difference.
+        differences.copy_(members != differences)
+        _add_up(distances, piece, differences)
+        _add_up(totals, piece, _times(members, piece))
+    means = totals.div_(_column(run.norms, totals))
+    # What is finite has a finite mean, but perhaps beyond the range of the lead.
+    largest = torch.finfo(rows[0].dtype).max
+    means = torch.where(means.isfinite(), means.clamp(-largest, largest), means)
+    return torch.where(distances == 0, leads, means)
 
 
 def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -367,9 +332,12 @@ def _expected(values: Tensor, piece: Piece, stored: torch.dtype, workspace: Work
     torch.index_select(_bits(values), 0, piece.slots, out=_bits(spread))
     if piece.multiples is None:
         return spread
-    if values.dtype != _wide(values):
-        return spread.copy_(_times(spread.to(_wide(spread)), piece))
-    return _times(spread, piece) if stored == values.dtype else spread.copy_(_times(spread, piece).to(stored))
+    wide = spread.to(wide_dtype(values.device))
+    multiples = wide * _column(piece.multiples, wide)
+    # A multiple of what is finite is finite, too.
+    largest = torch.finfo(stored).max
+    multiples = torch.where(wide.isfinite(), multiples.clamp(-largest, largest), multiples)
+    return spread.copy_(multiples.to(stored))
 
 
 def _times(members: Tensor, piece: Piece) -> Tensor:
@@ -402,7 +370,7 @@ def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     if len(run.leads) == 1:
         part, members, _ = run.leads[0]
         return _gathered(rows[part], members, workspace, "leads")
-    leads = workspace.take("leads", (len(run.norms), *rows[0].shape[1:]), _wide(rows[0]), rows[0].device)
+    leads = workspace.take("leads", (len(run.norms), *rows[0].shape[1:]), wide_dtype(rows[0].device), rows[0].device)
     for part, members, slots in run.leads:
         leads.index_copy_(0, slots, _gathered(rows[part], members, workspace, "members"))
     return leads
@@ -410,7 +378,7 @@ def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
 
 def _gathered(rows: Tensor, positions: Tensor, workspace: Workspace, name: str) -> Tensor:
     """``rows[positions]`` in the wide dtype, in the buffer of that name."""
-    shape, wide = (len(positions), *rows.shape[1:]), _wide(rows)
+    shape, wide = (len(positions), *rows.shape[1:]), wide_dtype(rows.device)
     stored = workspace.take(name, shape, rows.dtype, rows.device)
     torch.index_select(_bits(rows), 0, positions, out=_bits(stored))
     return stored if wide == rows.dtype else workspace.take(name, shape, wide, rows.device).copy_(stored)
@@ -432,11 +400,6 @@ def _pin(rows: list[Tensor], index: Index) -> None:
 def _bits(tensor: Tensor) -> Tensor:
     """8-bit floats as bytes: torch moves those, but not them."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to add in: twice the digits and more, where there is one."""
-    return wide_dtype(tensor.device)
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Slices(NamedTuple):
     @property
     def scales(self) -> Tensor:
         """``scale``, also where it is None."""
-        return torch.ones(self.labels.shape, dtype=torch.float64) if self.scale is None else self.scale
+        return torch.ones(self.labels.shape, dtype=torch.float64, device="cpu") if self.scale is None else self.scale
 
     def slice_shape(self, tensor: Tensor) -> torch.Size:
         """The shape of one slice."""
@@ -50,9 +50,9 @@ class Slices(NamedTuple):
 
     def positions(self, steps: tuple[int, ...]) -> Tensor:
         """Which of :meth:`rows` each slice is, int64, the shape of ``labels``."""
-        positions = torch.zeros((), dtype=torch.int64)
+        positions = torch.zeros((), dtype=torch.int64, device="cpu")
         for step, size in zip(steps, self.labels.shape, strict=True):
-            positions = positions[..., None] + step * torch.arange(size)
+            positions = positions[..., None] + step * torch.arange(size, device="cpu")
         return positions
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -71,6 +71,19 @@ class Slices(NamedTuple):
         count = last // unit + 1 if self.labels.numel() else 0
         return front.as_strided((count, *front.shape[depth:]), (unit, *front.stride()[depth:]))
 
+    def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The slices written out entry by entry.
+
+        Returns:
+            For each entry of the tensor the number of the shared value that it is a multiple of, -1 for a
+            free one, int64; and its scale, float64. Both have the shape of the tensor.
+        """
+        shape = self.slice_shape(tensor)
+        labels, scales = (one.reshape(*one.shape, *[1] * len(shape)) for one in (self.labels, self.scales))
+        inner = torch.arange(shape.numel(), device="cpu").view(shape)
+        numbers = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
+        return numbers.movedim(0, self.dim), scales.expand(numbers.shape).movedim(0, self.dim)
+
     def _strides(self, tensor: Tensor) -> tuple[int, ...]:
         strides = tensor.movedim(self.dim, 0).stride()
         # The stride of a dimension of one entry means nothing.
@@ -81,17 +94,29 @@ def _common(strides: tuple[int, ...]) -> int:
     return math.gcd(*strides) or 1
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A view of real entries: a complex one is two."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     """Groups numbered 0, 1, ... in the order of their first members.
 
     Two ways to write one partition give equal labels then.
     """
     flat = torch.cat([each.labels.flatten() for each in slices])
-    tied = (flat != FREE).nonzero().squeeze(1)
-    names, number = torch.unique(flat[tied], return_inverse=True)
-    first = torch.full_like(names, flat.numel()).scatter_reduce_(0, number, tied, "amin")
-    rank = torch.empty_like(first).index_put_((first.argsort(),), torch.arange(len(first)))
-    flat = torch.full_like(flat, FREE).index_put_((tied,), rank[number])
+    places = (flat != FREE).nonzero().squeeze(1)
+    names = flat[places]
+    if len(names) and int(names.max()) >= 4 * len(flat):
+        _, names = torch.unique(names, return_inverse=True)
+    count = int(names.max()) + 1 if len(names) else 0
+    first = torch.full((count,), len(flat), device="cpu").scatter_reduce_(0, names, places, "amin")
+    used = (first < len(flat)).nonzero().squeeze(1)
+    rank = torch.full_like(first, FREE)
+    rank[used[first[used].argsort()]] = torch.arange(len(used), device="cpu")
+    flat = torch.full_like(flat, FREE).index_put_((places,), rank[names])
     parts = torch.split(flat, [each.labels.numel() for each in slices])
     return tuple(each._replace(labels=part.view(each.labels.shape)) for each, part in zip(slices, parts, strict=True))
 
@@ -106,7 +131,8 @@ def described(slices: Sequence[Slices]) -> str:
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     """What a checkpoint says of a tie: readable, and the same for the same tie.
 
-    A group of one member ties nothing, and counts as a free slice. All that is pinned at zero is one.
+    A group of one member ties nothing, and counts as a free slice. All that is pinned at zero is one. It
+    does not matter which sign the first member of a group has.
 
     Args:
         slices: of each parameter.
@@ -118,11 +144,14 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     _, number, sizes = torch.unique(torch.where(tied, flat, FREE), return_inverse=True, return_counts=True)
     kept = tied & ((sizes[number] > 1) | (scale.abs() != 1))
     (canonical,) = numbered([Slices(torch.where(kept, flat, FREE))])
-    labels = torch.where(pinned, FREE - 1, canonical.labels)
-    digest = hashlib.sha256(
-        repr([(n, one.dim, one.labels.shape) for n, one in zip(numbers, slices, strict=True)]).encode()
+    labels = canonical.labels
+    leads = torch.full((len(flat) + 1,), len(flat), device="cpu").scatter_reduce_(
+        0, labels + 1, torch.arange(len(flat), device="cpu"), "amin"
     )
-    for column in (labels, torch.where(kept, scale, 1.0)):
+    signs = torch.where(kept, scale[leads[labels + 1].clamp(max=len(flat) - 1)].sign(), 1.0) if len(flat) else scale
+    places = [(number, one.dim, tuple(one.labels.shape)) for number, one in zip(numbers, slices, strict=True)]
+    digest = hashlib.sha256(repr(places).encode())
+    for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         # Their bytes without NumPy, which torch does not need to have.
         digest.update(ctypes.string_at(column.data_ptr(), column.nbytes))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""

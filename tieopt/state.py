@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tieopt.binding import BoundTie
 from tieopt.index import Index
-from tieopt.reduction import Workspace, project_, tied
-from tieopt.slices import Slices
+from tieopt.places import BoundTie
+from tieopt.reduction import Workspace, projected, tied
+from tieopt.slices import Slices, real
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
-_ABSOLUTE = {"exp_inf"}
-_UNSCALED = {"step_size", "acc_delta"}
+
+Change = tuple[dict[str, Any], str, Tensor]
 
 
-def tied_state(
-    state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]
-) -> list[tuple[dict[str, Any], str, Tensor]]:
+def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> list[Change]:
     """Averages per group what an optimizer keeps of each entry of a tied parameter.
 
     Whatever has not the shape of its parameter is left alone, and so is what is tied already. Nothing is
     written, and the results share no memory with what is there, which a checkpoint may hold.
 
-    With scales, what has signs is scaled as the weights are, and what has none as their squares: second
-    moments.
+    With scales, what is tied as the weights are is left so, and the rest goes by the names that torch's
+    optimizers use: momentum is scaled as the weights are, second moments as their squares. Of an unknown name
+    it is a second moment if no entry is negative.
 
     Args:
         state: of the optimizer, by parameter.
@@ -46,13 +46,23 @@ def tied_state(
             if not parts:
                 continue
             values = [kept[part][key] for part in parts]
-            slices = _scaled([tie.slices[part] for part in parts], key, values)
-            index, workspace = Index.compile(slices, values), Workspace()
-            if not tied(values, index, workspace):
-                values = [value.clone() for value in values]
-                project_(values, index, workspace)
-                changes += [(kept[part], key, value) for part, value in zip(parts, values, strict=True)]
+            own = [tie.slices[part] for part in parts]
+            slices = own if _is_tied(own, values) else _scaled(own, key, values)
+            if not _is_tied(slices, values):
+                results = projected(values, partial(Index.compile, slices))
+                changes += [(kept[part], key, result) for part, result in zip(parts, results, strict=True)]
     return changes
+
+
+def write_state(changes: Iterable[Change]) -> None:
+    """Writes what :func:`tied_state` returned."""
+    for state, key, value in changes:
+        state[key] = value
+
+
+def _is_tied(slices: Sequence[Slices], values: Sequence[Tensor]) -> bool:
+    detached = [value.detach() for value in values]
+    return tied(detached, Index.compile(slices, detached), Workspace())
 
 
 def _is_of_entries(value: Any, param: Tensor) -> bool:
@@ -68,13 +78,11 @@ def _is_of_entries(value: Any, param: Tensor) -> bool:
 
 def _scaled(slices: Sequence[Slices], key: str, values: Sequence[Tensor]) -> list[Slices]:
     """The slices with scales for what is kept under a key."""
-    if key in _SIGNED or any(bool((_real(value) < 0).any()) for value in values):
+    if key in _SIGNED or any(bool((real(value) < 0).any()) for value in values):
         return list(slices)
-    if key in _UNSCALED:
-        return [each._replace(scale=None) for each in slices]
-    power = 1 if key in _ABSOLUTE else 2
-    return [each._replace(scale=None if each.scale is None else each.scale.abs() ** power) for each in slices]
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # To the power of zero a pinned entry would be a member.
+    power = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}.get(key, 2)
+    return [
+        each._replace(scale=None if each.scale is None else torch.where(each.scale == 0, 0, each.scale.abs() ** power))
+        for each in slices
+    ]

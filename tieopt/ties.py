@@ -6,13 +6,14 @@ wrong about a tie is found here, before anything is written; whoever holds slice
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import index as as_int
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from tieopt.slices import FREE, Slices
 
@@ -41,9 +42,9 @@ class Part(NamedTuple):
 
     Attributes:
         param: the parameter, or its name.
-        groups: for a tensor its labels, int64 on the CPU; for a name what was given.
+        groups: the labels, int64 on the CPU, if a :class:`Tie` was made for a tensor; else what was given.
         dim: the dimension along which the slices lie.
-        scale: for a tensor float64 on the CPU, the shape of ``groups``, or None; for a name what was given.
+        scale: as ``groups``, float64 on the CPU, or None.
     """
 
     param: Tensor | str
@@ -120,6 +121,8 @@ class Tie:
         if isinstance(param, Tensor):
             slices = slices_for(param, groups, dim, scale, "the parameter")
             groups, scale, dim = slices.labels, slices.scale, slices.dim
+        elif isinstance(groups, Iterator):
+            groups = [list(group) for group in groups]
         self.parts = (Part(param, groups, dim, scale),)
 
     @classmethod
@@ -177,6 +180,10 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
     Returns:
         The slices, with the labels that were given.
     """
+    if not isinstance(tensor, Tensor) or is_lazy(tensor):
+        raise TypeError(
+            f"{name} cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      {type(tensor).__name__}"
+        )
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(
             f"{name} of shape {tuple(tensor.shape)} cannot be tied.\n"
@@ -219,7 +226,9 @@ def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str
 
 
 def _checked_dim(dim: Any, tensor: Tensor, name: str) -> int:
-    expected = f"  Parameter: {tuple(tensor.shape)}\n  Expected:  an integer from 0 to {tensor.dim() - 1}\n"
+    expected = (
+        f"  Parameter: {tuple(tensor.shape)}\n  Expected:  an integer from {-tensor.dim()} to {tensor.dim() - 1}\n"
+    )
     try:
         if isinstance(dim, bool):
             raise TypeError
@@ -242,6 +251,7 @@ def _checked_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Ten
                 f"  Got:      {shown(scale)}"
             )
         scale = _from_array(scale, "Scales", "a real dtype", name)
+    _check_readable(scale, "Scales", name)
     if scale.is_complex() or scale.dtype == torch.bool:
         raise TypeError(
             f"The scale for {name} has the wrong dtype.\n  Expected: a real dtype\n  Got:      {scale.dtype}"
@@ -253,7 +263,7 @@ def _checked_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Ten
             f"  Expected:  {tuple(labels.shape)}, one number for each label\n"
             f"  Got:       {tuple(scale.shape)}"
         )
-    scale = scale.detach().to("cpu", torch.float64)
+    scale = scale.detach().to("cpu", torch.float64, copy=True)
     size = scale.abs()
     wrong = ~((size == 0) | ((size >= 1 / _LARGEST_SCALE) & (size <= _LARGEST_SCALE)))
     if wrong.any():
@@ -276,6 +286,15 @@ def _from_array(array: Any, what: str, expected: str, name: str) -> Tensor:
             f"  Expected: {expected}, in the byte order of this machine\n"
             f"  Got:      {array.dtype!r}"
         ) from None
+
+
+def _check_readable(tensor: Tensor, what: str, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        raise TypeError(
+            f"{what} for {name} cannot be read.\n"
+            "  Expected: a dense tensor, on a device that holds its data\n"
+            f"  Got:      {shown(tensor)}, {tensor.layout}, device {tensor.device}"
+        )
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -304,6 +323,7 @@ def check_writable(tensor: Tensor, name: str) -> None:
 
 
 def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: str, name: str) -> Tensor:
+    _check_readable(labels, "Labels", name)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
         raise TypeError(
             f"Labels for {name} have the wrong dtype.\n"
@@ -318,7 +338,7 @@ def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: st
             f"  Expected:  {tuple(shape[:1])}, one label for each slice {along}{deeper}\n"
             f"  Got:       {tuple(labels.shape)}"
         )
-    labels = labels.detach().to("cpu", torch.int64)
+    labels = labels.detach().to("cpu", torch.int64, copy=True)
     wrong = (labels < FREE).nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
@@ -338,7 +358,15 @@ def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Te
         members = [list(group.tolist() if isinstance(group, Tensor) else group) for group in groups]
     except TypeError:
         hint = " (labels go into a tensor: torch.tensor(labels))" if isinstance(groups, (list, tuple)) else ""
+        hint = " (a Tie stands for itself, in a list of Ties)" if isinstance(groups, Tie) else hint
         raise TypeError(f"Groups for {name} are not groups.\n{expected}  Got:      {shown(groups)}{hint}") from None
+    if isinstance(groups, tuple) and len(groups) == 2 and all(isinstance(one, Tensor) and one.dim() for one in groups):
+        first, second = groups
+        if first.shape == second.shape and second.is_floating_point():
+            got = f"  Got:      {shown(first)}, and {shown(second)}"
+            raise TypeError(
+                f"Groups for {name} are labels and a scale.\n  Expected: Tie(parameter, labels, scale=scale)\n{got}"
+            )
     flat = list(chain.from_iterable(members))
     if not set(map(type, flat)) <= {int}:
         flat = [_integer(i, name, expected) for i in flat]
@@ -348,11 +376,13 @@ def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Te
         raise IndexError(
             f"An index for {name} is out of range.\n"
             f"  Parameter: {tuple(tensor.shape)}\n"
-            f"  Expected:  indices from 0 to {count - 1}\n"
+            f"  Expected:  {f'indices from 0 to {count - 1}' if count else 'none, as there is nothing to index'}\n"
             f"  Got:       {outside[0]}"
         )
-    indices = torch.tensor(flat, dtype=torch.int64)
-    numbers = torch.arange(len(members)).repeat_interleave(torch.tensor([len(m) for m in members], dtype=torch.int64))
+    indices = torch.tensor(flat, dtype=torch.int64, device="cpu")
+    numbers = torch.arange(len(members), device="cpu").repeat_interleave(
+        torch.tensor([len(m) for m in members], dtype=torch.int64, device="cpu")
+    )
     repeated = (torch.bincount(indices, minlength=count) > 1).nonzero()
     if len(repeated):
         at = int(repeated[0])
@@ -361,7 +391,7 @@ def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Te
             "  Expected: each index in one group, once\n"
             f"  Got:      {at} in groups {numbers[indices == at].tolist()}"
         )
-    return torch.full((count,), FREE).index_put_((indices,), numbers)
+    return torch.full((count,), FREE, device="cpu").index_put_((indices,), numbers)
 
 
 def _integer(value: Any, name: str, expected: str) -> int:

@@ -1,0 +1,152 @@
+"""The gradients of a step: as the inner optimizer is to see them, and back to what accumulates.
+
+Dense gradients are tied where they are: they may be views of a bucket that others hold. Those with a graph,
+and sparse ones, which have no place for every member, are replaced by other tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tieopt.binding import Binding
+from tieopt.places import BoundTie, ParamGroups
+from tieopt.reduction import Reduction, Workspace, divide_, project_, projected
+from tieopt.ties import overlaps
+
+Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
+
+
+class StepGradients:
+    """The gradients as the inner optimizer is to see them, for the length of one step."""
+
+    def __init__(self, binding: Binding, param_groups: ParamGroups) -> None:
+        self._binding = binding
+        self._param_groups = param_groups
+        self._undo: list[Callable[[], None]] = []
+        self._took_part: dict[BoundTie, list[Tensor]] = {}
+
+    @property
+    def pairs(self) -> Pairs:
+        """The ties of which a gradient was there, and their parameters."""
+        return list(self._took_part.items())
+
+    def tie(self) -> None:
+        """Ties the gradients that are there, and remembers whose they are; relaxed ties leave them alone."""
+        pairs = _with_gradients(self._binding.parameters(self._param_groups))
+        self._took_part.update(pairs)
+        if not self._binding.relaxed:
+            tie_gradients(pairs, self._binding.workspace, self._binding.reduction, self._undo)
+
+    def restore(self) -> None:
+        """Leaves the mean in ``.grad``, so that the next backward adds to the mean."""
+        while self._undo:
+            self._undo.pop()()
+
+    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure, with the gradients that it leaves tied after each call."""
+
+        @wraps(closure)
+        def tied_closure(*args: Any, **kwargs: Any) -> Any:
+            self.restore()
+            loss = closure(*args, **kwargs)
+            self.tie()
+            return loss
+
+        return tied_closure
+
+
+def tie_gradients(
+    pairs: Pairs,
+    workspace: Workspace,
+    reduction: Reduction = "mean",
+    undo: list[Callable[[], None]] | None = None,
+) -> None:
+    """Ties gradients.
+
+    Args:
+        pairs: ties and their parameters. Ties without any gradient are passed over; where one of several
+            joined parameters has one, the others get one of zeros.
+        workspace: to work in.
+        reduction: ``"mean"`` or ``"sum"``.
+        undo: for the sum, gets what turns it into the mean again where nobody has replaced the gradient since.
+    """
+    pairs = _with_gradients(pairs)
+    _prepare(pairs)
+    replaced = _replaced(pairs)
+    undo = [] if undo is None else undo
+    for tie, params in pairs:
+        if params[0] not in replaced:
+            grads = _gradients(params)
+            project_(grads, tie.index_for(grads), workspace, reduction)
+            if reduction == "sum":
+                undo.append(partial(_divide, tie, params, grads, workspace))
+    others = [(tie, params) for tie, params in pairs if params[0] in replaced]
+    _replace(others, "mean")
+    if reduction == "sum":
+        means = {param: param.grad for _, params in others for param in params}
+        _replace(others, reduction)
+        undo.extend(partial(_put_back, param, param.grad, mean) for param, mean in means.items())
+
+
+def _divide(tie: BoundTie, params: Sequence[Tensor], sums: Sequence[Tensor], workspace: Workspace) -> None:
+    # Some optimizers replace the gradient, or set it to None, while they step.
+    if all(param.grad is grad for param, grad in zip(params, sums, strict=True)):
+        divide_(sums, tie.index_for(sums), workspace)
+
+
+def _put_back(param: Tensor, total: Tensor | None, mean: Tensor | None) -> None:
+    if param.grad is total:
+        param.grad = mean
+
+
+def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+def _with_gradients(pairs: Pairs) -> Pairs:
+    return [(tie, params) for tie, params in pairs if any(param.grad is not None for param in params)]
+
+
+def _prepare(pairs: Pairs) -> None:
+    """Gives every parameter a gradient that can be tied."""
+    # A parameter may be joined with one, and with another by another tie.
+    for param in _connected(pairs, {param for _, params in pairs for param in params if param.grad is not None}):
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    for tie, params in pairs:
+        for param, grad in zip(params, _gradients(params), strict=True):
+            if grad.layout == torch.sparse_coo and not tie.is_of_rows:
+                param.grad = grad.to_dense()
+            elif grad.layout == torch.strided and not grad.requires_grad and overlaps(grad):
+                param.grad = grad.clone()
+
+
+def _replaced(pairs: Pairs) -> set[Tensor]:
+    """The parameters whose gradient cannot be written, and those that are joined with them."""
+    grads = ((param, grad) for _, params in pairs for param, grad in zip(params, _gradients(params), strict=True))
+    return _connected(pairs, {param for param, grad in grads if grad.requires_grad or grad.layout == torch.sparse_coo})
+
+
+def _connected(pairs: Pairs, params: set[Tensor]) -> set[Tensor]:
+    """Parameters, and all that ties join with them, directly or by others."""
+    more = params
+    while more:
+        joined = {param for _, parts in pairs if not more.isdisjoint(parts) for param in parts}
+        more = joined - params
+        params = params | joined
+    return params
+
+
+def _replace(pairs: Pairs, reduction: Reduction) -> None:
+    """Ties gradients out of place, and with their graph."""
+    for tie, params in pairs:
+        grads = _gradients(params)
+        with torch.set_grad_enabled(any(grad.requires_grad for grad in grads)):
+            results = projected(grads, tie.index_for, reduction)
+        for param, grad in zip(params, results, strict=True):
+            param.grad = grad

@@ -1,0 +1,258 @@
+"""Ties found among the parameters of an optimizer, held by place.
+
+Parameters are held by their place in the parameter groups and not by identity, because hosts replace
+the Parameter objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tieopt.index import Index, Layout
+from tieopt.slices import FREE, Slices, fingerprint, numbered
+from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
+
+ParamGroups = list[dict[str, Any]]
+
+
+class Place(NamedTuple):
+    """Where a tied parameter stands.
+
+    Attributes:
+        group: the number of its parameter group.
+        position: its place in the group.
+        shape: its shape when it was tied.
+    """
+
+    group: int
+    position: int
+    shape: torch.Size
+
+
+class BoundTie:
+    """The tie of one parameter, or of several that were joined.
+
+    Args:
+        places: of the parameters.
+        slices: of each.
+
+    Attributes:
+        places: of the parameters.
+        slices: of each parameter; groups are numbered in the order of their first members.
+    """
+
+    def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
+        # In the order of the parameters, however they were joined: sums depend on it.
+        parts = sorted(zip(places, slices, strict=True), key=lambda part: (*part[0][:2], part[1].dim))
+        self.places = tuple(place for place, _ in parts)
+        self.slices = numbered([each for _, each in parts])
+        self._indices: dict[Layout, Index] = {}
+        self._fingerprints: dict[tuple[int, ...], str] = {}
+
+    def index_for(self, tensors: Sequence[Tensor]) -> Index:
+        """The compiled tie; compiled again for tensors of another layout, or on another device."""
+        layout = Layout.of(self.slices, tensors)
+        if layout not in self._indices:
+            self._indices[layout] = Index.compile(self.slices, tensors)
+        return self._indices[layout]
+
+    def fingerprint_as(self, numbers: tuple[int, ...]) -> str:
+        """The fingerprint, where these are the numbers of the parameters in a ``state_dict``."""
+        if numbers not in self._fingerprints:
+            self._fingerprints[numbers] = fingerprint(self.slices, numbers)
+        return self._fingerprints[numbers]
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether it is of rows of one parameter, so that sparse gradients can be tied as they are."""
+        return len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An index is quickly compiled, and larger than the labels.
+        return {**self.__dict__, "_indices": {}}
+
+
+def name_of(param_groups: ParamGroups, place: Place) -> str:
+    """What errors and tables call a parameter."""
+    names = param_groups[place.group].get("param_names", ()) if place.group < len(param_groups) else ()
+    if place.position < len(names):
+        return str(names[place.position])
+    return f"param_groups[{place.group}]['params'][{place.position}]"
+
+
+def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
+    """The parameter that stands at a place now.
+
+    Raises:
+        RuntimeError: it has another shape than when it was tied, or is gone.
+    """
+    params = param_groups[place.group]["params"] if place.group < len(param_groups) else ()
+    param: Tensor | None = params[place.position] if place.position < len(params) else None
+    if param is None or param.shape != place.shape:
+        raise RuntimeError(
+            "A tied parameter has not the shape that it had when it was tied.\n"
+            f"  Parameter: {name_of(param_groups, place)}\n"
+            f"  Expected:  {tuple(place.shape)}\n"
+            f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}"
+        )
+    return param
+
+
+def all_places(param_groups: ParamGroups) -> list[Place]:
+    """All places, in the order of the numbers that parameters have in a ``state_dict``."""
+    return [
+        Place(group, position, param.shape)
+        for group, settings in enumerate(param_groups)
+        for position, param in enumerate(settings["params"])
+    ]
+
+
+def _listed(ties: Any) -> list[tuple[Part, ...]]:
+    """The parts of each tie."""
+    if isinstance(ties, Mapping):
+        return [(Part(param, groups, 0, None),) for param, groups in ties.items()]
+    single = isinstance(ties, (Tie, Tensor)) or not isinstance(ties, Iterable)
+    listed = [ties] if single else list(ties)
+    for tie in listed:
+        if not isinstance(tie, Tie):
+            raise TypeError(
+                "These are no ties.\n"
+                "  Expected: a mapping {parameter: groups}, a Tie, or an iterable of Ties\n"
+                f"  Got:      {shown(tie)}{'' if single else f' in {shown(ties)}'}"
+            )
+    return [tie.parts for tie in listed]
+
+
+def found(param_groups: ParamGroups, ties: Any) -> list[BoundTie]:
+    """Finds the parameters of ties, and validates the ties against them.
+
+    Args:
+        param_groups: of the optimizer.
+        ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
+
+    Raises:
+        TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
+    """
+    places: dict[Any, Place] = {}
+    for place in all_places(param_groups):
+        settings = param_groups[place.group]
+        places.setdefault(settings["params"][place.position], place)
+        if place.position < len(settings.get("param_names", ())):
+            places.setdefault(settings["param_names"][place.position], place)
+
+    bound = []
+    for parts in _listed(ties):
+        held = []
+        for part in parts:
+            if not isinstance(part.param, (Tensor, str)) or part.param not in places:
+                raise ValueError(_not_held(param_groups, part.param))
+            held.append(places[part.param])
+        names = [name_of(param_groups, place) for place in held]
+        params = [parameter_at(param_groups, place) for place in held]
+        slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
+        check_one_shape(list(zip(slices, params, strict=True)), names)
+        for param, name in zip(params, names, strict=True):
+            check_writable(param, name)
+        check_joined(param_groups, held, params, tensors=True)
+        bound.append(BoundTie(held, slices))
+    _check_disjoint(param_groups, bound)
+    return bound
+
+
+def check_joined(
+    param_groups: ParamGroups, places: Sequence[Place], params: Sequence[Tensor], *, tensors: bool = False
+) -> None:
+    """Refuses to join parameters that cannot be tied, or that the optimizer would update differently.
+
+    Args:
+        param_groups: of the optimizer.
+        places: of the parameters.
+        params: the parameters, which must have one dtype and device, and be frozen all or none.
+        tensors: whether settings that are tensors are compared, which may wait for an accelerator.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first = params[0]
+    for place, param in zip(places, params, strict=True):
+        _check_settings(param_groups, places[0], place, tensors)
+        for attribute in ("dtype", "device", "requires_grad"):
+            expected, got = getattr(first, attribute), getattr(param, attribute)
+            if expected != got:
+                raise ValueError(
+                    f"Joined parameters differ in {attribute}.\n"
+                    f"  Expected: {expected}, as {name_of(param_groups, places[0])} has\n"
+                    f"  Got:      {got} of {name_of(param_groups, place)}; retie or untie them first"
+                )
+
+
+def _check_settings(param_groups: ParamGroups, first: Place, second: Place, tensors: bool) -> None:
+    one, other = param_groups[first.group], param_groups[second.group]
+    if one is other:
+        return
+    differing = [
+        f"{key}: {shown(one[key])} and {shown(other[key])}"
+        # What only one of them has is nothing that the optimizer reads, as the `initial_lr` of a scheduler.
+        for key in one.keys() & other.keys()
+        if key != "params" and "name" not in key and not _same(one[key], other[key], tensors)
+    ]
+    if differing:
+        raise ValueError(
+            "Joined parameters stand in parameter groups with different settings.\n"
+            f"  Parameters: {name_of(param_groups, first)} and {name_of(param_groups, second)}\n"
+            f"  Expected:   the same settings in param_groups[{first.group}] and [{second.group}]\n"
+            f"  Got:        {'; '.join(sorted(differing))}"
+        )
+
+
+def _same(first: Any, second: Any, tensors: bool) -> bool:
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return not tensors or torch.equal(torch.as_tensor(first).cpu(), torch.as_tensor(second).cpu())
+    try:
+        return first is second or bool(first == second)
+    except ValueError:  # Arrays compare entry by entry.
+        return False
+
+
+def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None:
+    """Refuses ties that share an entry."""
+    parts: dict[Place, list[Slices]] = {}
+    for tie in ties:
+        for place, slices in zip(tie.places, tie.slices, strict=True):
+            parts.setdefault(place, []).append(slices)
+    for place, several in parts.items():
+        if len(several) == 1:
+            continue
+        # Ties along one dimension are compared slice by slice, others entry by entry.
+        alike = len({(slices.dim, slices.labels.shape) for slices in several}) == 1 and several[0].dim == 0
+        shape = several[0].labels.shape if alike else place.shape
+        owner = torch.full(shape, FREE, dtype=torch.int32, device="cpu")
+        for number, slices in enumerate(several):
+            labelled = torch.zeros(shape, dtype=torch.bool, device="cpu")
+            labelled.movedim(slices.dim, 0)[slices.labels != FREE] = True
+            shared = labelled & (owner != FREE)
+            if shared.any():
+                entry = tuple(shared.nonzero()[0].tolist())
+                entry += (0,) * (len(place.shape) - len(entry))
+                raise ValueError(
+                    f"{name_of(param_groups, place)} is tied twice.\n"
+                    "  Expected: ties that share no entry\n"
+                    f"  Got:      entry {entry} in {several[int(owner[entry[: owner.dim()]])]}, and in {slices}"
+                )
+            owner[labelled] = number
+
+
+def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
+    held = [f"{name_of(param_groups, place)} {tuple(place.shape)}" for place in all_places(param_groups)]
+    more = f" and {len(held) - limit} more" if len(held) > limit else ""
+    nameless = isinstance(key, str) and not any("param_names" in settings for settings in param_groups)
+    hint = " (names need an optimizer that was built from model.named_parameters())" if nameless else ""
+    return (
+        "A tie is for a parameter that the optimizer does not hold.\n"
+        f"  Expected: one of {', '.join(held[:limit])}{more}\n"
+        f"  Got:      {shown(key)}{hint}"
+    )
