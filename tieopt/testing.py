@@ -377,11 +377,17 @@ def ties(
         for tensor, at, deep in chosen:
             shape = tensor.movedim(at, 0).shape[:deep]
             parts.append(Tie(tensor, draw(labels(shape)), dim=at, scale=draw(scales(shape, kinds))))
+        if draw(st.booleans()):  # one parameter twice in a tie
+            taken = parts[0].parts[0].groups
+            rest = torch.where(taken == FREE, draw(labels(taken.shape)), FREE)
+            parts.append(Tie(first, rest, dim=dim, scale=draw(scales(taken.shape, kinds))))
         result = [Tie.join(*parts)]
         if draw(st.booleans()):
-            (part, *_) = parts[0].parts
-            ids, _ = part.slices(first, "the tensor").entries(first)
-            rest = torch.where(ids == FREE, draw(labels(first.shape)), FREE)
+            untied = torch.ones(first.shape, dtype=torch.bool)
+            for part in result[0].parts:
+                if part.param is first:
+                    untied &= part.slices(first, "the tensor").entries(first)[0] == FREE
+            rest = torch.where(untied, draw(labels(first.shape)), FREE)
             result.append(Tie(first, rest, scale=draw(scales(first.shape, kinds))))
         return result
 
