@@ -1,0 +1,487 @@
+"""Ties that change in mid-training: from then on, training is as if the new ties had been there all along."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from checks import GROUPS, SHAPE, bits, one_tied, parameter, pickled, randn, same_tree, tied_bitwise, train
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import (
+    Member,
+    SharedTraining,
+    flat,
+    groups_of_entries,
+    members_of,
+    same_bits,
+    slowly_tied,
+    slowly_tied_entries,
+)
+from strategies import (
+    ENTRYWISE,
+    Recipe,
+    closure_of,
+    labels,
+    loss_of,
+    normal,
+    recipes_for,
+    reductions,
+    seeds,
+    shapes,
+    spelled,
+)
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.testing import assert_close
+
+from tieopt import Tie, TiedOptimizer, is_tied
+from tieopt.testing import ties
+
+# What torch's optimizers keep that has the sign of a gradient or a weight. The rest is of squares or sizes.
+SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
+
+WAYS = ["retie, untied before", "retie, other ties before", "wrap", "load"]
+
+some_seeds = st.lists(seeds, min_size=1, max_size=3)
+small = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+
+
+def _train(optimizer: Optimizer, parameters: Sequence[Parameter], steps: Sequence[int]) -> None:
+    for seed in steps:
+        optimizer.step(closure_of(optimizer, parameters, seed))
+
+
+def _state_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    return [copy.deepcopy(optimizer.state.get(parameter, {})) for parameter in parameters]
+
+
+def _of_entries(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _objects_not_of_entries(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """What of the state has not the parameter's shape: the objects themselves."""
+    return [
+        {key: value for key, value in optimizer.state.get(one, {}).items() if not _of_entries(value, one)}
+        for one in parameters
+    ]
+
+
+def _everything(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[Any]:
+    """All that could be written, in bits and objects."""
+    return [
+        [[bits(parameter), parameter._version] for parameter in parameters],
+        copy.deepcopy(optimizer.state_dict()),
+        [[id(value) for value in optimizer.state.get(parameter, {}).values()] for parameter in parameters],
+    ]
+
+
+# --- the trajectory ---
+
+
+def _put_into(shared: SharedTraining, states: Sequence[dict[str, Any]], names: Sequence[Tensor]) -> None:
+    """Gives the shared parameters the mean of each group of what was kept of its members."""
+    for number, compact in enumerate(shared.shared):
+        slots = shared.slots[number].tolist()
+        leads = [slots.index(slot) for slot in range(len(compact))]
+        shared.optimizer.state[compact] = {
+            key: slowly_tied(value, names[number])[leads]
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(slots)
+            else copy.deepcopy(value)
+            for key, value in states[number].items()
+        }
+
+
+@pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@given(way=st.sampled_from(WAYS), data=st.data())
+def test_from_a_change_on_the_trajectory_is_that_of_the_shared_parameter_with_the_mean_state(
+    recipe: Recipe, way: str, data: st.DataObject
+) -> None:
+    dtype = data.draw(st.sampled_from([dtype for dtype in (torch.float64, torch.complex128) if dtype in recipe.dtypes]))
+    starts = [normal(data.draw(shapes()), dtype, data.draw(seeds)) for _ in range(data.draw(st.integers(1, 2)))]
+    before, names = ([data.draw(labels(len(start))) for start in starts] for _ in range(2))
+    reduction = data.draw(reductions)
+    parameters = [Parameter(start.clone()) for start in starts]
+    spelling = [data.draw(spelled(each)) for each in names]
+    new_ties = dict(zip(parameters, spelling, strict=True))
+    seed = data.draw(st.integers(0, 2**31))
+    first_steps = range(seed, seed + data.draw(st.integers(1, 4)))
+
+    if way.startswith("retie"):
+        old_ties = {} if "untied" in way else dict(zip(parameters, before, strict=True))
+        optimizer = TiedOptimizer(recipe(parameters), old_ties, reduction=reduction)
+    else:
+        optimizer = recipe(parameters)
+    _train(optimizer, parameters, first_steps)
+    weights = [slowly_tied(one, each) for one, each in zip(parameters, names, strict=True)]
+    if way == "load":
+        checkpoint = copy.deepcopy(optimizer.state_dict())
+        bare = recipe(parameters)
+        bare.load_state_dict(copy.deepcopy(checkpoint))
+        states = _state_of(bare, parameters)
+        optimizer = TiedOptimizer(recipe(parameters), new_ties, reduction=reduction)
+        optimizer.load_state_dict(checkpoint)
+    else:
+        states, others = _state_of(optimizer, parameters), _objects_not_of_entries(optimizer, parameters)
+        if way == "wrap":
+            optimizer = TiedOptimizer(optimizer, new_ties, reduction=reduction)
+        else:
+            optimizer.retie(new_ties)
+        for parameter, kept in zip(parameters, others, strict=True):
+            assert all(optimizer.state[parameter][key] is value for key, value in kept.items())
+    for parameter, state in zip(parameters, states, strict=True):
+        now = optimizer.state.get(parameter, {})
+        assert list(now) == list(state)
+        assert all(same_tree(now[key], value) for key, value in state.items() if not _of_entries(value, parameter))
+
+    shared = SharedTraining(weights, names, recipe, reduction)
+    _put_into(shared, states, names)
+    for step in range(10):
+        _train(optimizer, parameters, [seed + 100 + step])
+        shared.optimizer.zero_grad()
+        loss_of(shared.weights(), seed + 100 + step).backward()
+        shared.optimizer.step()
+        for parameter, expected in zip(parameters, shared.weights(), strict=True):
+            size = max(1.0, float(expected.detach().abs().max()))
+            assert_close(parameter.detach(), expected.detach(), rtol=1e-12, atol=1e-12 * size)
+
+
+# --- the state, with signs ---
+
+
+def _drawn(data: st.DataObject, kinds: Sequence[str]) -> tuple[list[Parameter], list[Tie], list[list[Member]]]:
+    parameters = [
+        Parameter(normal(data.draw(small), torch.float64, data.draw(seeds)))
+        for _ in range(data.draw(st.integers(1, 2)))
+    ]
+    drawn = data.draw(ties(parameters, kinds))[:1]
+    return parameters, drawn, [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+
+
+def _changed(optimizer: Optimizer, drawn: list[Tie], way: str) -> TiedOptimizer:
+    if way == "wrap":
+        return TiedOptimizer(optimizer, drawn)
+    tied = TiedOptimizer(optimizer, ())
+    tied.retie(drawn)
+    return tied
+
+
+def _entries_in(groups: Sequence[Sequence[Member]], number: int) -> set[int]:
+    return {position for group in groups for one, position, _ in group if one == number}
+
+
+@pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@given(way=st.sampled_from(["retie", "wrap"]), data=st.data())
+def test_the_state_of_members_is_tied_with_the_sign_of_their_scale_and_nothing_else_changes(
+    recipe: Recipe, way: str, data: st.DataObject
+) -> None:
+    parameters, drawn, groups = _drawn(data, ("none", "signs"))
+    optimizer = recipe(parameters)
+    _train(optimizer, parameters, data.draw(some_seeds))
+    states, others = _state_of(optimizer, parameters), _objects_not_of_entries(optimizer, parameters)
+    weights, settings = [one.detach().clone() for one in parameters], copy.deepcopy(optimizer.state_dict())
+
+    optimizer = _changed(optimizer, drawn, way)
+
+    assert same_tree(optimizer.state_dict()["param_groups"], settings["param_groups"])
+    kept = {"the weights": (weights, [one.detach() for one in parameters], True)}
+    for key in states[0]:
+        if _of_entries(states[0][key], parameters[0]):
+            now = [optimizer.state[one][key] for one in parameters]
+            kept[key] = ([state[key] for state in states], now, key in SIGNED)
+    for key, (old, new, signed) in kept.items():
+        own = [[(n, i, scale if signed else abs(scale)) for n, i, scale in group] for group in groups]
+        assert all(map(_close, new, slowly_tied_entries(old, own))), key
+        entries = [flat(one) for one in new]
+        for (lead, at, sign), *members in own:
+            assert all(entries[n][i] == scale * sign * entries[lead][at] for n, i, scale in members), key
+        if key.endswith("sq") or key in ("square_avg", "sum", "acc_delta", "exp_inf", "step_size"):
+            assert all(value.real >= 0 for each in entries for value in each), key
+        for number, (first, second) in enumerate(zip(old, new, strict=True)):
+            free = [i for i in range(first.numel()) if i not in _entries_in(groups, number)]
+            assert same_bits(first.flatten()[free], second.flatten()[free]), key
+    for one, state, objects in zip(parameters, states, others, strict=True):
+        assert list(optimizer.state.get(one, {})) == list(state)
+        assert all(optimizer.state[one][key] is value for key, value in objects.items())
+        assert all(same_tree(value, state[key]) for key, value in objects.items())
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=1e-12, atol=1e-13)
+
+
+def test_opposite_momenta_under_opposite_signs_are_no_momentum_lost():
+    weight = Parameter(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    optimizer = SGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.tensor([3.0, -5.0], dtype=torch.float64)
+    optimizer.step()
+    TiedOptimizer(optimizer, Tie(weight, [[0, 1]], scale=torch.tensor([1.0, -1.0])))
+    assert optimizer.state[weight]["momentum_buffer"].tolist() == [4.0, -4.0]
+
+
+# --- untie ---
+
+
+@pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@given(st.data())
+def test_an_untied_optimizer_is_from_then_on_the_bare_one_bit_for_bit(recipe: Recipe, data: st.DataObject) -> None:
+    parameters, drawn, _ = _drawn(data, ("none", "signs", "zeros", "any"))
+    relaxed = data.draw(st.booleans())
+    options = {"strength": 0.5, "every": 2} if relaxed else {"reduction": data.draw(reductions)}
+    optimizer = TiedOptimizer(recipe(parameters), drawn, **options)
+    _train(optimizer, parameters, data.draw(some_seeds))
+    kept = _everything(optimizer, parameters)
+    del kept[1]["tieopt"]
+    optimizer.untie()
+
+    assert same_tree(_everything(optimizer, parameters), kept)
+    assert optimizer.ties == ()
+    assert optimizer.tie_drift() == 0
+
+    twins = copy.deepcopy(parameters)
+    bare = recipe(twins)
+    bare.state.update(
+        {twin: state for twin, state in zip(twins, _state_of(optimizer, parameters), strict=True) if state}
+    )
+    after = data.draw(some_seeds)
+    _train(optimizer, parameters, after)
+    _train(bare, twins, after)
+    assert all(map(same_bits, parameters, twins))
+    assert same_tree(optimizer.state_dict(), bare.state_dict())
+
+
+def test_an_untied_optimizer_trains_its_entries_apart():
+    weight, optimizer = one_tied(Adam)
+    train(optimizer, 1)
+    assert tied_bitwise(weight)
+    optimizer.untie()
+    train(optimizer, 1)
+    assert not tied_bitwise(weight)
+
+
+# --- checkpoints ---
+
+
+@given(st.data())
+def test_a_state_belongs_to_the_ties_that_it_was_saved_with(data: st.DataObject) -> None:
+    start = normal(data.draw(shapes()), torch.float32, data.draw(seeds))
+    old, new = data.draw(labels(len(start))), data.draw(labels(len(start)))
+    partitions = [{tuple(group) for group in members_of(each) if len(group) > 1} for each in (old, new)]
+    assume(partitions[0] != partitions[1])
+    recipe = data.draw(recipes_for(start, entrywise=True).filter(lambda one: one.optimizer not in _CASTING))
+
+    def built(weight: Tensor, names: Tensor) -> tuple[Parameter, TiedOptimizer]:
+        parameter = Parameter(weight.detach().clone())
+        return parameter, TiedOptimizer(recipe([parameter]), {parameter: data.draw(spelled(names))})
+
+    weight, optimizer = built(start, old)
+    _train(optimizer, [weight], data.draw(some_seeds))
+    with_old = pickled(optimizer.state_dict())
+    optimizer.retie({weight: data.draw(spelled(new))})
+    with_new = pickled(optimizer.state_dict())
+
+    other, stale = built(weight, old)
+    kept = _everything(stale, [other])
+    with pytest.raises(ValueError, match="saved with other ties"):
+        stale.load_state_dict(with_new)
+    assert same_tree(_everything(stale, [other]), kept)
+    with pytest.raises(ValueError, match="saved with other ties"):
+        optimizer.load_state_dict(with_old)
+    assert same_tree(pickled(optimizer.state_dict()), with_new)
+
+    resumed, fresh = built(weight, new)
+    fresh.load_state_dict(with_new)
+    after = data.draw(some_seeds)
+    _train(optimizer, [weight], after)
+    _train(fresh, [resumed], after)
+    assert same_bits(resumed, weight)
+
+
+# torch casts some of their state to the dtype of the parameter on loading.
+_CASTING = (torch.optim.NAdam, torch.optim.ASGD)
+
+
+def test_a_state_of_an_untied_optimizer_says_nothing_of_ties():
+    weight, optimizer = one_tied(AdamW)
+    train(optimizer, 2)
+    tied = pickled(optimizer.state_dict())
+    assert "tieopt" in tied
+    optimizer.untie()
+    assert "tieopt" not in optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"Got: .*2 groups of 5 members"):
+        optimizer.load_state_dict(tied)
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("way", ["retie", "wrap", "load"])
+def test_a_checkpoint_that_aliases_the_live_state_is_not_written(way):
+    weight = parameter(*SHAPE)
+    optimizer = AdamW([weight])
+    train(optimizer, 2)
+    # torch hands out the very dictionaries of the state; whoever keeps a checkpoint takes the tensors out of them.
+    alias = {**optimizer.state_dict(), "state": {0: dict(optimizer.state[weight])}}
+    before, objects = copy.deepcopy(alias), list(alias["state"][0].values())
+
+    if way == "load":
+        optimizer = TiedOptimizer(AdamW([weight]), {weight: GROUPS})
+        optimizer.load_state_dict(alias)
+    else:
+        _changed(optimizer, [Tie(weight, GROUPS)], way)
+
+    assert same_tree(alias, before)
+    assert all(now is then for now, then in zip(alias["state"][0].values(), objects, strict=True))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert is_tied(optimizer.state[weight][key], GROUPS)
+        assert not is_tied(alias["state"][0][key], GROUPS)
+
+
+@pytest.mark.parametrize("way", ["retie", "wrap", "load"])
+def test_what_a_state_keeps_beside_the_parameters_entries_is_left_alone(way):
+    class Keeper(SGD):
+        """Keeps everything that it could."""
+
+    def kept(weight: Tensor, seed: int) -> dict[str, Any]:
+        return {
+            "momentum_buffer": randn(*SHAPE, seed=seed),
+            "of rows": randn(SHAPE[0], 1, seed=seed),
+            "transposed": randn(*reversed(SHAPE), seed=seed),
+            "flat": randn(weight.numel(), seed=seed),
+            "whole": torch.arange(weight.numel()).view(SHAPE),
+            "mask": torch.ones(SHAPE, dtype=torch.bool),
+            "number": 3,
+            "text": "text",
+            "none": None,
+            "list": [randn(*SHAPE, seed=seed)],
+        }
+
+    weight = parameter(*SHAPE)
+    optimizer = Keeper([weight], lr=0.1)
+    optimizer.state[weight] = kept(weight, 1)
+    before = dict(optimizer.state[weight])
+    expected = copy.deepcopy(before)
+    if way == "load":
+        state = optimizer.state_dict()
+        optimizer = TiedOptimizer(Keeper([weight], lr=0.1), {weight: GROUPS})
+        # A bare optimizer turns what it loads into the parameter's dtype.
+        bare = Keeper([weight], lr=0.1)
+        bare.load_state_dict(copy.deepcopy(state))
+        expected = bare.state[weight]
+        optimizer.load_state_dict(state)
+    else:
+        _changed(optimizer, [Tie(weight, GROUPS)], way)
+    now = optimizer.state[weight]
+    assert list(now) == list(before)
+    assert tied_bitwise(now["momentum_buffer"])
+    assert not tied_bitwise(expected["momentum_buffer"])
+    untouched = [
+        key for key, value in expected.items() if not (_of_entries(value, weight) and value.is_floating_point())
+    ]
+    assert len(untouched) >= 7
+    for key in untouched:
+        assert same_tree(now[key], expected[key]), key
+        assert now[key] is before[key] or way == "load", key
+
+
+# --- bad ties ---
+
+BAD = {
+    "an index": ({"good": [[0, 1]], "bad": [[0, 7]]}, IndexError),
+    "a name": ({"good": [[0, 1]], "worse": [[0, 1]]}, ValueError),
+    "labels": ({"good": [[0, 1]], "bad": torch.zeros(6, dtype=torch.int64)}, ValueError),
+    "an overlap": ([Tie("good", [[0, 1]]), Tie("bad", [[0, 1]]), Tie("bad", [[1, 2]])], ValueError),
+    "a join": ([Tie("good", [[0, 1]]), Tie.join(Tie("bad", [[0, 1]]), Tie("good", [[3]], dim=1))], ValueError),
+    "a scale": ([Tie("good", [[0, 1]]), Tie("bad", [[0, 1]], scale=torch.ones(3))], ValueError),
+    "a dimension": ([Tie("good", [[0, 1]]), Tie("bad", [[0, 1]], dim=2)], IndexError),
+    "no ties": (5, TypeError),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"strength": 0.5, "every": 2}], ids=str)
+def test_bad_ties_given_to_retie_change_nothing_at_all(bad, options):
+    def built() -> tuple[list[Parameter], TiedOptimizer]:
+        params = [parameter(*SHAPE), parameter(*SHAPE, seed=1)]
+        inner = AdamW(zip(("good", "bad"), params, strict=True))
+        optimizer = TiedOptimizer(inner, {"good": GROUPS, "bad": [[2, 4]]}, **options)
+        train(optimizer, 3)
+        return params, optimizer
+
+    (params, optimizer), (twins, twin) = built(), built()
+    assert optimizer.state
+    kept, shown = _everything(optimizer, params), (optimizer.tie_summary(), repr(optimizer), repr(optimizer.ties))
+    given_ties, error = BAD[bad]
+    with pytest.raises(error):
+        optimizer.retie(given_ties)
+
+    assert same_tree(_everything(optimizer, params), kept)
+    assert (optimizer.tie_summary(), repr(optimizer), repr(optimizer.ties)) == shown
+    for one in (optimizer, twin):
+        train(one, 3)
+    assert all(map(same_bits, params, twins))
+
+
+# --- parameters that were added, ties that stay ---
+
+
+@given(data=st.data(), reduction=reductions)
+def test_a_parameter_that_was_added_since_can_be_tied(data: st.DataObject, reduction: str) -> None:
+    old, new = Parameter(normal(SHAPE, torch.float64, 0)), Parameter(normal(data.draw(shapes()), torch.float64, 1))
+    names = data.draw(labels(len(new)))
+    optimizer = TiedOptimizer(AdamW([old]), {old: GROUPS}, reduction=reduction)
+    _train(optimizer, [old], [1, 2])
+    optimizer.add_param_group({"params": [new], "lr": 0.02})
+    assert len(optimizer.ties) == 1
+    optimizer.retie({old: GROUPS, new: names})
+
+    assert [tie.parts[0].param for tie in optimizer.ties] == [old, new]
+    for seed in data.draw(some_seeds):
+        _train(optimizer, [old, new], [seed])
+        assert is_tied(old, GROUPS)
+        assert is_tied(new, names)
+    assert list(optimizer.state_dict()["tieopt"]["ties"]) == [0, 1]
+
+
+def test_a_parameter_that_was_added_since_can_be_joined_by_its_name():
+    old, new = parameter(4, 3), parameter(3, 4, seed=1)
+    optimizer = TiedOptimizer(SGD([("old", old)], lr=0.1), ())
+    train(optimizer, 1)
+    optimizer.add_param_group({"params": [("new", new)]})
+    expected = (old.detach() + new.detach().T) / 2
+    optimizer.retie(Tie.join(Tie("old", torch.arange(4)), Tie("new", torch.arange(4), dim=1)))
+    assert_close(old.detach(), expected)
+    assert torch.equal(old, new.T)
+    train(optimizer, 2)
+    assert torch.equal(old, new.T)
+    assert not torch.equal(old, expected)
+
+
+@pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@given(st.data())
+def test_the_same_ties_again_change_no_bit(recipe: Recipe, data: st.DataObject) -> None:
+    parameters, drawn, _ = _drawn(data, ("none", "signs"))
+    optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=data.draw(reductions))
+    _train(optimizer, parameters, data.draw(some_seeds))
+    weights = [bits(one) for one in parameters]
+    if recipe.settings.get("fused"):
+        # What such a kernel keeps of equal gradients may differ in the last bit: once, it has to be tied.
+        optimizer.retie(drawn)
+    kept = _everything(optimizer, parameters)[1:]
+    optimizer.retie(drawn if data.draw(st.booleans()) else optimizer.ties)
+    assert same_tree(_everything(optimizer, parameters)[1:], kept)
+    assert all(torch.equal(bits(one), words) for one, words in zip(parameters, weights, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_retie_keeps_the_reduction(reduction):
+    weight, other = parameter(*SHAPE, dtype=torch.float64), parameter(*SHAPE, dtype=torch.float64)
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: [[0, 1]]}, reduction=reduction)
+    optimizer.retie({weight: GROUPS})
+    TiedOptimizer(SGD([other], lr=0.1), {other: [[0, 1]]})
+    from_the_start = TiedOptimizer(SGD([other], lr=0.1), {other: GROUPS}, reduction=reduction)
+    for each, param in ((optimizer, weight), (from_the_start, other)):
+        param.grad = randn(*SHAPE, seed=5, dtype=torch.float64)
+        each.step()
+    assert same_bits(weight, other)
