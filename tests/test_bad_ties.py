@@ -364,6 +364,12 @@ def test_the_same_settings_in_two_groups_are_no_difference(first, second):
     Joined(Adam, first=first, second=second).taken()
 
 
+def test_settings_that_are_lists_of_tensors_are_compared_too():
+    Joined(first={"own": [torch.ones(2)]}, second={"own": [torch.ones(2)]}).taken()
+    joined = Joined(first={"own": [torch.ones(2)]}, second={"own": [torch.zeros(2)]})
+    joined.refused("different settings", "own: ")
+
+
 def test_parameters_that_are_tied_apart_may_have_settings_of_their_own():
     joined = Joined(first={"lr": 0.1}, second={"lr": 0.2})
     TiedOptimizer(joined.optimizer, [Tie("one", [[0, 1]]), Tie("other", [[0, 1]])])

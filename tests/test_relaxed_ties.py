@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -143,6 +144,39 @@ def test_free_entries_are_the_bare_optimizers_bit_for_bit(data: st.DataObject, r
 
 
 @given(data=st.data(), every=st.integers(1, 4))
+def test_of_strength_zero_they_write_no_bit(data: st.DataObject, every: int) -> None:
+    weight = Parameter(data.draw(tensors(data.draw(small), ALL)))
+    twin = copy.deepcopy(weight)
+    optimizer = TiedOptimizer(SGD([weight]), data.draw(ties([weight], KINDS)), strength=0, every=every)
+    optimizer.step()
+    assert same_bits(weight, twin)
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize(
+    ("values", "goal"),
+    [
+        ([0.0, 1.0], 0.5),
+        ([math.inf, 1.0], math.inf),
+        ([-math.inf, 3.0], -math.inf),
+        ([1.75e308, 1.75e308, 1.75e308, -1.75e308], 0.875e308),
+    ],
+    ids=str,
+)
+def test_the_way_to_the_mean_is_finite_where_its_ends_are_and_else_infinite(strength, values, goal):
+    weight = Parameter(torch.tensor(values, dtype=torch.float64))
+    TiedOptimizer(SGD([weight]), {weight: [list(range(len(values)))]}, strength=strength)
+    assert weight.tolist() == pytest.approx([(1 - strength) * value + strength * goal for value in values], rel=1e-12)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 0.75])
+def test_a_pinned_infinity_stays(strength):
+    weight = Parameter(torch.tensor([math.inf, -math.inf]))
+    TiedOptimizer(SGD([weight]), Tie(weight, [[0], [1]], scale=torch.zeros(2)), strength=strength)
+    assert weight.tolist() == [math.inf, -math.inf]
+
+
+@given(data=st.data(), every=st.integers(1, 4))
 def test_of_strength_zero_they_are_no_ties_bit_for_bit(data: st.DataObject, every: int) -> None:
     parameters = _parameters(data, (*REAL, *COMPLEX))
     recipe = data.draw(recipes_for(*parameters, closure=False))
@@ -247,7 +281,7 @@ def test_equal_infinities_stay(dtype, strength):
     assert words[:4].tolist() == [infinity, infinity, -infinity, -infinity]
     assert words[4:].isfinite().all()
     assert 1 <= float(words[4]) <= 2 <= float(words[5]) <= 3
-    assert optimizer.tie_drift() == float(words[5] - words[4]) / 2
+    assert optimizer.tie_drift() == pytest.approx(float(words[5] - words[4]) / 2)
 
 
 def test_a_frozen_parameter_is_not_pulled():
@@ -332,7 +366,23 @@ def test_they_are_called_approximate_exactly_if_they_are(strength: float, every:
             assert text.endswith(f"\nTies are approximate: strength {strength}, every {every} {plural}")
     assert repr(optimizer).startswith("TiedSGD (\nParameter Group 0\n")
     optimizer.untie()
-    assert "approximate" not in repr(optimizer)
+    for text in (repr(optimizer), optimizer.tie_summary()):
+        assert "approximate" not in text
+
+
+def test_a_step_that_fails_in_its_closure_is_not_counted():
+    weight = parameter(*SHAPE)
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: GROUPS}, every=2)
+
+    def failing() -> Tensor:
+        raise RuntimeError("out of data")
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        optimizer.step(failing)
+    train(optimizer, 1)
+    assert not tied_bitwise(weight)
+    train(optimizer, 1)
+    assert tied_bitwise(weight)
 
 
 # --- stop and go on ---

@@ -121,6 +121,15 @@ def test_the_sign_of_zero_does_not_matter():
     assert_tied(torch.tensor([0.0, 0.0]), Tie(torch.zeros(2), [[0, 1]], scale=torch.tensor([1.0, -1.0])))
 
 
+def test_rows_that_share_their_memory_are_tied():
+    assert_tied(torch.randn(1, 3, generator=torch.Generator().manual_seed(0)).expand(4, 3), [[0, 1], [2, 3]])
+
+
+def test_a_tie_of_several_parameters_does_not_fit_one_tensor():
+    with pytest.raises((TypeError, ValueError)):
+        assert_tied(torch.tensor([1.0, 1.0, 2.0]), Tie.join(Tie("a", [[0, 1]]), Tie("b", [[0, 2]])))
+
+
 @pytest.mark.parametrize(
     ("ties", "error", "text"),
     [
@@ -221,6 +230,37 @@ def test_an_optimizer_that_couples_entries_is_said_to_couple_them(recipe):
     assert said["why"] == COUPLES
     assert said["optimizer"] == recipe.optimizer.__name__
     assert said["name"] in dict(Autoencoder().named_parameters())
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in COUPLING if recipe.closure], ids=repr)
+def test_an_optimizer_whose_step_length_depends_on_all_entries_is_said_to_couple_them(recipe):
+    assert refused(Autoencoder, recipe, {"encoder.weight": [[0, 1]]}, batches())["why"] == COUPLES
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in COUPLING if not recipe.closure], ids=repr)
+def test_a_matrix_without_free_entries_is_no_reason_for_another_error(recipe):
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(4, 3, bias=False)
+
+    with pytest.raises(AssertionError, match=f"{recipe.optimizer.__name__} couples entries"):
+        assert_equivalent(model, recipe, {"weight": [[0, 1, 2]]}, batches())
+
+
+def test_a_matrix_for_an_optimizer_of_matrices_is_no_reason_for_another_error():
+    (muon,) = [recipe for recipe in COUPLING if recipe.matrices] or [pytest.skip("this torch has no Muon")]
+    with pytest.raises(AssertionError, match="Muon couples entries"):
+        assert_equivalent(lambda: nn.Linear(4, 3, bias=False), muon, {"weight": [[0, 1]]}, batches())
+
+
+def test_what_is_frozen_is_trained_on_neither_side():
+    def model() -> nn.Module:
+        made = Autoencoder()
+        for one in (*made.middle.parameters(), made.encoder.bias):
+            one.requires_grad_(False)
+        return made
+
+    assert_equivalent(model, ENTRYWISE[7], {"encoder.weight": [[0, 1]], "middle.weight": [[0, 1]]}, batches())
 
 
 class Different(nn.Module):
