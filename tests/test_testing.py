@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -31,8 +32,8 @@ KINDS = ("none", "signs", "zeros", "any")
 @given(st.data())
 def test_what_was_tied_passes_and_is_not_written(dtype: torch.dtype, data: st.DataObject) -> None:
     tensor = normal(data.draw(small), dtype, data.draw(seeds))
-    for tie in data.draw(ties([tensor])):
-        (part,) = tie.parts
+    for part in [part for tie in data.draw(ties([tensor])) for part in tie.parts]:
+        tie = Tie(tensor, part.groups, dim=part.dim, scale=part.scale)
         tie_(tensor, part.groups, dim=part.dim, scale=part.scale)
         before, version = bits(tensor), tensor._version
         assert_tied(tensor, tie)
@@ -43,8 +44,8 @@ def test_what_was_tied_passes_and_is_not_written(dtype: torch.dtype, data: st.Da
 @given(data=st.data(), dtype=st.sampled_from([*REAL, *TINY]))
 def test_a_member_that_is_another_number_is_found(data: st.DataObject, dtype: torch.dtype) -> None:
     tensor = normal(data.draw(small), dtype, data.draw(seeds))
-    drawn = data.draw(ties([tensor], ("none", "signs", "zeros")))[0]
-    (part,) = drawn.parts
+    part = data.draw(ties([tensor], ("none", "signs", "zeros")))[0].parts[0]
+    drawn = Tie(tensor, part.groups, dim=part.dim, scale=part.scale)
     tie_(tensor, part.groups, dim=part.dim, scale=part.scale)
     for group in groups_of_entries(drawn, [tensor])[:3]:
         # One that alone is not pinned may be any number.
@@ -84,7 +85,7 @@ def test_a_model_is_tied_by_names_and_by_parameters():
         assert_tied(model, by_name)
     assert str(caught.value) == (
         "1.weight is not tied.\n"
-        f"  Expected: {expected!r} at (2, 1), as the first member of its group says\n"
+        f"  Expected: {expected!r} at (2, 1), as another member of its group says\n"
         f"  Got:      {got!r}"
     )
 
@@ -111,7 +112,7 @@ def test_it_says_which_entry_is_not_tied(values, tie, expected, at, got):
         assert_tied(tensor, tie)
     assert str(caught.value) == (
         "the tensor is not tied.\n"
-        f"  Expected: {expected} at {at}, as the first member of its group says\n"
+        f"  Expected: {expected} at {at}, as another member of its group says\n"
         f"  Got:      {got}"
     )
 
@@ -243,7 +244,10 @@ def test_a_matrix_without_free_entries_is_no_reason_for_another_error(recipe):
         torch.manual_seed(0)
         return nn.Linear(4, 3, bias=False)
 
-    with pytest.raises(AssertionError, match=f"{recipe.optimizer.__name__} couples entries"):
+    name = recipe.optimizer.__name__
+    # The update of Adafactor on equal rows is that on one row.
+    outcome = nullcontext() if name == "Adafactor" else pytest.raises(AssertionError, match=f"{name} couples entries")
+    with outcome:
         assert_equivalent(model, recipe, {"weight": [[0, 1, 2]]}, batches())
 
 

@@ -98,7 +98,7 @@ class Binding:
         table = [
             "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]) for line in lines
         ]
-        return "\n".join([*table, *([self.relaxation] if self.relaxed else [])])
+        return "\n".join([*table, *([self.relaxation] if self.relaxed and self.ties else [])])
 
     @property
     def relaxation(self) -> str:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tieopt.binding import Binding
 from tieopt.gradients import Pairs, StepGradients, tie_gradients
 from tieopt.reduction import Reduction
-from tieopt.state import tied_state, write_state
+from tieopt.state import tied_state
 from tieopt.ties import Tie, shown
 
 _HOOKS = (
@@ -257,7 +257,7 @@ class TiedOptimizer(Optimizer):
         if saved is not None:
             self._tieopt.steps = saved.get("steps", 0)
         if not self._tieopt.relaxed and (saved is None or "steps" in saved):
-            write_state(tied_state(self.state, pairs))
+            self.state.update(tied_state(self.state, pairs))
 
     def __repr__(self) -> str:
         relaxed = self._tieopt.relaxed and self._tieopt.ties
@@ -342,9 +342,9 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
 def _tie_all(optimizer: Optimizer, binding: Binding) -> None:
     """Ties the weights, and the state that an optimizer has already."""
     pairs = _trained(optimizer, binding)
-    changes = [] if binding.relaxed else tied_state(optimizer.state, pairs)
+    state = {} if binding.relaxed else tied_state(optimizer.state, pairs)
     _tie_weights(optimizer, binding, pairs, binding.strength)
-    write_state(changes)
+    optimizer.state.update(state)
 
 
 def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:

@@ -7,6 +7,7 @@ the Parameter objects.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -212,6 +213,8 @@ def _check_settings(param_groups: ParamGroups, first: Place, second: Place, tens
 def _same(first: Any, second: Any, tensors: bool) -> bool:
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return not tensors or torch.equal(torch.as_tensor(first).cpu(), torch.as_tensor(second).cpu())
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second, repeat(tensors)))
     try:
         return first is second or bool(first == second)
     except ValueError:  # Arrays compare entry by entry.

@@ -117,8 +117,9 @@ def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, streng
     """
     rows = index.rows(tensors)
     for part, positions, members, expected in _compared(rows, index, _means, workspace):
-        # Equal infinities have no difference.
-        moved = torch.where(members == expected, members, members.lerp(expected, strength)).to(rows[part].dtype)
+        # Equal infinities have no difference; and the difference of two large numbers may be infinite.
+        moved = members * (1 - strength) + expected * strength
+        moved = torch.where(members == expected, members, moved).to(rows[part].dtype)
         _bits(rows[part]).index_copy_(0, positions, _bits(moved))
 
 

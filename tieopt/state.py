@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,19 +13,21 @@ from torch import Tensor
 from tieopt.index import Index
 from tieopt.places import BoundTie
 from tieopt.reduction import Workspace, projected, tied
-from tieopt.slices import Slices, real
+from tieopt.slices import FREE, Slices, real
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 
-Change = tuple[dict[str, Any], str, Tensor]
+State = dict[str, Any]
 
 
-def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> list[Change]:
+def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> dict[Tensor, State]:
     """Averages per group what an optimizer keeps of each entry of a tied parameter.
 
-    Whatever has not the shape of its parameter is left alone, and so is what is tied already. Nothing is
-    written, and the results share no memory with what is there, which a checkpoint may hold.
+    Whatever has not the shape of its parameter is left alone, and so is what is tied already. A parameter
+    that has no state yet, and no free entry, goes on with the state of those that it is joined with.
+
+    Nothing is written, and the results share no memory with what is there, which a checkpoint may hold.
 
     With scales, what is tied as the weights are is left so, and the rest goes by the names that torch's
     optimizers use: momentum is scaled as the weights are, second moments as their squares. Of an unknown name
@@ -35,29 +38,36 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
         pairs: ties and their parameters.
 
     Returns:
-        The entries to write: a parameter's state, the key, the new value.
+        What takes the place of the state of each parameter for which it changes.
     """
-    changes = []
+    changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        states = [state.get(param) for param in params]
-        kept = [one if isinstance(one, dict) else {} for one in states]
-        for key in dict.fromkeys(key for one in kept for key in one):
-            parts = [part for part, param in enumerate(params) if _is_of_entries(kept[part].get(key), param)]
+        held = [changed.get(param, state.get(param)) for param in params]
+        states = [one if isinstance(one, dict) else {} for one in held]
+        trained = [part for part, one in enumerate(states) if one]
+        begun: dict[int, State] = {}
+        if trained:
+            others = {key: value for key, value in states[trained[0]].items() if not _is_of(value, params[trained[0]])}
+            for part, one in enumerate(states):
+                if not one and bool((tie.slices[part].labels != FREE).all()):
+                    begun[part] = copy.deepcopy(others)
+        for key in dict.fromkeys(key for one in states for key in one):
+            parts = [part for part in trained if _is_of(states[part].get(key), params[part])]
             if not parts:
                 continue
-            values = [kept[part][key] for part in parts]
+            values = [states[part][key] for part in parts]
             own = [tie.slices[part] for part in parts]
-            slices = own if _is_tied(own, values) else _scaled(own, key, values)
-            if not _is_tied(slices, values):
-                results = projected(values, partial(Index.compile, slices))
-                changes += [(kept[part], key, result) for part, result in zip(parts, results, strict=True)]
-    return changes
-
-
-def write_state(changes: Iterable[Change]) -> None:
-    """Writes what :func:`tied_state` returned."""
-    for state, key, value in changes:
-        state[key] = value
+            linear = _is_tied(own, values)
+            slices = own if linear else _scaled(own, key, values)
+            if not linear and not _is_tied(slices, values):
+                values = list(projected(values, partial(Index.compile, slices)))
+                for part, value in zip(parts, values, strict=True):
+                    changed.setdefault(params[part], dict(states[part]))[key] = value
+            for part, one in begun.items():
+                (joined,) = [tie.slices[part]] if linear else _scaled([tie.slices[part]], key, values)
+                one[key] = _multiples(slices, values, joined, params[part])
+        changed |= {params[part]: one for part, one in begun.items()}
+    return changed
 
 
 def _is_tied(slices: Sequence[Slices], values: Sequence[Tensor]) -> bool:
@@ -65,7 +75,7 @@ def _is_tied(slices: Sequence[Slices], values: Sequence[Tensor]) -> bool:
     return tied(detached, Index.compile(slices, detached), Workspace())
 
 
-def _is_of_entries(value: Any, param: Tensor) -> bool:
+def _is_of(value: Any, param: Tensor) -> bool:
     """Whether a value of the state is plain numbers, one for each entry of the parameter."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
@@ -86,3 +96,16 @@ def _scaled(slices: Sequence[Slices], key: str, values: Sequence[Tensor]) -> lis
         each._replace(scale=None if each.scale is None else torch.where(each.scale == 0, 0, each.scale.abs() ** power))
         for each in slices
     ]
+
+
+@torch.no_grad()
+def _multiples(slices: Sequence[Slices], values: Sequence[Tensor], joined: Slices, param: Tensor) -> Tensor:
+    """What members in another parameter are, if these are those of tied ones; zero in groups without any."""
+    numbers, scale = joined.entries(param)
+    shared = values[0].new_zeros(int(numbers.max()) + 1 if numbers.numel() else 0)
+    for each, value in zip(slices, values, strict=True):
+        known, scales = each.entries(value)
+        led = (known != FREE) & (known < len(shared)) & (scales != 0)
+        shared[known[led].to(shared.device)] = value[led.to(value.device)] / scales[led].to(value.device, shared.dtype)
+    result = torch.zeros_like(param, dtype=shared.dtype)
+    return result.copy_(shared[numbers.to(shared.device)] * scale.to(shared.device, shared.dtype))

@@ -39,7 +39,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
             :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are then taken.
 
     Raises:
-        AssertionError: a member is not what the first of its group says; which, and by how much.
+        AssertionError: a member is not what another of its group says; which, and by how much.
         TypeError, IndexError, ValueError: ``ties`` do not fit.
 
     Example:
@@ -50,7 +50,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
         Traceback (most recent call last):
         ...
         AssertionError: the tensor is not tied.
-          Expected: 1.0 at (1,), as the first member of its group says
+          Expected: 1.0 at (1,), as another member of its group says
           Got:      2.0
     """
     if isinstance(model_or_tensor, Tensor):
@@ -79,7 +79,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
                 at = tuple(wrong.nonzero()[0].tolist())
                 raise AssertionError(
                     f"{names[place.position]} is not tied.\n"
-                    f"  Expected: {expected[at].item()} at {at}, as the first member of its group says\n"
+                    f"  Expected: {expected[at].item()} at {at}, as another member of its group says\n"
                     f"  Got:      {got[at].item()}"
                 )
 
@@ -184,7 +184,9 @@ class _SharedModel(nn.Module):
         self._built: dict[str, list[tuple[str, Tensor, Tensor]]] = {name: [] for name in params.values()}
         untied = {name: torch.ones(param.shape, dtype=torch.bool) for param, name in params.items()}
 
-        for number, tie in enumerate(optimizer.ties):
+        # Frozen parameters are not tied.
+        ties = [tie for tie in optimizer.ties if tie.parts[0].param.requires_grad]  # type: ignore[union-attr]
+        for number, tie in enumerate(ties):
             names = [params[part.param] for part in tie.parts]  # type: ignore[index]
             slices = [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
             tensors = [part.param.detach() for part in tie.parts]  # type: ignore[union-attr]
@@ -198,18 +200,21 @@ class _SharedModel(nn.Module):
                 led = tied & (scale != 0)
                 values[ids[led]] = tensor[led] / scale[led]
                 self._built[name].append((f"shared_{number}", ids, scale))
-            trained = tie.parts[0].param.requires_grad  # type: ignore[union-attr]
-            self.register_parameter(f"shared_{number}", Parameter(values, requires_grad=trained))
-            if reduction == "mean" and trained:
-                divide = partial(torch.mul, 1 / torch.where(norms == 0, 1.0, norms))
+            # Some optimizers take nothing but matrices.
+            shape = (-1, max(slices[0].slice_shape(tensors[0]).numel(), 1)) if tensors[0].dim() > 1 else (-1,)
+            self.register_parameter(f"shared_{number}", Parameter(values.view(shape)))
+            if reduction == "mean":
+                divide = partial(torch.mul, 1 / torch.where(norms == 0, 1.0, norms).view(shape))
                 self.get_parameter(f"shared_{number}").register_hook(divide)  # type: ignore[no-untyped-call]
 
         for number, (param, name) in enumerate(params.items()):
+            if self._built[name] and not untied[name].any():
+                continue
             ids = torch.full(param.shape, FREE)
             ids[untied[name]] = torch.arange(int(untied[name].sum()))
             self._built[name].append((f"free_{number}", ids, torch.ones(param.shape, dtype=torch.float64)))
-            free = Parameter(param.detach()[untied[name]].clone(), requires_grad=param.requires_grad)
-            self.register_parameter(f"free_{number}", free)
+            values = param.detach()[untied[name]].clone().view((-1, 1) if param.dim() > 1 else (-1,))
+            self.register_parameter(f"free_{number}", Parameter(values, requires_grad=param.requires_grad))
 
     def weights(self) -> dict[str, Tensor]:
         """The weights of the model, differentiable."""
@@ -218,7 +223,7 @@ class _SharedModel(nn.Module):
             weight = torch.zeros(sources[0][1].shape, dtype=self.get_parameter(sources[0][0]).dtype)
             for source, ids, scale in sources:
                 chosen = ids != FREE
-                values = self.get_parameter(source)[ids[chosen]] * scale[chosen]
+                values = self.get_parameter(source).flatten()[ids[chosen]] * scale[chosen]
                 weight = weight.masked_scatter(chosen, values)
             weights[name] = weight
         return weights
@@ -238,24 +243,26 @@ def _step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
 
 
 def _couples_entries(make_optimizer: MakeOptimizer) -> bool:
-    """Whether the update of an entry depends on other entries: it does not matter to those that it does not."""
+    """Whether the update of an entry depends on others, or on its place among them."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(4, 3, dtype=torch.float64, generator=generator)
-    target = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    start, goal, other_goal = torch.randn(3, 12, dtype=torch.float64, generator=generator)
     order = torch.randperm(12, generator=generator)
 
-    whole = Parameter(start.clone())
-    pieces = [Parameter(piece.clone()) for piece in torch.split(start.flatten()[order], 5)]
-    together = make_optimizer([("whole", whole)])
-    for _ in range(3):
-        _step(together, lambda: (whole - target).pow(4).sum())
-    try:
-        apart = make_optimizer([(f"piece {number}", piece) for number, piece in enumerate(pieces)])
+    def end(start: Tensor, goal: Tensor) -> Tensor:
+        weight = Parameter(start.view(4, 3).clone())
+        optimizer = make_optimizer([("weight", weight)])
         for _ in range(3):
-            _step(apart, lambda: (torch.cat(list(pieces)) - target.flatten()[order]).pow(4).sum())
-    except (ValueError, RuntimeError):  # It takes no vectors: it knows rows and columns.
-        return True
-    return not torch.allclose(torch.cat(list(pieces)), whole.detach().flatten()[order], rtol=1e-9, atol=1e-9)
+            _step(optimizer, partial(_distance, weight, goal.view(4, 3)))
+        return weight.detach().flatten()
+
+    usual, elsewhere = end(start, goal), end(start[order], goal[order])
+    others = end(start, torch.cat([goal[:6], other_goal[6:]]))
+    alike = partial(torch.allclose, rtol=1e-9, atol=1e-9)
+    return not (alike(usual[:6], others[:6]) and alike(usual[order], elsewhere))
+
+
+def _distance(weight: Tensor, target: Tensor) -> Tensor:
+    return (weight - target).pow(4).sum()
 
 
 # --- strategies ---
