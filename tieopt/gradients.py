@@ -122,6 +122,8 @@ def _prepare(pairs: Pairs) -> None:
         for param, grad in zip(params, _gradients(params), strict=True):
             if grad.layout == torch.sparse_coo and not tie.is_of_rows:
                 param.grad = grad.to_dense()
+            elif grad.is_conj() or grad.is_neg():
+                param.grad = grad.resolve_conj().resolve_neg()
             elif grad.layout == torch.strided and not grad.requires_grad and overlaps(grad):
                 param.grad = grad.clone()
 

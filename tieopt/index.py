@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.slices import FREE, Slices, real
+from tieopt.slices import FREE, Slices, in_memory, real
 
 # Entries that are gathered at a time: what a core's cache holds, or what fills an accelerator.
 _CPU_ENTRIES = 2**18
@@ -162,8 +162,12 @@ class Index:
         return cls(slices, Layout.of(slices, [tensor]), tuple(runs), {})
 
     def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors as real rows, the entries of a row in the order of the first tensor's memory."""
-        rows = [each.rows(tensor) for each, tensor in zip(self.slices, tensors, strict=True)]
+        """The tensors as they are in memory: real rows, their entries in the order of the first one's.
+
+        Tensors that torch negates or conjugates when it reads them are so all or none, which then makes no
+        difference to what is linear.
+        """
+        rows = [each.rows(in_memory(tensor)) for each, tensor in zip(self.slices, tensors, strict=True)]
         inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
         return [real(each.permute(0, *inner)) for each in rows]
 

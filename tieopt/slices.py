@@ -94,11 +94,16 @@ def _common(strides: tuple[int, ...]) -> int:
     return math.gcd(*strides) or 1
 
 
+def in_memory(tensor: Tensor) -> Tensor:
+    """A view of what stands in memory, where torch negates or conjugates it on reading."""
+    if tensor.is_neg():
+        return torch._neg_view(tensor)
+    return tensor.conj() if tensor.is_conj() else tensor
+
+
 def real(tensor: Tensor) -> Tensor:
     """A view of real entries: a complex one is two."""
-    if not tensor.is_complex():
-        return tensor
-    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:

@@ -88,7 +88,7 @@ def _is_of(value: Any, param: Tensor) -> bool:
 
 def _scaled(slices: Sequence[Slices], key: str, values: Sequence[Tensor]) -> list[Slices]:
     """The slices with scales for what is kept under a key."""
-    if key in _SIGNED or any(bool((real(value) < 0).any()) for value in values):
+    if key in _SIGNED or any(bool((real(value.resolve_conj()) < 0).any()) for value in values):
         return list(slices)
     # To the power of zero a pinned entry would be a member.
     power = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}.get(key, 2)
