@@ -29,7 +29,7 @@ from strategies import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from tieopt import Tie, TiedOptimizer, is_tied, tie_
+from tieopt import Tie, TiedOptimizer, is_tied, patterns, tie_
 from tieopt.testing import assert_equivalent, assert_tied, ties
 
 SIGNED = ("none", "signs", "zeros")
@@ -285,6 +285,20 @@ def test_gradients_accumulate(kind: str, data: st.DataObject) -> None:
         total = slowly_tied_entries([one + grad for one, grad in zip(total, grads, strict=True)], groups)
         for parameter, one in zip(parameters, total, strict=True):
             torch.testing.assert_close(parameter.grad.detach().to_dense(), one, rtol=1e-10, atol=1e-10)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    weight, bias = Parameter(torch.zeros(4, 4)), Parameter(torch.zeros(4))
+    with torch.device("meta"):
+        labels, scale = patterns.antisymmetric(weight.shape)
+        optimizer = TiedOptimizer(
+            torch.optim.SGD([weight, bias]), [Tie(weight, labels, scale=scale), Tie(bias, [[0, 1]])]
+        )
+        weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+        optimizer.step()
+        assert optimizer.tie_drift() == 0
+        assert optimizer.state_dict()["tieopt"]["ties"]
+        assert len(optimizer.ties) == 2
 
 
 @given(st.data())

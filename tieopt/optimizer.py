@@ -5,8 +5,8 @@ subclass of both :class:`TiedOptimizer` and its own class, as ``torch.nn.utils.p
 modules. So there is one state and one list of parameter groups, ``isinstance`` holds, and whatever a
 scheduler, a gradient scaler or a framework reads or writes, before or after, it reads or writes there.
 
-What the class adds is held in one attribute and has public names that begin with ``tie``, lest it shadow
-anything of the optimizer's own.
+What the class adds is held in one attribute and has public names that say ``tie``, lest it shadow anything of
+the optimizer's own.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class TiedOptimizer(Optimizer):
 
         :meth:`step` does so itself; call this to read or to clip the tied gradients before. Idempotent
         bit for bit. A gradient that is None stays None, unless a joined parameter has one: then it counts as
-        zero. It is the mean for ``reduction="sum"``
-        too: the sum stands in ``.grad`` only while the inner optimizer reads it.
+        zero. It is the mean for ``reduction="sum"`` too: the sum stands in ``.grad`` only while the inner
+        optimizer reads it.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -172,16 +172,14 @@ class TiedOptimizer(Optimizer):
 
         The weights are tied at once, and the state of the optimizer is made to look as if they had been
         tied all along: what it keeps of each entry is averaged per group. What has not the shape of its
-        parameter is left alone.
+        parameter is left alone: joined parameters that were trained for different numbers of steps keep their
+        step counts.
 
         Args:
             ties: as for :class:`TiedOptimizer`. Parameters that were added since may be among them.
 
         Raises:
             TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`. Everything stays as it is then.
-
-        Joined parameters that were trained for different numbers of steps keep their step counts, which no
-        mean makes equal.
 
         Example:
             >>> import torch
@@ -212,7 +210,7 @@ class TiedOptimizer(Optimizer):
         """The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied."""
         drifts = [self._tieopt.drift(*pair) for pair in self._tieopt.parameters(self.param_groups)]
         # Unlike Python's, this maximum is NaN if a drift is.
-        return float(torch.tensor([0.0, *drifts], dtype=torch.float64).max())
+        return float(torch.tensor([0.0, *drifts], dtype=torch.float64, device="cpu").max())
 
     def tie_summary(self) -> str:
         """A table of the ties, a line for each tied parameter, to be printed.
