@@ -4,18 +4,20 @@ The profile is chosen with pytest's ``--hypothesis-profile``:
 
 - ``quick``, the default: a few examples, the same ones on every run;
 - ``thorough``, for continuous integration: many more, the same ones on every run, too;
-- ``nightly``: ten times as many, new ones on every run, and a failure prints the line that reproduces it.
+- ``nightly``: ten times as many, new ones on every run, and a failure prints the line that reproduces it;
+- ``mutants``, for mutation testing: as quick, and a failure is not made smaller, because nobody reads it.
 
 None has a deadline: the first call of a torch operator takes longer than the next thousand.
 """
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("quick", max_examples=12, stateful_step_count=25, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=50, stateful_step_count=40, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, stateful_step_count=50, deadline=None, print_blob=True)
+settings.register_profile("mutants", settings.get_profile("quick"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("quick")
 
 # The tensors are small: a second thread gains nothing, and on a busy machine waiting for it takes ten times as long.
