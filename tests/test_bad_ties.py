@@ -495,3 +495,159 @@ def test_a_parameter_without_a_name_is_called_by_its_position():
     setting = Setting(named=False)
     ties = [Tie(setting.bad, [[0, 1]]), Tie(setting.bad, [[1]], dim=1)]
     setting.refused(ValueError, f"({AT_POSITION}) is tied twice", ties=ties)
+
+
+# --- the wording, whole ---
+
+WHOLE = {
+    "labels without data": (
+        lambda: Tie(torch.zeros(3), torch.zeros(3, dtype=torch.int64, device="meta")),
+        "Labels for the parameter cannot be read.\n"
+        "  Expected: a dense tensor, on a device that holds its data\n"
+        "  Got:      a tensor of shape (3,) and torch.int64, torch.strided, device meta",
+    ),
+    "sparse labels": (
+        lambda: Tie(torch.zeros(3), torch.zeros(3, dtype=torch.int64).to_sparse()),
+        "Labels for the parameter cannot be read.\n"
+        "  Expected: a dense tensor, on a device that holds its data\n"
+        "  Got:      a tensor of shape (3,) and torch.int64, torch.sparse_coo, device cpu",
+    ),
+    "a sparse scale": (
+        lambda: Tie(torch.zeros(3), [[0, 1]], scale=torch.ones(3).to_sparse()),
+        "Scales for the parameter cannot be read.\n"
+        "  Expected: a dense tensor, on a device that holds its data\n"
+        "  Got:      a tensor of shape (3,) and torch.float32, torch.sparse_coo, device cpu",
+    ),
+    "nested labels": (
+        lambda: Tie(torch.zeros(3), torch.nested.nested_tensor([torch.zeros(3)], layout=torch.jagged)),
+        "Labels for the parameter cannot be read.\n"
+        "  Expected: a dense tensor, on a device that holds its data\n"
+        "  Got:      ",
+    ),
+    "labels and a scale": (
+        lambda: Tie(torch.zeros(3), (torch.zeros(3, dtype=torch.int64), torch.ones(3))),
+        "Groups for the parameter are labels and a scale.\n"
+        "  Expected: Tie(parameter, labels, scale=scale)\n"
+        "  Got:      a tensor of shape (3,) and torch.int64, and a tensor of shape (3,) and torch.float32",
+    ),
+    "a Tie in a Tie": (
+        lambda: Tie(torch.zeros(3), Tie("weight", [[0]])),
+        "Groups for the parameter are not groups.\n"
+        "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
+        "  Got:      Tie('weight', [[0]] (list)) (Tie) (a Tie stands for itself, in a list of Ties)",
+    ),
+    "an index where there is none": (
+        lambda: Tie(torch.zeros(0, 2), [[0]]),
+        "An index for the parameter is out of range.\n"
+        "  Parameter: (0, 2)\n"
+        "  Expected:  none, as there is nothing to index\n"
+        "  Got:       0",
+    ),
+    "a parameter without a shape": (
+        lambda: Tie(torch.nn.UninitializedParameter(), [[0]]),
+        "the parameter cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      UninitializedParameter",
+    ),
+    "no tensor": (
+        lambda: tie_([1.0, 2.0], [[0, 1]]),
+        "the tensor cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      list",
+    ),
+    "a scale of nothing": (
+        lambda: Tie(torch.zeros(2), [[0, 1]], scale=torch.tensor([1.0, INF])),
+        "The scale for the parameter has a value that scales nothing.\n"
+        "  Expected: finite numbers, zero or from 2**-100 to 2**100 in magnitude\n"
+        "  Got:      inf at position 1",
+    ),
+    "slices of other shapes": (
+        lambda: Tie.join(Tie(torch.zeros(2, 3), [[0]]), Tie(torch.zeros(2, 4), [[0]])),
+        "Joined slices have different shapes.\n"
+        "  Expected: slices of shape (3,), as in part 0 (2, 3)\n"
+        "  Got:      (4,) in part 1 (2, 4)",
+    ),
+    "nothing to join": (
+        lambda: Tie.join(),
+        "Tie.join joins ties.\n  Expected: Ties, at least one\n  Got:      None (NoneType)",
+    ),
+    "a dim of another type": (
+        lambda: Tie(torch.zeros(2, 3), [[0]], dim=1.0),
+        "dim for the parameter is not an integer.\n"
+        "  Parameter: (2, 3)\n"
+        "  Expected:  an integer from -2 to 1\n"
+        "  Got:       1.0 (float)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_the_message_is_this_one(case):
+    make, message = WHOLE[case]
+    with pytest.raises((TypeError, ValueError, IndexError)) as caught:
+        make()
+    assert str(caught.value).startswith(message) if message.endswith(" ") else str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ([0, 1], [2]),
+        (torch.tensor([0, 1]), torch.tensor([2])),
+        (torch.tensor([0, 1]), torch.tensor([2, 3])),
+        (torch.tensor([0, 1]),),
+        (torch.tensor([0, 1]), [2, 3], [4]),
+    ],
+    ids=str,
+)
+def test_a_tuple_of_groups_is_not_taken_for_labels_and_a_scale(groups):
+    (part,) = Tie(torch.zeros(5), groups).parts
+    assert part.groups[0] == part.groups[1] != -1
+
+
+@pytest.mark.parametrize(
+    ("tie", "text"),
+    [
+        (lambda: Tie("weight", [[0, 1]], dim=1), "Tie('weight', [[0, 1]] (list), dim=1)"),
+        (
+            lambda: Tie("weight", [[0, 1]], scale=torch.ones(2)),
+            "Tie('weight', [[0, 1]] (list), scale=a tensor of shape (2,) and torch.float32)",
+        ),
+        (
+            lambda: Tie(torch.zeros(2, 2), [[0, 1]], dim=-1, scale=torch.tensor([1.0, -1.0])),
+            "Tie(parameter of shape (2, 2), 1 group of 2 members, 0 free, dim=1, scaled)",
+        ),
+        (
+            lambda: Tie.join(Tie("a", [[0]]), Tie("b", [[1]])),
+            "Tie.join(Tie('a', [[0]] (list)), Tie('b', [[1]] (list)))",
+        ),
+    ],
+)
+def test_a_tie_of_any_kind_says_what_it_is(tie, text):
+    assert repr(tie()) == text
+
+
+def test_what_the_user_does_to_labels_and_scale_later_changes_no_tie():
+    labels, scale = torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+    weight = parameter(3, 2)
+    optimizer = TiedOptimizer(SGD([weight]), Tie(weight, labels, scale=scale))
+    before = optimizer.state_dict()["tieopt"]
+    labels[0], scale[1] = -1, 5.0
+    (part,) = optimizer.ties[0].parts
+    part.groups[1], part.scale[2] = -1, 3.0
+
+    (part,) = optimizer.ties[0].parts
+    assert part.groups.tolist() == [0, 0, 0]
+    assert part.scale.tolist() == [1.0, -1.0, 2.0]
+    assert optimizer.state_dict()["tieopt"] == before
+
+
+def test_a_scale_of_ones_is_none():
+    assert Tie(torch.zeros(3), [[0, 1]], scale=torch.ones(3)).parts[0].scale is None
+    assert Tie(torch.zeros(3), [[0, 1]], scale=2 * torch.ones(3)).parts[0].scale.tolist() == [2.0] * 3
+
+
+def test_groups_that_can_be_read_once_are_kept():
+    weight = parameter(4, 2)
+    tie = Tie("weight", (group for group in ([0, 1], [2, 3])))
+    for _ in range(2):
+        TiedOptimizer(SGD([("weight", weight)]), tie)
+        assert is_tied(weight, [[0, 1], [2, 3]])
+        with torch.no_grad():
+            weight.copy_(randn(4, 2))
