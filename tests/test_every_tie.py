@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tieopt import Tie, TiedOptimizer, is_tied, patterns, tie_
-from tieopt.testing import assert_equivalent, assert_tied, ties
+from tieopt.testing import assert_equivalent, assert_tied, labels, scales, ties
 
 SIGNED = ("none", "signs", "zeros")
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
@@ -159,6 +159,54 @@ def test_the_projection_is_as_exact_with_scales_of_any_size(dtype: torch.dtype, 
     # Rounded once as the lead, once as its multiple; the lead may be as small as the 256th part of the largest.
     smallest = 256 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     torch.testing.assert_close(tensor.double(), scale * shared, rtol=1.01 * torch.finfo(dtype).eps, atol=smallest)
+    assert same_bits(tie_(tensor.clone(), [range(count)], scale=scale), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_is_tied_is_no_new_mean_of_its_rounded_multiples(dtype: torch.dtype) -> None:
+    scale = torch.cat([torch.ones(1), torch.arange(2, 32) * 8 - 1 / 3])
+    start = normal((len(scale), 2000), dtype, 0)
+    tensor = tie_(start, [range(len(scale))], scale=scale)
+    once = tensor.clone()
+    assert same_bits(tie_(tensor, [range(len(scale))], scale=scale), once)
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_shared_value_beyond_the_range_of_its_dtype_stops_at_the_end(dtype: torch.dtype, sign: int) -> None:
+    largest = torch.finfo(dtype).max
+    tensor = tie_(torch.full((2,), sign * largest, dtype=dtype), [[0, 1]], scale=torch.tensor([1.0, 1 / 3]))
+    assert tensor[0] == sign * largest
+    assert bool(tensor.isfinite().all())
+
+
+@given(st.data())
+def test_sparse_gradients_are_tied_with_their_scales_and_pinned(data: st.DataObject) -> None:
+    shape = (data.draw(st.integers(1, 12)), *data.draw(st.sampled_from([(), (2,), (2, 2)])))
+    weight = Parameter(torch.zeros(shape, dtype=torch.float64))
+    tie = Tie(weight, data.draw(labels(shape[0])), scale=data.draw(scales(shape[:1])))
+    reduction = data.draw(reductions)
+    stored = data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=8))
+    values = normal((len(stored), *shape[1:]), torch.float64, data.draw(seeds))
+    grad = torch.sparse_coo_tensor(torch.tensor([stored], dtype=torch.int64), values, shape)
+    seen = []
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            seen.append(weight.grad.to_dense())
+
+    optimizer = TiedOptimizer(Watching([weight]), tie, reduction=reduction)
+    weight.grad = grad.clone()
+    optimizer.step()
+    groups = groups_of_entries(tie, [weight])
+    assert weight.grad.layout == torch.sparse_coo
+    for got, how in ((seen[0], reduction), (weight.grad.to_dense(), "mean")):
+        (expected,) = slowly_tied_entries([grad.to_dense()], groups, how)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    entries = math.prod(shape[1:])
+    rows = [{position // entries for _, position, scale in group if scale} for group in groups]
+    expected_rows = set(stored).union(*(group for group in rows if not group.isdisjoint(stored)))
+    assert set(weight.grad.coalesce().indices()[0].tolist()) == expected_rows
 
 
 @given(st.data())
@@ -290,9 +338,9 @@ def test_gradients_accumulate(kind: str, data: st.DataObject) -> None:
 def test_the_default_device_does_not_matter() -> None:
     weight, bias = Parameter(torch.zeros(4, 4)), Parameter(torch.zeros(4))
     with torch.device("meta"):
-        labels, scale = patterns.antisymmetric(weight.shape)
+        names, scale = patterns.antisymmetric(weight.shape)
         optimizer = TiedOptimizer(
-            torch.optim.SGD([weight, bias]), [Tie(weight, labels, scale=scale), Tie(bias, [[0, 1]])]
+            torch.optim.SGD([weight, bias]), [Tie(weight, names, scale=scale), Tie(bias, [[0, 1]])]
         )
         weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
         optimizer.step()
@@ -371,9 +419,9 @@ def test_ties_that_share_an_entry_are_refused_and_nothing_is_written(data: st.Da
     covered = groups_of_entries(drawn[0], parameters)
     assume(covered)
     member = covered[0][0]
-    labels = torch.full((parameters[member[0]].numel(),), -1)
-    labels[member[1]] = 0
-    clash = Tie(parameters[member[0]], labels.view(parameters[member[0]].shape))
+    names = torch.full((parameters[member[0]].numel(),), -1)
+    names[member[1]] = 0
+    clash = Tie(parameters[member[0]], names.view(parameters[member[0]].shape))
     before = [bits(parameter).clone() for parameter in parameters]
     with pytest.raises(ValueError, match="share no entry"):
         TiedOptimizer(torch.optim.SGD(parameters), [*drawn, clash])
