@@ -524,6 +524,13 @@ WHOLE = {
         "  Expected: a dense tensor, on a device that holds its data\n"
         "  Got:      ",
     ),
+    "labels of another shape": (
+        lambda: Tie(torch.zeros(3, 2), numpy.zeros(2, dtype="int64")),
+        "Labels for the parameter have the wrong shape.\n"
+        "  Parameter: (3, 2)\n"
+        "  Expected:  (3,), one label for each slice along dimension 0, or a longer beginning of (3, 2)\n"
+        "  Got:       (2,)",
+    ),
     "labels and a scale": (
         lambda: Tie(torch.zeros(3), (torch.zeros(3, dtype=torch.int64), torch.ones(3))),
         "Groups for the parameter are labels and a scale.\n"
@@ -636,6 +643,16 @@ def test_what_the_user_does_to_labels_and_scale_later_changes_no_tie():
     assert part.groups.tolist() == [0, 0, 0]
     assert part.scale.tolist() == [1.0, -1.0, 2.0]
     assert optimizer.state_dict()["tieopt"] == before
+
+
+def test_integers_are_scales():
+    scale = Tie(torch.zeros(2), [[0, 1]], scale=torch.tensor([1, -1])).parts[0].scale
+    assert torch.equal(scale, torch.tensor([1.0, -1.0], dtype=torch.float64))
+    assert scale.dtype == torch.float64
+
+
+def test_dimensions_are_counted_from_the_end_too():
+    assert [Tie(torch.zeros(2, 3), [[0, 1]], dim=dim).parts[0].dim for dim in (-2, -1, 0, 1)] == [0, 1, 0, 1]
 
 
 def test_a_scale_of_ones_is_none():
