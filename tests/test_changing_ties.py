@@ -560,3 +560,22 @@ def test_retie_keeps_the_reduction(reduction):
         param.grad = randn(*SHAPE, seed=5, dtype=torch.float64)
         each.step()
     assert same_bits(weight, other)
+
+
+def test_the_state_of_relaxed_ties_is_averaged_where_exact_ones_load_it():
+    optimizers = []
+    for options in ({"strength": 0.5}, {}):
+        weight = Parameter(randn(4, 3, dtype=torch.float64))
+        optimizers.append(TiedOptimizer(SGD([weight], lr=0.1, momentum=0.9), {weight: [[0, 1, 2]]}, **options))
+    relaxed, exact = optimizers
+    (weight,) = relaxed.param_groups[0]["params"]
+    weight.grad = randn(4, 3, seed=1, dtype=torch.float64)
+    relaxed.step()
+    exact.load_state_dict(relaxed.state_dict())
+
+    momentum = {
+        name: one.state_dict()["state"][0]["momentum_buffer"] for name, one in (("old", relaxed), ("new", exact))
+    }
+    assert torch.equal(momentum["new"][0], momentum["new"][1])
+    assert_close(momentum["new"][0], momentum["old"][:3].mean(dim=0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(momentum["new"][3], momentum["old"][3])
