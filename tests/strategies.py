@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tieopt.testing import labels as labels  # what the library ships, by the name that the tests know
+
 HALF = (torch.float16, torch.bfloat16)
 REAL = (*HALF, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -61,26 +63,6 @@ def shapes(draw: st.DrawFn, *, wide: bool = False, empty: bool = False, max_coun
             return (draw(st.integers(2, 12)), *WIDE)
         case _:
             return draw(st.sampled_from([(0,), (0, 3), (4, 0), (3, 2, 0), (0, 0)]))
-
-
-@st.composite
-def labels(draw: st.DrawFn, count: int) -> Tensor:
-    """Labels for some slices: any partition of any of them, or one large group, or pairs, or all free."""
-    if count == 0:
-        return torch.zeros(0, dtype=torch.int64)
-    kind = draw(st.sampled_from(["any", "any", "one group", "pairs", "free"]))
-    if kind == "free":
-        return torch.full((count,), -1)
-    if kind == "one group":
-        names = torch.zeros(count, dtype=torch.int64)
-        names[draw(st.lists(st.integers(0, count - 1), max_size=2))] = -1
-        return names
-    if kind == "pairs":
-        return torch.randperm(count, generator=generator(draw(seeds))) // 2
-    most = draw(st.integers(0, min(count, 20)))
-    if count <= 12:
-        return torch.tensor(draw(st.lists(st.integers(-1, most), min_size=count, max_size=count)))
-    return torch.randint(-1, most + 1, (count,), generator=generator(draw(seeds)))
 
 
 @st.composite

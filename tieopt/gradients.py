@@ -37,7 +37,7 @@ class StepGradients:
 
     def tie(self) -> None:
         """Ties the gradients that are there, and remembers whose they are; relaxed ties leave them alone."""
-        pairs = _with_gradients(self._binding.parameters(self._param_groups))
+        pairs = with_gradients(self._binding.parameters(self._param_groups))
         self._took_part.update(pairs)
         if not self._binding.relaxed:
             tie_gradients(pairs, self._binding.workspace, self._binding.reduction, self._undo)
@@ -69,13 +69,12 @@ def tie_gradients(
     """Ties gradients.
 
     Args:
-        pairs: ties and their parameters. Ties without any gradient are passed over; where one of several
-            joined parameters has one, the others get one of zeros.
+        pairs: ties and their parameters, as :func:`with_gradients` returns them. Where one of several joined
+            parameters has a gradient, the others get one of zeros.
         workspace: to work in.
         reduction: ``"mean"`` or ``"sum"``.
         undo: for the sum, gets what turns it into the mean again where nobody has replaced the gradient since.
     """
-    pairs = _with_gradients(pairs)
     _prepare(pairs)
     replaced = _replaced(pairs)
     undo = [] if undo is None else undo
@@ -108,7 +107,8 @@ def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return [param.grad for param in params if param.grad is not None]
 
 
-def _with_gradients(pairs: Pairs) -> Pairs:
+def with_gradients(pairs: Pairs) -> Pairs:
+    """The ties of which a parameter has a gradient."""
     return [(tie, params) for tie, params in pairs if any(param.grad is not None for param in params)]
 
 
@@ -136,9 +136,10 @@ def _replaced(pairs: Pairs) -> set[Tensor]:
 
 def _connected(pairs: Pairs, params: set[Tensor]) -> set[Tensor]:
     """Parameters, and all that ties join with them, directly or by others."""
+    joins = [parts for _, parts in pairs if len(parts) > 1]
     more = params
     while more:
-        joined = {param for _, parts in pairs if not more.isdisjoint(parts) for param in parts}
+        joined = {param for parts in joins if not more.isdisjoint(parts) for param in parts}
         more = joined - params
         params = params | joined
     return params

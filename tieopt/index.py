@@ -155,11 +155,12 @@ class Index:
 
     @classmethod
     @torch.inference_mode(False)
-    def of_groups(cls, members: Members, tensor: Tensor) -> Index:
-        """An index of the rows of a tensor, all of them members, in the order of their groups."""
-        runs = _runs(members, tensor.shape[1:].numel(), tensor.device)
+    def of_groups(cls, members: Members, tensors: Sequence[Tensor]) -> Index:
+        """An index of the rows of one tensor, all of them members, in the order of their groups."""
         slices = (Slices(members.group),)
-        return cls(slices, Layout.of(slices, [tensor]), tuple(runs), {})
+        layout = Layout.of(slices, tensors)
+        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout.device)
+        return cls(slices, layout, tuple(runs), {})
 
     def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as they are in memory: real rows, their entries in the order of the first one's.

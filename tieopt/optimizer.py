@@ -21,7 +21,7 @@ import torch
 from torch.optim import Optimizer
 
 from tieopt.binding import Binding
-from tieopt.gradients import Pairs, StepGradients, tie_gradients
+from tieopt.gradients import Pairs, StepGradients, tie_gradients, with_gradients
 from tieopt.reduction import Reduction
 from tieopt.state import tied_state
 from tieopt.ties import Tie, shown
@@ -154,7 +154,7 @@ class TiedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        tie_gradients(self._tieopt.parameters(self.param_groups), self._tieopt.workspace)
+        tie_gradients(with_gradients(self._tieopt.parameters(self.param_groups)), self._tieopt.workspace)
 
     def tie_weights(self) -> None:
         """Replaces the members of each group by their mean; for when anything else wrote to the weights.

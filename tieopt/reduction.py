@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Members, Piece, Run, wide_dtype
+from tieopt.index import Index, Piece, Run, wide_dtype
 
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
@@ -206,14 +206,10 @@ def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Ten
     places = starts[owner] + index.rank_of[indices[0][tied]]
     dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
     laid_out = members._replace(position=torch.arange(len(labels), device=sizes.device), group=labels)
-    (dense,) = projected([dense], partial(_index_of_groups, laid_out), reduction)
+    (dense,) = projected([dense], partial(Index.of_groups, laid_out), reduction)
     return _sparse(
         torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1), torch.cat([values[~tied], dense]), tensor
     )
-
-
-def _index_of_groups(members: Members, tensors: Sequence[Tensor]) -> Index:
-    return Index.of_groups(members, tensors[0])
 
 
 def _entries(tensor: Tensor) -> tuple[Tensor, Tensor]:

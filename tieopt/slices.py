@@ -46,7 +46,8 @@ class Slices(NamedTuple):
         if self.labels.dim() == 1:
             return (1,)
         strides = self._strides(tensor)
-        return tuple(stride // _common(strides) for stride in strides)
+        unit = _common(strides)
+        return tuple(stride // unit for stride in strides)
 
     def positions(self, steps: tuple[int, ...]) -> Tensor:
         """Which of :meth:`rows` each slice is, int64, the shape of ``labels``."""
@@ -153,7 +154,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     leads = torch.full((len(flat) + 1,), len(flat), device="cpu").scatter_reduce_(
         0, labels + 1, torch.arange(len(flat), device="cpu"), "amin"
     )
-    signs = torch.where(kept, scale[leads[labels + 1].clamp(max=len(flat) - 1)].sign(), 1.0) if len(flat) else scale
+    signs = torch.where(kept, scale[leads[labels + 1]].sign(), 1.0)
     places = [(number, one.dim, tuple(one.labels.shape)) for number, one in zip(numbers, slices, strict=True)]
     digest = hashlib.sha256(repr(places).encode())
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
