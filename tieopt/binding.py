@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tieopt.batches import Batches, Pairs
 from tieopt.places import BoundTie, ParamGroups, all_places, check_joined, found, name_of, parameter_at
-from tieopt.reduction import Reduction, Workspace, drift, project_, projected, relax_
+from tieopt.reduction import Reduction, drift, projected, relax_
 from tieopt.slices import FREE
 from tieopt.ties import shown
 
@@ -41,8 +42,9 @@ class Binding:
         self.every = every
         self.steps = 0
         self.ties = found(param_groups, ties)
-        self.workspace = Workspace()
-        for tie, params in self.parameters(param_groups):
+        self.batches = Batches()
+        # Compiled now, and not while a step is captured.
+        for tie, params in self.batches.of(self.parameters(param_groups)):
             tie.index_for(params)
 
     @property
@@ -65,22 +67,24 @@ class Binding:
             pairs.append((tie, params))
         return pairs
 
-    def tie_weights(
-        self, tie: BoundTie, params: list[Tensor], *, differentiable: bool = False, strength: float = 1.0
-    ) -> None:
-        """Ties the parameters of one tie; where the step is part of a graph, the projection is too."""
-        if differentiable and any(param.grad_fn is not None for param in params):
+    def tie_weights(self, pairs: Pairs, *, differentiable: bool = False, strength: float = 1.0) -> None:
+        """Ties parameters; where the step is part of a graph, the projection is too."""
+        graphs = [pair for pair in pairs if differentiable and any(param.grad_fn is not None for param in pair[1])]
+        for tie, params in graphs:
             with torch.enable_grad():
                 for param, result in zip(params, projected(params, tie.index_for), strict=True):
                     param.copy_(result if strength == 1 else param.lerp(result, strength))
-        elif strength == 1:
-            project_(params, tie.index_for(params), self.workspace)
+        if graphs:
+            pairs = [pair for pair in pairs if pair not in graphs]
+        if strength == 1:
+            self.batches.project_(pairs)
         elif strength > 0:
-            relax_(params, tie.index_for(params), self.workspace, strength)
+            for tie, params in pairs:
+                relax_(params, tie.index_for(params), self.batches.workspace, strength)
 
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean."""
-        return drift(params, tie.index_for(params), self.workspace)
+        return drift(params, tie.index_for(params), self.batches.workspace)
 
     def summary(self, param_groups: ParamGroups) -> str:
         """A table with a line for each tied parameter."""

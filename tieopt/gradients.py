@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tieopt.batches import Batches, Pairs
 from tieopt.binding import Binding
 from tieopt.places import BoundTie, ParamGroups
-from tieopt.reduction import Reduction, Workspace, divide_, project_, projected
+from tieopt.reduction import Reduction, projected
 from tieopt.ties import overlaps
-
-Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
 
 class StepGradients:
@@ -40,7 +39,7 @@ class StepGradients:
         pairs = with_gradients(self._binding.parameters(self._param_groups))
         self._took_part.update(pairs)
         if not self._binding.relaxed:
-            tie_gradients(pairs, self._binding.workspace, self._binding.reduction, self._undo)
+            tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
 
     def restore(self) -> None:
         """Leaves the mean in ``.grad``, so that the next backward adds to the mean."""
@@ -62,7 +61,7 @@ class StepGradients:
 
 def tie_gradients(
     pairs: Pairs,
-    workspace: Workspace,
+    batches: Batches,
     reduction: Reduction = "mean",
     undo: list[Callable[[], None]] | None = None,
 ) -> None:
@@ -71,31 +70,33 @@ def tie_gradients(
     Args:
         pairs: ties and their parameters, as :func:`with_gradients` returns them. Where one of several joined
             parameters has a gradient, the others get one of zeros.
-        workspace: to work in.
+        batches: to work in.
         reduction: ``"mean"`` or ``"sum"``.
         undo: for the sum, gets what turns it into the mean again where nobody has replaced the gradient since.
     """
     _prepare(pairs)
     replaced = _replaced(pairs)
     undo = [] if undo is None else undo
-    for tie, params in pairs:
-        if params[0] not in replaced:
-            grads = _gradients(params)
-            project_(grads, tie.index_for(grads), workspace, reduction)
-            if reduction == "sum":
-                undo.append(partial(_divide, tie, params, grads, workspace))
+    written = [(tie, params, _gradients(params)) for tie, params in pairs if params[0] not in replaced]
+    batches.project_([(tie, grads) for tie, _, grads in written], reduction)
     others = [(tie, params) for tie, params in pairs if params[0] in replaced]
     _replace(others, "mean")
     if reduction == "sum":
+        undo.append(partial(_divide, written, batches))
         means = {param: param.grad for _, params in others for param in params}
         _replace(others, reduction)
         undo.extend(partial(_put_back, param, param.grad, mean) for param, mean in means.items())
 
 
-def _divide(tie: BoundTie, params: Sequence[Tensor], sums: Sequence[Tensor], workspace: Workspace) -> None:
+def _divide(sums: Sequence[tuple[BoundTie, list[Tensor], list[Tensor]]], batches: Batches) -> None:
     # Some optimizers replace the gradient, or set it to None, while they step.
-    if all(param.grad is grad for param, grad in zip(params, sums, strict=True)):
-        divide_(sums, tie.index_for(sums), workspace)
+    batches.divide_(
+        [
+            (tie, grads)
+            for tie, params, grads in sums
+            if all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+        ]
+    )
 
 
 def _put_back(param: Tensor, total: Tensor | None, mean: Tensor | None) -> None:
@@ -114,18 +115,23 @@ def with_gradients(pairs: Pairs) -> Pairs:
 
 def _prepare(pairs: Pairs) -> None:
     """Gives every parameter a gradient that can be tied."""
-    # A parameter may be joined with one, and with another by another tie.
-    for param in _connected(pairs, {param for _, params in pairs for param in params if param.grad is not None}):
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
+    if any(len(params) > 1 for _, params in pairs):
+        # A parameter may be joined with one, and with another by another tie.
+        for param in _connected(pairs, {param for _, params in pairs for param in params if param.grad is not None}):
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
     for tie, params in pairs:
         for param, grad in zip(params, _gradients(params), strict=True):
             if grad.layout == torch.sparse_coo and not tie.is_of_rows:
                 param.grad = grad.to_dense()
             elif grad.is_conj() or grad.is_neg():
                 param.grad = grad.resolve_conj().resolve_neg()
-            elif grad.layout == torch.strided and not grad.requires_grad and overlaps(grad):
+            elif grad.layout == torch.strided and not grad.requires_grad and not _is_writable(grad):
                 param.grad = grad.clone()
+
+
+def _is_writable(grad: Tensor) -> bool:
+    return not overlaps(grad) and (not grad.is_inference() or torch.is_inference_mode_enabled())
 
 
 def _replaced(pairs: Pairs) -> set[Tensor]:

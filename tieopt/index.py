@@ -10,21 +10,30 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tieopt.slices import FREE, Slices, in_memory, real
 
-# Entries that are gathered at a time: what a core's cache holds, or what fills an accelerator.
-_CPU_ENTRIES = 2**18
+# Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
+_CPU_ENTRIES = 2**19
 _ACCELERATOR_ENTRIES = 2**22
+
+# Shared values whose sums are kept all at once, so that members can be walked in the order of memory.
+_TOTALS = 2**20
+
+# Slices of fewer entries are narrow: it is their number that counts, not what they hold.
+_NARROW = 16
+
+# The fewest entries for which groups of one size are worth a run of their own.
+_EVEN_ENTRIES = 2**15
 
 # A multiple of the shared value by which another member leads a group than one of scale 1.
 _MUCH_LARGER = 256.0
 
-# The longest plain running sum. Sums of more are built from the sums of blocks.
+# The longest plain running sum of float64. Sums of more are built from the sums of blocks.
 _BLOCK = 32
 
 
@@ -58,45 +67,66 @@ class Members(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Members in one tensor that are gathered at once.
+    """Members in one tensor.
 
     Attributes:
         part: the number of the tensor.
-        members: their positions among its rows, int64, shape ``[m]``.
+        members: their positions among its rows, int64, shape ``[m]``; a slice where they follow each other.
+        length: how many they are.
+    """
+
+    part: int
+    members: Tensor | slice
+    length: int
+
+
+class Round(NamedTuple):
+    """Members that are gathered at once.
+
+    Attributes:
+        pieces: the members by the tensor that they are in, which they stand in the order of.
+        size: of every group, if all are of one size and their members stand group by group; else 0.
         slots: the group of each, counted from the first group of the run, int64, shape ``[m]``.
         multiples: what each is of its group's lead, shape ``[m]``; None if all are 1.
         blocks: the block of each, int64, shape ``[m]``; None if no group needs blocks.
         block_slots: the slot of each block, int64, shape ``[b]``.
     """
 
-    part: int
-    members: Tensor
+    pieces: tuple[Piece, ...]
+    size: int
     slots: Tensor
     multiples: Tensor | None
     blocks: Tensor | None
     block_slots: Tensor
 
+    @property
+    def length(self) -> int:
+        """How many members it has."""
+        return len(self.slots)
+
 
 class Run(NamedTuple):
-    """Whole groups that are reduced at once: as many as fit into one piece, or a large one in several.
+    """Whole groups that are reduced at once: as many as fit into one round, or large ones in several.
 
     Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
 
     Attributes:
+        groups: the numbers of the groups.
         leads: the leads by the tensor that they are in: its number, their rows, their slots.
         norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
         counts: what makes the sum out of the mean: the sum of the squared scales of each group; ``[g]``.
         signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
         scale: a power of two, so small that no sum over a group overflows.
-        pieces: all the members of these groups.
+        rounds: all the members of these groups.
     """
 
+    groups: slice
     leads: tuple[tuple[int, Tensor, Tensor], ...]
     norms: Tensor
     counts: Tensor
     signed: bool
     scale: float
-    pieces: tuple[Piece, ...]
+    rounds: tuple[Round, ...]
 
 
 class Layout(NamedTuple):
@@ -104,17 +134,20 @@ class Layout(NamedTuple):
 
     Attributes:
         device: where the tensors are.
+        double: whether their entries are as wide as the sums of them, which then round.
         steps: of the slices of each, see :meth:`~tieopt.slices.Slices.steps`.
     """
 
     device: torch.device
+    double: bool
     steps: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Layout:
         """The layout of tensors that are sliced so."""
         steps = (each.steps(tensor) for each, tensor in zip(slices, tensors, strict=True))
-        return cls(tensors[0].device, tuple(steps))
+        double = tensors[0].dtype in (torch.float64, torch.complex128)
+        return cls(tensors[0].device, double, tuple(steps))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +181,7 @@ class Index:
         """
         layout = Layout.of(slices, tensors)
         members, pins = _sorted_members(slices, layout)
-        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout.device)
+        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout)
         parts = torch.unique(pins.part).tolist() if len(pins.part) else []
         pinned = {part: pins.position[pins.part == part].to(layout.device) for part in parts}
         return cls(tuple(slices), layout, tuple(runs), pinned)
@@ -159,7 +192,7 @@ class Index:
         """An index of the rows of one tensor, all of them members, in the order of their groups."""
         slices = (Slices(members.group),)
         layout = Layout.of(slices, tensors)
-        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout.device)
+        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout)
         return cls(slices, layout, tuple(runs), {})
 
     def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,8 +202,10 @@ class Index:
         difference to what is linear.
         """
         rows = [each.rows(in_memory(tensor)) for each, tensor in zip(self.slices, tensors, strict=True)]
-        inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
-        return [real(each.permute(0, *inner)) for each in rows]
+        if rows[0].dim() > 2:
+            inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
+            rows = [each.permute(0, *inner) for each in rows]
+        return [real(each) for each in rows]
 
     @cached_property
     def members(self) -> Members:
@@ -204,13 +239,40 @@ class Index:
         return rows.index_put_((self.members.position,), values)
 
 
+class Indices:
+    """Labelled slices of tensors, and an index for each layout in which these tensors came.
+
+    Attributes:
+        slices: of each tensor, numbered.
+    """
+
+    def __init__(self, slices: Sequence[Slices]) -> None:
+        self.slices = tuple(slices)
+        self._indices: dict[Layout, Index] = {}
+
+    def index_for(self, tensors: Sequence[Tensor]) -> Index:
+        """The compiled slices; compiled again for tensors of another layout, or on another device."""
+        layout = Layout.of(self.slices, tensors)
+        if layout not in self._indices:
+            self._indices[layout] = Index.compile(self.slices, tensors)
+        return self._indices[layout]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An index is quickly compiled, and larger than the labels.
+        return {**self.__dict__, "_indices": {}}
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest real dtype of a device."""
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
 def _sorted_members(slices: Sequence[Slices], layout: Layout) -> tuple[Members, Members]:
-    """The members of groups, sorted by group, each group's lead first; and those that are pinned. On the CPU."""
+    """The members of groups, sorted by group, each group's lead first; and those that are pinned. On the CPU.
+
+    Groups are numbered by their size, then by the tensor that their lead is in, then by their first members:
+    groups of one size can be reduced as a matrix.
+    """
     columns = []
     for part, (each, steps) in enumerate(zip(slices, layout.steps, strict=True)):
         tied = (each.labels != FREE).flatten()
@@ -230,48 +292,93 @@ def _sorted_members(slices: Sequence[Slices], layout: Layout) -> tuple[Members, 
         # larger one, that does, lest what is too small for the lead be lost to all.
         rank = torch.where(size == 1, _MUCH_LARGER, size)
         members = members.at(rank.argsort(descending=True, stable=True))
-    return members.at(members.group.argsort(stable=True)), pins
+    members = members.at(members.group.argsort(stable=True))
+
+    sizes = torch.bincount(members.group)
+    starts = sizes.cumsum(0) - sizes
+    order = (sizes * len(slices) + members.part[starts]).argsort(stable=True)
+    # Whole groups change places: to sort their members anew would take longer.
+    new = sizes[order].cumsum(0) - sizes[order]
+    shift = torch.empty_like(starts).index_put_((order,), new - starts[order])
+    places = torch.arange(len(members.group), device="cpu") + shift[members.group]
+    number = torch.empty_like(order).index_put_((order,), torch.arange(len(order), device="cpu"))
+    members = members._replace(group=number[members.group])
+    return Members(*(torch.empty_like(column).index_put_((places,), column) for column in members)), pins
 
 
-def _runs(members: Members, slice_entries: int, device: torch.device) -> Iterator[Run]:
+def _runs(members: Members, slice_entries: int, layout: Layout) -> Iterator[Run]:
     """Cuts members that are sorted by group into runs of so many as are gathered at once."""
     sizes = torch.bincount(members.group)
-    largest = int(sizes.max()) if len(sizes) else 0
-    entries = _CPU_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES
-    # At least sqrt(largest), so that the sums of no more than sqrt(largest) pieces are added up.
-    capacity = max(entries // max(slice_entries, 1), math.isqrt(largest), 1)
-    ends = sizes.cumsum(0).tolist()
-    starts = [0, *ends]
-    first = 0
-    while first < len(ends):
-        last = max(bisect_right(ends, starts[first] + capacity), first + 1)
-        run = members.at(slice(starts[first], ends[last - 1]))
-        yield _run(run._replace(group=run.group - first), sizes[first:last], capacity, device)
-        first = last
+    if not len(sizes):
+        return
+    entries = _CPU_ENTRIES if layout.device.type == "cpu" else _ACCELERATOR_ENTRIES
+    # At least sqrt(largest), so that the sums of no more than sqrt(largest) rounds are added up.
+    capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
+    if slice_entries < _NARROW and len(sizes) * slice_entries <= _TOTALS and not layout.double:
+        # To gather single entries takes longer than to add them up where they are.
+        in_order = members.at((members.part * (int(members.position.max()) + 1) + members.position).argsort())
+        yield _run(members, in_order, 0, capacity, layout)
+        return
+    starts = (sizes.cumsum(0) - sizes).tolist()
+    starts.append(len(members.group))
+    for first, last, size in _stretches(members, sizes, capacity, slice_entries):
+        while first < last:
+            end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
+            run = members.at(slice(starts[first], starts[end]))
+            # Members of one tensor stand together.
+            by_part = run if size else run.at(run.part.argsort(stable=True))
+            yield _run(run, by_part, size, capacity, layout)
+            first = end
 
 
-def _run(members: Members, sizes: Tensor, capacity: int, device: torch.device) -> Run:
-    """Splits the members of whole groups, numbered from 0, by the tensor that they are in."""
+def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: int) -> Iterator[tuple[int, int, int]]:
+    """Groups that are cut into runs together: the first, the last, and the size of all of them, 0 if that is mixed."""
+    values, counts = (column.tolist() for column in torch.unique_consecutive(sizes, return_counts=True))
+    whole = bool((members.part == members.part[(sizes.cumsum(0) - sizes)[members.group]]).all())
+    first = mixed = 0
+    for size, count in zip(values, counts, strict=True):
+        enough = len(values) == 1 or size * count * slice_entries >= _EVEN_ENTRIES
+        if whole and enough and size <= capacity:
+            if mixed < first:
+                yield mixed, first, 0
+            yield first, first + count, size
+            mixed = first + count
+        first += count
+    if mixed < first:
+        yield mixed, first, 0
+
+
+def _run(members: Members, in_order: Members, size: int, capacity: int, layout: Layout) -> Run:
+    """Whole groups.
+
+    Args:
+        members: sorted by group, each group's lead first.
+        in_order: the same as they are to be gathered, those of one tensor together.
+        size: of all groups, if they are gathered as they are sorted; else 0.
+        capacity: how many are gathered at once.
+        layout: of the tensors.
+    """
+    device, wide = layout.device, wide_dtype(layout.device)
+    first, last = int(members.group[0]), int(members.group[-1]) + 1
+    members = members._replace(group=members.group - first)
+    sizes = torch.bincount(members.group)
     leads = members.at(sizes.cumsum(0) - sizes)
     multiples = members.scale / leads.scale[members.group]
     # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
     bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
-    related = members._replace(scale=multiples)
-    parts = torch.unique(members.part).tolist() if bool(members.part.any()) else [0]
-    wide = wide_dtype(device)
+    slots = in_order.group - first
+    related = in_order._replace(group=slots, scale=in_order.scale / leads.scale[slots])
     return Run(
+        groups=slice(first, last),
         leads=tuple(
-            (part, leads.position[leads.part == part].to(device), leads.group[leads.part == part].to(device))
-            for part in parts
+            (part, leads.position[own].to(device), leads.group[own].to(device)) for part, own in _by_part(leads)
         ),
         norms=_group_sums(members.group, multiples.square()).to(device, wide),
         counts=_group_sums(members.group, members.scale.square()).to(device, wide),
         signed=bool((multiples.abs() == 1).all()),
         scale=0.5 ** math.ceil(math.log2(bound)),
-        pieces=tuple(
-            _piece(part, related.at(chosen), device)
-            for part in parts
-            for chosen in torch.split((members.part == part).nonzero().squeeze(1), capacity)
+        rounds=tuple(
+            _round(related.at(slice(start, start + capacity)), size, layout) for start in range(0, len(slots), capacity)
         ),
     )
 
@@ -280,17 +387,42 @@ def _group_sums(group: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(int(group[-1]) + 1).index_put_((group,), values, accumulate=True)
 
 
-def _piece(part: int, members: Members, device: torch.device) -> Piece:
-    """Cuts groups of more than ``_BLOCK`` members into blocks of about the square root of their size.
+def _by_part(members: Members) -> Iterator[tuple[int, Tensor]]:
+    """The numbers of the tensors that members are in, and which of the members are in each."""
+    parts = torch.unique(members.part).tolist()
+    if len(parts) == 1:
+        yield parts[0], torch.arange(len(members.part), device=members.part.device)
+        return
+    order = members.part.argsort(stable=True)
+    ends = torch.bincount(members.part).cumsum(0).tolist()
+    for part in parts:
+        yield part, order[ends[part - 1] if part else 0 : ends[part]]
 
-    The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of
+
+def _round(members: Members, size: int, layout: Layout) -> Round:
+    """Members that stand together by the tensor that they are in.
+
+    In float64 groups of more than ``_BLOCK`` members are cut into blocks of about the square root of their
+    size. The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of
     ``sqrt(K)`` terms like ``sqrt(K)`` (blocked summation, Higham, "Accuracy and Stability of Numerical
     Algorithms", section 4.2).
     """
-    slots = members.group
+    device, slots = layout.device, members.group
+    pieces = []
+    parts, counts = torch.unique_consecutive(members.part, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    for part, start, end in zip(parts.tolist(), [0, *ends], ends, strict=False):
+        positions = members.position[start:end]
+        first, last = int(positions[0]), int(positions[-1])
+        if last - first + 1 == end - start and bool((positions.diff() == 1).all()):
+            pieces.append(Piece(part, slice(first, last + 1), end - start))
+        else:
+            pieces.append(Piece(part, positions.to(device), end - start))
     multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
+    whole = Round(tuple(pieces), size, slots.to(device), multiples, None, slots[:0].to(device))
+    if size or not layout.double:
+        return whole
     _, counts = torch.unique_consecutive(slots, return_counts=True)
-    whole = Piece(part, members.position.to(device), slots.to(device), multiples, None, slots[:0].to(device))
     if int(counts.max()) <= _BLOCK:
         return whole
     lengths = counts.double().sqrt().long().clamp(min=_BLOCK)

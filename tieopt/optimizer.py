@@ -20,8 +20,9 @@ from typing import Any, Self, cast
 import torch
 from torch.optim import Optimizer
 
+from tieopt.batches import Pairs
 from tieopt.binding import Binding
-from tieopt.gradients import Pairs, StepGradients, tie_gradients, with_gradients
+from tieopt.gradients import StepGradients, tie_gradients, with_gradients
 from tieopt.reduction import Reduction
 from tieopt.state import tied_state
 from tieopt.ties import Tie, shown
@@ -154,7 +155,7 @@ class TiedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        tie_gradients(with_gradients(self._tieopt.parameters(self.param_groups)), self._tieopt.workspace)
+        tie_gradients(with_gradients(self._tieopt.parameters(self.param_groups)), self._tieopt.batches)
 
     def tie_weights(self) -> None:
         """Replaces the members of each group by their mean; for when anything else wrote to the weights.
@@ -351,13 +352,8 @@ def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:
 
 
 def _tie_weights(optimizer: Optimizer, binding: Binding, pairs: Pairs, strength: float = 1.0) -> None:
-    differentiable = _is_differentiable(optimizer)
-    for tie, params in pairs:
-        binding.tie_weights(tie, params, differentiable=differentiable, strength=strength)
-
-
-def _is_differentiable(optimizer: Optimizer) -> bool:
-    return bool(getattr(optimizer, "defaults", {}).get("differentiable", False))
+    differentiable = bool(getattr(optimizer, "defaults", {}).get("differentiable", False))
+    binding.tie_weights(pairs, differentiable=differentiable, strength=strength)
 
 
 def _check_wrappable(optimizer: Any) -> None:

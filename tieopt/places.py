@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Layout
+from tieopt.index import Indices
 from tieopt.slices import FREE, Slices, fingerprint, numbered
 from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
 
@@ -34,7 +34,7 @@ class Place(NamedTuple):
     shape: torch.Size
 
 
-class BoundTie:
+class BoundTie(Indices):
     """The tie of one parameter, or of several that were joined.
 
     Args:
@@ -44,37 +44,22 @@ class BoundTie:
     Attributes:
         places: of the parameters.
         slices: of each parameter; groups are numbered in the order of their first members.
+        is_of_rows: whether it is of rows of one parameter, so that sparse gradients can be tied as they are.
     """
 
     def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
         # In the order of the parameters, however they were joined: sums depend on it.
         parts = sorted(zip(places, slices, strict=True), key=lambda part: (*part[0][:2], part[1].dim))
+        super().__init__(numbered([each for _, each in parts]))
         self.places = tuple(place for place, _ in parts)
-        self.slices = numbered([each for _, each in parts])
-        self._indices: dict[Layout, Index] = {}
+        self.is_of_rows = len(parts) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
         self._fingerprints: dict[tuple[int, ...], str] = {}
-
-    def index_for(self, tensors: Sequence[Tensor]) -> Index:
-        """The compiled tie; compiled again for tensors of another layout, or on another device."""
-        layout = Layout.of(self.slices, tensors)
-        if layout not in self._indices:
-            self._indices[layout] = Index.compile(self.slices, tensors)
-        return self._indices[layout]
 
     def fingerprint_as(self, numbers: tuple[int, ...]) -> str:
         """The fingerprint, where these are the numbers of the parameters in a ``state_dict``."""
         if numbers not in self._fingerprints:
             self._fingerprints[numbers] = fingerprint(self.slices, numbers)
         return self._fingerprints[numbers]
-
-    @property
-    def is_of_rows(self) -> bool:
-        """Whether it is of rows of one parameter, so that sparse gradients can be tied as they are."""
-        return len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        # An index is quickly compiled, and larger than the labels.
-        return {**self.__dict__, "_indices": {}}
 
 
 def name_of(param_groups: ParamGroups, place: Place) -> str:

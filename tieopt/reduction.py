@@ -19,6 +19,7 @@ and no memory that grows with the number of rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Piece, Run, wide_dtype
+from tieopt.index import Index, Round, Run, wide_dtype
 
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
@@ -120,7 +121,7 @@ def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, streng
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
         moved = torch.where(members == expected, members, moved).to(rows[part].dtype)
-        _bits(rows[part]).index_copy_(0, positions, _bits(moved))
+        _put(rows[part], positions, moved)
 
 
 @torch.no_grad()
@@ -251,27 +252,33 @@ def _compared(
     index: Index,
     values_of: Callable[[list[Tensor], Run, Workspace], Tensor],
     workspace: Workspace,
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[int, Tensor | slice, Tensor, Tensor]]:
     """Piece by piece the number of a tensor, rows, what stands there, and what should by some value of the leads."""
     for run in index.runs:
         values = values_of(rows, run, workspace)
-        for piece in run.pieces:
-            members = _gathered(rows[piece.part], piece.members, workspace, "members")
-            yield piece.part, piece.members, members, _expected(values, piece, rows[0].dtype, workspace)
+        for each in run.rounds:
+            members = _widened(_members(rows, each, workspace), workspace)
+            expected = _expected(values, each, rows[0].dtype, workspace)
+            for piece, got, own in zip(each.pieces, _split(members, each), _split(expected, each), strict=True):
+                yield piece.part, piece.members, got, own
     for part, pins in index.pinned.items():
-        members = _gathered(rows[part], pins, workspace, "members")
+        members = _widened(_gathered(rows[part], pins, workspace, "members"), workspace)
         yield part, pins, members, torch.zeros_like(members)
 
 
+# --- what stands for a group ---
+
+
 def _means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The mean of each group, as the value of its lead; shape ``[g, ...]``, in the wide dtype."""
+    """The mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
     wide = wide_dtype(rows[0].device)
     if run.signed and wide == torch.float64 and rows[0].dtype != wide:
-        totals = torch.full((len(run.norms), *rows[0].shape[1:]), -0.0, dtype=wide, device=rows[0].device)
-        for piece in run.pieces:
-            members = _gathered(rows[piece.part], piece.members, workspace, "members")
-            _add_up(totals, piece, _times(members, piece))
-        return totals.div_(_column(run.norms, totals))
+        if run.rounds[0].size and rows[0].device.type == "cpu":
+            means = _pairwise_means(rows, run.rounds[0], workspace)
+            # A sum may leave the range of float32. An accelerator would have to be waited for to tell.
+            if math.isfinite(means.sum().item()):
+                return means
+        return _sums(rows, run, workspace).div_(_column(run.norms, rows[0]))
     if wide != rows[0].dtype and wide == torch.float64:
         return _scaled_means(rows, run, workspace)
     means = _leads(rows, run, workspace)
@@ -281,17 +288,61 @@ def _means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     return means
 
 
+def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """The sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
+    shape, device = (len(run.norms), *rows[0].shape[1:]), rows[0].device
+    # -0.0 is what adds nothing to any number; 0.0 would turn -0.0 into 0.0.
+    totals = workspace.take("totals", shape, torch.float64, device).fill_(-0.0)
+    for each in run.rounds:
+        members = workspace.take("wide", (each.length, *shape[1:]), torch.float64, device)
+        _add_up(totals, each, _times(members.copy_(_members(rows, each, workspace)), each))
+    return totals
+
+
+def _pairwise_means(rows: list[Tensor], each: Round, workspace: Workspace) -> Tensor:
+    """The means of groups of one size, added up by pairs in float32 as long as their number is even.
+
+    The sum of two equal numbers is exact, but not that of three: an odd number of sums is added up in float64. The
+    error of pairwise summation grows like the logarithm of the size (Higham, section 4.2).
+    """
+    members, device = _members(rows, each, workspace), rows[0].device
+    if members.dtype != torch.float32 or each.multiples is not None:
+        members = workspace.take("narrow", members.shape, torch.float32, device).copy_(members)
+    size, groups = each.size, each.length // each.size
+    sums = _times(members, each).view(groups, size, *members.shape[1:])
+    names = "halves", "quarters"
+    while size % 2 == 0:
+        size //= 2
+        halved = workspace.take(names[0], (groups, size, *sums.shape[2:]), torch.float32, device)
+        sums, names = torch.add(sums[:, :size], sums[:, size:], out=halved), names[::-1]
+    if size > 1:
+        sums = workspace.take("wide", sums.shape, torch.float64, device).copy_(sums)
+    return _folded(sums).div_(each.size)
+
+
+def _folded(values: Tensor) -> Tensor:
+    """The sums over the second dimension, in place, from sums of halves."""
+    size = values.shape[1]
+    while size > 1:
+        size, odd = divmod(size, 2)
+        values[:, :size].add_(values[:, size : 2 * size])
+        if odd:
+            values[:, 0].add_(values[:, 2 * size])
+    return values[:, 0]
+
+
 def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """The leads of groups that are tied already, and of the others the mean, which multiples were rounded for."""
     leads = _leads(rows, run, workspace).clone()
     totals, distances = torch.zeros_like(leads), torch.zeros_like(leads)
-    for piece in run.pieces:
-        members = _gathered(rows[piece.part], piece.members, workspace, "members")
-        differences = _expected(leads, piece, rows[0].dtype, workspace)
+    for each in run.rounds:
+        members = workspace.take("wide", (each.length, *leads.shape[1:]), leads.dtype, leads.device)
+        members.copy_(_members(rows, each, workspace))
+        differences = _expected(leads, each, rows[0].dtype, workspace)
         # Equal infinities have no difference.
         differences.copy_(members != differences)
-        _add_up(distances, piece, differences)
-        _add_up(totals, piece, _times(members, piece))
+        _add_up(distances, each, differences)
+        _add_up(totals, each, _times(members, each))
     means = totals.div_(_column(run.norms, totals))
     # What is finite has a finite mean, but perhaps beyond the range of the lead.
     largest = torch.finfo(rows[0].dtype).max
@@ -304,12 +355,12 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
     # The difference of two infinities is NaN, where their mean may well be infinite.
     pivots = torch.nan_to_num(estimates, nan=0.0, posinf=0.0, neginf=0.0)
     totals = torch.zeros_like(estimates)
-    for piece in run.pieces:
-        members = _gathered(rows[piece.part], piece.members, workspace, "members")
-        differences = _expected(pivots, piece, rows[0].dtype, workspace)
+    for each in run.rounds:
+        members = _widened(_members(rows, each, workspace), workspace)
+        differences = _expected(pivots, each, rows[0].dtype, workspace)
         # Scaled by a power of two, so that no sum overflows where the mean is finite.
         differences.mul_(-run.scale).add_(members, alpha=run.scale)
-        _add_up(totals, piece, _times(differences, piece))
+        _add_up(totals, each, _times(differences, each))
     # Half the distance from the pivot, because the distance itself may overflow.
     halves = totals.div_(_column(run.norms * (2 * run.scale), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
@@ -320,37 +371,31 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
     return torch.where(halves == 0, estimates, means)
 
 
-def _expected(values: Tensor, piece: Piece, stored: torch.dtype, workspace: Workspace) -> Tensor:
-    """What the members of a piece are if these are the values of their leads, in the dtype of the values.
-
-    A multiple is rounded as it will be when it is stored: only then is tying idempotent.
-    """
-    spread = workspace.take("expected", (len(piece.slots), *values.shape[1:]), values.dtype, values.device)
-    torch.index_select(_bits(values), 0, piece.slots, out=_bits(spread))
-    if piece.multiples is None:
-        return spread
-    wide = spread.to(wide_dtype(values.device))
-    multiples = wide * _column(piece.multiples, wide)
-    # A multiple of what is finite is finite, too.
-    largest = torch.finfo(stored).max
-    multiples = torch.where(wide.isfinite(), multiples.clamp(-largest, largest), multiples)
-    return spread.copy_(multiples.to(stored))
+def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """The lead of each group, in the wide dtype."""
+    if len(run.leads) == 1:
+        part, members, _ = run.leads[0]
+        return _widened(_gathered(rows[part], members, workspace, "leads"), workspace, "leads")
+    shape, wide = (len(run.norms), *rows[0].shape[1:]), wide_dtype(rows[0].device)
+    leads = workspace.take("leads", shape, wide, rows[0].device)
+    for part, members, slots in run.leads:
+        leads.index_copy_(0, slots, _widened(_gathered(rows[part], members, workspace, "members"), workspace))
+    return leads
 
 
-def _times(members: Tensor, piece: Piece) -> Tensor:
-    """Members times their multiples, in place."""
-    return members if piece.multiples is None else members.mul_(_column(piece.multiples, members))
+# --- from the members to their groups, and back ---
 
 
-def _add_up(totals: Tensor, piece: Piece, values: Tensor) -> None:
-    """Adds the values of the members to the totals of their groups."""
-    if piece.blocks is None:
-        _scatter_add_(totals, piece.slots, values)
+def _add_up(totals: Tensor, each: Round, values: Tensor) -> None:
+    """Adds the values of the members to the totals of their groups; the values are lost."""
+    if each.size:
+        totals.add_(_folded(values.view(len(totals), each.size, *values.shape[1:])))
+    elif each.blocks is None:
+        _scatter_add_(totals, each.slots, values)
     else:
-        # -0.0 is what adds nothing to any number; 0.0 would turn -0.0 into 0.0.
-        partial = values.new_full((len(piece.block_slots), *values.shape[1:]), -0.0)
-        _scatter_add_(partial, piece.blocks, values)
-        _scatter_add_(totals, piece.block_slots, partial)
+        partial = values.new_full((len(each.block_slots), *values.shape[1:]), -0.0)
+        _scatter_add_(partial, each.blocks, values)
+        _scatter_add_(totals, each.block_slots, partial)
 
 
 def _scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
@@ -362,30 +407,97 @@ def _scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
         totals.index_put_((slots,), values, accumulate=True)
 
 
-def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The lead of each group, in the wide dtype."""
-    if len(run.leads) == 1:
-        part, members, _ = run.leads[0]
-        return _gathered(rows[part], members, workspace, "leads")
-    leads = workspace.take("leads", (len(run.norms), *rows[0].shape[1:]), wide_dtype(rows[0].device), rows[0].device)
-    for part, members, slots in run.leads:
-        leads.index_copy_(0, slots, _gathered(rows[part], members, workspace, "members"))
-    return leads
+def _expected(values: Tensor, each: Round, stored: torch.dtype, workspace: Workspace) -> Tensor:
+    """What the members of a round are if these are the values of their leads, in the dtype of the values.
+
+    A multiple is rounded as it will be when it is stored: only then is tying idempotent.
+    """
+    spread = workspace.take("expected", (each.length, *values.shape[1:]), values.dtype, values.device)
+    _spread(values, each, spread)
+    if each.multiples is None:
+        return spread
+    wide = spread.to(wide_dtype(values.device))
+    multiples = wide * _column(each.multiples, wide)
+    # A multiple of what is finite is finite, too.
+    largest = torch.finfo(stored).max
+    multiples = torch.where(wide.isfinite(), multiples.clamp(-largest, largest), multiples)
+    return spread.copy_(multiples.to(stored))
 
 
-def _gathered(rows: Tensor, positions: Tensor, workspace: Workspace, name: str) -> Tensor:
-    """``rows[positions]`` in the wide dtype, in the buffer of that name."""
-    shape, wide = (len(positions), *rows.shape[1:]), wide_dtype(rows.device)
-    stored = workspace.take(name, shape, rows.dtype, rows.device)
-    torch.index_select(_bits(rows), 0, positions, out=_bits(stored))
-    return stored if wide == rows.dtype else workspace.take(name, shape, wide, rows.device).copy_(stored)
+def _spread(values: Tensor, each: Round, members: Tensor) -> None:
+    """Writes the value of its group to each member."""
+    if each.size:
+        members.view(len(values), each.size, *members.shape[1:]).copy_(values.unsqueeze(1))
+    else:
+        torch.index_select(_bits(values), 0, each.slots, out=_bits(members))
+
+
+def _times(members: Tensor, each: Round) -> Tensor:
+    """Members times their multiples, in place."""
+    if each.multiples is None:
+        return members
+    return members.mul_(_column(each.multiples.to(members.dtype), members))
+
+
+def _members(rows: list[Tensor], each: Round, workspace: Workspace) -> Tensor:
+    """The members of a round, as they are stored: a buffer, or the rows themselves where they follow each other."""
+    if len(each.pieces) == 1:
+        return _gathered(rows[each.pieces[0].part], each.pieces[0].members, workspace, "members")
+    members = workspace.take("members", (each.length, *rows[0].shape[1:]), rows[0].dtype, rows[0].device)
+    for piece, target in zip(each.pieces, _split(_bits(members), each), strict=True):
+        if isinstance(piece.members, slice):
+            target.copy_(_bits(rows[piece.part])[piece.members])
+        else:
+            torch.index_select(_bits(rows[piece.part]), 0, piece.members, out=target)
+    return members
+
+
+def _split(members: Tensor, each: Round) -> tuple[Tensor, ...]:
+    """The members of a round piece by piece."""
+    return torch.split(members, [piece.length for piece in each.pieces])
+
+
+def _gathered(rows: Tensor, positions: Tensor | slice, workspace: Workspace, name: str) -> Tensor:
+    """``rows[positions]``, in the buffer of that name; of a slice a view."""
+    if isinstance(positions, slice):
+        return rows[positions]
+    gathered = workspace.take(name, (len(positions), *rows.shape[1:]), rows.dtype, rows.device)
+    torch.index_select(_bits(rows), 0, positions, out=_bits(gathered))
+    return gathered
+
+
+def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tensor:
+    """Members in the wide dtype, to be read."""
+    wide = wide_dtype(members.device)
+    return (
+        members if members.dtype == wide else workspace.take(name, members.shape, wide, members.device).copy_(members)
+    )
 
 
 def _write(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
     """Every member of a group gets the group's value."""
-    for piece in run.pieces:
-        expected = _expected(values, piece, values.dtype, workspace)
-        _bits(rows[piece.part]).index_copy_(0, piece.members, _bits(expected))
+    for each in run.rounds:
+        if len(each.pieces) > 1 or each.multiples is not None:
+            expected = _expected(values, each, values.dtype, workspace)
+            for piece, own in zip(each.pieces, _split(expected, each), strict=True):
+                _put(rows[piece.part], piece.members, own)
+            continue
+        part, positions, _ = each.pieces[0]
+        target = _bits(rows[part])
+        if isinstance(positions, slice):
+            _spread(values, each, rows[part][positions])
+        elif each.size:
+            target[positions.view(-1, each.size)] = _bits(values).unsqueeze(1)
+        else:
+            target.index_copy_(0, positions, _bits(_expected(values, each, values.dtype, workspace)))
+
+
+def _put(rows: Tensor, positions: Tensor | slice, values: Tensor) -> None:
+    """``rows[positions] = values``."""
+    if isinstance(positions, slice):
+        rows[positions].copy_(values)
+    else:
+        _bits(rows).index_copy_(0, positions, _bits(values))
 
 
 def _pin(rows: list[Tensor], index: Index) -> None:

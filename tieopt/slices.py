@@ -63,7 +63,7 @@ class Slices(NamedTuple):
         strides have in common, whatever the layout; so not every row needs to be a slice, and rows may
         overlap, but the slices among them do not.
         """
-        front, depth = tensor.movedim(self.dim, 0), self.labels.dim()
+        front, depth = tensor.movedim(self.dim, 0) if self.dim else tensor, self.labels.dim()
         if depth == 1:
             return front
         strides = self._strides(tensor)

@@ -299,6 +299,8 @@ def _check_readable(tensor: Tensor, what: str, name: str) -> None:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
