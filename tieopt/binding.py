@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tieopt.batches import Batches, Pairs
+from tieopt.compact import Compact
 from tieopt.places import BoundTie, ParamGroups, all_places, check_joined, found, name_of, parameter_at
 from tieopt.reduction import Reduction, drift, projected, relax_
 from tieopt.slices import FREE
@@ -28,20 +29,28 @@ class Binding:
         reduction: ``"mean"`` or ``"sum"``, what the inner optimizer is to see of the gradients.
         strength: how far a projection moves the weights, from 0 to 1.
         every: they are projected after every so many steps.
+        compact: whether the inner optimizer trains one entry for each group.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
 
     def __init__(
-        self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
+        self,
+        param_groups: ParamGroups,
+        ties: Any,
+        reduction: Reduction,
+        strength: float = 1.0,
+        every: int = 1,
+        compact: bool = False,
     ) -> None:
-        _check_options(reduction, strength, every)
+        _check_options(reduction, strength, every, compact)
         self.reduction = reduction
         self.strength = strength
         self.every = every
         self.steps = 0
         self.ties = found(param_groups, ties)
+        self.compact = Compact(self.ties, param_groups) if compact else None
         self.batches = Batches()
         # Compiled now, and not while a step is captured.
         for tie, params in self.batches.of(self.parameters(param_groups)):
@@ -149,7 +158,7 @@ class Binding:
                 )
 
 
-def _check_options(reduction: Any, strength: Any, every: Any) -> None:
+def _check_options(reduction: Any, strength: Any, every: Any, compact: Any) -> None:
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(f"Unknown reduction.\n  Expected: 'mean' or 'sum'\n  Got:      {shown(reduction)}")
     number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
@@ -169,4 +178,12 @@ def _check_options(reduction: Any, strength: Any, every: Any) -> None:
             "Relaxed ties leave the gradients as they are, and do not add them up.\n"
             "  Expected: reduction='mean', or strength=1 and every=1\n"
             f"  Got:      reduction='sum', strength={strength}, every={every}"
+        )
+    if not isinstance(compact, bool):
+        raise TypeError(f"compact says which mode it is.\n  Expected: True or False\n  Got:      {shown(compact)}")
+    if compact and (strength != 1 or every != 1):
+        raise ValueError(
+            "Relaxed ties train every member by its own gradient, and not one entry for all of them.\n"
+            "  Expected: compact=False, or strength=1 and every=1\n"
+            f"  Got:      compact=True, strength={strength}, every={every}"
         )

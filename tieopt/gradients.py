@@ -1,4 +1,4 @@
-"""The gradients of a step: as the inner optimizer is to see them, and back to what accumulates.
+"""Gradients: as an optimizer is to see them, and back to what accumulates.
 
 Dense gradients are tied where they are: they may be views of a bucket that others hold. Those with a graph,
 and sparse ones, which have no place for every member, are replaced by other tensors.
@@ -7,56 +7,18 @@ and sparse ones, which have no place for every member, are replaced by other ten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tieopt.batches import Batches, Pairs
-from tieopt.binding import Binding
-from tieopt.places import BoundTie, ParamGroups
+from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, projected
 from tieopt.ties import overlaps
 
-
-class StepGradients:
-    """The gradients as the inner optimizer is to see them, for the length of one step."""
-
-    def __init__(self, binding: Binding, param_groups: ParamGroups) -> None:
-        self._binding = binding
-        self._param_groups = param_groups
-        self._undo: list[Callable[[], None]] = []
-        self._took_part: dict[BoundTie, list[Tensor]] = {}
-
-    @property
-    def pairs(self) -> Pairs:
-        """The ties of which a gradient was there, and their parameters."""
-        return list(self._took_part.items())
-
-    def tie(self) -> None:
-        """Ties the gradients that are there, and remembers whose they are; relaxed ties leave them alone."""
-        pairs = with_gradients(self._binding.parameters(self._param_groups))
-        self._took_part.update(pairs)
-        if not self._binding.relaxed:
-            tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
-
-    def restore(self) -> None:
-        """Leaves the mean in ``.grad``, so that the next backward adds to the mean."""
-        while self._undo:
-            self._undo.pop()()
-
-    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """The closure, with the gradients that it leaves tied after each call."""
-
-        @wraps(closure)
-        def tied_closure(*args: Any, **kwargs: Any) -> Any:
-            self.restore()
-            loss = closure(*args, **kwargs)
-            self.tie()
-            return loss
-
-        return tied_closure
+T = TypeVar("T", bound=BoundTie)
 
 
 def tie_gradients(
@@ -74,7 +36,7 @@ def tie_gradients(
         reduction: ``"mean"`` or ``"sum"``.
         undo: for the sum, gets what turns it into the mean again where nobody has replaced the gradient since.
     """
-    _prepare(pairs)
+    prepare_gradients(pairs)
     replaced = _replaced(pairs)
     undo = [] if undo is None else undo
     written = [(tie, params, _gradients(params)) for tie, params in pairs if params[0] not in replaced]
@@ -108,12 +70,12 @@ def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return [param.grad for param in params if param.grad is not None]
 
 
-def with_gradients(pairs: Pairs) -> Pairs:
+def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, list[Tensor]]]:
     """The ties of which a parameter has a gradient."""
     return [(tie, params) for tie, params in pairs if any(param.grad is not None for param in params)]
 
 
-def _prepare(pairs: Pairs) -> None:
+def prepare_gradients(pairs: Pairs) -> None:
     """Gives every parameter a gradient that can be tied."""
     if any(len(params) > 1 for _, params in pairs):
         # A parameter may be joined with one, and with another by another tie.

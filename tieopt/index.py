@@ -180,7 +180,7 @@ class Index:
             tensors: dense ones; their layout and device matter, and not their entries.
         """
         layout = Layout.of(slices, tensors)
-        members, pins = _sorted_members(slices, layout)
+        members, pins = sorted_members(slices, layout.steps)
         runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout)
         parts = torch.unique(pins.part).tolist() if len(pins.part) else []
         pinned = {part: pins.position[pins.part == part].to(layout.device) for part in parts}
@@ -201,17 +201,13 @@ class Index:
         Tensors that torch negates or conjugates when it reads them are so all or none, which then makes no
         difference to what is linear.
         """
-        rows = [each.rows(in_memory(tensor)) for each, tensor in zip(self.slices, tensors, strict=True)]
-        if rows[0].dim() > 2:
-            inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
-            rows = [each.permute(0, *inner) for each in rows]
-        return [real(each) for each in rows]
+        return in_one_order([each.rows(in_memory(tensor)) for each, tensor in zip(self.slices, tensors, strict=True)])
 
     @cached_property
     def members(self) -> Members:
         """All of them but the pinned ones, sorted by group, each group's lead first; for sparse gradients."""
         with torch.inference_mode(False):
-            return _sorted_members(self.slices, self.layout)[0].to(self.layout.device)
+            return sorted_members(self.slices, self.layout.steps)[0].to(self.layout.device)
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -262,21 +258,29 @@ class Indices:
         return {**self.__dict__, "_indices": {}}
 
 
+def in_one_order(rows: list[Tensor]) -> list[Tensor]:
+    """Real rows, their entries in the order of the first one's in memory."""
+    if rows[0].dim() > 2:
+        inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
+        rows = [each.permute(0, *inner) for each in rows]
+    return [real(each) for each in rows]
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest real dtype of a device."""
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
-def _sorted_members(slices: Sequence[Slices], layout: Layout) -> tuple[Members, Members]:
+def sorted_members(slices: Sequence[Slices], steps: Sequence[tuple[int, ...]]) -> tuple[Members, Members]:
     """The members of groups, sorted by group, each group's lead first; and those that are pinned. On the CPU.
 
     Groups are numbered by their size, then by the tensor that their lead is in, then by their first members:
     groups of one size can be reduced as a matrix.
     """
     columns = []
-    for part, (each, steps) in enumerate(zip(slices, layout.steps, strict=True)):
+    for part, (each, own) in enumerate(zip(slices, steps, strict=True)):
         tied = (each.labels != FREE).flatten()
-        labels, scale, position = (one.flatten()[tied] for one in (each.labels, each.scales, each.positions(steps)))
+        labels, scale, position = (one.flatten()[tied] for one in (each.labels, each.scales, each.positions(own)))
         columns.append(Members(torch.full_like(labels, part), position, labels, scale))
     members = Members(*(torch.cat(column) for column in zip(*columns, strict=True)))
     pins, members = members.at(members.scale == 0), members.at(members.scale != 0)

@@ -12,7 +12,7 @@ the optimizer's own.
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from types import new_class
 from typing import Any, Self, cast
@@ -22,7 +22,10 @@ from torch.optim import Optimizer
 
 from tieopt.batches import Pairs
 from tieopt.binding import Binding
-from tieopt.gradients import StepGradients, tie_gradients, with_gradients
+from tieopt.compact import Compact, CompactStep, StateView, check_served
+from tieopt.compact_state import compacted, expanded
+from tieopt.full import FullStep, is_differentiable
+from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.reduction import Reduction
 from tieopt.state import tied_state
 from tieopt.ties import Tie, shown
@@ -61,6 +64,15 @@ class TiedOptimizer(Optimizer):
             :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each member.
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
         every: after every how many steps the weights are projected.
+        compact: trains one entry for each group instead of all its members: the optimizer has the state, and
+            takes the time, of what is distinct. See below.
+
+    With ``compact=True`` the inner optimizer steps on compact parameters, which have the shared value of a
+    group once, first those of all groups and then the free slices. To everybody else it looks the same:
+    ``param_groups`` has the model's parameters, whose gradients are read and not written. The state is that of
+    the compact parameters. So every optimizer trains the shared values exactly, those that couple entries
+    (LBFGS, Adafactor, Muon, LAMB) as well. What is written to the weights between steps counts; where it was
+    written through ``.data`` and is not tied, call :meth:`tie_weights` first.
 
     With another ``strength`` or ``every`` than 1 the ties are *relaxed*: the members are trained by their own
     gradients and pulled together, as in locally connected layers that share weights now and then (Pogodin
@@ -103,11 +115,12 @@ class TiedOptimizer(Optimizer):
         reduction: Reduction = "mean",
         strength: float = 1.0,
         every: int = 1,
+        compact: bool = False,
     ) -> Self:
         _check_wrappable(optimizer)
-        binding = Binding(optimizer.param_groups, ties, reduction, strength, every)
-        tied_class = _tied_class(cls, type(optimizer))
-        _tie_all(optimizer, binding)
+        binding = Binding(optimizer.param_groups, ties, reduction, strength, every, compact)
+        tied_class = _tied_class(cls, type(optimizer), compact)
+        state = _tie_all(optimizer, optimizer.state, binding)
 
         # Nothing fails from here on.
         vars(optimizer).pop("step", None)
@@ -117,6 +130,9 @@ class TiedOptimizer(Optimizer):
         optimizer.__class__ = tied_class
         tied = cast(Self, optimizer)
         tied._tieopt = binding
+        if compact:
+            vars(tied)["state"] = defaultdict(dict)
+        tied.state.update(state)
         return tied
 
     def __init__(
@@ -127,6 +143,7 @@ class TiedOptimizer(Optimizer):
         reduction: Reduction = "mean",
         strength: float = 1.0,
         every: int = 1,
+        compact: bool = False,
     ) -> None:
         # __new__ did it all; Optimizer.__init__ would begin a second state.
         pass
@@ -166,7 +183,7 @@ class TiedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
         """
-        _tie_weights(self, self._tieopt, _trained(self, self._tieopt))
+        self._tieopt.tie_weights(_trained(self, self._tieopt), differentiable=is_differentiable(self))
 
     def retie(self, ties: Mapping[Any, Any] | Tie | Iterable[Tie]) -> None:
         """Replaces all ties by others, in the middle of a training.
@@ -195,10 +212,17 @@ class TiedOptimizer(Optimizer):
             ()
         """
         kept = self._tieopt
-        binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every)
+        compact = kept.compact is not None
+        binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
         binding.steps = kept.steps
-        _tie_all(self, binding)
+        state = dict(self.state)
+        if kept.compact is not None:
+            state.update(expanded(state, kept.compact.parts(self.param_groups)))
+        state = _tie_all(self, state, binding)
         self._tieopt = binding
+        if compact:
+            vars(self)["state"] = defaultdict(dict)
+        self.state.update(state)
 
     def untie(self) -> None:
         """Ends all ties: from here on every entry is trained for itself.
@@ -238,25 +262,36 @@ class TiedOptimizer(Optimizer):
         saved: dict[str, Any] = {"ties": self._tieopt.fingerprints(self.param_groups)}
         if self._tieopt.relaxed:
             saved["steps"] = self._tieopt.steps
+        if self._tieopt.compact is not None:
+            saved["compact"] = True
         return {**state_dict, _TIEOPT: saved}
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loads a state that was saved with the same ties, or without any.
+        """Loads a state that was saved with the same ties, in either mode, or without any.
 
         One without any, or with relaxed ones, is averaged per group, as if the weights had been tied all along.
 
         Raises:
-            ValueError: it was saved with other ties. Nothing is loaded then.
+            ValueError: it was saved with other ties, or it is of the other mode and has something that cannot be
+                converted, as the history of LBFGS. Nothing is loaded then.
         """
-        pairs, saved = _trained(self, self._tieopt), state_dict.get(_TIEOPT)
+        binding, saved = self._tieopt, state_dict.get(_TIEOPT)
+        pairs = _trained(self, binding)
         if _TIEOPT in state_dict:
-            self._tieopt.check_saved(saved, self.param_groups)
+            binding.check_saved(saved, self.param_groups)
+        was_compact = saved is not None and saved.get("compact", False)
+        convert = _converter(self, binding, was_compact)
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
+        if convert is not None:
+            params = dict(enumerate(param for settings in self.param_groups for param in settings["params"]))
+            convert({params[number]: one for number, one in state_dict["state"].items() if number in params})
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
-            self._tieopt.steps = saved.get("steps", 0)
-        if not self._tieopt.relaxed and (saved is None or "steps" in saved):
+            binding.steps = saved.get("steps", 0)
+        if not binding.relaxed and (saved is None or "steps" in saved):
             self.state.update(tied_state(self.state, pairs))
+        if convert is not None:
+            self.state.update(convert(self.state))
 
     def __repr__(self) -> str:
         relaxed = self._tieopt.relaxed and self._tieopt.ties
@@ -273,23 +308,19 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
         self._opt_called = True
         binding = self._tieopt
-        gradients = StepGradients(binding, self.param_groups)
+        mode = FullStep(self) if binding.compact is None else CompactStep(self)
         if args and callable(args[0]):
-            args = (gradients.around(args[0]), *args[1:])
+            args = (mode.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
-            kwargs["closure"] = gradients.around(kwargs["closure"])
+            kwargs["closure"] = mode.around(kwargs["closure"])
         try:
-            gradients.tie()
-            result = _below_hooks(inner.step)(self, *args, **kwargs)
+            mode.begin()
+            result = _below_hooks(inner.step)(mode.optimizer, *args, **kwargs)
             binding.steps += 1
-            if binding.relaxed and binding.steps % binding.every == 0:
-                _tie_weights(self, binding, gradients.pairs, binding.strength)
+            mode.finish()
             return result
         finally:
-            gradients.restore()
-            # A closure may have changed the ties.
-            if binding is self._tieopt and not binding.relaxed:
-                _tie_weights(self, binding, gradients.pairs)
+            mode.close()
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
@@ -314,36 +345,66 @@ def _below_hooks(step: Any) -> Any:
     return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED_CODE else step
 
 
-_tied_classes: dict[tuple[type, type], type[TiedOptimizer]] = {}
+_tied_classes: dict[tuple[type, type, bool], type[TiedOptimizer]] = {}
 
 
-def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer]) -> type[TiedOptimizer]:
-    """The subclass of both, one for all optimizers of a class."""
-    if (cls, inner) not in _tied_classes:
+def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool) -> type[TiedOptimizer]:
+    """The subclass of both, one for all optimizers of a class and mode."""
+    if (cls, inner, compact) not in _tied_classes:
         namespace = {
             "__doc__": inner.__doc__,
             "__module__": inner.__module__,
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
+            **(_COMPACT if compact else {}),
         }
-        name = f"Tied{inner.__name__}"
-        _tied_classes[cls, inner] = new_class(name, (cls, inner), exec_body=lambda body: body.update(namespace))
-    return _tied_classes[cls, inner]
+        made = new_class(f"Tied{inner.__name__}", (cls, inner), exec_body=lambda body: body.update(namespace))
+        _tied_classes[cls, inner, compact] = made
+    return _tied_classes[cls, inner, compact]
 
 
 def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding) -> TiedOptimizer:
     """An optimizer without state, for ``pickle`` and ``copy`` to fill."""
-    optimizer = object.__new__(_tied_class(cls, inner))
+    optimizer = object.__new__(_tied_class(cls, inner, binding.compact is not None))
     optimizer._tieopt = binding
     return optimizer
 
 
-def _tie_all(optimizer: Optimizer, binding: Binding) -> None:
-    """Ties the weights, and the state that an optimizer has already."""
+def _shown_state(self: Any) -> StateView:
+    """The state by the model's parameters, though it is kept by the compact ones."""
+    return StateView(vars(self)["state"], self._tieopt.compact.by_param(self.param_groups))
+
+
+def _take_state(self: Any, state: Mapping[Any, Any]) -> None:
+    compacts = self._tieopt.compact.by_param(self.param_groups)
+    vars(self)["state"] = defaultdict(dict, {compacts.get(key, key): value for key, value in state.items()})
+
+
+def _set_state(self: Any, state: dict[str, Any]) -> None:
+    """Restores a copy; it is also how ``load_state_dict`` writes."""
+    compact, param_groups = self._tieopt.compact, state["param_groups"]
+    compact.attach(param_groups)
+    compacts = compact.by_param(param_groups)
+    held = defaultdict(dict, {compacts.get(key, key): value for key, value in state["state"].items()})
+    self._tieopt_bases[1].__setstate__(self, {**state, "state": held})
+
+
+# What a class of the compact mode has of its own.
+_COMPACT = {"state": property(_shown_state, _take_state), "__setstate__": _set_state}
+
+
+def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding) -> dict[Any, Any]:
+    """Ties the weights, and returns what takes the place of the state that an optimizer has already."""
     pairs = _trained(optimizer, binding)
-    state = {} if binding.relaxed else tied_state(optimizer.state, pairs)
-    _tie_weights(optimizer, binding, pairs, binding.strength)
-    optimizer.state.update(state)
+    changed = {} if binding.relaxed else tied_state(state, pairs)
+    if binding.compact is not None:
+        check_served(optimizer, binding.compact)
+        binding.compact.attach(optimizer.param_groups)
+        whole = {**state, **changed}
+        changed = {**whole, **compacted(whole, binding.compact.parts(optimizer.param_groups))}
+        changed = {key: value for key, value in changed.items() if value}
+    binding.tie_weights(pairs, differentiable=is_differentiable(optimizer), strength=binding.strength)
+    return changed
 
 
 def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:
@@ -351,9 +412,15 @@ def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:
     return [pair for pair in binding.parameters(optimizer.param_groups) if pair[1][0].requires_grad]
 
 
-def _tie_weights(optimizer: Optimizer, binding: Binding, pairs: Pairs, strength: float = 1.0) -> None:
-    differentiable = bool(getattr(optimizer, "defaults", {}).get("differentiable", False))
-    binding.tie_weights(pairs, differentiable=differentiable, strength=strength)
+def _converter(
+    optimizer: Optimizer, binding: Binding, was_compact: bool
+) -> Callable[[Mapping[Any, Any]], dict[Any, Any]] | None:
+    """What converts a state that was saved in the other mode; None if it was saved in this one."""
+    if was_compact == (binding.compact is not None):
+        return None
+    compact = binding.compact or Compact(binding.ties, optimizer.param_groups)
+    parts = compact.parts(optimizer.param_groups)
+    return lambda state: expanded(state, parts) if was_compact else compacted(state, parts)
 
 
 def _check_wrappable(optimizer: Any) -> None:

@@ -80,8 +80,8 @@ def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None
     """
     rows = index.rows(tensors)
     for run in index.runs:
-        _write(rows, run, _leads(rows, run, workspace).to(rows[0].dtype), workspace)
-    _pin(rows, index)
+        write_values(rows, run, _leads(rows, run, workspace).to(rows[0].dtype), workspace)
+    pin_(rows, index)
 
 
 @torch.no_grad()
@@ -99,11 +99,11 @@ def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, redu
     """
     rows = index.rows(tensors)
     for run in index.runs:
-        values = _means(rows, run, workspace).to(rows[0].dtype)
+        values = group_means(rows, run, workspace).to(rows[0].dtype)
         if reduction == "sum":
-            values = (values.to(wide_dtype(values.device)) * _column(run.counts, values)).to(values.dtype)
-        _write(rows, run, values, workspace)
-    _pin(rows, index)
+            values = (values.to(wide_dtype(values.device)) * column(run.counts, values)).to(values.dtype)
+        write_values(rows, run, values, workspace)
+    pin_(rows, index)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, streng
         strength: how far, from more than 0 to 1, which is as :func:`project_` but for the rounding.
     """
     rows = index.rows(tensors)
-    for part, positions, members, expected in _compared(rows, index, _means, workspace):
+    for part, positions, members, expected in _compared(rows, index, group_means, workspace):
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
         moved = torch.where(members == expected, members, moved).to(rows[part].dtype)
@@ -136,7 +136,7 @@ def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> No
     rows = index.rows(tensors)
     for run in index.runs:
         sums = _leads(rows, run, workspace)
-        _write(rows, run, (sums / _column(run.counts, sums)).to(rows[0].dtype), workspace)
+        write_values(rows, run, (sums / column(run.counts, sums)).to(rows[0].dtype), workspace)
 
 
 class _Projection(torch.autograd.Function):
@@ -185,7 +185,7 @@ def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Ten
     group = index.group_of[indices[0]]
     tied = group >= 0
     if index.pinned:
-        values = torch.where(_column(torch.isin(indices[0], index.pinned[0]), values), 0, values)
+        values = torch.where(column(torch.isin(indices[0], index.pinned[0]), values), 0, values)
 
     # Sparse dimensions after the first say where in its slice an entry stands.
     widths = tensor.shape[1 : tensor.sparse_dim()]
@@ -237,7 +237,7 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> floa
     """
     rows = index.rows(tensors)
     distances = [rows[0].new_zeros((), dtype=wide_dtype(rows[0].device))]
-    for _, _, members, expected in _compared(rows, index, _means, workspace):
+    for _, _, members, expected in _compared(rows, index, group_means, workspace):
         # Equal infinities have no difference.
         distance = torch.where(members == expected, 0.0, members - expected)
         if tensors[0].is_complex():
@@ -269,7 +269,7 @@ def _compared(
 # --- what stands for a group ---
 
 
-def _means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """The mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
     wide = wide_dtype(rows[0].device)
     if run.signed and wide == torch.float64 and rows[0].dtype != wide:
@@ -278,7 +278,7 @@ def _means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
             # A sum may leave the range of float32. An accelerator would have to be waited for to tell.
             if math.isfinite(means.sum().item()):
                 return means
-        return _sums(rows, run, workspace).div_(_column(run.norms, rows[0]))
+        return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
     if wide != rows[0].dtype and wide == torch.float64:
         return _scaled_means(rows, run, workspace)
     means = _leads(rows, run, workspace)
@@ -343,7 +343,7 @@ def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
         differences.copy_(members != differences)
         _add_up(distances, each, differences)
         _add_up(totals, each, _times(members, each))
-    means = totals.div_(_column(run.norms, totals))
+    means = totals.div_(column(run.norms, totals))
     # What is finite has a finite mean, but perhaps beyond the range of the lead.
     largest = torch.finfo(rows[0].dtype).max
     means = torch.where(means.isfinite(), means.clamp(-largest, largest), means)
@@ -362,7 +362,7 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
         differences.mul_(-run.scale).add_(members, alpha=run.scale)
         _add_up(totals, each, _times(differences, each))
     # Half the distance from the pivot, because the distance itself may overflow.
-    halves = totals.div_(_column(run.norms * (2 * run.scale), totals))
+    halves = totals.div_(column(run.norms * (2 * run.scale), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
     # The mean of finite members is finite, whatever the last rounding says.
     largest = torch.finfo(means.dtype).max
@@ -400,7 +400,7 @@ def _add_up(totals: Tensor, each: Round, values: Tensor) -> None:
 
 def _scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
     if totals.device.type == "cpu":
-        totals.scatter_reduce_(0, _column(slots, values).expand_as(values), values, "sum")
+        totals.scatter_reduce_(0, column(slots, values).expand_as(values), values, "sum")
     else:
         # On CUDA scatter_reduce adds with atomics, in an order that changes from run to run: replicas
         # of one model would drift apart. This sorts first and always adds in the same order.
@@ -417,7 +417,7 @@ def _expected(values: Tensor, each: Round, stored: torch.dtype, workspace: Works
     if each.multiples is None:
         return spread
     wide = spread.to(wide_dtype(values.device))
-    multiples = wide * _column(each.multiples, wide)
+    multiples = wide * column(each.multiples, wide)
     # A multiple of what is finite is finite, too.
     largest = torch.finfo(stored).max
     multiples = torch.where(wide.isfinite(), multiples.clamp(-largest, largest), multiples)
@@ -429,14 +429,14 @@ def _spread(values: Tensor, each: Round, members: Tensor) -> None:
     if each.size:
         members.view(len(values), each.size, *members.shape[1:]).copy_(values.unsqueeze(1))
     else:
-        torch.index_select(_bits(values), 0, each.slots, out=_bits(members))
+        torch.index_select(bits(values), 0, each.slots, out=bits(members))
 
 
 def _times(members: Tensor, each: Round) -> Tensor:
     """Members times their multiples, in place."""
     if each.multiples is None:
         return members
-    return members.mul_(_column(each.multiples.to(members.dtype), members))
+    return members.mul_(column(each.multiples.to(members.dtype), members))
 
 
 def _members(rows: list[Tensor], each: Round, workspace: Workspace) -> Tensor:
@@ -444,11 +444,11 @@ def _members(rows: list[Tensor], each: Round, workspace: Workspace) -> Tensor:
     if len(each.pieces) == 1:
         return _gathered(rows[each.pieces[0].part], each.pieces[0].members, workspace, "members")
     members = workspace.take("members", (each.length, *rows[0].shape[1:]), rows[0].dtype, rows[0].device)
-    for piece, target in zip(each.pieces, _split(_bits(members), each), strict=True):
+    for piece, target in zip(each.pieces, _split(bits(members), each), strict=True):
         if isinstance(piece.members, slice):
-            target.copy_(_bits(rows[piece.part])[piece.members])
+            target.copy_(bits(rows[piece.part])[piece.members])
         else:
-            torch.index_select(_bits(rows[piece.part]), 0, piece.members, out=target)
+            torch.index_select(bits(rows[piece.part]), 0, piece.members, out=target)
     return members
 
 
@@ -462,7 +462,7 @@ def _gathered(rows: Tensor, positions: Tensor | slice, workspace: Workspace, nam
     if isinstance(positions, slice):
         return rows[positions]
     gathered = workspace.take(name, (len(positions), *rows.shape[1:]), rows.dtype, rows.device)
-    torch.index_select(_bits(rows), 0, positions, out=_bits(gathered))
+    torch.index_select(bits(rows), 0, positions, out=bits(gathered))
     return gathered
 
 
@@ -474,7 +474,7 @@ def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tenso
     )
 
 
-def _write(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
+def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
     """Every member of a group gets the group's value."""
     for each in run.rounds:
         if len(each.pieces) > 1 or each.multiples is not None:
@@ -483,13 +483,13 @@ def _write(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -
                 _put(rows[piece.part], piece.members, own)
             continue
         part, positions, _ = each.pieces[0]
-        target = _bits(rows[part])
+        target = bits(rows[part])
         if isinstance(positions, slice):
             _spread(values, each, rows[part][positions])
         elif each.size:
-            target[positions.view(-1, each.size)] = _bits(values).unsqueeze(1)
+            target[positions.view(-1, each.size)] = bits(values).unsqueeze(1)
         else:
-            target.index_copy_(0, positions, _bits(_expected(values, each, values.dtype, workspace)))
+            target.index_copy_(0, positions, bits(_expected(values, each, values.dtype, workspace)))
 
 
 def _put(rows: Tensor, positions: Tensor | slice, values: Tensor) -> None:
@@ -497,20 +497,20 @@ def _put(rows: Tensor, positions: Tensor | slice, values: Tensor) -> None:
     if isinstance(positions, slice):
         rows[positions].copy_(values)
     else:
-        _bits(rows).index_copy_(0, positions, _bits(values))
+        bits(rows).index_copy_(0, positions, bits(values))
 
 
-def _pin(rows: list[Tensor], index: Index) -> None:
+def pin_(rows: list[Tensor], index: Index) -> None:
     """What is pinned is zero."""
     for part, pins in index.pinned.items():
-        _bits(rows[part]).index_fill_(0, pins, 0)
+        bits(rows[part]).index_fill_(0, pins, 0)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """8-bit floats as bytes: torch moves those, but not them."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def _column(vector: Tensor, like: Tensor) -> Tensor:
+def column(vector: Tensor, like: Tensor) -> Tensor:
     """A vector over slices, shaped to broadcast against them."""
     return vector.view(-1, *[1] * (like.dim() - 1))

@@ -77,10 +77,13 @@ def _is_tied(slices: Sequence[Slices], values: Sequence[Tensor]) -> bool:
 
 def _is_of(value: Any, param: Tensor) -> bool:
     """Whether a value of the state is plain numbers, one for each entry of the parameter."""
+    return is_plain(value) and value.shape == param.shape and value.device == param.device
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value of the state is a dense tensor of numbers."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
-        and value.shape == param.shape
-        and value.device == param.device
         and value.layout == torch.strided
         and (value.is_floating_point() or value.is_complex())
     )
@@ -88,14 +91,16 @@ def _is_of(value: Any, param: Tensor) -> bool:
 
 def _scaled(slices: Sequence[Slices], key: str, values: Sequence[Tensor]) -> list[Slices]:
     """The slices with scales for what is kept under a key."""
+    return [each._replace(scale=None if each.scale is None else scales_for(key, values, each.scale)) for each in slices]
+
+
+def scales_for(key: str, values: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """What multiples the members are in what is kept under a key, where these are those of the weights."""
     if key in _SIGNED or any(bool((real(value.resolve_conj()) < 0).any()) for value in values):
-        return list(slices)
+        return scale
     # To the power of zero a pinned entry would be a member.
     power = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}.get(key, 2)
-    return [
-        each._replace(scale=None if each.scale is None else torch.where(each.scale == 0, 0, each.scale.abs() ** power))
-        for each in slices
-    ]
+    return torch.where(scale == 0, 0, scale.abs() ** power)
 
 
 @torch.no_grad()

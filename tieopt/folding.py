@@ -1,0 +1,294 @@
+"""One row for each group and for each free slice: what is left of tied tensors without the repetitions.
+
+A *compact* tensor has the groups' shared values first, sorted as an :class:`~tieopt.index.Index` sorts groups,
+and then the free slices in their order. Where tensors are joined, a group stands in the compact tensor of the
+one that its lead is in, so that of some nothing may be left. What is pinned stands nowhere.
+
+With scales a compact tensor has the shared value itself, of which the lead is a positive multiple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tieopt.index import Index, Run, in_one_order, sorted_members, wide_dtype
+from tieopt.reduction import Reduction, Workspace, bits, column, group_means, pin_, projected, write_values
+from tieopt.slices import FREE, Slices, in_memory
+
+
+class Folded(NamedTuple):
+    """Which of the slices of a tensor are kept, counted as its labels are.
+
+    Attributes:
+        kept: the slice that each row of the compact tensor is, int64, shape ``[n]``.
+        groups: how many of them stand for groups.
+        rows: for each slice the row that it is a multiple of, counted through all compact tensors; -1 for a pinned
+            one; int64, shape ``[labels]``.
+        scale: what multiple of its row each slice is, float64, shape ``[labels]``.
+    """
+
+    kept: Tensor
+    groups: int
+    rows: Tensor
+    scale: Tensor
+
+
+def folded(slices: Sequence[Slices]) -> tuple[Folded, ...]:
+    """What is kept of each of several tensors; on the CPU."""
+    members, pins = sorted_members(slices, [_steps(each) for each in slices])
+    sizes = torch.bincount(members.group)
+    leads = members.at(sizes.cumsum(0) - sizes)
+    # The lead is a positive multiple: which sign a group is written with makes no difference.
+    scale = members.scale * leads.scale.sign()[members.group]
+    homes = [leads.position[leads.part == part] for part in range(len(slices))]
+    row_of = torch.empty_like(leads.group)
+    parts, before = [], 0
+    for part, (each, home) in enumerate(zip(slices, homes, strict=True)):
+        free = torch.ones(each.labels.numel(), dtype=torch.bool, device="cpu")
+        free[members.position[members.part == part]] = False
+        free[pins.position[pins.part == part]] = False
+        kept = torch.cat([home, free.nonzero().squeeze(1)])
+        row_of[leads.part == part] = before + torch.arange(len(home), device="cpu")
+        rows = torch.full((len(free),), FREE, device="cpu")
+        rows[kept] = before + torch.arange(len(kept), device="cpu")
+        parts.append(Folded(kept, len(home), rows, torch.ones(len(free), dtype=torch.float64, device="cpu")))
+        before += len(kept)
+    for part, whole in enumerate(parts):
+        own = members.part == part
+        whole.rows[members.position[own]] = row_of[members.group[own]]
+        whole.scale[members.position[own]] = scale[own]
+    return tuple(parts)
+
+
+def _steps(slices: Slices) -> tuple[int, ...]:
+    """Steps with which the slices are counted in the order of their labels."""
+    steps = [1]
+    for size in reversed(slices.labels.shape[1:]):
+        steps.append(steps[-1] * size)
+    return tuple(reversed(steps))
+
+
+class _Home(NamedTuple):
+    """Groups of a run that stand in one compact tensor.
+
+    Attributes:
+        part: the number of the tensor.
+        slots: which groups of the run.
+        place: their rows in the compact tensor.
+    """
+
+    part: int
+    slots: Tensor | slice
+    place: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """Folds tensors of one layout on one device, and unfolds them; compiled, so that a step only runs through it.
+
+    Attributes:
+        index: the members of all groups.
+        kept: for each tensor the rows that its compact one consists of, int64, shape ``[n]``.
+        groups: how many of these are of groups.
+        homes: for each run of the index where its groups stand.
+        scales: for each run what multiple of the shared value the lead is; None if it is the value itself.
+        places: for each tensor the row of its compact one that each row is; None if for some there is no such row, or
+            it is a multiple, or one that stands elsewhere.
+    """
+
+    index: Index
+    kept: tuple[Tensor, ...]
+    groups: tuple[int, ...]
+    homes: tuple[tuple[_Home, ...], ...]
+    scales: tuple[Tensor | None, ...]
+    places: tuple[Tensor, ...] | None
+
+    @classmethod
+    @torch.inference_mode(False)
+    def compile(cls, slices: Sequence[Slices], parts: Sequence[Folded], tensors: Sequence[Tensor]) -> Folding:
+        """Compiles labels for tensors.
+
+        Args:
+            slices: of each tensor.
+            parts: what is kept of each, as :func:`folded` says.
+            tensors: dense ones; their layout and device matter, and not their entries.
+        """
+        index = Index.compile(slices, tensors)
+        device = index.layout.device
+        positions = [each.positions(steps).flatten() for each, steps in zip(slices, index.layout.steps, strict=True)]
+        kept = tuple(own[part.kept].to(device) for own, part in zip(positions, parts, strict=True))
+        ends = [0] * len(slices)
+        homes, scales = [], []
+        for run in index.runs:
+            own = []
+            for part, _, slots in run.leads:
+                start, ends[part] = ends[part], ends[part] + len(slots)
+                whole = len(slots) == len(run.norms)
+                own.append(_Home(part, slice(None) if whole else slots, slice(start, ends[part])))
+            homes.append(tuple(own))
+            scales.append(_lead_scales(run, own, parts, device))
+        places = _places(slices, parts, positions, index)
+        return cls(index, kept, tuple(part.groups for part in parts), tuple(homes), tuple(scales), places)
+
+    def rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows of tensors and of their compact ones, in one order of what is within them."""
+        slices = self.index.slices
+        rows = [each.rows(in_memory(tensor)) for each, tensor in zip(slices, tensors, strict=True)]
+        rows += [compact_slices(each).rows(compact) for each, compact in zip(slices, compacts, strict=True)]
+        rows = in_one_order(rows)
+        return rows[: len(slices)], rows[len(slices) :]
+
+
+def _places(
+    slices: Sequence[Slices], parts: Sequence[Folded], positions: Sequence[Tensor], index: Index
+) -> tuple[Tensor, ...] | None:
+    places, before = [], 0
+    for each, part, own, steps in zip(slices, parts, positions, index.layout.steps, strict=True):
+        rows, count = part.rows - before, len(part.kept)
+        before += count
+        rows[part.rows == FREE] = 0  # Pinned ones are written over afterwards.
+        here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
+        # Where slices of several dimensions are walked with gaps, not every row is one.
+        if not here or sorted(steps) != sorted(_steps(each)) or not bool((part.scale == 1).all()):
+            return None
+        in_memory = torch.empty_like(rows).index_put_((own,), rows)
+        places.append(in_memory.to(index.layout.device, torch.int32 if count < 2**31 else torch.int64))
+    return tuple(places)
+
+
+def compact_slices(slices: Slices) -> Slices:
+    """How the rows of a compact tensor are sliced."""
+    return Slices(slices.labels.flatten(), dim=slices.dim if slices.labels.dim() == 1 else 0)
+
+
+def compact_like(slices: Slices, tensor: Tensor, count: int) -> Tensor:
+    """An uninitialised compact tensor of so many rows, in the order of memory that a tensor has."""
+    shape, strides = list(slices.slice_shape(tensor)), list(tensor.movedim(slices.dim, 0).stride())
+    # The stride of the first label dimension stands for all of them.
+    strides[: slices.labels.dim()] = strides[:1]
+    dim = compact_slices(slices).dim
+    shape.insert(dim, count)
+    strides.insert(dim, strides.pop(0))
+    order = sorted(range(len(shape)), key=strides.__getitem__, reverse=True)
+    return torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device)
+
+
+def _lead_scales(run: Run, homes: Sequence[_Home], parts: Sequence[Folded], device: torch.device) -> Tensor | None:
+    scales = torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
+    for home in homes:
+        slots = home.slots if isinstance(home.slots, slice) else home.slots.cpu()
+        scales[slots] = parts[home.part].scale[parts[home.part].kept[home.place]]
+    return None if bool((scales == 1).all()) else scales.to(device, wide_dtype(device))
+
+
+@torch.no_grad()
+def fold_(compacts: Sequence[Tensor], tensors: Sequence[Tensor], folding: Folding) -> None:
+    """Writes to compact tensors what the leads and the free slices of tensors are.
+
+    Args:
+        compacts: to write to.
+        tensors: tied ones.
+        folding: of the tensors.
+    """
+    rows, compact_rows = folding.rows(tensors, compacts)
+    for own, kept, compact in zip(rows, folding.kept, compact_rows, strict=True):
+        torch.index_select(bits(own), 0, kept, out=bits(compact))
+    for homes, scales in zip(folding.homes, folding.scales, strict=True):
+        if scales is not None:
+            for home in homes:
+                compact = compact_rows[home.part][home.place]
+                compact.copy_(compact / column(scales[home.slots], compact))
+
+
+@torch.no_grad()
+def fold_gradients_(
+    compacts: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    folding: Folding,
+    workspace: Workspace,
+    reduction: Reduction,
+) -> None:
+    """Writes the gradients of the shared values and of the free slices to compact tensors.
+
+    Args:
+        compacts: to write to.
+        grads: dense gradients of the members.
+        folding: of the gradients.
+        workspace: buffers to work in.
+        reduction: ``"mean"`` or ``"sum"``.
+    """
+    rows, compact_rows = folding.rows(grads, compacts)
+    for run, homes, scales in zip(folding.index.runs, folding.homes, folding.scales, strict=True):
+        values = group_means(rows, run, workspace)
+        if reduction == "sum":
+            values = values * column(run.counts, values)
+        if scales is not None:
+            values = values / column(scales, values)
+        for home in homes:
+            compact_rows[home.part][home.place] = values[home.slots]
+    for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
+        if groups < len(kept):
+            torch.index_select(bits(own), 0, kept[groups:], out=bits(compact[groups:]))
+
+
+def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Reduction) -> Tensor:
+    """The compact one of a sparse COO gradient of a tensor that is tied by rows, sparse as well."""
+    (tied,) = projected([grad.detach()], lambda _: folding.index, reduction)
+    kept = folding.kept[0]
+    row_of = torch.full((len(grad),), FREE, device=kept.device).index_put_(
+        (kept,), torch.arange(len(kept), device=kept.device)
+    )
+    indices, values = tied._indices(), tied._values()
+    rows = row_of[indices[0]]
+    chosen = rows >= 0
+    rows, values = rows[chosen], values[chosen]
+    scales = torch.ones(len(kept), dtype=wide_dtype(kept.device), device=kept.device)
+    for homes, own in zip(folding.homes, folding.scales, strict=True):
+        if own is not None:
+            for home in homes:
+                scales[home.place] = own[home.slots]
+    values = (values / column(scales[rows], values)).to(values.dtype)
+    indices = torch.cat([rows[None], indices[1:, chosen]])
+    return torch.sparse_coo_tensor(indices, values, compact.shape, check_invariants=False)
+
+
+@torch.no_grad()
+def unfold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding, workspace: Workspace) -> None:
+    """Writes to tied tensors what compact ones say; the inverse of :func:`fold_`.
+
+    Args:
+        tensors: to write to.
+        compacts: the shared values and the free slices.
+        folding: of the tensors.
+        workspace: buffers to work in.
+    """
+    rows, compact_rows = folding.rows(tensors, compacts)
+    if folding.places is not None:
+        for own, places, compact in zip(rows, folding.places, compact_rows, strict=True):
+            torch.index_select(bits(compact), 0, places, out=bits(own))
+    else:
+        for run, homes, scales in zip(folding.index.runs, folding.homes, folding.scales, strict=True):
+            values = workspace.take("values", (len(run.norms), *rows[0].shape[1:]), rows[0].dtype, rows[0].device)
+            for home in homes:
+                values[home.slots] = _leads(rows, compact_rows, home, scales, folding)
+            write_values(rows, run, values, workspace)
+        for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
+            bits(own).index_copy_(0, kept[groups:], bits(compact[groups:]))
+    pin_(rows, folding.index)
+
+
+def _leads(
+    rows: list[Tensor], compact_rows: list[Tensor], home: _Home, scales: Tensor | None, folding: Folding
+) -> Tensor:
+    """What the leads are; where the shared value is what :func:`fold_` made of one, that one, bit for bit."""
+    values = compact_rows[home.part][home.place]
+    if scales is None:
+        return values
+    own = column(scales[home.slots], values)
+    leads = rows[home.part][folding.kept[home.part][home.place]]
+    return torch.where((leads / own).to(values.dtype) == values, leads, (values * own).to(values.dtype))
