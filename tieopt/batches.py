@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tieopt.index import Indices
 from tieopt.places import BoundTie
-from tieopt.reduction import Reduction, Workspace, divide_, project_
+from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
 from tieopt.slices import FREE
+from tieopt.traced import divide_traced_, project_traced_, relax_traced_
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
@@ -40,13 +41,30 @@ class Batches:
 
     def project_(self, pairs: Pairs, reduction: Reduction = "mean") -> None:
         """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`."""
-        for tie, tensors in self.of(pairs):
-            project_(tensors, tie.index_for(tensors), self.workspace, reduction)
+        if torch.compiler.is_compiling():
+            for tie, tensors in pairs:
+                project_traced_(tie, tensors, reduction)
+            return
+        for ties, tensors in self.of(pairs):
+            project_(tensors, ties.index_for(tensors), self.workspace, reduction)
 
     def divide_(self, pairs: Pairs) -> None:
         """Divides the tensors of each tie; see :func:`~tieopt.reduction.divide_`."""
-        for tie, tensors in self.of(pairs):
-            divide_(tensors, tie.index_for(tensors), self.workspace)
+        if torch.compiler.is_compiling():
+            for tie, tensors in pairs:
+                divide_traced_(tie, tensors)
+            return
+        for ties, tensors in self.of(pairs):
+            divide_(tensors, ties.index_for(tensors), self.workspace)
+
+    def relax_(self, pairs: Pairs, strength: float) -> None:
+        """Relaxes the tensors of each tie; see :func:`~tieopt.reduction.relax_`."""
+        if torch.compiler.is_compiling():
+            for tie, tensors in pairs:
+                relax_traced_(tie, tensors, strength)
+            return
+        for ties, tensors in self.of(pairs):
+            relax_(tensors, ties.index_for(tensors), self.workspace, strength)
 
     def of(self, pairs: Pairs) -> Iterator[tuple[Indices, list[Tensor]]]:
         """The same ties and tensors, those that can be worked on together as one."""

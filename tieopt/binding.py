@@ -15,7 +15,7 @@ from torch import Tensor
 from tieopt.batches import Batches, Pairs
 from tieopt.compact import Compact
 from tieopt.places import BoundTie, ParamGroups, all_places, check_joined, found, name_of, parameter_at
-from tieopt.reduction import Reduction, drift, projected, relax_
+from tieopt.reduction import Reduction, drift, projected
 from tieopt.slices import FREE
 from tieopt.ties import shown
 
@@ -52,9 +52,10 @@ class Binding:
         self.ties = found(param_groups, ties)
         self.compact = Compact(self.ties, param_groups) if compact else None
         self.batches = Batches()
-        # Compiled now, and not while a step is captured.
-        for tie, params in self.batches.of(self.parameters(param_groups)):
-            tie.index_for(params)
+        # Compiled now, and not while a step is captured, or traced, which works on each by itself.
+        pairs = self.parameters(param_groups)
+        for ties, params in (*pairs, *self.batches.of(pairs)):
+            ties.index_for(params)
 
     @property
     def relaxed(self) -> bool:
@@ -88,8 +89,7 @@ class Binding:
         if strength == 1:
             self.batches.project_(pairs)
         elif strength > 0:
-            for tie, params in pairs:
-                relax_(params, tie.index_for(params), self.batches.workspace, strength)
+            self.batches.relax_(pairs, strength)
 
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean."""

@@ -23,12 +23,12 @@ from torch.optim import Optimizer
 
 from tieopt.batches import Batches
 from tieopt.compact_state import Parts
-from tieopt.folding import Folded, Folding, compact_like, fold_, fold_gradients_, folded, folded_sparse, unfold_
+from tieopt.folding import Folded, compact_like, fold_, fold_gradients_, folded, folded_sparse, folding_for, unfold_
 from tieopt.gradients import prepare_gradients, with_gradients
-from tieopt.index import Indices, Layout
 from tieopt.places import BoundTie, ParamGroups, Place, check_joined, name_of, parameter_at
 from tieopt.reduction import Reduction
 from tieopt.slices import FREE, Slices
+from tieopt.traced import fold_traced_, unfold_traced_
 
 
 class Component(BoundTie):
@@ -109,7 +109,6 @@ class Compact:
         self.param_groups: ParamGroups = []
         self.parameters: dict[tuple[int, int], Parameter] = {}
         self.attributes: dict[str, Any] = {"_numel_cache": None}
-        self._foldings: dict[tuple[Indices, Layout], Folding] = {}
         self._gradients: dict[Parameter, Tensor] = {}
         self._twin: Optimizer | None = None
 
@@ -130,8 +129,12 @@ class Compact:
             ):
                 compact = compact_like(slices, param.detach(), len(part.kept))
                 self.parameters[place[:2]] = Parameter(compact, requires_grad=param.requires_grad)
+            own = [self.parameters[place[:2]] for place in component.places]
             # From here on they are read from the weights before each step.
-            fold_([self.parameters[place[:2]] for place in component.places], params, self._folding(component, params))
+            fold_(own, params, folding_for(component, params))
+            for compact in own:
+                compact.grad = self._gradient_of(compact)
+        self.mirror(param_groups)
 
     def pairs(self, param_groups: ParamGroups) -> list[tuple[Component, list[Tensor]]]:
         """The components with the parameters that stand in their places now."""
@@ -171,16 +174,12 @@ class Compact:
                 params[:] = wanted
             for key in own.keys() - settings.keys():
                 del own[key]
-            for key, value in settings.items():
-                if key != "params":
-                    own[key] = value
+            _copy_settings(settings, own)
 
     def settle(self, param_groups: ParamGroups) -> None:
         """Takes over what the twin wrote to the settings of its parameter groups."""
         for own, settings in zip(self.param_groups, param_groups, strict=False):
-            for key, value in own.items():
-                if key != "params":
-                    settings[key] = value
+            _copy_settings(own, settings)
 
     def fold(self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups) -> None:
         """Reads the compact parameters from the weights, and their gradients from the gradients.
@@ -191,10 +190,13 @@ class Compact:
             reduction: ``"mean"`` or ``"sum"``.
             param_groups: of the optimizer.
         """
-        compacts = self.by_param(param_groups)
+        compacts = self._by_id(param_groups)
+        prepare_gradients(pairs)
+        if torch.compiler.is_compiling():
+            self._fold_traced(pairs, reduction, compacts)
+            return
         for compact in compacts.values():
             compact.grad = None
-        prepare_gradients(pairs)
         # What was written from outside may not be tied.
         batches.project_([(tie, params) for tie, params in pairs if tie.versions != _versions(params)])
         dense = []
@@ -203,16 +205,30 @@ class Compact:
             if grad.layout == torch.strided:
                 dense.append((tie, params))
                 continue
-            ((compact,), folding) = self._compacts(params, compacts), self._folding(tie, params)
+            ((compact,), folding) = self._compacts(params, compacts), folding_for(tie, params)
             fold_([compact], params, folding)
             compact.grad = folded_sparse(grad, compact, folding, reduction)
         for ties, params in batches.of(dense):
             own, grads = self._compacts(params, compacts), _gradients(params)
-            fold_(own, params, self._folding(ties, params))
+            fold_(own, params, folding_for(ties, params))
             targets = [self._gradient_of(compact) for compact in own]
-            fold_gradients_(targets, grads, self._folding(ties, grads), batches.workspace, reduction)
+            fold_gradients_(targets, grads, folding_for(ties, grads), batches.workspace, reduction)
             for compact, target in zip(own, targets, strict=True):
                 compact.grad = target
+
+    def _fold_traced(self, pairs: Components, reduction: Reduction, compacts: Mapping[int, Parameter]) -> None:
+        trained = {id(param) for _, params in pairs for param in params}
+        for number, compact in compacts.items():
+            # What is as it is to be is left so: a graph ends where attributes of parameters change.
+            if number not in trained and compact.grad is not None:
+                compact.grad = None
+        for ties, params in pairs:
+            own = self._compacts(params, compacts)
+            for compact in own:
+                if compact.grad is None:
+                    compact.grad = self._gradient_of(compact)
+            targets = _gradients(own)
+            fold_traced_(ties, folding_for(ties, params), own, params, targets, _gradients(params), reduction)
 
     def unfold(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Writes what the compact parameters say to the weights.
@@ -222,15 +238,23 @@ class Compact:
             batches: to work in.
             param_groups: of the optimizer.
         """
-        compacts = self.by_param(param_groups)
+        compacts = self._by_id(param_groups)
+        if torch.compiler.is_compiling():
+            for tie, params in pairs:
+                unfold_traced_(tie, folding_for(tie, params), params, self._compacts(params, compacts))
+            return
         for ties, params in batches.of(pairs):
-            unfold_(params, self._compacts(params, compacts), self._folding(ties, params), batches.workspace)
+            unfold_(params, self._compacts(params, compacts), folding_for(ties, params), batches.workspace)
         for tie, params in pairs:
             tie.versions = _versions(params)
 
-    def _compacts(self, params: Sequence[Tensor], compacts: Mapping[Tensor, Parameter]) -> list[Parameter]:
+    def _by_id(self, param_groups: ParamGroups) -> dict[int, Parameter]:
+        """As :meth:`by_param`, but quicker: hashing a tensor takes a while."""
+        return {id(param_groups[group]["params"][at]): compact for (group, at), compact in self.parameters.items()}
+
+    def _compacts(self, params: Sequence[Tensor], compacts: Mapping[int, Parameter]) -> list[Parameter]:
         """The compact parameters of some, where these are now."""
-        own = [compacts[param] for param in params]
+        own = [compacts[id(param)] for param in params]
         for param, compact in zip(params, own, strict=True):
             if compact.dtype != param.dtype or compact.device != param.device:
                 compact.data = compact.data.to(param)
@@ -240,14 +264,8 @@ class Compact:
         """A kept buffer for the gradient of a compact parameter."""
         kept = self._gradients.get(compact)
         if kept is None or kept.dtype != compact.dtype or kept.device != compact.device:
-            kept = self._gradients[compact] = torch.empty_like(compact, requires_grad=False)
+            kept = self._gradients[compact] = torch.zeros_like(compact, requires_grad=False)
         return kept
-
-    def _folding(self, tie: Indices, tensors: Sequence[Tensor]) -> Folding:
-        key = tie, Layout.of(tie.slices, tensors)
-        if key not in self._foldings:
-            self._foldings[key] = Folding.compile(tie.slices, folded(tie.slices), tensors)
-        return self._foldings[key]
 
 
 def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
@@ -257,6 +275,22 @@ def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
 def _versions(params: Sequence[Tensor]) -> list[int]:
     """Numbers that change when parameters are written to; not through ``.data``, which leaves no trace."""
     return [FREE if param.is_inference() else param._version for param in params]
+
+
+def _copy_settings(source: Mapping[str, Any], target: dict[str, Any]) -> None:
+    """Copies settings that differ: a traced step is traced again where something was written."""
+    # While it traces, torch.compile pretends that every optimizer is capturable.
+    apart = ("params", "capturable") if torch.compiler.is_compiling() else ("params",)
+    for key, value in source.items():
+        if key not in apart and (key not in target or not _same(target[key], value)):
+            target[key] = value
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    plain = isinstance(first, (bool, int, float, str)) and type(first) is type(second)
+    return first is second or (plain and first == second)
 
 
 class CompactStep:

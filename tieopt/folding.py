@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Run, in_one_order, sorted_members, wide_dtype
+from tieopt.index import Index, Indices, Layout, Run, consecutive, in_one_order, sorted_members, wide_dtype
 from tieopt.reduction import Reduction, Workspace, bits, column, group_means, pin_, projected, write_values
 from tieopt.slices import FREE, Slices, in_memory
 
@@ -110,15 +110,14 @@ class Folding:
 
     @classmethod
     @torch.inference_mode(False)
-    def compile(cls, slices: Sequence[Slices], parts: Sequence[Folded], tensors: Sequence[Tensor]) -> Folding:
+    def compile(cls, ties: Indices, tensors: Sequence[Tensor]) -> Folding:
         """Compiles labels for tensors.
 
         Args:
-            slices: of each tensor.
-            parts: what is kept of each, as :func:`folded` says.
+            ties: the labels.
             tensors: dense ones; their layout and device matter, and not their entries.
         """
-        index = Index.compile(slices, tensors)
+        index, slices, parts = ties.index_for(tensors), ties.slices, folded(ties.slices)
         device = index.layout.device
         positions = [each.positions(steps).flatten() for each, steps in zip(slices, index.layout.steps, strict=True)]
         kept = tuple(own[part.kept].to(device) for own, part in zip(positions, parts, strict=True))
@@ -128,8 +127,7 @@ class Folding:
             own = []
             for part, _, slots in run.leads:
                 start, ends[part] = ends[part], ends[part] + len(slots)
-                whole = len(slots) == len(run.norms)
-                own.append(_Home(part, slice(None) if whole else slots, slice(start, ends[part])))
+                own.append(_Home(part, consecutive(slots), slice(start, ends[part])))
             homes.append(tuple(own))
             scales.append(_lead_scales(run, own, parts, device))
         places = _places(slices, parts, positions, index)
@@ -139,9 +137,19 @@ class Folding:
         """The rows of tensors and of their compact ones, in one order of what is within them."""
         slices = self.index.slices
         rows = [each.rows(in_memory(tensor)) for each, tensor in zip(slices, tensors, strict=True)]
-        rows += [compact_slices(each).rows(compact) for each, compact in zip(slices, compacts, strict=True)]
+        for each, compact in zip(slices, compacts, strict=True):
+            rows.append(compact.movedim(each.dim, 0) if each.dim and each.labels.dim() == 1 else compact)
         rows = in_one_order(rows)
         return rows[: len(slices)], rows[len(slices) :]
+
+
+def folding_for(ties: Indices, tensors: Sequence[Tensor]) -> Folding:
+    """The folding of tensors; compiled for those of another layout, or on another device."""
+    layout = Layout.of(ties.slices, tensors)
+    if layout not in ties.foldings:
+        ties.foldings[layout] = Folding.compile(ties, tensors)
+    folding: Folding = ties.foldings[layout]
+    return folding
 
 
 def _places(
@@ -229,8 +237,8 @@ def fold_gradients_(
             values = values * column(run.counts, values)
         if scales is not None:
             values = values / column(scales, values)
-        for home in homes:
-            compact_rows[home.part][home.place] = values[home.slots]
+        targets = [compact_rows[home.part][home.place] for home in homes]
+        torch._foreach_copy_(targets, [values[home.slots] for home in homes])
     for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
         if groups < len(kept):
             torch.index_select(bits(own), 0, kept[groups:], out=bits(compact[groups:]))

@@ -35,8 +35,10 @@ class FullStep:
 
     def finish(self) -> None:
         """Pulls relaxed members together, every so many steps."""
-        if self._binding.relaxed and self._binding.steps % self._binding.every == 0:
-            self._tie_weights(self._binding.strength)
+        if self._binding.relaxed:
+            self._binding.steps += 1
+            if self._binding.steps % self._binding.every == 0:
+                self._tie_weights(self._binding.strength)
 
     def close(self) -> None:
         """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights."""

@@ -39,9 +39,9 @@ def tie_gradients(
     prepare_gradients(pairs)
     replaced = _replaced(pairs)
     undo = [] if undo is None else undo
-    written = [(tie, params, _gradients(params)) for tie, params in pairs if params[0] not in replaced]
+    written = [(tie, params, _gradients(params)) for tie, params in pairs if id(params[0]) not in replaced]
     batches.project_([(tie, grads) for tie, _, grads in written], reduction)
-    others = [(tie, params) for tie, params in pairs if params[0] in replaced]
+    others = [(tie, params) for tie, params in pairs if id(params[0]) in replaced]
     _replace(others, "mean")
     if reduction == "sum":
         undo.append(partial(_divide, written, batches))
@@ -72,18 +72,26 @@ def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, list[Tensor]]]:
     """The ties of which a parameter has a gradient."""
-    return [(tie, params) for tie, params in pairs if any(param.grad is not None for param in params)]
+    return [(tie, params) for tie, params in pairs if not all(param.grad is None for param in params)]
 
 
 def prepare_gradients(pairs: Pairs) -> None:
     """Gives every parameter a gradient that can be tied."""
     if any(len(params) > 1 for _, params in pairs):
         # A parameter may be joined with one, and with another by another tie.
-        for param in _connected(pairs, {param for _, params in pairs for param in params if param.grad is not None}):
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
+        held = {id(param) for _, params in pairs for param in params if param.grad is not None}
+        joined = _connected(pairs, held)
+        for _, params in pairs:
+            for param in params:
+                if param.grad is None and id(param) in joined:
+                    param.grad = torch.zeros_like(param)
+    if torch.compiler.is_compiling():
+        return  # It writes to whatever there is.
     for tie, params in pairs:
-        for param, grad in zip(params, _gradients(params), strict=True):
+        for param in params:
+            grad = param.grad
+            if grad is None:
+                continue
             if grad.layout == torch.sparse_coo and not tie.is_of_rows:
                 param.grad = grad.to_dense()
             elif grad.is_conj() or grad.is_neg():
@@ -96,19 +104,26 @@ def _is_writable(grad: Tensor) -> bool:
     return not overlaps(grad) and (not grad.is_inference() or torch.is_inference_mode_enabled())
 
 
-def _replaced(pairs: Pairs) -> set[Tensor]:
-    """The parameters whose gradient cannot be written, and those that are joined with them."""
-    grads = ((param, grad) for _, params in pairs for param, grad in zip(params, _gradients(params), strict=True))
-    return _connected(pairs, {param for param, grad in grads if grad.requires_grad or grad.layout == torch.sparse_coo})
+def _replaced(pairs: Pairs) -> set[int]:
+    """The identities of the parameters whose gradient cannot be written, and of those that are joined with them."""
+    return _connected(
+        pairs,
+        {
+            id(param)
+            for _, params in pairs
+            for param, grad in zip(params, _gradients(params), strict=True)
+            if grad.requires_grad or grad.layout == torch.sparse_coo
+        },
+    )
 
 
-def _connected(pairs: Pairs, params: set[Tensor]) -> set[Tensor]:
-    """Parameters, and all that ties join with them, directly or by others."""
-    joins = [parts for _, parts in pairs if len(parts) > 1]
-    more = params
+def _connected(pairs: Pairs, params: set[int]) -> set[int]:
+    """Parameters, by their identities, and all that ties join with them, directly or by others."""
+    joins = [{id(param) for param in parts} for _, parts in pairs if len(parts) > 1]
+    more = bool(params)
     while more:
-        joined = {param for parts in joins if not more.isdisjoint(parts) for param in parts}
-        more = joined - params
+        joined = {param for parts in joins if parts & params for param in parts}
+        more = not joined <= params
         params = params | joined
     return params
 

@@ -5,12 +5,14 @@ Compiled once for tensors of one layout on one device, so that a step only runs 
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -240,11 +242,23 @@ class Indices:
 
     Attributes:
         slices: of each tensor, numbered.
+        foldings: for each layout, see :func:`~tieopt.folding.folding_for`.
+        number: by which compiled graphs, which hold tensors and numbers, find these.
+        by_number: all there are.
     """
+
+    by_number: ClassVar[WeakValueDictionary[int, Indices]] = WeakValueDictionary()
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, slices: Sequence[Slices]) -> None:
         self.slices = tuple(slices)
+        self._begin()
+
+    def _begin(self) -> None:
         self._indices: dict[Layout, Index] = {}
+        self.foldings: dict[Layout, Any] = {}
+        self.number = next(Indices._numbers)
+        Indices.by_number[self.number] = self
 
     def index_for(self, tensors: Sequence[Tensor]) -> Index:
         """The compiled slices; compiled again for tensors of another layout, or on another device."""
@@ -255,7 +269,11 @@ class Indices:
 
     def __getstate__(self) -> dict[str, Any]:
         # An index is quickly compiled, and larger than the labels.
-        return {**self.__dict__, "_indices": {}}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_indices", "foldings", "number")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
 
 def in_one_order(rows: list[Tensor]) -> list[Tensor]:
@@ -403,6 +421,14 @@ def _by_part(members: Members) -> Iterator[tuple[int, Tensor]]:
         yield part, order[ends[part - 1] if part else 0 : ends[part]]
 
 
+def consecutive(positions: Tensor) -> Tensor | slice:
+    """Positions as a slice, where they follow each other."""
+    first, last = int(positions[0]), int(positions[-1])
+    if last - first + 1 == len(positions) and bool((positions.diff() == 1).all()):
+        return slice(first, last + 1)
+    return positions
+
+
 def _round(members: Members, size: int, layout: Layout) -> Round:
     """Members that stand together by the tensor that they are in.
 
@@ -416,12 +442,9 @@ def _round(members: Members, size: int, layout: Layout) -> Round:
     parts, counts = torch.unique_consecutive(members.part, return_counts=True)
     ends = counts.cumsum(0).tolist()
     for part, start, end in zip(parts.tolist(), [0, *ends], ends, strict=False):
-        positions = members.position[start:end]
-        first, last = int(positions[0]), int(positions[-1])
-        if last - first + 1 == end - start and bool((positions.diff() == 1).all()):
-            pieces.append(Piece(part, slice(first, last + 1), end - start))
-        else:
-            pieces.append(Piece(part, positions.to(device), end - start))
+        positions = consecutive(members.position[start:end])
+        at = positions if isinstance(positions, slice) else positions.to(device)
+        pieces.append(Piece(part, at, end - start))
     multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
     whole = Round(tuple(pieces), size, slots.to(device), multiples, None, slots[:0].to(device))
     if size or not layout.double:

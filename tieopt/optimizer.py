@@ -14,11 +14,12 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from types import new_class
+from types import CodeType, new_class
 from typing import Any, Self, cast
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 from tieopt.batches import Pairs
 from tieopt.binding import Binding
@@ -130,9 +131,7 @@ class TiedOptimizer(Optimizer):
         optimizer.__class__ = tied_class
         tied = cast(Self, optimizer)
         tied._tieopt = binding
-        if compact:
-            vars(tied)["state"] = defaultdict(dict)
-        tied.state.update(state)
+        tied._replace_state(state)
         return tied
 
     def __init__(
@@ -220,8 +219,13 @@ class TiedOptimizer(Optimizer):
             state.update(expanded(state, kept.compact.parts(self.param_groups)))
         state = _tie_all(self, state, binding)
         self._tieopt = binding
-        if compact:
+        self._replace_state(state)
+
+    def _replace_state(self, state: Mapping[Any, Any]) -> None:
+        compact = self._tieopt.compact
+        if compact is not None:
             vars(self)["state"] = defaultdict(dict)
+            compact.twin_of(self, self._tieopt_bases[1])
         self.state.update(state)
 
     def untie(self) -> None:
@@ -305,7 +309,9 @@ class TiedOptimizer(Optimizer):
 def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     """The step of a tied optimizer: hooks, tie the gradients, inner step, tie the weights, hooks."""
 
-    def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
+    def tied_step(self: TiedOptimizer, inner_step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # torch.compile passes by a function that does not name torch.
+        torch.compiler.is_compiling()
         self._opt_called = True
         binding = self._tieopt
         mode = FullStep(self) if binding.compact is None else CompactStep(self)
@@ -315,15 +321,25 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
             kwargs["closure"] = mode.around(kwargs["closure"])
         try:
             mode.begin()
-            result = _below_hooks(inner.step)(mode.optimizer, *args, **kwargs)
-            binding.steps += 1
+            result = inner_step(mode.optimizer, *args, **kwargs)
             mode.finish()
             return result
         finally:
             mode.close()
 
+    # torch's optimizers turn gradients off outside of the graph that torch.compile makes of their step: that is how the
+    # compiler knows that it may write in place. Here that graph has the ties in it, so gradients are turned off around.
+    @torch._dynamo.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        inner_step = _below(inner.step, _HOOKED_CODE)
+        below = _below(inner_step, _USE_GRAD_CODE)
+        if below is inner_step:
+            return tied_step(self, inner_step, args, kwargs)
+        with torch.set_grad_enabled(is_differentiable(self)):
+            return tied_step(self, below, args, kwargs)
+
     step.__doc__ = inner.step.__doc__
-    step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
+    step.__signature__ = inspect.signature(inner.step)
     hooked = Optimizer.profile_hook_step(step)
     hooked.hooked = True  # type: ignore[attr-defined]
     # Schedulers wrap the step of an instance to set `_opt_called`, unless it is marked so. This step
@@ -332,17 +348,18 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     return hooked
 
 
-# What torch puts around the step of every optimizer, to fire the hooks and mark the profile. It is told by
-# its code: functools.wraps copies its mark `hooked` to whatever wraps it.
+# What torch puts around the step of every optimizer, to fire the hooks and mark the profile, and around those of its
+# own, to turn gradients off. They are told by their code: functools.wraps copies marks to whatever wraps them.
 _HOOKED_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
+_USE_GRAD_CODE = _use_grad_for_differentiable(lambda self: None).__code__
 
 
-def _below_hooks(step: Any) -> Any:
-    """The step without torch's wrapper, so that the hooks fire once, around the ties.
+def _below(step: Any, code: CodeType) -> Any:
+    """The step without a wrapper of this code, so that what it does is done once, around the ties.
 
-    A decorator around the wrapper stays, as it may matter; then the hooks inside it fire as well.
+    A decorator around the wrapper stays, as it may matter; then what is inside is done as well.
     """
-    return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED_CODE else step
+    return step.__wrapped__ if getattr(step, "__code__", None) is code else step
 
 
 _tied_classes: dict[tuple[type, type, bool], type[TiedOptimizer]] = {}
@@ -386,6 +403,7 @@ def _set_state(self: Any, state: dict[str, Any]) -> None:
     compact.attach(param_groups)
     compacts = compact.by_param(param_groups)
     held = defaultdict(dict, {compacts.get(key, key): value for key, value in state["state"].items()})
+    compact.twin_of(self, self._tieopt_bases[1])
     self._tieopt_bases[1].__setstate__(self, {**state, "state": held})
 
 

@@ -97,6 +97,8 @@ def _common(strides: tuple[int, ...]) -> int:
 
 def in_memory(tensor: Tensor) -> Tensor:
     """A view of what stands in memory, where torch negates or conjugates it on reading."""
+    if torch.compiler.is_compiling():
+        return tensor  # It reads and writes what these are.
     if tensor.is_neg():
         return torch._neg_view(tensor)
     return tensor.conj() if tensor.is_conj() else tensor

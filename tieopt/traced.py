@@ -1,0 +1,181 @@
+"""What ``torch.compile`` sees: the same numbers, written so that inductor makes one pass over the memory of them.
+
+Where all groups of a tie have one small size, a group is a sum of as many loads, written out: the kernel that comes of
+it reads every member once and is vectorised along the slices. It runs over a few chunks, because what is written
+back right away is still in the caches. Everything else is one operation that runs eagerly within the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tieopt.folding import Folding, fold_, fold_gradients_, folding_for, unfold_
+from tieopt.index import Index, Indices, Run
+from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
+
+# Sums of more are not written out: it takes too long to compile them.
+_WRITTEN_OUT = 64
+
+# Loads that stand in one expression; inductor writes out sums that are shorter than eight.
+_LOADS = 7
+
+# Entries that are read and written back before the next ones, and into how many chunks they are cut at most.
+_CHUNK = 2**20
+_CHUNKS = 8
+
+
+def project_traced_(ties: Indices, tensors: Sequence[Tensor], reduction: Reduction = "mean") -> None:
+    """As :func:`~tieopt.reduction.project_`."""
+    index = ties.index_for(tensors)
+    if not _is_written_out(index):
+        torch.ops.tieopt.project_(list(tensors), ties.number, reduction == "sum")
+        return
+    (rows,) = index.rows(tensors)
+    for runs in _chunks(index.runs, rows[0].numel()):
+        members = _positions(runs)
+        means = _means(rows, members)
+        values = means.to(rows.dtype)
+        if reduction == "sum":
+            values = (values.to(means.dtype) * members.shape[1]).to(rows.dtype)
+        rows[members] = values.unsqueeze(1)
+
+
+def divide_traced_(ties: Indices, tensors: Sequence[Tensor]) -> None:
+    """As :func:`~tieopt.reduction.divide_`."""
+    torch.ops.tieopt.divide_(list(tensors), ties.number)
+
+
+def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float) -> None:
+    """As :func:`~tieopt.reduction.relax_`."""
+    torch.ops.tieopt.relax_(list(tensors), ties.number, strength)
+
+
+def fold_traced_(
+    ties: Indices,
+    folding: Folding,
+    compacts: Sequence[Tensor],
+    params: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    reduction: Reduction,
+) -> None:
+    """As :func:`~tieopt.folding.fold_` of the means of the members, and :func:`~tieopt.folding.fold_gradients_`.
+
+    Parameters and gradients have one layout.
+    """
+    if not _is_written_out(folding.index):
+        torch.ops.tieopt.fold_(
+            list(params), list(compacts), list(targets), list(grads), ties.number, reduction == "sum"
+        )
+        return
+    members, free = _positions(folding.index.runs), folding.kept[0][folding.groups[0] :]
+    for compact, tensor, factor in (
+        (compacts[0], params[0], 1),
+        (targets[0], grads[0], members.shape[1] if reduction == "sum" else 1),
+    ):
+        (rows,), (compact_rows,) = folding.rows([tensor], [compact])
+        values = _means(rows, members)
+        values = (values * factor if factor > 1 else values).to(rows.dtype)
+        if len(free):
+            values = torch.cat([values, rows.index_select(0, free)])
+        compact_rows.copy_(values)
+
+
+def unfold_traced_(ties: Indices, folding: Folding, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
+    """As :func:`~tieopt.folding.unfold_`."""
+    if folding.places is None or folding.index.pinned:
+        torch.ops.tieopt.unfold_(list(params), list(compacts), ties.number)
+        return
+    rows, compact_rows = folding.rows(params, compacts)
+    for own, places, compact in zip(rows, folding.places, compact_rows, strict=True):
+        own.copy_(compact.index_select(0, places))
+
+
+def _is_written_out(index: Index) -> bool:
+    sizes = {run.rounds[0].size for run in index.runs}
+    return (
+        len(index.slices) == 1
+        and len(sizes) == 1
+        and 0 < min(sizes) <= _WRITTEN_OUT
+        and not index.layout.double
+        and index.layout.device.type != "mps"
+        and not index.pinned
+        and all(run.rounds[0].multiples is None for run in index.runs)
+    )
+
+
+def _chunks(runs: Sequence[Run], slice_entries: int) -> Iterator[Sequence[Run]]:
+    """Runs that are worked on together."""
+    entries = sum(run.rounds[0].length for run in runs) * slice_entries
+    count = min(max(entries // _CHUNK, 1), _CHUNKS, len(runs))
+    for chunk in range(count):
+        yield runs[chunk * len(runs) // count : (chunk + 1) * len(runs) // count]
+
+
+def _positions(runs: Sequence[Run]) -> Tensor:
+    """The members of whole groups of one size, int64, shape ``[g, size]``."""
+    size, device = runs[0].rounds[0].size, runs[0].norms.device
+    pieces = [run.rounds[0].pieces[0].members for run in runs]
+    columns = [torch.arange(own.start, own.stop, device=device) if isinstance(own, slice) else own for own in pieces]
+    return torch.cat([own.view(-1, size) for own in columns])
+
+
+def _means(rows: Tensor, members: Tensor) -> Tensor:
+    """Means in float64, where those of equal members are exact."""
+    total, size = None, members.shape[1]
+    for first in range(0, size, _LOADS):
+        part = rows[members[:, first : first + _LOADS]].to(torch.float64).sum(1)
+        total = part if total is None else total + part
+    assert total is not None
+    return total / size
+
+
+# --- operations that run eagerly within a graph ---
+
+_workspace = Workspace()
+
+
+@torch.library.custom_op("tieopt::project_", mutates_args=("tensors",))
+def _project(tensors: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
+    ties = Indices.by_number[number]
+    project_(tensors, ties.index_for(tensors), _workspace, "sum" if sum else "mean")
+
+
+@torch.library.custom_op("tieopt::divide_", mutates_args=("tensors",))
+def _divide(tensors: list[Tensor], number: int) -> None:
+    ties = Indices.by_number[number]
+    divide_(tensors, ties.index_for(tensors), _workspace)
+
+
+@torch.library.custom_op("tieopt::relax_", mutates_args=("tensors",))
+def _relax(tensors: list[Tensor], number: int, strength: float) -> None:
+    ties = Indices.by_number[number]
+    relax_(tensors, ties.index_for(tensors), _workspace, strength)
+
+
+@torch.library.custom_op("tieopt::fold_", mutates_args=("params", "compacts", "targets"))
+def _fold(
+    params: list[Tensor],
+    compacts: list[Tensor],
+    targets: list[Tensor],
+    grads: list[Tensor],
+    number: int,
+    sum: bool,  # noqa: A002
+) -> None:
+    ties = Indices.by_number[number]
+    project_(params, ties.index_for(params), _workspace)
+    fold_(compacts, params, folding_for(ties, params))
+    fold_gradients_(targets, grads, folding_for(ties, grads), _workspace, "sum" if sum else "mean")
+
+
+@torch.library.custom_op("tieopt::unfold_", mutates_args=("params",))
+def _unfold(params: list[Tensor], compacts: list[Tensor], number: int) -> None:
+    ties = Indices.by_number[number]
+    unfold_(params, compacts, folding_for(ties, params), _workspace)
+
+
+for _operation in (_project, _divide, _relax, _fold, _unfold):
+    _operation.register_fake(lambda *_: None)
