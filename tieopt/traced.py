@@ -27,6 +27,7 @@ _CHUNK = 2**20
 _CHUNKS = 8
 
 
+@torch.no_grad()
 def project_traced_(ties: Indices, tensors: Sequence[Tensor], reduction: Reduction = "mean") -> None:
     """As :func:`~tieopt.reduction.project_`."""
     index = ties.index_for(tensors)
@@ -53,6 +54,7 @@ def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float) -> 
     torch.ops.tieopt.relax_(list(tensors), ties.number, strength)
 
 
+@torch.no_grad()
 def fold_traced_(
     ties: Indices,
     folding: Folding,
@@ -84,6 +86,7 @@ def fold_traced_(
         compact_rows.copy_(values)
 
 
+@torch.no_grad()
 def unfold_traced_(ties: Indices, folding: Folding, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
     """As :func:`~tieopt.folding.unfold_`."""
     if folding.places is None or folding.index.pinned:
