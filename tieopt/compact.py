@@ -227,8 +227,7 @@ class Compact:
             for compact in own:
                 if compact.grad is None:
                     compact.grad = self._gradient_of(compact)
-            targets = _gradients(own)
-            fold_traced_(ties, folding_for(ties, params), own, params, targets, _gradients(params), reduction)
+            fold_traced_(ties, own, params, _gradients(own), _gradients(params), reduction)
 
     def unfold(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Writes what the compact parameters say to the weights.
@@ -241,7 +240,7 @@ class Compact:
         compacts = self._by_id(param_groups)
         if torch.compiler.is_compiling():
             for tie, params in pairs:
-                unfold_traced_(tie, folding_for(tie, params), params, self._compacts(params, compacts))
+                unfold_traced_(tie, params, self._compacts(params, compacts))
             return
         for ties, params in batches.of(pairs):
             unfold_(params, self._compacts(params, compacts), folding_for(ties, params), batches.workspace)

@@ -57,38 +57,36 @@ def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float) -> 
 @torch.no_grad()
 def fold_traced_(
     ties: Indices,
-    folding: Folding,
     compacts: Sequence[Tensor],
     params: Sequence[Tensor],
     targets: Sequence[Tensor],
     grads: Sequence[Tensor],
     reduction: Reduction,
 ) -> None:
-    """As :func:`~tieopt.folding.fold_` of the means of the members, and :func:`~tieopt.folding.fold_gradients_`.
-
-    Parameters and gradients have one layout.
-    """
-    if not _is_written_out(folding.index):
-        torch.ops.tieopt.fold_(
-            list(params), list(compacts), list(targets), list(grads), ties.number, reduction == "sum"
-        )
+    """As :func:`~tieopt.folding.fold_` of the means of the members, and :func:`~tieopt.folding.fold_gradients_`."""
+    both = folding_for(ties, params), folding_for(ties, grads)
+    if not all(_is_written_out(folding.index) for folding in both):
+        tensors = [list(each) for each in (params, compacts, targets, grads)]
+        torch.ops.tieopt.fold_(*tensors, ties.number, reduction == "sum")
         return
+    _fold_written_out(both[0], params, compacts, "mean")
+    _fold_written_out(both[1], grads, targets, reduction)
+
+
+def _fold_written_out(
+    folding: Folding, tensors: Sequence[Tensor], compacts: Sequence[Tensor], reduction: Reduction
+) -> None:
     members, free = _positions(folding.index.runs), folding.kept[0][folding.groups[0] :]
-    for compact, tensor, factor in (
-        (compacts[0], params[0], 1),
-        (targets[0], grads[0], members.shape[1] if reduction == "sum" else 1),
-    ):
-        (rows,), (compact_rows,) = folding.rows([tensor], [compact])
-        values = _means(rows, members)
-        values = (values * factor if factor > 1 else values).to(rows.dtype)
-        if len(free):
-            values = torch.cat([values, rows.index_select(0, free)])
-        compact_rows.copy_(values)
+    (rows,), (compact,) = folding.rows(tensors, compacts)
+    means = _means(rows, members)
+    values = (means * members.shape[1] if reduction == "sum" else means).to(rows.dtype)
+    compact.copy_(torch.cat([values, rows.index_select(0, free)]) if len(free) else values)
 
 
 @torch.no_grad()
-def unfold_traced_(ties: Indices, folding: Folding, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
+def unfold_traced_(ties: Indices, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
     """As :func:`~tieopt.folding.unfold_`."""
+    folding = folding_for(ties, params)
     if folding.places is None or folding.index.pinned:
         torch.ops.tieopt.unfold_(list(params), list(compacts), ties.number)
         return
