@@ -64,18 +64,24 @@ def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[Comp
 
 
 def _component(ties: Sequence[BoundTie], param_groups: ParamGroups) -> Component:
+    kinds: dict[Place, set[tuple[int, torch.Size]]] = {}
+    for tie in ties:
+        for place, each in zip(tie.places, tie.slices, strict=True):
+            kinds.setdefault(place, set()).add((each.dim, each.labels.shape))
+    # What is tied in slices of several kinds is tied entry by entry.
+    by_entry = any(len(own) > 1 for own in kinds.values())
     parts: dict[Place, list[Slices]] = {}
     count = 0
     for tie in ties:
-        for place, each in zip(tie.places, tie.slices, strict=True):
+        own = list(tie.slices)
+        if by_entry:
+            # Before they are counted: a group of slices is as many groups as a slice has entries.
+            params = [parameter_at(param_groups, place) for place in tie.places]
+            own = [Slices(*each.entries(param)) for each, param in zip(own, params, strict=True)]
+        for place, each in zip(tie.places, own, strict=True):
             labels = torch.where(each.labels == FREE, FREE, each.labels + count)
             parts.setdefault(place, []).append(each._replace(labels=labels))
-        count += 1 + max(int(each.labels.max()) if each.labels.numel() else FREE for each in tie.slices)
-    if any(len({(each.dim, each.labels.shape) for each in own}) > 1 for own in parts.values()):
-        # What is tied in slices of several kinds is tied entry by entry.
-        for place, own in parts.items():
-            param = parameter_at(param_groups, place)
-            parts[place] = [Slices(*each.entries(param)) for each in own]
+        count += 1 + max(int(each.labels.max()) if each.labels.numel() else FREE for each in own)
     return Component(list(parts), [_overlaid(own) for own in parts.values()])
 
 
