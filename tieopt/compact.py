@@ -220,7 +220,8 @@ class Compact:
             targets = [self._gradient_of(compact) for compact in own]
             fold_gradients_(targets, grads, folding_for(ties, grads), batches.workspace, reduction)
             for compact, target in zip(own, targets, strict=True):
-                compact.grad = target
+                # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
+                compact.grad = target if target.numel() else None
 
     def _fold_traced(self, pairs: Components, reduction: Reduction, compacts: Mapping[int, Parameter]) -> None:
         trained = {id(param) for _, params in pairs for param in params}
