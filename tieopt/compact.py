@@ -197,6 +197,7 @@ class Compact:
             param_groups: of the optimizer.
         """
         compacts = self._by_id(param_groups)
+        given = [(param, param.grad) for _, params in pairs for param in params]
         prepare_gradients(pairs)
         if torch.compiler.is_compiling():
             self._fold_traced(pairs, reduction, compacts)
@@ -222,6 +223,10 @@ class Compact:
             for compact, target in zip(own, targets, strict=True):
                 # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
                 compact.grad = target if target.numel() else None
+        for param, original in given:
+            # What could not be folded as it is was replaced; the model's gradients are not to be written.
+            if param.grad is not original:
+                param.grad = original
 
     def _fold_traced(self, pairs: Components, reduction: Reduction, compacts: Mapping[int, Parameter]) -> None:
         trained = {id(param) for _, params in pairs for param in params}
