@@ -72,10 +72,12 @@ def one_bare(inner: type[Optimizer] = SGD, **kwargs: object) -> tuple[Parameter,
     return weight, inner([weight], **kwargs)
 
 
-def one_tied(inner: type[Optimizer] = SGD, reduction: str = "mean", **kwargs: object) -> tuple[Parameter, Optimizer]:
+def one_tied(
+    inner: type[Optimizer] = SGD, reduction: str = "mean", compact: bool = False, **kwargs: object
+) -> tuple[Parameter, Optimizer]:
     """The same, with rows of the parameter tied."""
     weight, optimizer = one_bare(inner, **kwargs)
-    return weight, TiedOptimizer(optimizer, {weight: GROUPS}, reduction=reduction)
+    return weight, TiedOptimizer(optimizer, {weight: GROUPS}, reduction=reduction, compact=compact)
 
 
 def train(optimizer: Optimizer, steps: int, seed: int = 100) -> None:

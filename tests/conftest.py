@@ -34,3 +34,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["full", "compact"])
+def compact(request: pytest.FixtureRequest) -> bool:
+    """Each mode of a tied optimizer: it trains every member, or one entry for each group."""
+    return request.param

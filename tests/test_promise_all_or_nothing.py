@@ -113,7 +113,9 @@ def _trained(data: st.DataObject, named: bool) -> tuple[torch.optim.Optimizer, l
 
 
 @given(st.data())
-def test_bad_groups_for_one_parameter_leave_all_of_them_and_the_optimizer_untouched(data: st.DataObject) -> None:
+def test_bad_groups_for_one_parameter_leave_all_of_them_and_the_optimizer_untouched(
+    compact: bool, data: st.DataObject
+) -> None:
     named = data.draw(st.booleans())
     optimizer, parameters, _ = _trained(data, named)
     good = data.draw(spelled(data.draw(labels(len(parameters[0])))))
@@ -123,7 +125,7 @@ def test_bad_groups_for_one_parameter_leave_all_of_them_and_the_optimizer_untouc
     ties = {first: good, second: bad.groups} if data.draw(st.booleans()) else {second: bad.groups, first: good}
     before = _everything(optimizer, parameters)
     _refused(
-        lambda: TiedOptimizer(optimizer, ties),
+        lambda: TiedOptimizer(optimizer, ties, compact=compact),
         bad.error,
         (*bad.shown, "second" if named else _position(1)),
     )
@@ -164,11 +166,15 @@ def test_bad_arguments_leave_the_optimizer_untouched(data: st.DataObject) -> Non
 
 
 @given(st.data())
-def test_a_tied_optimizer_refuses_to_be_tied_again_and_is_untouched(data: st.DataObject) -> None:
+def test_a_tied_optimizer_refuses_to_be_tied_again_and_is_untouched(compact: bool, data: st.DataObject) -> None:
     optimizer, parameters, _ = _trained(data, named=False)
-    TiedOptimizer(optimizer, {parameters[0]: [[0]]})
+    TiedOptimizer(optimizer, {parameters[0]: [[0]]}, compact=compact)
     before = _everything(optimizer, parameters)
-    _refused(lambda: TiedOptimizer(optimizer, {parameters[1]: [[0]]}), TypeError, (type(optimizer).__name__,))
+    _refused(
+        lambda: TiedOptimizer(optimizer, {parameters[1]: [[0]]}, compact=compact),
+        TypeError,
+        (type(optimizer).__name__,),
+    )
     assert _everything(optimizer, parameters) == before
 
 
@@ -182,7 +188,7 @@ def test_tensors_that_have_no_mean_are_refused(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_a_tensor_that_cannot_be_written_is_refused_and_all_are_untouched(data: st.DataObject) -> None:
+def test_a_tensor_that_cannot_be_written_is_refused_and_all_are_untouched(compact: bool, data: st.DataObject) -> None:
     shape = (data.draw(st.integers(2, 5)), data.draw(st.integers(1, 5)))
     good = Parameter(normal(shape, torch.float32, data.draw(seeds)))
     dense = normal(shape, torch.float32, data.draw(seeds))
@@ -194,15 +200,19 @@ def test_a_tensor_that_cannot_be_written_is_refused_and_all_are_untouched(data: 
     optimizer = torch.optim.SGD([good, bad], lr=0.1)
     before = (type(optimizer), bits(good).tolist())
     ties = dict.fromkeys(data.draw(st.permutations([good, bad])), groups)
-    _refused(lambda: TiedOptimizer(optimizer, ties), (TypeError, ValueError), (str(shape), _position(1)))
+    _refused(
+        lambda: TiedOptimizer(optimizer, ties, compact=compact), (TypeError, ValueError), (str(shape), _position(1))
+    )
     assert (type(optimizer), bits(good).tolist()) == before
 
 
 @given(st.data())
-def test_a_parameter_of_another_shape_stops_the_step_before_anything_is_written(data: st.DataObject) -> None:
+def test_a_parameter_of_another_shape_stops_the_step_before_anything_is_written(
+    compact: bool, data: st.DataObject
+) -> None:
     first, second = (Parameter(normal((4, 3), torch.float32, data.draw(seeds))) for _ in range(2))
     recipe = data.draw(recipes_for(first, closure=False))
-    optimizer = TiedOptimizer(recipe([first, second]), {first: [[0, 1]], second: [[2, 3]]})
+    optimizer = TiedOptimizer(recipe([first, second]), {first: [[0, 1]], second: [[2, 3]]}, compact=compact)
     shape = data.draw(shapes(max_count=3))
     second.data = normal(shape, torch.float32, data.draw(seeds))
     loss_of([first, second], data.draw(seeds)).backward()
@@ -214,7 +224,7 @@ def test_a_parameter_of_another_shape_stops_the_step_before_anything_is_written(
 
 
 @given(st.data())
-def test_a_state_with_other_ties_is_refused_and_nothing_is_loaded(data: st.DataObject) -> None:
+def test_a_state_with_other_ties_is_refused_and_nothing_is_loaded(compact: bool, data: st.DataObject) -> None:
     shape = data.draw(shapes())
     start = normal(shape, data.draw(st.sampled_from(REAL)), data.draw(seeds))
     recipe = data.draw(recipes_for(start, closure=False))
@@ -223,7 +233,7 @@ def test_a_state_with_other_ties_is_refused_and_nothing_is_loaded(data: st.DataO
     optimizers, parameters = [], []
     for each in (names, others):
         parameters.append(Parameter(start.clone()))
-        optimizers.append(TiedOptimizer(recipe([parameters[-1]]), {parameters[-1]: each}))
+        optimizers.append(TiedOptimizer(recipe([parameters[-1]]), {parameters[-1]: each}, compact=compact))
         loss_of(parameters[-1:], data.draw(seeds)).backward()
         optimizers[-1].step()
     before = _everything(optimizers[0], parameters)

@@ -25,7 +25,7 @@ def _assert_on_one_trajectory(weights: list[Parameter], shared: SharedTraining) 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
 @given(st.data())
 def test_the_trajectory_is_that_of_the_shared_parameter(
-    device: torch.device, recipe: Recipe, data: st.DataObject
+    device: torch.device, compact: bool, recipe: Recipe, data: st.DataObject
 ) -> None:
     dtype = data.draw(st.sampled_from([dtype for dtype in (torch.float64, torch.complex128) if dtype in recipe.dtypes]))
     starts = [
@@ -42,7 +42,7 @@ def test_the_trajectory_is_that_of_the_shared_parameter(
 
     parameters = [Parameter(start.clone()) for start in starts]
     ties = {p: data.draw(spelled(each)) for p, each in zip(parameters, names, strict=True)}
-    optimizer = TiedOptimizer(build(parameters), ties, reduction=reduction)
+    optimizer = TiedOptimizer(build(parameters), ties, reduction=reduction, compact=compact)
     shared = SharedTraining(starts, names, build, reduction)
 
     seed = data.draw(st.integers(0, 2**31))
@@ -57,11 +57,13 @@ def test_the_trajectory_is_that_of_the_shared_parameter(
 
 
 @given(st.data())
-def test_the_trajectory_starts_from_the_mean_of_untied_weights(device: torch.device, data: st.DataObject) -> None:
+def test_the_trajectory_starts_from_the_mean_of_untied_weights(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     start = normal(data.draw(shapes()), torch.float64, data.draw(seeds)).to(device)
     names = data.draw(labels(len(start)))
     parameter = Parameter(start.clone())
-    TiedOptimizer(torch.optim.SGD([parameter]), {parameter: data.draw(spelled(names))})
+    TiedOptimizer(torch.optim.SGD([parameter]), {parameter: data.draw(spelled(names))}, compact=compact)
     torch.testing.assert_close(parameter.detach(), slowly_tied(start, names).to(device), rtol=1e-12, atol=1e-14)
 
 
@@ -80,6 +82,7 @@ def _sparse_adam(parameters: list[Parameter]) -> torch.optim.Optimizer:
 @given(data=st.data(), build=st.sampled_from([_sgd, _adagrad, _sparse_adam]), reduction=reductions)
 def test_with_sparse_gradients_it_is_a_smaller_embedding(
     device: torch.device,
+    compact: bool,
     data: st.DataObject,
     build: Callable[[list[Parameter]], torch.optim.Optimizer],
     reduction: str,
@@ -88,7 +91,7 @@ def test_with_sparse_gradients_it_is_a_smaller_embedding(
     names = data.draw(labels(shape[0]))
     start = slowly_tied(normal(shape, torch.float64, data.draw(seeds)), names).to(device)
     parameter = Parameter(start.clone())
-    optimizer = TiedOptimizer(build([parameter]), {parameter: names}, reduction=reduction)
+    optimizer = TiedOptimizer(build([parameter]), {parameter: names}, reduction=reduction, compact=compact)
     # The hook of the shared parameter cannot divide a sparse gradient by counts, so that it is built here.
     shared = SharedTraining([start], [names], build, "sum")
     slots, counts = shared.slots[0], shared.counts[0]

@@ -69,14 +69,18 @@ def _gradients(data: st.DataObject, parameters: list[Parameter], seed: int) -> l
 
 @given(st.data())
 def test_free_slices_and_their_gradients_are_those_of_the_bare_optimizer(
-    device: torch.device, data: st.DataObject
+    device: torch.device, compact: bool, data: st.DataObject
 ) -> None:
     starts = [data.draw(tensors(data.draw(shapes()), (*REAL, *COMPLEX), finite=True)).to(device) for _ in range(2)]
     names = [data.draw(labels(len(start))) for start in starts]
-    recipe = data.draw(recipes_for(*starts, entrywise=True))
+    recipes = recipes_for(*starts, entrywise=True)
+    if compact:
+        # Fused kernels round the last few entries in memory otherwise, and the free ones stand elsewhere.
+        recipes = recipes.filter(lambda recipe: not recipe.settings.get("fused"))
+    recipe = data.draw(recipes)
     tied_parameters, bare_parameters = ([Parameter(start.clone()) for start in starts] for _ in range(2))
     ties = {p: data.draw(spelled(n)) for p, n in zip(tied_parameters, names, strict=True)}
-    tied = TiedOptimizer(recipe(tied_parameters), ties, reduction=data.draw(reductions))
+    tied = TiedOptimizer(recipe(tied_parameters), ties, reduction=data.draw(reductions), compact=compact)
     bare = recipe(bare_parameters)
 
     for seed in data.draw(st.lists(seeds, min_size=1, max_size=4)):
@@ -95,7 +99,9 @@ def test_free_slices_and_their_gradients_are_those_of_the_bare_optimizer(
 
 
 @given(st.data())
-def test_a_parameter_without_ties_is_that_of_the_bare_optimizer(device: torch.device, data: st.DataObject) -> None:
+def test_a_parameter_without_ties_is_that_of_the_bare_optimizer(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     shape = data.draw(shapes())
     dtype = data.draw(st.sampled_from([*REAL, *COMPLEX]))
     seed = data.draw(seeds)
@@ -107,7 +113,7 @@ def test_a_parameter_without_ties_is_that_of_the_bare_optimizer(device: torch.de
         parameters = [Parameter(normal(shape, dtype, seed + i).to(device)) for i in range(2)]
         optimizer = recipe(parameters)
         if tie:
-            optimizer = TiedOptimizer(optimizer, {parameters[0]: names})
+            optimizer = TiedOptimizer(optimizer, {parameters[0]: names}, compact=compact)
         for step in steps:
             optimizer.zero_grad()
             loss_of(parameters[1:], step).backward()
@@ -119,7 +125,9 @@ def test_a_parameter_without_ties_is_that_of_the_bare_optimizer(device: torch.de
 
 
 @given(st.data())
-def test_an_optimizer_without_ties_is_the_bare_optimizer(device: torch.device, data: st.DataObject) -> None:
+def test_an_optimizer_without_ties_is_the_bare_optimizer(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     start = data.draw(tensors(data.draw(shapes()), (*REAL, *COMPLEX), finite=True)).to(device)
     start = laid_out(start, data.draw(layouts(start)))
     recipe = data.draw(recipes_for(start))
@@ -127,7 +135,7 @@ def test_an_optimizer_without_ties_is_the_bare_optimizer(device: torch.device, d
     groups = data.draw(st.sampled_from([None, [], [[]], [[i] for i in range(count)], torch.full((count,), -1)]))
     tied_parameter, bare_parameter = (Parameter(start.clone()) for _ in range(2))
     ties = {} if groups is None else {tied_parameter: groups}
-    tied = TiedOptimizer(recipe([tied_parameter]), ties, reduction=data.draw(reductions))
+    tied = TiedOptimizer(recipe([tied_parameter]), ties, reduction=data.draw(reductions), compact=compact)
     bare = recipe([bare_parameter])
     assert same_bits(tied_parameter, bare_parameter)
 
@@ -139,14 +147,14 @@ def test_an_optimizer_without_ties_is_the_bare_optimizer(device: torch.device, d
 
 
 @given(st.data())
-def test_a_frozen_parameter_is_never_written(device: torch.device, data: st.DataObject) -> None:
+def test_a_frozen_parameter_is_never_written(device: torch.device, compact: bool, data: st.DataObject) -> None:
     shape = data.draw(shapes())
     frozen = Parameter(data.draw(tensors(shape, (*REAL, *COMPLEX))).to(device), requires_grad=False)
     moving = Parameter(normal(shape, torch.float32, data.draw(seeds)).to(device))
     before = frozen.detach().clone()
     groups = data.draw(spelled(data.draw(labels(shape[0]))))
     recipe = data.draw(recipes_for(moving, frozen, closure=False))
-    optimizer = TiedOptimizer(recipe([frozen, moving]), {frozen: groups, moving: groups})
+    optimizer = TiedOptimizer(recipe([frozen, moving]), {frozen: groups, moving: groups}, compact=compact)
     loss_of([moving], data.draw(seeds)).backward()
     optimizer.step()
     optimizer.tie_weights()
@@ -156,13 +164,15 @@ def test_a_frozen_parameter_is_never_written(device: torch.device, data: st.Data
 
 
 @given(st.data())
-def test_a_parameter_without_a_gradient_is_not_written_by_a_step(device: torch.device, data: st.DataObject) -> None:
+def test_a_parameter_without_a_gradient_is_not_written_by_a_step(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     shape = data.draw(shapes())
     dtype = data.draw(st.sampled_from([*REAL, *COMPLEX]))
     resting, moving = (Parameter(normal(shape, dtype, data.draw(seeds)).to(device)) for _ in range(2))
     groups = data.draw(spelled(data.draw(labels(shape[0]))))
     recipe = data.draw(recipes_for(moving, entrywise=True))
-    optimizer = TiedOptimizer(recipe([resting, moving]), {resting: groups, moving: groups})
+    optimizer = TiedOptimizer(recipe([resting, moving]), {resting: groups, moving: groups}, compact=compact)
     written = data.draw(tensors(shape, [dtype])).to(device)
     with torch.no_grad():
         resting.copy_(written)
@@ -174,12 +184,12 @@ def test_a_parameter_without_a_gradient_is_not_written_by_a_step(device: torch.d
 
 @given(st.data())
 def test_sparse_gradients_stay_sparse_and_reach_only_the_groups_they_touch(
-    device: torch.device, data: st.DataObject
+    device: torch.device, compact: bool, data: st.DataObject
 ) -> None:
     shape = (data.draw(st.integers(1, 30)), *data.draw(small_shapes))
     names = data.draw(labels(shape[0]))
     parameter = Parameter(normal(shape, torch.float64, data.draw(seeds)).to(device))
-    optimizer = TiedOptimizer(torch.optim.SparseAdam([parameter], lr=0.1), {parameter: names})
+    optimizer = TiedOptimizer(torch.optim.SparseAdam([parameter], lr=0.1), {parameter: names}, compact=compact)
     before = parameter.detach().clone()
 
     stored = data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=6))
@@ -188,6 +198,7 @@ def test_sparse_gradients_stay_sparse_and_reach_only_the_groups_they_touch(
     optimizer.step()
 
     touched = {i for i in range(shape[0]) if i in stored or any(names[i] == names[j] != -1 for j in stored)}
-    assert set(parameter.grad.coalesce().indices()[0].tolist()) == touched
+    # The compact mode reads gradients and does not write them.
+    assert set(parameter.grad.coalesce().indices()[0].tolist()) == (set(stored) if compact else touched)
     untouched = [i for i in range(shape[0]) if i not in touched]
     assert same_bits(parameter[untouched], before[untouched])

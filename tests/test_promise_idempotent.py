@@ -57,13 +57,15 @@ def test_a_group_of_any_size_keeps_its_value(device: torch.device, dtype: torch.
 
 
 @given(st.data())
-def test_tying_weights_and_gradients_again_changes_no_bit(device: torch.device, data: st.DataObject) -> None:
+def test_tying_weights_and_gradients_again_changes_no_bit(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     shape = data.draw(shapes())
     dtype = data.draw(st.sampled_from([*REAL, *COMPLEX]))
     parameter = Parameter(normal(shape, dtype, data.draw(seeds)).to(device))
     names = data.draw(labels(shape[0]))
     recipe = data.draw(recipes_for(parameter, closure=False))
-    optimizer = TiedOptimizer(recipe([parameter]), {parameter: names}, reduction=data.draw(reductions))
+    optimizer = TiedOptimizer(recipe([parameter]), {parameter: names}, reduction=data.draw(reductions), compact=compact)
 
     loss_of([parameter], data.draw(seeds)).backward()
     optimizer.tie_gradients()
@@ -75,7 +77,9 @@ def test_tying_weights_and_gradients_again_changes_no_bit(device: torch.device, 
 
 
 @given(st.data())
-def test_a_step_on_tied_gradients_is_the_step_on_the_untied_ones(device: torch.device, data: st.DataObject) -> None:
+def test_a_step_on_tied_gradients_is_the_step_on_the_untied_ones(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     shape = data.draw(shapes())
     dtype = data.draw(st.sampled_from([*REAL, *COMPLEX]))
     start = normal(shape, dtype, data.draw(seeds)).to(device)
@@ -86,7 +90,7 @@ def test_a_step_on_tied_gradients_is_the_step_on_the_untied_ones(device: torch.d
     ends = []
     for tie_first in (False, True):
         parameter = Parameter(start.clone())
-        optimizer = TiedOptimizer(recipe([parameter]), {parameter: names}, reduction=reduction)
+        optimizer = TiedOptimizer(recipe([parameter]), {parameter: names}, reduction=reduction, compact=compact)
         for seed in steps:
             optimizer.zero_grad()
             loss_of([parameter], seed).backward()

@@ -40,19 +40,21 @@ def test_the_way_a_grouping_is_written_changes_no_bit(device: torch.device, data
 
 
 @given(st.data())
-def test_ways_to_write_one_grouping_make_equal_ties(data: st.DataObject) -> None:
+def test_ways_to_write_one_grouping_make_equal_ties(compact: bool, data: st.DataObject) -> None:
     shape = data.draw(shapes(empty=True))
     names = data.draw(labels(shape[0]))
     parameter = Parameter(torch.zeros(shape))
     ties = [Tie(parameter, data.draw(spelled(names))) for _ in range(2)]
-    first, second = (TiedOptimizer(SGD([parameter]), tie).ties[0].parts[0].groups for tie in ties)
+    first, second = (TiedOptimizer(SGD([parameter]), tie, compact=compact).ties[0].parts[0].groups for tie in ties)
     assert torch.equal(first, second)
     assert sorted(map(tuple, members_of(first))) == sorted(map(tuple, members_of(names)))
     assert free_of(first) == free_of(names)
 
 
 @given(st.data())
-def test_the_way_ties_are_written_changes_no_bit_of_training(device: torch.device, data: st.DataObject) -> None:
+def test_the_way_ties_are_written_changes_no_bit_of_training(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     shape = data.draw(shapes())
     names = data.draw(labels(shape[0]))
     start = normal(shape, data.draw(st.sampled_from([*REAL, *COMPLEX])), data.draw(seeds)).to(device)
@@ -62,7 +64,9 @@ def test_the_way_ties_are_written_changes_no_bit_of_training(device: torch.devic
     ends, states = [], []
     for _ in range(2):
         parameter = Parameter(start.clone())
-        optimizer = TiedOptimizer(recipe([parameter]), {parameter: data.draw(spelled(names))}, reduction=reduction)
+        optimizer = TiedOptimizer(
+            recipe([parameter]), {parameter: data.draw(spelled(names))}, reduction=reduction, compact=compact
+        )
         for seed in steps:
             loss_of([parameter], seed).backward()
             optimizer.step()
@@ -73,12 +77,12 @@ def test_the_way_ties_are_written_changes_no_bit_of_training(device: torch.devic
 
 
 @given(st.data())
-def test_a_saved_state_loads_into_ties_that_are_written_differently(data: st.DataObject) -> None:
+def test_a_saved_state_loads_into_ties_that_are_written_differently(compact: bool, data: st.DataObject) -> None:
     shape = data.draw(shapes())
     names = data.draw(labels(shape[0]))
     first, second = (Parameter(torch.zeros(shape)) for _ in range(2))
     saved, loaded = (
-        TiedOptimizer(torch.optim.SGD([parameter], lr=rate), {parameter: data.draw(spelled(names))})
+        TiedOptimizer(torch.optim.SGD([parameter], lr=rate), {parameter: data.draw(spelled(names))}, compact=compact)
         for parameter, rate in ((first, 0.1), (second, 0.2))
     )
     loaded.load_state_dict(saved.state_dict())
@@ -145,7 +149,9 @@ def test_bytes_permuted_with_their_labels_are_tied_too(
 
 
 @given(st.data())
-def test_training_on_permuted_rows_gives_the_permuted_weights(device: torch.device, data: st.DataObject) -> None:
+def test_training_on_permuted_rows_gives_the_permuted_weights(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
     shape = data.draw(shapes())
     names = data.draw(labels(shape[0]))
     start = normal(shape, torch.float64, data.draw(seeds)).to(device)
@@ -154,7 +160,7 @@ def test_training_on_permuted_rows_gives_the_permuted_weights(device: torch.devi
     reduction = data.draw(reductions)
     plain, permuted = Parameter(start.clone()), Parameter(start[order].clone())
     optimizers = [
-        TiedOptimizer(recipe([parameter]), {parameter: each}, reduction=reduction)
+        TiedOptimizer(recipe([parameter]), {parameter: each}, reduction=reduction, compact=compact)
         for parameter, each in ((plain, names), (permuted, names[order]))
     ]
     for seed in data.draw(st.lists(seeds, min_size=1, max_size=5)):

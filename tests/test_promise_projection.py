@@ -68,12 +68,12 @@ def test_nothing_tied_is_nearer_than_the_projection(device: torch.device, data: 
 
 
 @given(st.data())
-def test_gradients_are_projected(device: torch.device, data: st.DataObject) -> None:
+def test_gradients_are_projected(device: torch.device, compact: bool, data: st.DataObject) -> None:
     grad, _, groups = _space(data, device)
     parameter = Parameter(torch.zeros_like(grad, memory_format=torch.contiguous_format))
     recipe = data.draw(recipes_for(parameter))
     parameter.grad = grad.resolve_conj().resolve_neg().clone()
-    TiedOptimizer(recipe([parameter]), {parameter: groups}).tie_gradients()
+    TiedOptimizer(recipe([parameter]), {parameter: groups}, compact=compact).tie_gradients()
     assert is_tied(parameter.grad, groups)
     assert abs(_dot(grad - parameter.grad, parameter.grad)) <= 1e-12 * float(grad.norm()) ** 2
 

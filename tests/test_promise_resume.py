@@ -55,7 +55,9 @@ def _same_state(first: Any, second: Any) -> bool:
     return first == second
 
 
-def _drawn(data: st.DataObject, device: torch.device, closure: bool = True) -> tuple[Any, Any, list[int], list[int]]:
+def _drawn(
+    data: st.DataObject, device: torch.device, compact: bool, closure: bool = True
+) -> tuple[Any, Any, list[int], list[int]]:
     """How to build a tied training from scratch, of what, and the steps before and after the stop."""
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     starts = [normal(data.draw(shapes()), dtype, data.draw(seeds)).to(device) for _ in range(2)]
@@ -68,15 +70,17 @@ def _drawn(data: st.DataObject, device: torch.device, closure: bool = True) -> t
     def build(weights: list[torch.Tensor], way: int = 0) -> tuple[TiedOptimizer, list[Parameter]]:
         parameters = [Parameter(weight.detach().clone()) for weight in weights]
         ties = {parameters[0]: ways[way], parameters[1]: names[1]}
-        return TiedOptimizer(recipe(parameters), ties, reduction=reduction), parameters
+        return TiedOptimizer(recipe(parameters), ties, reduction=reduction, compact=compact), parameters
 
     before, after = (data.draw(st.lists(seeds, min_size=1, max_size=4)) for _ in range(2))
     return build, starts, before, after
 
 
 @given(st.data())
-def test_resuming_from_a_checkpoint_is_never_having_stopped(device: torch.device, data: st.DataObject) -> None:
-    build, starts, before, after = _drawn(data, device)
+def test_resuming_from_a_checkpoint_is_never_having_stopped(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
+    build, starts, before, after = _drawn(data, device, compact)
     straight, weights = build(starts)
     _train(straight, weights, before)
     saved = _through_a_file({"weights": [w.detach() for w in weights], "optimizer": straight.state_dict()})
@@ -94,8 +98,8 @@ def test_resuming_from_a_checkpoint_is_never_having_stopped(device: torch.device
 
 
 @given(st.data())
-def test_a_checkpoint_can_be_resumed_from_twice(device: torch.device, data: st.DataObject) -> None:
-    build, starts, before, after = _drawn(data, device)
+def test_a_checkpoint_can_be_resumed_from_twice(device: torch.device, compact: bool, data: st.DataObject) -> None:
+    build, starts, before, after = _drawn(data, device, compact)
     straight, weights = build(starts)
     _train(straight, weights, before)
     saved = _through_a_file(straight.state_dict())
@@ -110,9 +114,11 @@ def test_a_checkpoint_can_be_resumed_from_twice(device: torch.device, data: st.D
 
 
 @given(data=st.data(), way=st.sampled_from(["deepcopy", "pickle"]))
-def test_a_copy_goes_on_as_the_original_does(device: torch.device, data: st.DataObject, way: str) -> None:
+def test_a_copy_goes_on_as_the_original_does(
+    device: torch.device, compact: bool, data: st.DataObject, way: str
+) -> None:
     # Copies of a bare LBFGS cannot step, so that it is left out.
-    build, starts, before, after = _drawn(data, device, closure=False)
+    build, starts, before, after = _drawn(data, device, compact, closure=False)
     straight, weights = build(starts)
     _train(straight, weights, before)
     both = (straight, weights)
