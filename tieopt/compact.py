@@ -445,6 +445,17 @@ class StateView(MutableMapping[Any, Any]):
     def __contains__(self, param: object) -> bool:
         return self._compacts.get(param, param) in self._held  # type: ignore[call-overload]
 
+    # A look makes no entry, as __getitem__ of a defaultdict does, on which the mixin would build these.
+
+    def get(self, param: Any, default: Any = None) -> Any:  # noqa: D102
+        return self._held.get(self._compacts.get(param, param), default)
+
+    def pop(self, param: Any, *default: Any) -> Any:  # noqa: D102
+        return self._held.pop(self._compacts.get(param, param), *default)
+
+    def setdefault(self, param: Any, default: Any = None) -> Any:  # noqa: D102
+        return self._held.setdefault(self._compacts.get(param, param), default)
+
     def __iter__(self) -> Iterator[Any]:
         params = {compact: param for param, compact in self._compacts.items()}
         return iter([params.get(key, key) for key in self._held])
