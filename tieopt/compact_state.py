@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.folding import Folded, compact_slices
+from tieopt.folding import Folded, compact_like, compact_slices
 from tieopt.slices import FREE, Slices
 from tieopt.state import State, is_plain, scales_for
 from tieopt.ties import shown
@@ -48,7 +48,8 @@ def _compact_value(key: str, value: Any, slices: Slices, part: Folded, param: Te
         return value
     rows = _rows(slices, value)[part.kept.to(value.device)]
     scales = scales_for(key, [value], part.scale[part.kept])
-    return _in_place(compact_slices(slices), _times(rows, 1 / scales))
+    values = _in_place(compact_slices(slices), _times(rows, 1 / scales))
+    return _laid_out_as(compact_like(slices, param.detach(), len(part.kept)), values)
 
 
 @torch.no_grad()
@@ -85,7 +86,8 @@ def expanded(state: Mapping[Tensor, State], ties: Iterable[Parts]) -> dict[Tenso
                 values = [one.get(key) for one in held]
                 plain = [_is_of(value, shape) for value, shape in zip(values, shapes, strict=True)]
                 if any(plain[number] for number in {part, *homes}):
-                    new[key] = _expanded_value(key, values, plain, all_slices, folded, own, slices, shapes)
+                    value = _expanded_value(key, values, plain, all_slices, folded, own, slices, shapes)
+                    new[key] = _laid_out_as(param.detach(), value)
                 else:
                     new[key] = held[part][key] if held[part] else copy.deepcopy(values[homes[0]])
             changed[param] = new
@@ -158,6 +160,11 @@ def _in_place(slices: Slices, rows: Tensor) -> Tensor:
     """The tensor that has these rows."""
     labels = slices.labels.shape if slices.labels.dim() > 1 else rows.shape[:1]
     return rows.reshape(*labels, *rows.shape[1:]).movedim(0, slices.dim)
+
+
+def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
+    """The value in the memory layout of the parameter that it belongs to: fused kernels walk both side by side."""
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _times(rows: Tensor, scales: Tensor) -> Tensor:
