@@ -58,6 +58,14 @@ def _state_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[dic
     return [copy.deepcopy(optimizer.state.get(parameter, {})) for parameter in parameters]
 
 
+def _untied_state(optimizer: Optimizer, parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """The state with an entry for each of the parameters', in either mode."""
+    parameters, optimizer = copy.deepcopy((parameters, optimizer))
+    if isinstance(optimizer, TiedOptimizer):
+        optimizer.untie()
+    return _state_of(optimizer, parameters)
+
+
 def _of_entries(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
@@ -98,7 +106,7 @@ def _put_into(shared: SharedTraining, states: Sequence[dict[str, Any]], names: S
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
 @given(way=st.sampled_from(WAYS), data=st.data())
 def test_from_a_change_on_the_trajectory_is_that_of_the_shared_parameter_with_the_mean_state(
-    recipe: Recipe, way: str, data: st.DataObject
+    compact: bool, recipe: Recipe, way: str, data: st.DataObject
 ) -> None:
     dtype = data.draw(st.sampled_from([dtype for dtype in (torch.float64, torch.complex128) if dtype in recipe.dtypes]))
     starts = [normal(data.draw(shapes()), dtype, data.draw(seeds)) for _ in range(data.draw(st.integers(1, 2)))]
@@ -112,7 +120,7 @@ def test_from_a_change_on_the_trajectory_is_that_of_the_shared_parameter_with_th
 
     if way.startswith("retie"):
         old_ties = {} if "untied" in way else dict(zip(parameters, before, strict=True))
-        optimizer = TiedOptimizer(recipe(parameters), old_ties, reduction=reduction)
+        optimizer = TiedOptimizer(recipe(parameters), old_ties, reduction=reduction, compact=compact)
     else:
         optimizer = recipe(parameters)
     _train(optimizer, parameters, first_steps)
@@ -122,15 +130,17 @@ def test_from_a_change_on_the_trajectory_is_that_of_the_shared_parameter_with_th
         bare = recipe(parameters)
         bare.load_state_dict(copy.deepcopy(checkpoint))
         states = _state_of(bare, parameters)
-        optimizer = TiedOptimizer(recipe(parameters), new_ties, reduction=reduction)
+        optimizer = TiedOptimizer(recipe(parameters), new_ties, reduction=reduction, compact=compact)
         optimizer.load_state_dict(checkpoint)
     else:
-        states, others = _state_of(optimizer, parameters), _objects_not_of_entries(optimizer, parameters)
+        states, others = _untied_state(optimizer, parameters), _objects_not_of_entries(optimizer, parameters)
         if way == "wrap":
-            optimizer = TiedOptimizer(optimizer, new_ties, reduction=reduction)
+            optimizer = TiedOptimizer(optimizer, new_ties, reduction=reduction, compact=compact)
         else:
             optimizer.retie(new_ties)
         for parameter, kept in zip(parameters, others, strict=True):
+            # What the compact mode keeps of each entry has a shape of its own, and another one under other ties.
+            kept = {key: value for key, value in kept.items() if not compact or not getattr(value, "shape", ())}
             assert all(optimizer.state[parameter][key] is value for key, value in kept.items())
     for parameter, state in zip(parameters, states, strict=True):
         now = optimizer.state.get(parameter, {})
@@ -255,9 +265,9 @@ def test_what_is_kept_of_a_pinned_entry_has_no_say_in_what_is_kept_of_the_others
 
 # Adagrad has a state of the new parameter at once, so that what is there is of both.
 @pytest.mark.parametrize("recipe", [one for one in ENTRYWISE if one.optimizer is not Adagrad], ids=repr)
-def test_a_new_parameter_that_is_joined_to_a_trained_one_goes_on_with_its_state(recipe):
+def test_a_new_parameter_that_is_joined_to_a_trained_one_goes_on_with_its_state(compact, recipe):
     old, new = (Parameter(randn(4, 3, seed=seed, dtype=torch.float64)) for seed in (0, 1))
-    optimizer = TiedOptimizer(recipe([old]), ())
+    optimizer = TiedOptimizer(recipe([old]), (), compact=compact)
     _train(optimizer, [old], [1, 2, 3])
     optimizer.add_param_group({"params": [new], **recipe.settings})
     states = _state_of(optimizer, [old])
@@ -279,25 +289,28 @@ def test_a_new_parameter_that_is_joined_to_a_trained_one_goes_on_with_its_state(
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
 @given(st.data())
-def test_an_untied_optimizer_is_from_then_on_the_bare_one_bit_for_bit(recipe: Recipe, data: st.DataObject) -> None:
+def test_an_untied_optimizer_is_from_then_on_the_bare_one_bit_for_bit(
+    compact: bool, recipe: Recipe, data: st.DataObject
+) -> None:
     parameters, drawn, _ = _drawn(data, ("none", "signs", "zeros", "any"))
-    relaxed = data.draw(st.booleans())
+    relaxed = not compact and data.draw(st.booleans())
     options = {"strength": 0.5, "every": 2} if relaxed else {"reduction": data.draw(reductions)}
-    optimizer = TiedOptimizer(recipe(parameters), drawn, **options)
+    optimizer = TiedOptimizer(recipe(parameters), drawn, **options, compact=compact)
     _train(optimizer, parameters, data.draw(some_seeds))
     kept = _everything(optimizer, parameters)
     del kept[1]["tieopt"]
     optimizer.untie()
 
-    assert same_tree(_everything(optimizer, parameters), kept)
+    now = _everything(optimizer, parameters)
+    # The state has an entry for each of the parameters' again.
+    assert same_tree(now[:1], kept[:1]) if compact else same_tree(now, kept)
     assert optimizer.ties == ()
     assert optimizer.tie_drift() == 0
 
     twins = copy.deepcopy(parameters)
-    bare = recipe(twins)
-    bare.state.update(
-        {twin: state for twin, state in zip(twins, _state_of(optimizer, parameters), strict=True) if state}
-    )
+    bare, twin_of = recipe(twins), dict(zip(parameters, twins, strict=True))
+    bare.state.clear()
+    bare.state.update({twin_of[one]: copy.deepcopy(state) for one, state in optimizer.state.items() if state})
     after = data.draw(some_seeds)
     _train(optimizer, parameters, after)
     _train(bare, twins, after)
@@ -305,8 +318,8 @@ def test_an_untied_optimizer_is_from_then_on_the_bare_one_bit_for_bit(recipe: Re
     assert same_tree(optimizer.state_dict(), bare.state_dict())
 
 
-def test_an_untied_optimizer_trains_its_entries_apart():
-    weight, optimizer = one_tied(Adam)
+def test_an_untied_optimizer_trains_its_entries_apart(compact):
+    weight, optimizer = one_tied(Adam, compact=compact)
     train(optimizer, 1)
     assert tied_bitwise(weight)
     optimizer.untie()
@@ -461,7 +474,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"strength": 0.5, "every": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"strength": 0.5, "every": 2}, {"compact": True}], ids=str
+)
 def test_bad_ties_given_to_retie_change_nothing_at_all(bad, options):
     def built() -> tuple[list[Parameter], TiedOptimizer]:
         params = [parameter(*SHAPE), parameter(*SHAPE, seed=1)]
@@ -488,10 +503,10 @@ def test_bad_ties_given_to_retie_change_nothing_at_all(bad, options):
 
 
 @given(data=st.data(), reduction=reductions)
-def test_a_parameter_that_was_added_since_can_be_tied(data: st.DataObject, reduction: str) -> None:
+def test_a_parameter_that_was_added_since_can_be_tied(compact: bool, data: st.DataObject, reduction: str) -> None:
     old, new = Parameter(normal(SHAPE, torch.float64, 0)), Parameter(normal(data.draw(shapes()), torch.float64, 1))
     names = data.draw(labels(len(new)))
-    optimizer = TiedOptimizer(AdamW([old]), {old: GROUPS}, reduction=reduction)
+    optimizer = TiedOptimizer(AdamW([old]), {old: GROUPS}, reduction=reduction, compact=compact)
     _train(optimizer, [old], [1, 2])
     optimizer.add_param_group({"params": [new], "lr": 0.02})
     assert len(optimizer.ties) == 1
@@ -505,9 +520,9 @@ def test_a_parameter_that_was_added_since_can_be_tied(data: st.DataObject, reduc
     assert list(optimizer.state_dict()["tieopt"]["ties"]) == [0, 1]
 
 
-def test_a_parameter_that_was_added_since_can_be_joined_by_its_name():
+def test_a_parameter_that_was_added_since_can_be_joined_by_its_name(compact):
     old, new = parameter(4, 3), parameter(3, 4, seed=1)
-    optimizer = TiedOptimizer(SGD([("old", old)], lr=0.1), ())
+    optimizer = TiedOptimizer(SGD([("old", old)], lr=0.1), (), compact=compact)
     train(optimizer, 1)
     optimizer.add_param_group({"params": [("new", new)]})
     expected = (old.detach() + new.detach().T) / 2
@@ -521,9 +536,9 @@ def test_a_parameter_that_was_added_since_can_be_joined_by_its_name():
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
 @given(st.data())
-def test_the_same_ties_again_change_no_bit(recipe: Recipe, data: st.DataObject) -> None:
+def test_the_same_ties_again_change_no_bit(compact: bool, recipe: Recipe, data: st.DataObject) -> None:
     parameters, drawn, groups = _drawn(data, ("none", "signs", "zeros"))
-    optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=data.draw(reductions))
+    optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=data.draw(reductions), compact=compact)
     _train(optimizer, parameters, data.draw(some_seeds))
     weights = [bits(one) for one in parameters]
     if recipe.settings.get("fused"):
@@ -534,7 +549,9 @@ def test_the_same_ties_again_change_no_bit(recipe: Recipe, data: st.DataObject) 
     states = _without_pinned(_state_of(optimizer, parameters), parameters, pinned)
     optimizer.retie(drawn if data.draw(st.booleans()) else optimizer.ties)
     assert same_tree(_without_pinned(_state_of(optimizer, parameters), parameters, pinned), states)
-    assert any(pinned) or same_tree(_everything(optimizer, parameters)[1:], kept)
+    # In the compact mode the state is made anew.
+    last = 2 if compact else 3
+    assert any(pinned) or same_tree(_everything(optimizer, parameters)[1:last], kept[: last - 1])
     assert all(torch.equal(bits(one), words) for one, words in zip(parameters, weights, strict=True))
 
 
@@ -550,12 +567,12 @@ def _without_pinned(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_retie_keeps_the_reduction(reduction):
+def test_retie_keeps_the_reduction(compact, reduction):
     weight, other = parameter(*SHAPE, dtype=torch.float64), parameter(*SHAPE, dtype=torch.float64)
-    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: [[0, 1]]}, reduction=reduction)
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: [[0, 1]]}, reduction=reduction, compact=compact)
     optimizer.retie({weight: GROUPS})
-    TiedOptimizer(SGD([other], lr=0.1), {other: [[0, 1]]})
-    from_the_start = TiedOptimizer(SGD([other], lr=0.1), {other: GROUPS}, reduction=reduction)
+    TiedOptimizer(SGD([other], lr=0.1), {other: [[0, 1]]}, compact=compact)
+    from_the_start = TiedOptimizer(SGD([other], lr=0.1), {other: GROUPS}, reduction=reduction, compact=compact)
     for each, param in ((optimizer, weight), (from_the_start, other)):
         param.grad = randn(*SHAPE, seed=5, dtype=torch.float64)
         each.step()

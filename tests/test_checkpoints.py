@@ -78,8 +78,8 @@ def test_a_tied_optimizer_loads_the_state_of_a_bare_one():
 
 
 @pytest.mark.parametrize("inner", [SGD, AdamW])
-def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(inner):
-    weight, optimizer = one_tied(inner)
+def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(compact, inner):
+    weight, optimizer = one_tied(inner, compact=compact)
     train(optimizer, 3)
     file = io.BytesIO()
     torch.save({"weight": weight.detach(), "optimizer": optimizer.state_dict()}, file)
@@ -87,7 +87,7 @@ def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(inner):
     train(optimizer, 3, seed=900)
 
     checkpoint = torch.load(file, weights_only=True)
-    other, resumed = one_tied(inner)
+    other, resumed = one_tied(inner, compact=compact)
     other.data.copy_(checkpoint["weight"])
     resumed.load_state_dict(checkpoint["optimizer"])
     train(resumed, 3, seed=900)
@@ -96,12 +96,12 @@ def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(inner):
     assert same_tree(optimizer.state_dict(), resumed.state_dict())
 
 
-def test_load_state_dict_takes_its_argument_by_keyword_and_leaves_it_as_it_was():
-    _, optimizer = one_tied(AdamW)
+def test_load_state_dict_takes_its_argument_by_keyword_and_leaves_it_as_it_was(compact):
+    _, optimizer = one_tied(AdamW, compact=compact)
     train(optimizer, 2)
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved)
-    _, other = one_tied(AdamW)
+    _, other = one_tied(AdamW, compact=compact)
 
     other.load_state_dict(state_dict=saved)
 
@@ -109,14 +109,14 @@ def test_load_state_dict_takes_its_argument_by_keyword_and_leaves_it_as_it_was()
     assert same_tree(other.state_dict(), before)
 
 
-def test_load_state_dict_writes_through_the_setstate_of_the_inner_class():
+def test_load_state_dict_writes_through_the_setstate_of_the_inner_class(compact):
     class Newer(SGD):
         def __setstate__(self, state):
             super().__setstate__(state)
             for group in self.param_groups:
                 group.setdefault("added_since", "filled in")
 
-    weight, optimizer = one_tied(Newer)
+    weight, optimizer = one_tied(Newer, compact=compact)
     optimizer.load_state_dict(SGD([weight], lr=0.25).state_dict())
 
     assert optimizer.param_groups[0]["added_since"] == "filled in"
@@ -137,12 +137,12 @@ def test_a_loaded_checkpoint_aliases_the_live_state_exactly_where_it_does_for_th
     assert aliased(one_tied(AdamW)[1]) == aliased(one_bare(AdamW)[1])
 
 
-def test_tying_writes_nothing_into_a_checkpoint_that_aliases_the_live_state():
+def test_tying_writes_nothing_into_a_checkpoint_that_aliases_the_live_state(compact):
     _, donor = one_bare(AdamW)
     train(donor, 2)
     saved = donor.state_dict()
     before = copy.deepcopy(saved)
-    weight, optimizer = one_tied(AdamW)
+    weight, optimizer = one_tied(AdamW, compact=compact)
     weight.grad = randn(*SHAPE, seed=1)
 
     optimizer.load_state_dict(saved)
@@ -152,8 +152,8 @@ def test_tying_writes_nothing_into_a_checkpoint_that_aliases_the_live_state():
     assert same_tree(saved, before)
 
 
-def test_state_dict_hooks_fire_once():
-    _, optimizer = one_tied()
+def test_state_dict_hooks_fire_once(compact):
+    _, optimizer = one_tied(compact=compact)
     seen = []
     optimizer.register_state_dict_pre_hook(lambda *_: seen.append("before saving"))
     optimizer.register_state_dict_post_hook(lambda *_: seen.append("after saving"))
@@ -173,8 +173,8 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled}
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_copy_keeps_the_ties_and_goes_on_bit_for_bit(how, reduction):
-    weight, optimizer = one_tied(AdamW, reduction=reduction)
+def test_a_copy_keeps_the_ties_and_goes_on_bit_for_bit(compact, how, reduction):
+    weight, optimizer = one_tied(AdamW, reduction=reduction, compact=compact)
     train(optimizer, 2)
 
     other, twin = COPIES[how]((weight, optimizer))
@@ -190,8 +190,8 @@ def test_a_copy_keeps_the_ties_and_goes_on_bit_for_bit(how, reduction):
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_training_a_copy_leaves_the_original_alone(how):
-    weight, optimizer = one_tied(AdamW)
+def test_training_a_copy_leaves_the_original_alone(compact, how):
+    weight, optimizer = one_tied(AdamW, compact=compact)
     train(optimizer, 2)
     before, state = bits(weight), copy.deepcopy(optimizer.state_dict())
 
@@ -201,9 +201,9 @@ def test_training_a_copy_leaves_the_original_alone(how):
     assert same_tree(optimizer.state_dict(), state)
 
 
-def test_a_deepcopy_of_model_and_optimizer_together_is_tied_to_the_copied_model():
+def test_a_deepcopy_of_model_and_optimizer_together_is_tied_to_the_copied_model(compact):
     model = torch.nn.Linear(5, 7)
-    optimizer = TiedOptimizer(AdamW(model.parameters()), {model.weight: GROUPS})
+    optimizer = TiedOptimizer(AdamW(model.parameters()), {model.weight: GROUPS}, compact=compact)
     twin_model, twin = copy.deepcopy((model, optimizer))
     before = bits(model.weight)
 
@@ -214,8 +214,8 @@ def test_a_deepcopy_of_model_and_optimizer_together_is_tied_to_the_copied_model(
     assert torch.equal(bits(model.weight), before)
 
 
-def test_a_pickle_is_read_by_a_process_that_has_never_seen_the_class(tmp_path):
-    weight, optimizer = one_tied(AdamW)
+def test_a_pickle_is_read_by_a_process_that_has_never_seen_the_class(compact, tmp_path):
+    weight, optimizer = one_tied(AdamW, compact=compact)
     train(optimizer, 2)
     (tmp_path / "optimizer.pickle").write_bytes(pickle.dumps(optimizer))
     program = (
@@ -236,8 +236,8 @@ def test_a_pickle_is_read_by_a_process_that_has_never_seen_the_class(tmp_path):
     assert read.stdout.splitlines() == ["TiedAdamW True", weight.detach().numpy().tobytes().hex()]
 
 
-def test_ties_are_held_by_position_when_the_parameter_objects_are_replaced():
-    weight, optimizer = one_tied()
+def test_ties_are_held_by_position_when_the_parameter_objects_are_replaced(compact):
+    weight, optimizer = one_tied(compact=compact)
     before = bits(weight)
     replacement = parameter(*SHAPE, seed=2)
     optimizer.param_groups[0]["params"][0] = replacement
@@ -249,8 +249,8 @@ def test_ties_are_held_by_position_when_the_parameter_objects_are_replaced():
     assert optimizer.ties[0].parts[0].param is replacement
 
 
-def test_ties_are_held_by_position_when_the_list_of_parameters_is_replaced():
-    _, optimizer = one_tied()
+def test_ties_are_held_by_position_when_the_list_of_parameters_is_replaced(compact):
+    _, optimizer = one_tied(compact=compact)
     replacement = parameter(*SHAPE, seed=2)
     optimizer.param_groups = [{**group, "params": [replacement]} for group in optimizer.param_groups]
 
@@ -325,8 +325,8 @@ def test_distributed_checkpoint_sees_the_schema_of_the_bare_optimizer():
     }
 
 
-def test_a_look_at_a_copy_in_inference_mode_does_not_stop_the_next_step():
-    _, optimizer = one_tied()
+def test_a_look_at_a_copy_in_inference_mode_does_not_stop_the_next_step(compact):
+    _, optimizer = one_tied(compact=compact)
     again = pickled(optimizer)
     with torch.inference_mode():
         assert again.tie_drift() == 0.0

@@ -71,7 +71,17 @@ def scheduled_then_tied(optimizer, weight, build):
     return TiedOptimizer(optimizer, {weight: GROUPS}), scheduler
 
 
-ORDERS = [tied_then_scheduled, scheduled_then_tied]
+def compact_then_scheduled(optimizer, weight, build):
+    tied = TiedOptimizer(optimizer, {weight: GROUPS}, compact=True)
+    return tied, build(tied)
+
+
+def scheduled_then_compact(optimizer, weight, build):
+    scheduler = build(optimizer)
+    return TiedOptimizer(optimizer, {weight: GROUPS}, compact=True), scheduler
+
+
+ORDERS = [tied_then_scheduled, scheduled_then_tied, compact_then_scheduled, scheduled_then_compact]
 
 scheduler_names = pytest.mark.parametrize("name", SCHEDULERS)
 inner_names = pytest.mark.parametrize("inner", INNER)
@@ -228,9 +238,9 @@ def test_a_scheduler_that_is_stepped_before_the_optimizer_warns_as_ever(order):
 # --- what a scheduler asks of the optimizer ---
 
 
-def test_a_scheduler_takes_a_tied_optimizer_for_an_optimizer_and_nothing_else():
+def test_a_scheduler_takes_a_tied_optimizer_for_an_optimizer_and_nothing_else(compact):
     weight, optimizer = one_bare()
-    lr_scheduler.StepLR(TiedOptimizer(optimizer, {weight: GROUPS}), 1)
+    lr_scheduler.StepLR(TiedOptimizer(optimizer, {weight: GROUPS}, compact=compact), 1)
     with pytest.raises(TypeError, match="is not an Optimizer"):
         lr_scheduler.StepLR(object(), 1)
 
@@ -239,11 +249,13 @@ def test_a_scheduler_takes_a_tied_optimizer_for_an_optimizer_and_nothing_else():
 def test_step_stays_a_bound_method_of_the_optimizer(order):
     weight, optimizer = one_bare()
     optimizer, _ = order(optimizer, weight, SCHEDULERS["StepLR"])
+    before = weight.detach().clone()
     weight.grad = randn(*SHAPE, seed=1)
     optimizer.step.__func__(optimizer)
 
     assert optimizer.step.__self__ is optimizer
-    assert tied_bitwise(weight.grad)
+    assert tied_bitwise(weight)
+    assert not torch.equal(weight, before)
 
 
 @orders
@@ -353,9 +365,9 @@ def test_a_schedule_of_a_bare_optimizer_is_loaded_for_a_tied_one(name):
 
 
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)])
-def test_averaged_models_and_swalr_go_with_a_tied_optimizer(average):
+def test_averaged_models_and_swalr_go_with_a_tied_optimizer(compact, average):
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7))
-    optimizer = TiedOptimizer(SGD(model.parameters(), lr=0.1), {model[0].weight: GROUPS})
+    optimizer = TiedOptimizer(SGD(model.parameters(), lr=0.1), {model[0].weight: GROUPS}, compact=compact)
     scheduler = SWALR(optimizer, swa_lr=0.02, anneal_epochs=3)
     averaged = AveragedModel(model, multi_avg_fn=average)
     snapshots, rates = [], []
