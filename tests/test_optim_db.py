@@ -70,13 +70,14 @@ class Run:
     those.
     """
 
-    def __init__(self, variant, ties=None, dtype=torch.float32):
+    def __init__(self, variant, ties=None, dtype=torch.float32, compact=False):
         self.variant = variant
         self.params = [parameter(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(SHAPES)]
         # A tensor learning rate is written in place by schedulers, and would be shared by all runs.
         self.optimizer = variant.inner(self.params, **copy.deepcopy(variant.kwargs))
         if ties is not None:
-            TiedOptimizer(self.optimizer, {self.params[number]: groups for number, groups in ties.items()})
+            ties = {self.params[number]: groups for number, groups in ties.items()}
+            TiedOptimizer(self.optimizer, ties, compact=compact)
 
     @classmethod
     def tied(cls, variant, **kwargs):
@@ -141,8 +142,8 @@ def test_the_database_has_91_settings_and_192_with_their_implementations():
 
 
 @every_variant
-def test_the_ties_are_kept_to_the_last_bit_over_many_steps(variant):
-    run = Run.tied(variant)
+def test_the_ties_are_kept_to_the_last_bit_over_many_steps(compact, variant):
+    run = Run.tied(variant, compact=compact)
     (weight, other), start = run.params, bits(run.params[0])
     for step in range(STEPS):
         run.step(step)
@@ -166,8 +167,8 @@ def test_without_ties_a_run_is_bit_for_bit_that_of_the_bare_optimizer(variant):
 
 
 @those(lambda variant: variant.inner is not LBFGS)
-def test_a_parameter_without_ties_is_bit_for_bit_that_of_the_bare_optimizer(variant):
-    bare, tied = Run(variant), Run.tied(variant)
+def test_a_parameter_without_ties_is_bit_for_bit_that_of_the_bare_optimizer(compact, variant):
+    bare, tied = Run(variant), Run.tied(variant, compact=compact)
     bare.train(range(STEPS))
     tied.train(range(STEPS))
 
@@ -176,8 +177,8 @@ def test_a_parameter_without_ties_is_bit_for_bit_that_of_the_bare_optimizer(vari
 
 
 @those(lambda variant: variant.info.supports_complex and not variant.kwargs.get("fused"))
-def test_complex_parameters_are_kept_tied_to_the_last_bit(variant):
-    run = Run.tied(variant, dtype=torch.complex64)
+def test_complex_parameters_are_kept_tied_to_the_last_bit(compact, variant):
+    run = Run.tied(variant, dtype=torch.complex64, compact=compact)
     for step in range(3):
         run.step(step)
 
@@ -187,8 +188,8 @@ def test_complex_parameters_are_kept_tied_to_the_last_bit(variant):
 
 @those(lambda variant: variant.inner is not SparseAdam)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_kept_tied_to_the_last_bit(variant, dtype):
-    run = Run.tied(variant, dtype=dtype)
+def test_other_dtypes_are_kept_tied_to_the_last_bit(compact, variant, dtype):
+    run = Run.tied(variant, dtype=dtype, compact=compact)
     for step in range(3):
         run.step(step)
 
@@ -199,8 +200,8 @@ def test_other_dtypes_are_kept_tied_to_the_last_bit(variant, dtype):
 
 
 @every_variant
-def test_a_step_with_a_closure_is_bit_for_bit_the_step_without(variant):
-    without, within = Run.tied(variant), Run.tied(variant)
+def test_a_step_with_a_closure_is_bit_for_bit_the_step_without(compact, variant):
+    without, within = Run.tied(variant, compact=compact), Run.tied(variant, compact=compact)
     without.train(range(4))
     for step in range(4):
         loss = within.step(step, closure=True)
@@ -214,8 +215,8 @@ def test_a_step_with_a_closure_is_bit_for_bit_the_step_without(variant):
 
 
 @every_variant
-def test_scaled_gradients_keep_the_ties_and_a_skipped_step_changes_nothing(variant):
-    run = Run.tied(variant)
+def test_scaled_gradients_keep_the_ties_and_a_skipped_step_changes_nothing(compact, variant):
+    run = Run.tied(variant, compact=compact)
     weight, scaler = run.params[0], GradScaler("cpu", init_scale=2.0**8)
     for step in range(4):
         before = bits(weight)
@@ -263,10 +264,10 @@ def test_all_schedulers_set_the_learning_rates_of_the_bare_optimizer(variant):
 
 
 @every_variant
-def test_the_ties_are_kept_under_a_scheduler_that_was_built_before_them(variant):
+def test_the_ties_are_kept_under_a_scheduler_that_was_built_before_them(compact, variant):
     run = Run(variant)
     scheduler = SCHEDULERS["CosineAnnealingLR"](run.optimizer)
-    TiedOptimizer(run.optimizer, {run.params[0]: GROUPS})
+    TiedOptimizer(run.optimizer, {run.params[0]: GROUPS}, compact=compact)
     for step in range(4):
         run.step(step)
         scheduler.step()
@@ -289,9 +290,9 @@ def resumed(run, file, twin):
 
 
 @every_variant
-def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(variant):
-    run = Run.tied(variant).train(range(4))
-    twin = resumed(run, io.BytesIO(), Run.tied(variant))
+def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(compact, variant):
+    run = Run.tied(variant, compact=compact).train(range(4))
+    twin = resumed(run, io.BytesIO(), Run.tied(variant, compact=compact))
     run.train(range(4, 8))
     twin.train(range(4, 8))
 
@@ -334,8 +335,8 @@ def continued_copy(run, copied):
 
 @those(lambda variant: variant.inner is not LBFGS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_goes_on_bit_for_bit_and_leaves_the_original_alone(variant, copied):
-    run = Run.tied(variant).train(range(4))
+def test_a_copy_goes_on_bit_for_bit_and_leaves_the_original_alone(compact, variant, copied):
+    run = Run.tied(variant, compact=compact).train(range(4))
     before = copy.deepcopy(run.result)
     twin = continued_copy(run, copied)
 
