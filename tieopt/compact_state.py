@@ -19,12 +19,13 @@ Parts = tuple[Sequence[Slices], Sequence[Folded], Sequence[Tensor]]
 
 
 @torch.no_grad()
-def compacted(state: Mapping[Tensor, State], ties: Iterable[Parts]) -> dict[Tensor, State]:
+def compacted(state: Mapping[Tensor, State], ties: Iterable[Parts], maybe: bool = False) -> dict[Tensor, State]:
     """The state of compact parameters, from that of tied ones.
 
     Args:
         state: of an optimizer, by parameter; that of tied ones is tied as well.
         ties: of the parameters.
+        maybe: whether it may be that of compact parameters already, as distributed checkpoints do not say.
 
     Returns:
         What takes the place of the state of each parameter.
@@ -36,14 +37,16 @@ def compacted(state: Mapping[Tensor, State], ties: Iterable[Parts]) -> dict[Tens
     for all_slices, folded, params in ties:
         for slices, part, param in zip(all_slices, folded, params, strict=True):
             held = state.get(param) or {}
-            new = {key: _compact_value(key, value, slices, part, param) for key, value in held.items()}
+            new = {key: _compact_value(key, value, slices, part, param, maybe) for key, value in held.items()}
             # Where nothing of a parameter is left, there is nothing to train.
             changed[param] = new if len(part.kept) else {}
     return changed
 
 
-def _compact_value(key: str, value: Any, slices: Slices, part: Folded, param: Tensor) -> Any:
+def _compact_value(key: str, value: Any, slices: Slices, part: Folded, param: Tensor, maybe: bool) -> Any:
     if not _is_of(value, param.shape):
+        if maybe and _is_of(value, _compact_shape(slices, part, param)):
+            return value
         check_shapeless(key, value, param.shape)
         return value
     rows = _rows(slices, value)[part.kept.to(value.device)]

@@ -283,12 +283,17 @@ class TiedOptimizer(Optimizer):
         pairs = _trained(self, binding)
         if _TIEOPT in state_dict:
             binding.check_saved(saved, self.param_groups)
-        was_compact = saved is not None and saved.get("compact", False)
+        was_compact = None if saved is None else saved.get("compact", False)
         convert = _converter(self, binding, was_compact)
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
         if convert is not None:
-            params = dict(enumerate(param for settings in self.param_groups for param in settings["params"]))
-            convert({params[number]: one for number, one in state_dict["state"].items() if number in params})
+            # As load_state_dict finds them: some checkpoints have names in the places of numbers.
+            numbers, params = (
+                [one for settings in each for one in settings["params"]]
+                for each in (state_dict["param_groups"], self.param_groups)
+            )
+            held = dict(zip(numbers, params, strict=False))
+            convert({held[number]: one for number, one in state_dict["state"].items() if number in held})
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             binding.steps = saved.get("steps", 0)
@@ -431,14 +436,14 @@ def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:
 
 
 def _converter(
-    optimizer: Optimizer, binding: Binding, was_compact: bool
+    optimizer: Optimizer, binding: Binding, was_compact: bool | None
 ) -> Callable[[Mapping[Any, Any]], dict[Any, Any]] | None:
-    """What converts a state that was saved in the other mode; None if it was saved in this one."""
-    if was_compact == (binding.compact is not None):
+    """What converts a state that was saved in the other mode, or without a word; None if it was saved in this one."""
+    if bool(was_compact) == (binding.compact is not None):
         return None
     compact = binding.compact or Compact(binding.ties, optimizer.param_groups)
     parts = compact.parts(optimizer.param_groups)
-    return lambda state: expanded(state, parts) if was_compact else compacted(state, parts)
+    return lambda state: expanded(state, parts) if was_compact else compacted(state, parts, was_compact is None)
 
 
 def _check_wrappable(optimizer: Any) -> None:
