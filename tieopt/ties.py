@@ -357,7 +357,11 @@ def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Te
     try:
         if isinstance(groups, (str, bytes)):
             raise TypeError
-        members = [list(group.tolist() if isinstance(group, Tensor) else group) for group in groups]
+        # To ask for the type of a million lists takes longer than to read them.
+        members = [
+            group if type(group) is list else list(group.tolist() if isinstance(group, Tensor) else group)
+            for group in groups
+        ]
     except TypeError:
         hint = " (labels go into a tensor: torch.tensor(labels))" if isinstance(groups, (list, tuple)) else ""
         hint = " (a Tie stands for itself, in a list of Ties)" if isinstance(groups, Tie) else hint
