@@ -23,7 +23,15 @@ from torch.optim import Optimizer
 
 from tieopt.batches import Batches
 from tieopt.compact_state import Parts
-from tieopt.folding import Folded, compact_like, fold_, fold_gradients_, folded, folded_sparse, folding_for, unfold_
+from tieopt.folding import (
+    compact_like,
+    fold_,
+    fold_gradients_,
+    folded_for,
+    folded_sparse,
+    folding_for,
+    unfold_,
+)
 from tieopt.gradients import prepare_gradients, with_gradients
 from tieopt.places import BoundTie, ParamGroups, Place, check_joined, name_of, parameter_at
 from tieopt.reduction import Reduction
@@ -35,13 +43,11 @@ class Component(BoundTie):
     """All the ties of parameters that have to be folded together, each parameter once.
 
     Attributes:
-        folded: what is kept of each parameter.
         versions: of the parameters when they were last written here; None if they were not.
     """
 
     def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
         super().__init__(places, slices)
-        self.folded: tuple[Folded, ...] = folded(self.slices)
         self.versions: list[int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,7 +137,7 @@ class Compact:
             return
         for component, params in self.pairs(param_groups):
             for place, slices, part, param in zip(
-                component.places, component.slices, component.folded, params, strict=True
+                component.places, component.slices, folded_for(component), params, strict=True
             ):
                 compact = compact_like(slices, param.detach(), len(part.kept))
                 self.parameters[place[:2]] = Parameter(compact, requires_grad=param.requires_grad)
@@ -154,7 +160,7 @@ class Compact:
 
     def parts(self, param_groups: ParamGroups) -> list[Parts]:
         """What is kept of each parameter."""
-        return [(component.slices, component.folded, params) for component, params in self.pairs(param_groups)]
+        return [(component.slices, folded_for(component), params) for component, params in self.pairs(param_groups)]
 
     def by_param(self, param_groups: ParamGroups) -> dict[Tensor, Parameter]:
         """The compact parameter of each tied one."""

@@ -44,24 +44,25 @@ def folded(slices: Sequence[Slices]) -> tuple[Folded, ...]:
     sizes = torch.bincount(members.group)
     leads = members.at(sizes.cumsum(0) - sizes)
     # The lead is a positive multiple: which sign a group is written with makes no difference.
-    scale = members.scale * leads.scale.sign()[members.group]
-    homes = [leads.position[leads.part == part] for part in range(len(slices))]
+    scale = members.scale * leads.scale.sign().index_select(0, members.group)
+    members = members._replace(scale=scale)
     row_of = torch.empty_like(leads.group)
     parts, before = [], 0
-    for part, (each, home) in enumerate(zip(slices, homes, strict=True)):
+    for part, each in enumerate(slices):
+        home = leads.where(leads.part == part)
         free = torch.ones(each.labels.numel(), dtype=torch.bool, device="cpu")
-        free[members.position[members.part == part]] = False
-        free[pins.position[pins.part == part]] = False
-        kept = torch.cat([home, free.nonzero().squeeze(1)])
-        row_of[leads.part == part] = before + torch.arange(len(home), device="cpu")
+        for own in (members, pins):
+            free.index_fill_(0, own.where(own.part == part).position, False)
+        kept = torch.cat([home.position, free.nonzero().squeeze(1)])
+        row_of[home.group] = before + torch.arange(len(home.group), device="cpu")
         rows = torch.full((len(free),), FREE, device="cpu")
         rows[kept] = before + torch.arange(len(kept), device="cpu")
-        parts.append(Folded(kept, len(home), rows, torch.ones(len(free), dtype=torch.float64, device="cpu")))
+        parts.append(Folded(kept, len(home.group), rows, torch.ones(len(free), dtype=torch.float64, device="cpu")))
         before += len(kept)
     for part, whole in enumerate(parts):
-        own = members.part == part
-        whole.rows[members.position[own]] = row_of[members.group[own]]
-        whole.scale[members.position[own]] = scale[own]
+        own = members.where(members.part == part)
+        whole.rows.index_copy_(0, own.position, row_of.index_select(0, own.group))
+        whole.scale.index_copy_(0, own.position, own.scale)
     return tuple(parts)
 
 
@@ -110,15 +111,14 @@ class Folding:
 
     @classmethod
     @torch.inference_mode(False)
-    def compile(cls, ties: Indices, tensors: Sequence[Tensor]) -> Folding:
-        """Compiles labels for tensors.
+    def compile(cls, index: Index, parts: Sequence[Folded]) -> Folding:
+        """Compiles a folding for tensors of one layout.
 
         Args:
-            ties: the labels.
-            tensors: dense ones; their layout and device matter, and not their entries.
+            index: of the tensors.
+            parts: what is kept of each, as :func:`folded` says.
         """
-        index, slices, parts = ties.index_for(tensors), ties.slices, folded(ties.slices)
-        device = index.layout.device
+        slices, device = index.slices, index.layout.device
         positions = [each.positions(steps).flatten() for each, steps in zip(slices, index.layout.steps, strict=True)]
         kept = tuple(own[part.kept].to(device) for own, part in zip(positions, parts, strict=True))
         ends = [0] * len(slices)
@@ -143,11 +143,19 @@ class Folding:
         return rows[: len(slices)], rows[len(slices) :]
 
 
+def folded_for(ties: Indices) -> tuple[Folded, ...]:
+    """What is kept of each tensor; worked out once."""
+    if ties.folded is None:
+        ties.folded = folded(ties.slices)
+    parts: tuple[Folded, ...] = ties.folded
+    return parts
+
+
 def folding_for(ties: Indices, tensors: Sequence[Tensor]) -> Folding:
     """The folding of tensors; compiled for those of another layout, or on another device."""
     layout = Layout.of(ties.slices, tensors)
     if layout not in ties.foldings:
-        ties.foldings[layout] = Folding.compile(ties, tensors)
+        ties.foldings[layout] = Folding.compile(ties.index_for(tensors), folded_for(ties))
     folding: Folding = ties.foldings[layout]
     return folding
 

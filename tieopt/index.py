@@ -244,12 +244,17 @@ class Index:
         return rows.index_put_((self.members.position,), values)
 
 
+# What is quickly compiled, and larger than the labels.
+_COMPILED = ("_indices", "foldings", "folded", "number")
+
+
 class Indices:
     """Labelled slices of tensors, and an index for each layout in which these tensors came.
 
     Attributes:
         slices: of each tensor, numbered.
         foldings: for each layout, see :func:`~tieopt.folding.folding_for`.
+        folded: see :func:`~tieopt.folding.folded_for`.
         number: by which compiled graphs, which hold tensors and numbers, find these.
         by_number: all there are.
     """
@@ -264,6 +269,7 @@ class Indices:
     def _begin(self) -> None:
         self._indices: dict[Layout, Index] = {}
         self.foldings: dict[Layout, Any] = {}
+        self.folded: Any = None
         self.number = next(Indices._numbers)
         Indices.by_number[self.number] = self
 
@@ -275,8 +281,7 @@ class Indices:
         return self._indices[layout]
 
     def __getstate__(self) -> dict[str, Any]:
-        # An index is quickly compiled, and larger than the labels.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_indices", "foldings", "number")}
+        return {key: value for key, value in self.__dict__.items() if key not in _COMPILED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
