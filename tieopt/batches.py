@@ -2,16 +2,20 @@
 
 Rows of several parameters that are equally long are gathered into one buffer, reduced together, and written back;
 what is left for each parameter is to gather and to write.
+
+The results are those of one tie after the other, to the last bit: whether ties are merged depends on which of them
+took part in earlier steps, which a checkpoint does not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tieopt.index import Indices
+from tieopt.index import EVEN_ENTRIES, TOTALS, Indices
 from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
 from tieopt.slices import FREE
@@ -38,6 +42,7 @@ class Batches:
     def __init__(self) -> None:
         self.workspace = Workspace()
         self._merged: dict[tuple[BoundTie, ...], Indices] = {}
+        self._sizes: dict[BoundTie, int | None] = {}
 
     def project_(self, pairs: Pairs, reduction: Reduction = "mean") -> None:
         """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`."""
@@ -68,32 +73,56 @@ class Batches:
 
     def of(self, pairs: Pairs) -> Iterator[tuple[Indices, list[Tensor]]]:
         """The same ties and tensors, those that can be worked on together as one."""
-        alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[tuple[BoundTie, list[Tensor]]]] = {}
+        alike: dict[tuple[Any, ...], list[tuple[BoundTie, list[Tensor]]]] = {}
+        entries: dict[tuple[Any, ...], int] = {}
         for tie, tensors in pairs:
-            first = tensors[0]
-            if tie.is_of_rows and first.numel() <= _SMALL and first.is_contiguous():
-                alike.setdefault((first.shape[1:], first.dtype, first.device), []).append((tie, tensors))
-            else:
+            first, size = tensors[0], self._size(tie)
+            if size is None or first.numel() > (_SMALL if size else EVEN_ENTRIES - 1) or not first.is_contiguous():
                 yield tie, tensors
-        for batch in alike.values():
+                continue
+            kind = size, first.shape[1:], first.dtype, first.device
+            entries[kind] = entries.get(kind, 0) + first.numel()
+            alike.setdefault((*kind, entries[kind] // (TOTALS - _SMALL)), []).append((tie, tensors))
+        for (size, *_), batch in alike.items():
             ties = tuple(tie for tie, _ in batch)
             if len(ties) > 1 and ties not in self._merged and len(self._merged) < _SELECTIONS:
-                self._merged[ties] = merged(ties)
+                self._merged[ties] = merged(ties, even=bool(size))
             if ties in self._merged:
                 yield self._merged[ties], [tensor for _, tensors in batch for tensor in tensors]
             else:
                 yield from batch
 
+    def _size(self, tie: BoundTie) -> int | None:
+        """The size of all groups of a tie, 0 if there are several; None if it cannot be merged."""
+        if tie not in self._sizes:
+            self._sizes[tie] = _common_size(tie)
+        return self._sizes[tie]
+
     def __reduce__(self) -> tuple[type[Batches], tuple[()]]:
         return Batches, ()
 
 
-def merged(ties: Iterable[BoundTie]) -> Indices:
-    """One tie of all the parameters of several ties, with the groups of each."""
+def _common_size(tie: BoundTie) -> int | None:
+    labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
+    # Multiples that are rounded have a run take another way, and all groups in it.
+    if not tie.is_of_rows or not bool(((scales == 0) | (scales == 1)).all()):
+        return None
+    sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
+    several = torch.unique(sizes[sizes > 1])
+    return int(several[0]) if len(several) == 1 else 0
+
+
+def merged(ties: Iterable[BoundTie], *, even: bool = True) -> Indices:
+    """One tie of all the parameters of several ties, with the groups of each.
+
+    Args:
+        ties: of rows.
+        even: whether all their groups are of one size, so that they are worked on as they would be each by itself.
+    """
     slices, count = [], 0
     for tie in ties:
         for each in tie.slices:
             labels = torch.where(each.labels == FREE, FREE, each.labels + count)
             slices.append(each._replace(labels=labels))
         count += 1 + max(int(each.labels.max()) for each in tie.slices)
-    return Indices(slices)
+    return Indices(slices, even=even)

@@ -24,13 +24,13 @@ _CPU_ENTRIES = 2**19
 _ACCELERATOR_ENTRIES = 2**22
 
 # Shared values whose sums are kept all at once, so that members can be walked in the order of memory.
-_TOTALS = 2**20
+TOTALS = 2**20
 
 # Slices of fewer entries are narrow: it is their number that counts, not what they hold.
 _NARROW = 16
 
 # The fewest entries for which groups of one size are worth a run of their own.
-_EVEN_ENTRIES = 2**15
+EVEN_ENTRIES = 2**15
 
 # A multiple of the shared value by which another member leads a group than one of scale 1.
 _MUCH_LARGER = 256.0
@@ -180,17 +180,18 @@ class Index:
 
     @classmethod
     @torch.inference_mode(False)  # Its tensors are to be used outside as well.
-    def compile(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Index:
+    def compile(cls, slices: Sequence[Slices], tensors: Sequence[Tensor], *, even: bool = True) -> Index:
         """Compiles labels for tensors.
 
         Args:
             slices: for each tensor, numbered. Slices with the same label are members of one group, whichever
                 tensor they are in.
             tensors: dense ones; their layout and device matter, and not their entries.
+            even: whether many groups of one size may be worked on together, which rounds otherwise.
         """
         layout = Layout.of(slices, tensors)
         members, pins = sorted_members(slices, layout.steps)
-        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout)
+        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout, even=even)
         parts = torch.unique(pins.part).tolist() if len(pins.part) else []
         pinned = {part: pins.position[pins.part == part].to(layout.device) for part in parts}
         return cls(tuple(slices), layout, tuple(runs), pinned)
@@ -257,13 +258,15 @@ class Indices:
         folded: see :func:`~tieopt.folding.folded_for`.
         number: by which compiled graphs, which hold tensors and numbers, find these.
         by_number: all there are.
+        even: as for :meth:`Index.compile`.
     """
 
     by_number: ClassVar[WeakValueDictionary[int, Indices]] = WeakValueDictionary()
     _numbers: ClassVar[Iterator[int]] = itertools.count()
 
-    def __init__(self, slices: Sequence[Slices]) -> None:
+    def __init__(self, slices: Sequence[Slices], *, even: bool = True) -> None:
         self.slices = tuple(slices)
+        self.even = even
         self._begin()
 
     def _begin(self) -> None:
@@ -277,7 +280,7 @@ class Indices:
         """The compiled slices; compiled again for tensors of another layout, or on another device."""
         layout = Layout.of(self.slices, tensors)
         if layout not in self._indices:
-            self._indices[layout] = Index.compile(self.slices, tensors)
+            self._indices[layout] = Index.compile(self.slices, tensors, even=self.even)
         return self._indices[layout]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -335,7 +338,7 @@ def sorted_members(slices: Sequence[Slices], steps: Sequence[tuple[int, ...]]) -
     return members.at(members.group.argsort(stable=True)), pins
 
 
-def _runs(members: Members, slice_entries: int, layout: Layout) -> Iterator[Run]:
+def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = True) -> Iterator[Run]:
     """Cuts members that are sorted by group into runs of so many as are gathered at once."""
     sizes = torch.bincount(members.group)
     if not len(sizes):
@@ -343,14 +346,15 @@ def _runs(members: Members, slice_entries: int, layout: Layout) -> Iterator[Run]
     entries = _CPU_ENTRIES if layout.device.type == "cpu" else _ACCELERATOR_ENTRIES
     # At least sqrt(largest), so that the sums of no more than sqrt(largest) rounds are added up.
     capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
-    if slice_entries < _NARROW and len(sizes) * slice_entries <= _TOTALS and not layout.double:
+    if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
         # To gather single entries takes longer than to add them up where they are.
         in_order = members.at((members.part * (int(members.position.max()) + 1) + members.position).argsort())
         yield _run(members, in_order, 0, capacity, layout)
         return
     starts = (sizes.cumsum(0) - sizes).tolist()
     starts.append(len(members.group))
-    for first, last, size in _stretches(members, sizes, capacity, slice_entries):
+    stretches = _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]
+    for first, last, size in stretches:
         while first < last:
             end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
             run = members.at(slice(starts[first], starts[end]))
@@ -366,7 +370,7 @@ def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: in
     whole = bool((members.part == members.part[(sizes.cumsum(0) - sizes)[members.group]]).all())
     first = mixed = 0
     for size, count in zip(values, counts, strict=True):
-        enough = len(values) == 1 or size * count * slice_entries >= _EVEN_ENTRIES
+        enough = len(values) == 1 or size * count * slice_entries >= EVEN_ENTRIES
         if whole and enough and size <= capacity:
             if mixed < first:
                 yield mixed, first, 0
