@@ -1,6 +1,8 @@
 """What the tests of optimizers and their hosts share: equality to the last bit, and one small training run."""
 
+import math
 import pickle
+from fractions import Fraction
 from typing import TypeVar
 
 import reference
@@ -14,6 +16,9 @@ from tieopt.index import Index
 from tieopt.slices import Slices, numbered
 
 T = TypeVar("T")
+
+# The fewest entries of a slice that is worked on as a row.
+ROW = 16
 
 SHAPE = (7, 5)
 GROUPS = [[0, 3, 5], [1, 6]]
@@ -100,6 +105,30 @@ def sum_gradient(gradient: Tensor) -> Tensor:
     for group in GROUPS:
         result[group] *= len(group)
     return result
+
+
+def check_means(before: Tensor, after: Tensor, labels: Tensor, *, pairs: bool | None = None) -> None:
+    """Asserts that each group has its mean, to the precision of the dtype.
+
+    Args:
+        before: slices along the first dimension, finite.
+        after: the same when they are tied.
+        labels: of the slices.
+        pairs: whether the slices are, or are cut from, rows; None if they are whole.
+    """
+    pairs = math.prod(before.shape[1:]) >= ROW if pairs is None else pairs
+    old, new = reference.entries_of(before), reference.entries_of(after)
+    real = before.dtype.to_real()
+    for group, means in zip(reference.members_of(labels), reference.exact_means(before, labels), strict=True):
+        for entry, mean in enumerate(means):
+            found = new[group[0]][entry]
+            assert math.isfinite(found), (found, float(mean), before.dtype)
+            error = abs(Fraction(found) - mean)
+            members = [old[member][entry] for member in group]
+            assert error <= reference.mean_tolerance(mean, members, before.dtype, pairs=pairs), (
+                f"{found!r} for the mean {float(mean)!r} of {len(group)} members in {before.dtype}, "
+                f"off by {float(error / reference.unit_in_the_last_place(float(mean), real)):.3g} units"
+            )
 
 
 def index_of(labels: Tensor, tensor: Tensor) -> Index:

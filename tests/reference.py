@@ -99,6 +99,41 @@ def smallest_step(dtype: torch.dtype) -> Fraction:
     return Fraction(info.smallest_normal) * Fraction(info.eps)
 
 
+def mean_tolerance(mean: Fraction, members: Sequence[float], dtype: torch.dtype, *, pairs: bool) -> Fraction:
+    """What the mean of a group may be off by.
+
+    Types of up to 32 bits are added up in float64. That is half a unit in the last place of the mean itself, and
+    what a running float64 sum may lose, in units of the members' mean size one for each of them. Of rows, halves of
+    a group may be added to each other in float32 first, as long as their number is even: ``h`` times for a size
+    that can be halved so often, and every time the sum of the magnitudes grows by half a float32 unit of itself.
+    Their mean may then be rounded twice, at the lower end of the range of float32 as well.
+
+    float64 is added up in blocks: the length of a block and their number, about twice the square root of the
+    group's size, and no more than the square root in units of the largest member; and near zero, where
+    differences cannot be scaled down without loss, a few subnormal numbers for each member.
+
+    Args:
+        mean: the exact one.
+        members: of the group.
+        dtype: theirs.
+        pairs: whether the members are entries of rows.
+    """
+    real, size = dtype.to_real(), len(members)
+    magnitudes = [abs(Fraction(member)) for member in members]
+    average = sum(magnitudes) / size
+    wide = unit_in_the_last_place(float(average), torch.float64)
+    if real == torch.float64:
+        block = min(size, max(32, math.isqrt(size)))
+        root = Fraction(math.sqrt(size)) * unit_in_the_last_place(float(max(magnitudes)), torch.float64)
+        return min((block + -(-size // block) + 2) * wide, root) + smallest_step(real) * 4 * size
+    tolerance = unit_in_the_last_place(float(mean), real) / 2 + size * wide
+    halvings = (size & -size).bit_length() - 1
+    if pairs and halvings:
+        half = Fraction(torch.finfo(torch.float32).eps) / 2
+        tolerance += ((1 + half) ** halvings - 1) * average + smallest_step(torch.float32)
+    return tolerance
+
+
 def slowly_tied(tensor: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Means or sums of each group in float64 or complex128, by loops; the same layout is not kept."""
     rows = entries_of(tensor)

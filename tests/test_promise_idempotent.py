@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import ROW
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import same_bits
@@ -50,10 +51,28 @@ def test_tying_twice_is_tying_once(device: torch.device, dtype: torch.dtype, dat
 
 
 @pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=str)
-@given(count=st.integers(2, 3000), seed=seeds)
-def test_a_group_of_any_size_keeps_its_value(device: torch.device, dtype: torch.dtype, count: int, seed: int) -> None:
-    start = normal((1, 7), dtype, seed).to(device).expand(count, 7).clone()
+@given(count=st.integers(2, 3000), width=st.sampled_from([7, ROW]), seed=seeds)
+def test_a_group_of_any_size_keeps_its_value(
+    device: torch.device, dtype: torch.dtype, count: int, width: int, seed: int
+) -> None:
+    start = normal((1, width), dtype, seed).to(device).expand(count, width).clone()
     assert same_bits(tie_(start.clone(), [range(count)]), start)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(
+    sizes=st.lists(st.one_of(st.integers(2, 70), st.sampled_from([128, 4096])), min_size=1, max_size=3),
+    width=st.sampled_from([1, ROW]),
+    signed=st.booleans(),
+)
+def test_zeros_keep_their_sign(
+    device: torch.device, dtype: torch.dtype, sizes: list[int], width: int, signed: bool
+) -> None:
+    names = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    signs = torch.where(torch.arange(len(names)) % 2 == 1, -1.0, 1.0)
+    start = torch.full((len(names), width), -0.0) * (signs[:, None] if signed else 1.0)
+    start = (torch.complex(start, start) if dtype.is_complex else start).to(device, dtype)
+    assert same_bits(tie_(start.clone(), names, scale=signs if signed else None), start)
 
 
 @given(st.data())

@@ -1,13 +1,13 @@
 """Promise 3: tying leaves a group's mean where it was, to the precision of the dtype."""
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
+from checks import ROW, check_means
 from hypothesis import example, given
 from hypothesis import strategies as st
-from reference import entries_of, exact_means, members_of, smallest_step, unit_in_the_last_place
+from reference import all_tied, same_bits
 from strategies import (
     ALL,
     HALF,
@@ -17,6 +17,7 @@ from strategies import (
     labels,
     laid_out,
     layouts,
+    normal,
     seeds,
     shapes,
     spelled,
@@ -25,37 +26,22 @@ from strategies import (
 
 from tieopt import tie_
 
-
-def _tolerance(mean: Fraction, members: list[float], dtype: torch.dtype) -> Fraction:
-    """What the mean may be off by.
-
-    Types of up to 32 bits are added up in float64: half a unit in the last place of the mean itself, and what
-    the float64 sum may lose. That is, in units of the members' mean size, the length of a block and the
-    number of blocks, about twice the square root of the group's size. In float64 itself it is no more than the
-    square root in units of the largest member, either; and near zero, where differences cannot be scaled down
-    without loss, a few subnormal numbers for each member.
-    """
-    real, size = dtype.to_real(), len(members)
-    sizes = [abs(Fraction(member)) for member in members]
-    block = min(size, max(32, math.isqrt(size)))
-    units = (block + -(-size // block) + 2) * unit_in_the_last_place(float(sum(sizes) / size), torch.float64)
-    if real == torch.float64:
-        root = Fraction(math.sqrt(size)) * unit_in_the_last_place(float(max(sizes)), torch.float64)
-        return min(units, root) + smallest_step(real) * 4 * size
-    return unit_in_the_last_place(float(mean), real) / 2 + units
+# A slice that is a single element, and one that is a row.
+WIDTHS = [1, ROW]
 
 
-def _check_mean(before: torch.Tensor, after: torch.Tensor, names: torch.Tensor) -> None:
-    old, new = entries_of(before), entries_of(after)
-    for group, means in zip(members_of(names), exact_means(before, names), strict=True):
-        for entry, mean in enumerate(means):
-            found = new[group[0]][entry]
-            assert math.isfinite(found), (found, float(mean), before.dtype)
-            error = abs(Fraction(found) - mean)
-            assert error <= _tolerance(mean, [old[member][entry] for member in group], before.dtype), (
-                f"{found!r} for the mean {float(mean)!r} of {len(group)} members in {before.dtype}, "
-                f"off by {float(error / unit_in_the_last_place(float(mean), before.dtype.to_real())):.3g} units"
-            )
+def _check_column(column: torch.Tensor, width: int, device: torch.device) -> None:
+    """Ties all of a column, as single elements or as rows of equal entries, and checks the mean."""
+    names = torch.zeros(len(column), dtype=torch.int64)
+    rows = _spread(column, width)
+    tied = tie_(rows.clone().to(device), names)
+    assert same_bits(tied, _spread(tied[:, 0], width))
+    check_means(rows[:, :1], tied[:, :1], names, pairs=width >= ROW)
+
+
+def _spread(column: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of equal entries."""
+    return torch.stack([column] * width, dim=1)
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
@@ -65,7 +51,7 @@ def test_the_value_of_a_group_is_its_mean(device: torch.device, dtype: torch.dty
     names = data.draw(labels(shape[0]))
     start = data.draw(tensors(shape, [dtype], finite=True)).to(device)
     tensor = tie_(laid_out(start, data.draw(layouts(start, lazy=True))), data.draw(spelled(names)))
-    _check_mean(start, tensor, names)
+    check_means(start, tensor, names)
 
 
 @given(st.data())
@@ -74,7 +60,43 @@ def test_the_value_of_a_group_is_its_mean_where_slices_are_long(device: torch.de
     names = data.draw(labels(shape[0]))
     start = data.draw(tensors(shape, ALL, finite=True)).to(device)
     tensor = tie_(start.clone(), data.draw(spelled(names)))
-    _check_mean(start[:, ::4999], tensor[:, ::4999], names)
+    check_means(start[:, ::4999], tensor[:, ::4999], names, pairs=True)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(
+    size=st.one_of(st.integers(2, 70), st.sampled_from([2**power for power in range(1, 13)])),
+    count=st.integers(1, 3),
+    width=st.integers(ROW, ROW + 8),
+    signed=st.booleans(),
+    data=st.data(),
+)
+@example(size=2**12, count=1, width=ROW, signed=True, data=None)
+def test_the_value_of_rows_in_groups_of_one_size_is_their_mean(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    count: int,
+    width: int,
+    signed: bool,
+    data: st.DataObject | None,
+) -> None:
+    """They are added up by pairs: halves of a group to each other, as long as their number is even."""
+    names = torch.arange(count).repeat(size)
+    shape = (len(names), width)
+    start = normal(shape, dtype, size) if data is None else data.draw(tensors(shape, [dtype], finite=True))
+    signs = torch.where(torch.arange(len(names)) % 3 == 1, -1.0, 1.0) if signed else torch.ones(len(names))
+    tensor = tie_(start.clone().to(device), names, scale=signs.double() if signed else None).cpu()
+
+    # What is multiplied by -1 is exact, too.
+    start, tensor = ((one.to(_wide(dtype)) * signs[:, None]).to(dtype) for one in (start, tensor))
+    assert all_tied(tensor, names)
+    check_means(start[:, ::7], tensor[:, ::7], names, pairs=True)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype that holds another exactly, and can be multiplied."""
+    return torch.complex128 if dtype.is_complex else torch.float64
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
@@ -82,18 +104,19 @@ def test_the_value_of_a_group_is_its_mean_where_slices_are_long(device: torch.de
     size=st.one_of(st.integers(2, 200), st.sampled_from([1000, 4097])),
     values=st.tuples(st.floats(-3, 3, width=16), st.floats(-3, 3, width=16)),
     odd=st.sampled_from(["first", "last", "half", "none"]),
+    width=st.sampled_from(WIDTHS),
 )
-@example(size=100_000, values=(1.1, 1.0), odd="first")
-@example(size=100_000, values=(1.1, 1.0), odd="half")
+@example(size=100_000, values=(1.1, 1.0), odd="first", width=1)
+@example(size=100_000, values=(1.1, 1.0), odd="half", width=1)
+@example(size=2**14, values=(1.1, 1.0), odd="half", width=ROW)
 def test_errors_that_all_point_the_same_way_do_not_pile_up(
-    device: torch.device, dtype: torch.dtype, size: int, values: tuple[float, float], odd: str
+    device: torch.device, dtype: torch.dtype, size: int, values: tuple[float, float], odd: str, width: int
 ) -> None:
     column = torch.full((size,), values[0], dtype=dtype)
     column[{"first": slice(0, 1), "last": slice(-1, None), "half": slice(0, size // 2), "none": slice(0, 0)}[odd]] = (
         values[1]
     )
-    names = torch.zeros(size, dtype=torch.int64)
-    _check_mean(column, tie_(column.clone().to(device), names), names)
+    _check_column(column, width, device)
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
@@ -101,45 +124,57 @@ def test_errors_that_all_point_the_same_way_do_not_pile_up(
     size=st.one_of(st.integers(2, 200), st.just(1000)),
     power=st.integers(0, 15),
     place=st.floats(0, 1, exclude_max=True),
+    width=st.sampled_from(WIDTHS),
 )
-@example(size=100_000, power=15, place=0.0)
-@example(size=92, power=14, place=0.0)
+@example(size=100_000, power=15, place=0.0, width=1)
+@example(size=92, power=14, place=0.0, width=1)
+@example(size=96, power=14, place=0.0, width=ROW)
 def test_one_large_member_does_not_cost_the_others_their_digits(
-    device: torch.device, dtype: torch.dtype, size: int, power: int, place: float
+    device: torch.device, dtype: torch.dtype, size: int, power: int, place: float, width: int
 ) -> None:
     column = torch.full((size,), 0.1, dtype=dtype)
     column[int(place * size)] = 10.0**power if torch.finfo(dtype).max > 1e15 else 10.0 ** (power % 5)
-    names = torch.zeros(size, dtype=torch.int64)
-    _check_mean(column, tie_(column.clone().to(device), names), names)
+    _check_column(column, width, device)
 
 
 @pytest.mark.parametrize("dtype", [*REAL, *TINY], ids=str)
-@given(size=st.integers(2, 3000), fraction=st.floats(0.5, 1), seed=seeds, one_sign=st.booleans())
-@example(size=4, fraction=0.61, seed=0, one_sign=True)  # in float16 the four times 40000 that add up to infinity
-@example(size=137_575, fraction=1.0, seed=0, one_sign=True)
+@given(
+    size=st.integers(2, 3000),
+    fraction=st.floats(0.5, 1),
+    seed=seeds,
+    one_sign=st.booleans(),
+    width=st.sampled_from(WIDTHS),
+)
+@example(size=4, fraction=0.61, seed=0, one_sign=True, width=1)  # in float16 four times 40000 is infinite
+@example(size=137_575, fraction=1.0, seed=0, one_sign=True, width=1)
+@example(size=4, fraction=0.61, seed=0, one_sign=True, width=ROW)
+@example(size=1024, fraction=1.0, seed=0, one_sign=False, width=ROW)
 def test_no_sum_overflows_where_the_mean_is_finite(
-    device: torch.device, dtype: torch.dtype, size: int, fraction: float, seed: int, one_sign: bool
+    device: torch.device, dtype: torch.dtype, size: int, fraction: float, seed: int, one_sign: bool, width: int
 ) -> None:
     signs = torch.randint(0, 2, (size,), generator=generator(seed)) * 2 - 1
     column = torch.full((size,), torch.finfo(dtype).max * fraction, dtype=torch.float64)
-    column = (column if one_sign else column * signs).to(dtype)
-    names = torch.zeros(size, dtype=torch.int64)
-    _check_mean(column, tie_(column.clone().to(device), names), names)
+    _check_column((column if one_sign else column * signs).to(dtype), width, device)
 
 
 @given(
     values=st.lists(st.sampled_from([math.inf, -math.inf, math.nan, 0.0, -0.0, 1.0, -2.0]), min_size=1, max_size=6),
     dtype=st.sampled_from([*HALF, torch.float32, torch.float64, torch.float8_e5m2]),
+    width=st.sampled_from(WIDTHS),
 )
+@example(values=[math.inf, 1.0, -2.0, 0.0], dtype=torch.float32, width=ROW)
 def test_the_mean_of_infinities_is_what_arithmetic_says(
-    device: torch.device, values: list[float], dtype: torch.dtype
+    device: torch.device, values: list[float], dtype: torch.dtype, width: int
 ) -> None:
-    tensor = tie_(torch.tensor(values).to(device, dtype), [range(len(values))])
+    # The other group is as large, and is nobody's neighbour in what it computes.
+    columns = torch.tensor([*values, *map(float, range(1, len(values) + 1))])
+    names = torch.arange(2).repeat_interleave(len(values))
+    tensor = tie_(_spread(columns, width).to(device, dtype), names).double().cpu()
     if not all(map(math.isfinite, values)):
-        expected = sum(values) / len(values)
-        torch.testing.assert_close(
-            tensor.double().cpu(), torch.full((len(values),), expected).double(), rtol=0, atol=0, equal_nan=True
-        )
+        expected = torch.full((len(values), width), sum(values) / len(values), dtype=torch.float64)
+        torch.testing.assert_close(tensor[names == 0], expected, rtol=0, atol=0, equal_nan=True)
+    other = torch.full((len(values), width), (1 + len(values)) / 2, dtype=torch.float64)
+    assert torch.equal(tensor[names == 1], other)
 
 
 def test_the_mean_of_many_numbers_as_large_as_can_be_is_finite(device: torch.device) -> None:
