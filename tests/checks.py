@@ -107,6 +107,16 @@ def sum_gradient(gradient: Tensor) -> Tensor:
     return result
 
 
+def times_signs(tensor: Tensor, signs: Tensor | None) -> Tensor:
+    """Slices of any dtype times 1 or -1."""
+    if signs is None:
+        return tensor
+    # torch does not always turn the sign of a complex zero.
+    wide = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+    turned = torch.where(signs.view(-1, *[1] * (wide.dim() - 1)) < 0, -wide, wide)
+    return (torch.view_as_complex(turned) if tensor.is_complex() else turned).to(tensor.dtype)
+
+
 def check_means(before: Tensor, after: Tensor, labels: Tensor, *, pairs: bool | None = None) -> None:
     """Asserts that each group has its mean, to the precision of the dtype.
 

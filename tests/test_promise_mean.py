@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import ROW, check_means
+from checks import ROW, check_means, times_signs
 from hypothesis import example, given
 from hypothesis import strategies as st
 from reference import all_tied, same_bits
@@ -88,15 +88,9 @@ def test_the_value_of_rows_in_groups_of_one_size_is_their_mean(
     signs = torch.where(torch.arange(len(names)) % 3 == 1, -1.0, 1.0) if signed else torch.ones(len(names))
     tensor = tie_(start.clone().to(device), names, scale=signs.double() if signed else None).cpu()
 
-    # What is multiplied by -1 is exact, too.
-    start, tensor = ((one.to(_wide(dtype)) * signs[:, None]).to(dtype) for one in (start, tensor))
+    start, tensor = times_signs(start, signs), times_signs(tensor, signs)
     assert all_tied(tensor, names)
     check_means(start[:, ::7], tensor[:, ::7], names, pairs=True)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """A dtype that holds another exactly, and can be multiplied."""
-    return torch.complex128 if dtype.is_complex else torch.float64
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)

@@ -316,7 +316,7 @@ def _pairwise_means(rows: list[Tensor], each: Round, workspace: Workspace) -> Te
         halved = workspace.take(names[0], (groups, size, *sums.shape[2:]), torch.float32, device)
         sums, names = torch.add(sums[:, :size], sums[:, size:], out=halved), names[::-1]
     if size > 1:
-        sums = workspace.take("wide", sums.shape, torch.float64, device).copy_(sums)
+        sums = workspace.take("totals", sums.shape, torch.float64, device).copy_(sums)
     return _folded(sums).div_(each.size)
 
 

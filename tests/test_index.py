@@ -1,0 +1,255 @@
+"""How members are cut into runs: every kind of run has the same means, and a million groups are no matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from checks import check_means, times_signs
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import all_tied, same_bits
+from strategies import ALL, generator, normal, seeds, tensors
+from torch import Tensor
+
+from tieopt import index as index_module
+from tieopt import is_tied, tie_
+from tieopt.folding import folded
+from tieopt.index import Index, Run
+from tieopt.reduction import Workspace, divide_, drift, project_, relax_, tied
+from tieopt.slices import Slices, numbered
+
+# Values of the module's constants at which small tensors are cut as large ones are.
+CONSTANTS = {
+    "_CPU_ENTRIES": [1, 64, 1000, 2**19],
+    "_NARROW": [1, 16, 64],
+    "TOTALS": [0, 20, 2**20],
+    "EVEN_ENTRIES": [1, 100, 2**15],
+    "_BLOCK": [2, 32],
+}
+
+
+@contextmanager
+def constants(values: dict[str, int]) -> Any:
+    """The module with other constants."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(index_module, name, value)
+        yield
+
+
+def compiled(names: Sequence[Tensor], rows: Sequence[Tensor], scales: Sequence[Tensor | None], **values: int) -> Index:
+    """The index of tensors whose rows are joined, cut at these constants."""
+    slices = [Slices(one, scale) for one, scale in zip(names, scales, strict=True)]
+    with constants(values):
+        return Index.compile(numbered(slices), rows)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of several tensors, also of 8-bit floats, which torch does not concatenate."""
+    dtype = rows[0].dtype
+    return torch.cat([one.view(torch.uint8) if dtype.itemsize == 1 else one for one in rows]).view(dtype)
+
+
+def _group_labels(sizes: Sequence[int], free: int, parts: int, seed: int, *, in_order: bool) -> list[Tensor]:
+    """Labels of groups of these sizes, and of free slices, dealt out to tensors."""
+    names = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    names = torch.cat([names, torch.full((free,), -1)])
+    names = names if in_order else names[torch.randperm(len(names), generator=generator(seed))]
+    return [part for part in names.chunk(parts) if len(part)]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(
+    sizes=st.one_of(
+        st.lists(st.integers(1, 40), min_size=1, max_size=8),
+        st.tuples(st.integers(2, 20), st.integers(1, 8)).map(lambda pair: [pair[0]] * pair[1]),
+        st.lists(st.sampled_from([2, 3, 8]), min_size=4, max_size=20),
+    ),
+    parts=st.integers(1, 3),
+    width=st.sampled_from([1, 3, 16, 20]),
+    free=st.integers(0, 4),
+    in_order=st.booleans(),
+    signed=st.booleans(),
+    values=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CONSTANTS.items()}),
+    seed=seeds,
+    data=st.data(),
+)
+def test_wherever_the_members_are_cut_every_group_has_its_mean(
+    dtype: torch.dtype,
+    sizes: list[int],
+    parts: int,
+    width: int,
+    free: int,
+    in_order: bool,
+    signed: bool,
+    values: dict[str, int],
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    names = _group_labels(sizes, free, parts, seed, in_order=in_order)
+    before = [data.draw(tensors((len(one), width), [dtype], finite=True)) for one in names]
+    signs = [torch.where(normal((len(one),), torch.float64, seed) < 0, -1.0, 1.0) for one in names]
+    scales = [one.double() if signed else None for one in signs]
+
+    index = compiled(names, before, scales, **values)
+    after = [one.clone() for one in before]
+    project_(after, index, Workspace())
+
+    every = torch.cat(names)
+    old, new = (_stacked(list(map(times_signs, rows, scales))) for rows in (before, after))
+    assert all_tied(new, every)
+    check_means(old[:, ::4], new[:, ::4], every, pairs=width >= values["_NARROW"])
+    assert same_bits(new[every == -1], old[every == -1])
+    assert tied(after, index, Workspace())
+    assert drift(after, index, Workspace()) == 0.0
+
+    again = [one.clone() for one in after]
+    project_(again, index, Workspace())
+    assert all(map(same_bits, again, after))
+
+
+def _is_sorted(slots: Tensor) -> bool:
+    return bool((slots.diff() >= 0).all())
+
+
+# For each kind of run how it comes about, and what it looks like.
+KINDS: dict[str, tuple[list[int], int, torch.dtype, dict[str, int], Callable[[tuple[Run, ...]], bool]]] = {
+    "a matrix": (
+        [6] * 4,
+        16,
+        torch.float32,
+        {},
+        lambda runs: len(runs) == 1 and runs[0].rounds[0].size == 6,
+    ),
+    "several matrices": (
+        [6] * 9,
+        16,
+        torch.float32,
+        {"_CPU_ENTRIES": 16 * 14},
+        lambda runs: [len(run.norms) for run in runs] == [2, 2, 2, 2, 1] and all(run.rounds[0].size for run in runs),
+    ),
+    "in the order of memory": (
+        [6] * 4,
+        3,
+        torch.float32,
+        {},
+        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and not _is_sorted(runs[0].rounds[0].slots),
+    ),
+    "in the order of memory, in rounds": (
+        [6] * 4,
+        3,
+        torch.float32,
+        {"_CPU_ENTRIES": 30},
+        lambda runs: len(runs) == 1 and len(runs[0].rounds) == 3,
+    ),
+    "ragged": (
+        [2, 5, 3, 4],
+        16,
+        torch.float32,
+        {},
+        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and _is_sorted(runs[0].rounds[0].slots),
+    ),
+    "one group over several rounds": (
+        [40],
+        16,
+        torch.float32,
+        {"_CPU_ENTRIES": 1},
+        lambda runs: len(runs) == 1 and len(runs[0].rounds) == 7,
+    ),
+    "many of one size among others": (
+        [5, *[2] * 8, 3],
+        16,
+        torch.float32,
+        {"EVEN_ENTRIES": 2 * 8 * 16},
+        lambda runs: [run.rounds[0].size for run in runs] == [2, 0],
+    ),
+    "many of a larger size among others": (
+        [2, *[4] * 8, 3, 9],
+        16,
+        torch.float32,
+        {"EVEN_ENTRIES": 4 * 8 * 16},
+        lambda runs: [run.rounds[0].size for run in runs] == [0, 4, 0],
+    ),
+    "in blocks": (
+        [70, 3],
+        16,
+        torch.float64,
+        {},
+        lambda runs: len(runs) == 1 and runs[0].rounds[0].blocks is not None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=seeds, free=st.integers(0, 3))
+def test_each_kind_of_run_comes_about_and_has_the_means(kind: str, seed: int, free: int) -> None:
+    sizes, width, dtype, values, looks_so = KINDS[kind]
+    names = _group_labels(sizes, free, 1, seed, in_order=False)
+    before = normal((len(names[0]), width), dtype, seed)
+    index = compiled(names, [before], [None], **values)
+    assert looks_so(index.runs)
+
+    after = before.clone()
+    project_([after], index, Workspace())
+    assert all_tied(after, names[0])
+    check_means(before, after, names[0])
+    largest = (before.double() - after.double()).abs().max().item()
+    assert drift([before], index, Workspace()) == pytest.approx(largest, rel=1e-6)
+    halfway = before.clone()
+    relax_([halfway], index, Workspace(), 0.5)
+    torch.testing.assert_close(halfway, (before + after) / 2)
+    total = before.clone()
+    project_([total], index, Workspace(), "sum")
+    divide_([total], index, Workspace())
+    assert all_tied(total, names[0])
+    torch.testing.assert_close(total, after, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@given(
+    size=st.integers(2, 9),
+    count=st.integers(1, 9),
+    width=st.sampled_from([1, 16]),
+    offset=st.integers(0, 3),
+    seed=seeds,
+)
+def test_members_that_follow_each_other_have_the_bits_of_those_that_do_not(
+    size: int, count: int, width: int, offset: int, seed: int
+) -> None:
+    """The first are a slice of the rows, and the others are looked up one by one."""
+    together = torch.cat([torch.full((offset,), -1), torch.arange(count).repeat_interleave(size)])
+    apart = torch.full((2 * len(together),), -1)
+    apart[::2] = together
+    start = normal((len(together), width), torch.float32, seed)
+    spread = torch.zeros(len(apart), width)
+    spread[::2] = start
+
+    kinds = []
+    for labels, tensor in ((together, start), (apart, spread)):
+        index = compiled([labels], [tensor], [None])
+        kinds += [
+            isinstance(piece.members, slice) for run in index.runs for part in run.rounds for piece in part.pieces
+        ]
+        project_([tensor], index, Workspace())
+    assert kinds == [True, False]
+    assert same_bits(spread[::2], start)
+
+
+def test_a_million_groups_are_tied() -> None:
+    """Nothing that is built for them is a Python loop over groups: this would take minutes."""
+    count = 10**6
+    labels = torch.randperm(2 * count, generator=generator(0)) // 2
+    start = normal((2 * count, 1), torch.float32, 0)
+    tensor = tie_(start.clone(), labels)
+    first, second = labels.argsort(stable=True).view(count, 2).T
+    mean = ((start[first].double() + start[second].double()) / 2).float()
+    assert torch.equal(tensor[first], mean)
+    assert torch.equal(tensor[second], mean)
+    assert is_tied(tensor, labels)
+
+    (part,) = folded(numbered([Slices(labels)]))
+    assert len(part.kept) == part.groups == count
+    assert torch.equal(labels[part.kept][part.rows], labels)
