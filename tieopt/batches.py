@@ -27,7 +27,7 @@ Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 _SMALL = 2**17
 
 # Which ties take part in a step may change. So many selections are remembered, and others are not merged.
-_SELECTIONS = 8
+_SELECTIONS = 32
 
 
 class Batches:

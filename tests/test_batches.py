@@ -1,0 +1,195 @@
+"""Small ties that are worked on together: every one has the bits that it has by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from checks import pickled, randn, same_tree
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import same_bits
+from strategies import ALL, generator, labels, normal, reductions, seeds
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, AdamW
+
+from tieopt import Tie, TiedOptimizer
+from tieopt import batches as batches_module
+from tieopt.batches import Batches, merged
+from tieopt.places import BoundTie, Place
+from tieopt.reduction import Reduction, Workspace, divide_, project_
+from tieopt.slices import Slices
+from tieopt.testing import scales
+
+Pairs = list[tuple[BoundTie, list[Tensor]]]
+
+
+def _pair(number: int, names: Tensor, scale: Tensor | None, tensor: Tensor) -> tuple[BoundTie, list[Tensor]]:
+    return BoundTie([Place(0, number, tensor.shape)], [Slices(names, scale)]), [tensor]
+
+
+def _copied(pairs: Pairs) -> Pairs:
+    return [(tie, [tensor.clone() for tensor in tensors]) for tie, tensors in pairs]
+
+
+def _one_by_one(pairs: Pairs, reduction: Reduction) -> None:
+    for tie, tensors in pairs:
+        project_(tensors, tie.index_for(tensors), Workspace(), reduction)
+
+
+def _same(first: Pairs, second: Pairs) -> bool:
+    return all(same_bits(*one[1], *other[1]) for one, other in zip(first, second, strict=True))
+
+
+@st.composite
+def pairs(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = ALL) -> Pairs:
+    """Ties of a few parameters of rows that are mostly of one length, and the tensors."""
+    dtype = draw(st.sampled_from(list(dtypes)))
+    drawn = []
+    for number in range(draw(st.integers(2, 5))):
+        count, width = draw(st.integers(1, 24)), draw(st.sampled_from([3, 20, 20, 20]))
+        names = torch.arange(count) // draw(st.integers(2, 6)) if draw(st.booleans()) else draw(labels(count))
+        scale = draw(scales((count,), ["none", "none", "signs", "zeros", "any"]))
+        drawn.append(_pair(number, names, scale, normal((count, width), dtype, draw(seeds))))
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(st.data())
+def test_ties_have_the_bits_together_that_they_have_one_by_one(dtype: torch.dtype, data: st.DataObject) -> None:
+    drawn, reduction = data.draw(pairs([dtype])), data.draw(reductions)
+    together, alone = _copied(drawn), _copied(drawn)
+    batches = Batches()
+    batches.project_(together, reduction)
+    _one_by_one(alone, reduction)
+    assert _same(together, alone)
+
+    batches.divide_(together)
+    for tie, tensors in alone:
+        divide_(tensors, tie.index_for(tensors), Workspace())
+    assert _same(together, alone)
+
+
+@given(size=st.integers(2, 9), others=st.integers(2, 9), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_equal_rows_of_several_parameters_are_merged_by_the_size_of_their_groups(
+    size: int, others: int, dtype: torch.dtype
+) -> None:
+    sizes = [size, size, others, others, 0, 0]
+    listed = []
+    for number, each in enumerate(sizes):
+        names = torch.arange(12) // each if each else torch.tensor([0, 0, 1, 1, 1])
+        names = names[: len(names) - len(names) % each] if each else names
+        listed.append(_pair(number, names, None, randn(len(names), 20, seed=number, dtype=dtype)))
+    found = [len(tensors) for _, tensors in Batches().of(listed)]
+    assert found == ([4, 2] if size == others else [2, 2, 2])
+
+
+def test_what_is_not_alike_is_not_merged() -> None:
+    names = torch.tensor([0, 0, 1, 1])
+    first = _pair(0, names, None, randn(4, 20))
+    others = {
+        "longer rows": _pair(1, names, None, randn(4, 21)),
+        "another dtype": _pair(1, names, None, randn(4, 20).double()),
+        "multiples": _pair(1, names, torch.tensor([1.0, 2.0, 1.0, 1.0]).double(), randn(4, 20)),
+        "not in the order of memory": _pair(1, names, None, randn(20, 4).t()),
+        "large": _pair(1, torch.arange(8000) // 2, None, randn(8000, 20)),
+        "columns": (BoundTie([Place(0, 1, torch.Size([20, 4]))], [Slices(names, dim=1)]), [randn(20, 4)]),
+    }
+    for what, other in others.items():
+        assert len(list(Batches().of([first, other]))) == 2, what
+    assert len(list(Batches().of([first, _pair(1, names, None, randn(4, 20))]))) == 1
+
+
+def test_many_ties_are_merged_into_batches_that_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether elements are added up where they lie depends on how many shared values there are."""
+    monkeypatch.setattr(batches_module, "TOTALS", 150)
+    monkeypatch.setattr(batches_module, "_SMALL", 50)
+    listed = [_pair(number, torch.arange(10) // 2, None, randn(10, 3, seed=number)) for number in range(12)]
+    batches = list(Batches().of(listed))
+    assert 1 < len(batches) < len(listed)
+    assert all(sum(tensor.numel() for tensor in tensors) <= 150 for _, tensors in batches)
+    found = [tensor for _, tensors in batches for tensor in tensors]
+    assert all(one is other for one, (_, [other]) in zip(found, listed, strict=True))
+
+
+@pytest.mark.parametrize("selections", [0, 2, batches_module._SELECTIONS])
+@given(drawn=pairs([torch.float32, torch.float64, torch.bfloat16]), steps=st.lists(seeds, min_size=12, max_size=20))
+def test_a_selection_of_ties_that_changes_from_step_to_step_has_the_same_bits(
+    selections: int, drawn: Pairs, steps: list[int]
+) -> None:
+    batches = Batches()
+    for step in steps:
+        chosen = torch.rand(len(drawn), generator=generator(step)) < 0.6
+        some = [pair for pair, one in zip(drawn, chosen.tolist(), strict=True) if one]
+        some = [(tie, [normal(tensor.shape, tensor.dtype, step) for tensor in tensors]) for tie, tensors in some]
+        together, alone = _copied(some), _copied(some)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batches_module, "_SELECTIONS", selections)
+            batches.project_(together)
+        _one_by_one(alone, "mean")
+        assert _same(together, alone)
+    assert len(batches._merged) <= selections
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
+@given(seed=seeds, count=st.integers(10, 14), reduction=reductions)
+def test_training_goes_on_after_a_checkpoint_whichever_gradients_there_were(
+    compact: bool, seed: int, count: int, reduction: Reduction
+) -> None:
+    """Bit for bit, though the one that was loaded knows nothing of earlier selections."""
+    source = generator(seed)
+    sizes = [2, 4, 3, 6]
+    params = [Parameter(torch.randn(12, 20, generator=source)) for _ in sizes]
+    ties = [Tie(param, torch.arange(12) // size) for param, size in zip(params, sizes, strict=True)]
+    ties[2] = Tie(params[2], torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, -1, -1, 3]))
+    optimizer = TiedOptimizer(AdamW(params), ties, reduction=reduction, compact=compact)
+
+    def step(some: Sequence[Parameter], tied: TiedOptimizer, number: int) -> None:
+        present = (torch.rand(len(some), generator=generator(seed + number)) < 0.6).tolist()
+        for place, (param, one) in enumerate(zip(some, present, strict=True)):
+            param.grad = randn(12, 20, seed=100 * number + place) if one else None
+        tied.step()
+
+    for number in range(count):
+        step(params, optimizer, number)
+    others = [Parameter(param.detach().clone()) for param in params]
+    again = [Tie(param, tie.parts[0].groups) for param, tie in zip(others, ties, strict=True)]
+    loaded = TiedOptimizer(AdamW(others), again, reduction=reduction, compact=compact)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for number in range(count, 2 * count):
+        step(params, optimizer, number)
+        step(others, loaded, number)
+    assert all(map(same_bits, others, params))
+    assert same_tree(loaded.state_dict(), optimizer.state_dict())
+
+
+@given(seed=seeds, reduction=reductions)
+def test_several_ties_of_one_parameter_are_merged_as_well(seed: int, reduction: Reduction) -> None:
+    start = normal((9, 20), torch.float32, seed)
+    names = [torch.tensor([0, 0, -1, -1, 1, 1, -1, -1, -1]), torch.tensor([-1, -1, 0, 0, -1, -1, 1, 1, -1])]
+    ties = [BoundTie([Place(0, 0, start.shape)], [Slices(one)]) for one in names]
+    together, alone = start.clone(), start.clone()
+    listed = [(tie, [together]) for tie in ties]
+    assert len(list(Batches().of(listed))) == 1
+    Batches().project_(listed, reduction)
+    _one_by_one([(tie, [alone]) for tie in ties], reduction)
+    assert same_bits(together, alone)
+
+
+def test_the_groups_of_merged_ties_stay_apart() -> None:
+    names = [torch.tensor([0, 0, -1]), torch.tensor([1, -1, 1, 0, 0])]
+    ties = [_pair(number, one, None, randn(len(one), 2))[0] for number, one in enumerate(names)]
+    assert [each.labels.tolist() for each in merged(ties).slices] == [[0, 0, -1], [1, -1, 1, 2, 2]]
+
+
+def test_copies_and_pickles_know_nothing_of_what_was_merged() -> None:
+    params = [Parameter(randn(4, 20, seed=seed)) for seed in range(3)]
+    optimizer = TiedOptimizer(SGD(params), {param: [[0, 1], [2, 3]] for param in params})
+    batches = optimizer._tieopt.batches
+    assert batches._merged
+    for other in (pickled(batches), copy.deepcopy(batches)):
+        assert not other._merged
+        assert not other.workspace._buffers
