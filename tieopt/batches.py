@@ -105,7 +105,7 @@ class Batches:
 def _common_size(tie: BoundTie) -> int | None:
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
     # Multiples that are rounded have a run take another way, and all groups in it.
-    if not tie.is_of_rows or not bool(((scales == 0) | (scales == 1)).all()):
+    if not tie.is_of_rows or not labels.numel() or not bool(((scales == 0) | (scales == 1)).all()):
         return None
     sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
     several = torch.unique(sizes[sizes > 1])

@@ -52,7 +52,7 @@ class Binding:
         self.ties = found(param_groups, ties)
         self.compact = Compact(self.ties, param_groups) if compact else None
         self.batches = Batches()
-        # Compiled now, and not while a step is captured, or traced, which works on each by itself.
+        # Compiled now, and not while a step is traced, which works on each by itself, or captured.
         pairs = self.parameters(param_groups)
         for ties, params in (*pairs, *self.batches.of(pairs)):
             ties.index_for(params)

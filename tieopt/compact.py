@@ -43,12 +43,12 @@ class Component(BoundTie):
     """All the ties of parameters that have to be folded together, each parameter once.
 
     Attributes:
-        versions: of the parameters when they were last written here; None if they were not.
+        versions: of the parameters when they were last written here, see :func:`_versions`; None if they were not.
     """
 
     def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
         super().__init__(places, slices)
-        self.versions: list[int] | None = None
+        self.versions: list[tuple[int, int, int | None]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "versions": None}
@@ -121,7 +121,7 @@ class Compact:
         self.param_groups: ParamGroups = []
         self.parameters: dict[tuple[int, int], Parameter] = {}
         self.attributes: dict[str, Any] = {"_numel_cache": None}
-        self._gradients: dict[Parameter, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
         self._twin: Optimizer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Compact:
             # From here on they are read from the weights before each step.
             fold_(own, params, folding_for(component, params))
             for compact in own:
-                compact.grad = self._gradient_of(compact)
+                compact.grad = self._gradient_of(compact) if compact.numel() else None
         self.mirror(param_groups)
 
     def pairs(self, param_groups: ParamGroups) -> list[tuple[Component, list[Tensor]]]:
@@ -187,10 +187,11 @@ class Compact:
             for key in own.keys() - settings.keys():
                 del own[key]
             _copy_settings(settings, own)
+        del self.param_groups[len(param_groups) :]
 
     def settle(self, param_groups: ParamGroups) -> None:
         """Takes over what the twin wrote to the settings of its parameter groups."""
-        for own, settings in zip(self.param_groups, param_groups, strict=False):
+        for own, settings in zip(self.param_groups, param_groups, strict=True):
             _copy_settings(own, settings)
 
     def fold(self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups) -> None:
@@ -242,10 +243,11 @@ class Compact:
                 compact.grad = None
         for ties, params in pairs:
             own = self._compacts(params, compacts)
-            for compact in own:
-                if compact.grad is None:
-                    compact.grad = self._gradient_of(compact)
-            fold_traced_(ties, own, params, _gradients(own), _gradients(params), reduction)
+            targets = [self._gradient_of(compact) for compact in own]
+            for compact, target in zip(own, targets, strict=True):
+                if compact.grad is not target and target.numel():
+                    compact.grad = target
+            fold_traced_(ties, own, params, targets, _gradients(params), reduction)
 
     def unfold(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Writes what the compact parameters say to the weights.
@@ -279,9 +281,9 @@ class Compact:
 
     def _gradient_of(self, compact: Parameter) -> Tensor:
         """A kept buffer for the gradient of a compact parameter."""
-        kept = self._gradients.get(compact)
+        kept = self._gradients.get(id(compact))
         if kept is None or kept.dtype != compact.dtype or kept.device != compact.device:
-            kept = self._gradients[compact] = torch.zeros_like(compact, requires_grad=False)
+            kept = self._gradients[id(compact)] = torch.zeros_like(compact, requires_grad=False)
         return kept
 
 
@@ -289,9 +291,9 @@ def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return [param.grad for param in params if param.grad is not None]
 
 
-def _versions(params: Sequence[Tensor]) -> list[int]:
-    """Numbers that change when parameters are written to; not through ``.data``, which leaves no trace."""
-    return [FREE if param.is_inference() else param._version for param in params]
+def _versions(params: Sequence[Tensor]) -> list[tuple[int, int, int | None]]:
+    """What changes when parameters are replaced or written to; not through ``.data``, which leaves no trace."""
+    return [(id(param), param.data_ptr(), None if param.is_inference() else param._version) for param in params]
 
 
 def _copy_settings(source: Mapping[str, Any], target: dict[str, Any]) -> None:
@@ -372,6 +374,12 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             "The compact mode has no graph through the step.\n"
             "  Expected: differentiable=False, or compact=False\n"
             f"  Got:      {type(optimizer).__name__} with differentiable=True"
+        )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            "The compact mode serves step() alone, and these optimizers write to the parameters elsewhere, too.\n"
+            "  Expected: an optimizer without train() and eval(), or compact=False\n"
+            f"  Got:      {type(optimizer).__name__}"
         )
     muon = getattr(torch.optim, "Muon", None)
     for component, params in compact.pairs(optimizer.param_groups):

@@ -117,7 +117,8 @@ def _expanded_value(
     )
     known = own.rows != FREE
     full = rows.new_zeros((len(own.rows), *rows.shape[1:]))
-    scales = scales_for(key, [like], own.scale[known])
+    shown = [value for value, one in zip(values, plain, strict=True) if one]
+    scales = scales_for(key, shown, own.scale[known])
     full[known.to(rows.device)] = _times(rows[own.rows[known].to(rows.device)], scales)
     return _in_place(slices, full)
 

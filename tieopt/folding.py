@@ -130,7 +130,7 @@ class Folding:
                 own.append(_Home(part, consecutive(slots), slice(start, ends[part])))
             homes.append(tuple(own))
             scales.append(_lead_scales(run, own, parts, device))
-        places = _places(slices, parts, positions, index)
+        places = _places(parts, positions, device)
         return cls(index, kept, tuple(part.groups for part in parts), tuple(homes), tuple(scales), places)
 
     def rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -160,20 +160,19 @@ def folding_for(ties: Indices, tensors: Sequence[Tensor]) -> Folding:
     return folding
 
 
-def _places(
-    slices: Sequence[Slices], parts: Sequence[Folded], positions: Sequence[Tensor], index: Index
-) -> tuple[Tensor, ...] | None:
+def _places(parts: Sequence[Folded], positions: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
     places, before = [], 0
-    for each, part, own, steps in zip(slices, parts, positions, index.layout.steps, strict=True):
+    for part, own in zip(parts, positions, strict=True):
         rows, count = part.rows - before, len(part.kept)
         before += count
         rows[part.rows == FREE] = 0  # Pinned ones are written over afterwards.
         here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
         # Where slices of several dimensions are walked with gaps, not every row is one.
-        if not here or sorted(steps) != sorted(_steps(each)) or not bool((part.scale == 1).all()):
+        whole = int(own.max()) + 1 == len(own)
+        if not here or not whole or not bool((part.scale == 1).all()):
             return None
-        in_memory = torch.empty_like(rows).index_put_((own,), rows)
-        places.append(in_memory.to(index.layout.device, torch.int32 if count < 2**31 else torch.int64))
+        by_position = torch.empty_like(rows).index_put_((own,), rows)
+        places.append(by_position.to(device, torch.int32 if count < 2**31 else torch.int64))
     return tuple(places)
 
 
@@ -240,9 +239,9 @@ def fold_gradients_(
     """
     rows, compact_rows = folding.rows(grads, compacts)
     for run, homes, scales in zip(folding.index.runs, folding.homes, folding.scales, strict=True):
-        values = group_means(rows, run, workspace)
+        values = group_means(rows, run, workspace).to(rows[0].dtype)
         if reduction == "sum":
-            values = values * column(run.counts, values)
+            values = values.to(wide_dtype(values.device)) * column(run.counts, values)
         if scales is not None:
             values = values / column(scales, values)
         targets = [compact_rows[home.part][home.place] for home in homes]

@@ -85,12 +85,11 @@ def prepare_gradients(pairs: Pairs) -> None:
             for param in params:
                 if param.grad is None and id(param) in joined:
                     param.grad = torch.zeros_like(param)
-    if torch.compiler.is_compiling():
-        return  # It writes to whatever there is.
     for tie, params in pairs:
         for param in params:
             grad = param.grad
-            if grad is None:
+            # What a compiler traces writes to whatever there is; only to ask it of complex ones is worth a new graph.
+            if grad is None or (torch.compiler.is_compiling() and not grad.is_complex()):
                 continue
             if grad.layout == torch.sparse_coo and not tie.is_of_rows:
                 param.grad = grad.to_dense()

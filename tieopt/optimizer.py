@@ -302,6 +302,12 @@ class TiedOptimizer(Optimizer):
         if convert is not None:
             self.state.update(convert(self.state))
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; its parameters are free until :meth:`retie`."""
+        super().add_param_group(param_group)
+        if self._tieopt.compact is not None:
+            self._tieopt.compact.mirror(self.param_groups)
+
     def __repr__(self) -> str:
         relaxed = self._tieopt.relaxed and self._tieopt.ties
         return super().__repr__() + (f"\n{self._tieopt.relaxation}" if relaxed else "")

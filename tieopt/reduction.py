@@ -275,9 +275,12 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     if run.signed and wide == torch.float64 and rows[0].dtype != wide:
         if run.rounds[0].size and rows[0].device.type == "cpu":
             means = _pairwise_means(rows, run.rounds[0], workspace)
-            # A sum may leave the range of float32. An accelerator would have to be waited for to tell.
+            # An accelerator would have to be waited for to tell.
             if math.isfinite(means.sum().item()):
                 return means
+            # A sum may leave the range of float32; what has not stays as it is, whatever it is worked on with.
+            exact = _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
+            return torch.where(means.isfinite(), means.to(exact.dtype), exact)
         return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
     if wide != rows[0].dtype and wide == torch.float64:
         return _scaled_means(rows, run, workspace)
@@ -316,8 +319,9 @@ def _pairwise_means(rows: list[Tensor], each: Round, workspace: Workspace) -> Te
         halved = workspace.take(names[0], (groups, size, *sums.shape[2:]), torch.float32, device)
         sums, names = torch.add(sums[:, :size], sums[:, size:], out=halved), names[::-1]
     if size > 1:
-        sums = workspace.take("totals", sums.shape, torch.float64, device).copy_(sums)
-    return _folded(sums).div_(each.size)
+        sums = workspace.take("odd", sums.shape, torch.float64, device).copy_(sums)
+    # A single member may be in the rows themselves, which are not to be written.
+    return _folded(sums).div_(each.size) if each.size > 1 else sums[:, 0]
 
 
 def _folded(values: Tensor) -> Tensor:

@@ -37,11 +37,7 @@ def project_traced_(ties: Indices, tensors: Sequence[Tensor], reduction: Reducti
     (rows,) = index.rows(tensors)
     for runs in _chunks(index.runs, rows[0].numel()):
         members = _positions(runs)
-        means = _means(rows, members)
-        values = means.to(rows.dtype)
-        if reduction == "sum":
-            values = (values.to(means.dtype) * members.shape[1]).to(rows.dtype)
-        rows[members] = values.unsqueeze(1)
+        rows[members] = _values(rows, members, reduction).unsqueeze(1)
 
 
 def divide_traced_(ties: Indices, tensors: Sequence[Tensor]) -> None:
@@ -78,8 +74,7 @@ def _fold_written_out(
 ) -> None:
     members, free = _positions(folding.index.runs), folding.kept[0][folding.groups[0] :]
     (rows,), (compact,) = folding.rows(tensors, compacts)
-    means = _means(rows, members)
-    values = (means * members.shape[1] if reduction == "sum" else means).to(rows.dtype)
+    values = _values(rows, members, reduction)
     compact.copy_(torch.cat([values, rows.index_select(0, free)]) if len(free) else values)
 
 
@@ -99,12 +94,11 @@ def _is_written_out(index: Index) -> bool:
     sizes = {run.rounds[0].size for run in index.runs}
     return (
         len(index.slices) == 1
+        and index.slices[0].scale is None
         and len(sizes) == 1
         and 0 < min(sizes) <= _WRITTEN_OUT
         and not index.layout.double
         and index.layout.device.type != "mps"
-        and not index.pinned
-        and all(run.rounds[0].multiples is None for run in index.runs)
     )
 
 
@@ -124,14 +118,15 @@ def _positions(runs: Sequence[Run]) -> Tensor:
     return torch.cat([own.view(-1, size) for own in columns])
 
 
-def _means(rows: Tensor, members: Tensor) -> Tensor:
-    """Means in float64, where those of equal members are exact."""
-    total, size = None, members.shape[1]
-    for first in range(0, size, _LOADS):
-        part = rows[members[:, first : first + _LOADS]].to(torch.float64).sum(1)
-        total = part if total is None else total + part
-    assert total is not None
-    return total / size
+def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
+    """Means, or what they are multiplied to; added up in float64, where the sum of equal members is exact."""
+    size = members.shape[1]
+    parts = [rows[members[:, first : first + _LOADS]].to(torch.float64).sum(1) for first in range(0, size, _LOADS)]
+    mean = sum(parts[1:], parts[0]) / size
+    # Sums begin with 0.0, which turns -0.0 into 0.0.
+    lead = rows[members[:, 0]]
+    values = torch.where((mean == 0) & (lead == 0), lead, mean.to(rows.dtype))
+    return (values.to(torch.float64) * size).to(rows.dtype) if reduction == "sum" else values
 
 
 # --- operations that run eagerly within a graph ---
