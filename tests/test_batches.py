@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.optim import SGD, AdamW
 
 from tieopt import Tie, TiedOptimizer
 from tieopt import batches as batches_module
+from tieopt import index as index_module
 from tieopt.batches import Batches, merged
 from tieopt.places import BoundTie, Place
 from tieopt.reduction import Reduction, Workspace, divide_, project_
@@ -44,6 +46,15 @@ def _same(first: Pairs, second: Pairs) -> bool:
     return all(same_bits(*one[1], *other[1]) for one, other in zip(first, second, strict=True))
 
 
+@contextmanager
+def _even_entries(count: int) -> Iterator[None]:
+    """So many entries of groups of one size are enough to be worked on together."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (batches_module, index_module):
+            patch.setattr(module, "EVEN_ENTRIES", count)
+        yield
+
+
 @st.composite
 def pairs(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = ALL) -> Pairs:
     """Ties of a few parameters of rows that are mostly of one length, and the tensors."""
@@ -58,18 +69,35 @@ def pairs(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = ALL) -> Pairs:
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-@given(st.data())
-def test_ties_have_the_bits_together_that_they_have_one_by_one(dtype: torch.dtype, data: st.DataObject) -> None:
+@given(enough=st.sampled_from([100, 300, 2**15]), data=st.data())
+def test_ties_have_the_bits_together_that_they_have_one_by_one(
+    dtype: torch.dtype, enough: int, data: st.DataObject
+) -> None:
     drawn, reduction = data.draw(pairs([dtype])), data.draw(reductions)
     together, alone = _copied(drawn), _copied(drawn)
     batches = Batches()
-    batches.project_(together, reduction)
-    _one_by_one(alone, reduction)
-    assert _same(together, alone)
+    with _even_entries(enough):
+        batches.project_(together, reduction)
+        _one_by_one(alone, reduction)
+        assert _same(together, alone)
 
-    batches.divide_(together)
-    for tie, tensors in alone:
-        divide_(tensors, tie.index_for(tensors), Workspace())
+        batches.divide_(together)
+        for tie, tensors in alone:
+            divide_(tensors, tie.index_for(tensors), Workspace())
+        assert _same(together, alone)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@given(seed=seeds)
+def test_groups_that_are_many_of_one_size_only_together_have_the_same_bits(pinned: bool, seed: int) -> None:
+    """By themselves they are too few to be worked on as a matrix, beside one of another size."""
+    names = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, *([2] * pinned)])
+    scale = torch.tensor([1.0] * 11 + [0.0]).double() if pinned else None
+    drawn = [_pair(number, names, scale, normal((len(names), 20), torch.float32, seed + number)) for number in range(8)]
+    together, alone = _copied(drawn), _copied(drawn)
+    with _even_entries(300):
+        Batches().project_(together)
+        _one_by_one(alone, "mean")
     assert _same(together, alone)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ CONSTANTS = {
 
 
 @contextmanager
-def constants(values: dict[str, int]) -> Any:
+def constants(values: dict[str, int]) -> Iterator[None]:
     """The module with other constants."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
