@@ -217,7 +217,8 @@ def fold_(compacts: Sequence[Tensor], tensors: Sequence[Tensor], folding: Foldin
         if scales is not None:
             for home in homes:
                 compact = compact_rows[home.part][home.place]
-                compact.copy_(compact / column(scales[home.slots], compact))
+                # torch promotes no 8-bit floats.
+                compact.copy_(compact.to(scales.dtype) / column(scales[home.slots], compact))
 
 
 @torch.no_grad()
@@ -241,9 +242,10 @@ def fold_gradients_(
     for run, homes, scales in zip(folding.index.runs, folding.homes, folding.scales, strict=True):
         values = group_means(rows, run, workspace).to(rows[0].dtype)
         if reduction == "sum":
+            # Of the mean as it is stored, so that tying the gradients before changes nothing.
             values = values.to(wide_dtype(values.device)) * column(run.counts, values)
         if scales is not None:
-            values = values / column(scales, values)
+            values = values.to(scales.dtype) / column(scales, values)
         targets = [compact_rows[home.part][home.place] for home in homes]
         torch._foreach_copy_(targets, [values[home.slots] for home in homes])
     for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
@@ -305,5 +307,7 @@ def _leads(
     if scales is None:
         return values
     own = column(scales[home.slots], values)
-    leads = rows[home.part][folding.kept[home.part][home.place]]
-    return torch.where((leads / own).to(values.dtype) == values, leads, (values * own).to(values.dtype))
+    kept = folding.kept[home.part][home.place]
+    leads = bits(rows[home.part])[kept].view(values.dtype).to(own.dtype)
+    wide = values.to(own.dtype)
+    return torch.where((leads / own).to(values.dtype).to(own.dtype) == wide, leads, wide * own).to(values.dtype)

@@ -1,0 +1,266 @@
+"""Compact tensors: what is left without the repetitions, and all that is tied is made of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from checks import randn
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import groups_of_entries, same_bits, slowly_tied_entries
+from strategies import ALL, COMPLEX, HALF, laid_out, layouts, normal, reductions, seeds, tensors
+from torch import Tensor
+
+from tieopt import Tie
+from tieopt.compact import Component, components
+from tieopt.folding import Folding, compact_like, fold_, fold_gradients_, folded_sparse, unfold_
+from tieopt.index import Index
+from tieopt.places import found
+from tieopt.reduction import Reduction, Workspace, project_, tied
+from tieopt.slices import Slices
+from tieopt.testing import scales, ties
+
+SHAPES = [
+    [(7,)],
+    [(9, 2)],
+    [(4, 6)],
+    [(6, 20)],
+    [(4, 6), (6, 4)],
+    [(3, 5), (3, 5), (5, 3)],
+    [(5, 2, 3)],
+    [(3, 2, 2, 3)],
+    [(2, 3, 3, 3), (3, 3, 3)],
+    [(0, 3)],
+]
+WIDE = [torch.float32, torch.float64, *COMPLEX]
+SIGNS = ["none", "signs", "zeros"]
+
+
+@dataclass
+class Case:
+    """Tensors, and what folds them.
+
+    Attributes:
+        tensors: those that are tied.
+        ties: as a user writes them.
+        component: all the ties of these tensors.
+        folding: of the tensors.
+    """
+
+    tensors: list[Tensor]
+    ties: list[Tie]
+    component: Component
+    folding: Folding
+
+    def compacts(self) -> list[Tensor]:
+        """Compact tensors, with anything in them."""
+        return [
+            compact_like(slices, tensor, len(part.kept)).fill_(7.0)
+            for slices, tensor, part in zip(self.component.slices, self.tensors, self.component.folded, strict=True)
+        ]
+
+    def normal_compacts(self, seed: int) -> list[Tensor]:
+        """Compact tensors with normal entries."""
+        return [
+            compact.copy_(normal(compact.shape, compact.dtype, seed + number))
+            for number, compact in enumerate(self.compacts())
+        ]
+
+    def copies(self) -> list[Tensor]:
+        """The tensors, in their layouts."""
+        return [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype).copy_(one) for one in self.tensors]
+
+    def scrambled(self) -> list[Tensor]:
+        """Others of the same layout."""
+        return [tensor.fill_(-3.0) for tensor in self.copies()]
+
+    def tied(self) -> list[Tensor]:
+        """The tensors when they are tied."""
+        copies = self.copies()
+        project_(copies, self.component.index_for(copies), Workspace())
+        return copies
+
+
+def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[Case]:
+    """The ties compiled, a case for each set of tensors that are folded together."""
+    param_groups = [{"params": list(given_tensors)}]
+    bound = components(found(param_groups, list(given_ties)), param_groups)
+    return [
+        Case(own, list(given_ties), each, Folding.compile(each.index_for(own), each.folded))
+        for each in bound
+        for own in [[given_tensors[place.position] for place in each.places]]
+    ]
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, dtypes: Sequence[torch.dtype], kinds: Sequence[str] = SIGNS, *, any_bits: bool = False
+) -> Case:
+    dtype = draw(st.sampled_from(list(dtypes)))
+    shapes = draw(st.sampled_from(SHAPES))
+    plain = [draw(tensors(shape, [dtype])) if any_bits else normal(shape, dtype, draw(seeds)) for shape in shapes]
+    stored = [laid_out(one, draw(layouts(one))) for one in plain]
+    (first, *_) = case_of(stored, draw(ties(stored, kinds)))
+    return first
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(st.data())
+def test_folding_and_unfolding_changes_no_bit_of_what_is_tied(dtype: torch.dtype, data: st.DataObject) -> None:
+    case = data.draw(cases([dtype], ["none"], any_bits=True))
+    before, compacts, after = case.tied(), case.compacts(), case.scrambled()
+    fold_(compacts, before, case.folding)
+    unfold_(after, compacts, case.folding, Workspace())
+    assert all(map(same_bits, after, before))
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(st.data())
+def test_the_same_with_signs_and_zeros(dtype: torch.dtype, data: st.DataObject) -> None:
+    case = data.draw(cases([dtype]))
+    before, compacts, after = case.tied(), case.compacts(), case.scrambled()
+    fold_(compacts, before, case.folding)
+    unfold_(after, compacts, case.folding, Workspace())
+    assert all(map(same_bits, after, before))
+
+
+@given(case=cases(ALL, ["any"]))
+def test_with_any_scales_nothing_changes_where_the_shared_values_did_not(case: Case) -> None:
+    before, after, compacts = case.tied(), case.tied(), case.compacts()
+    fold_(compacts, after, case.folding)
+    unfold_(after, compacts, case.folding, Workspace())
+    assert all(map(same_bits, after, before))
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@given(seed=seeds, data=st.data())
+def test_unfolding_and_folding_returns_the_compact_tensors(dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
+    case = data.draw(cases([dtype]))
+    before, after, whole = case.normal_compacts(seed), case.compacts(), case.scrambled()
+    unfold_(whole, before, case.folding, Workspace())
+    fold_(after, whole, case.folding)
+    assert all(map(same_bits, after, before))
+
+
+@given(case=cases(WIDE, ["any"]), seed=seeds)
+def test_with_any_scales_the_compact_tensors_are_rounded(case: Case, seed: int) -> None:
+    before, after, whole = case.normal_compacts(seed), case.compacts(), case.scrambled()
+    unfold_(whole, before, case.folding, Workspace())
+    fold_(after, whole, case.folding)
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(one.dtype).eps, atol=0)
+
+
+@given(case=cases(ALL, ["none", "signs", "zeros", "any"]), seed=seeds)
+def test_what_is_unfolded_is_tied(case: Case, seed: int) -> None:
+    whole = case.scrambled()
+    unfold_(whole, case.normal_compacts(seed), case.folding, Workspace())
+    assert tied(whole, case.component.index_for(whole), Workspace())
+    entries = [one.to(torch.complex128).flatten().tolist() for one in whole]
+    numbers = {id(tensor): number for number, tensor in enumerate(case.tensors)}
+    for tie in case.ties:
+        if not all(id(part.param) in numbers for part in tie.parts):
+            continue
+        for group in groups_of_entries(tie, case.tensors):
+            values = [entries[number][at] / scale for number, at, scale in group if scale]
+            rounding = 4 * torch.finfo(whole[0].dtype).eps
+            # Of a group of one nothing is tied.
+            assert all(abs(value - values[0]) <= rounding * abs(values[0]) for value in values)
+            assert all(entries[number][at] == 0 for number, at, scale in group if not scale)
+
+
+@given(case=cases([*WIDE, *HALF], ["none", "signs", "zeros", "any"]), reduction=reductions)
+def test_folded_gradients_are_those_of_the_shared_values(case: Case, reduction: Reduction) -> None:
+    """Written out to all members again they are what the slow reference says."""
+    grads, compacts, whole = case.copies(), case.compacts(), case.scrambled()
+    fold_gradients_(compacts, grads, case.folding, Workspace(), reduction)
+    assert all(map(same_bits, grads, case.tensors))
+    unfold_(whole, compacts, case.folding, Workspace())
+
+    expected = case.copies()
+    for tie in case.ties:
+        if any(all(part.param is not tensor for tensor in case.tensors) for part in tie.parts):
+            continue
+        groups = groups_of_entries(tie, case.tensors)
+        expected = slowly_tied_entries(expected, groups, reduction)
+    unit = torch.finfo(grads[0].dtype).eps
+    for one, other in zip(whole, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=8 * unit, atol=20 * unit)
+
+
+@given(case=cases([*WIDE, *HALF], ["none", "signs", "zeros"]), reduction=reductions)
+def test_folding_gradients_that_are_tied_already_gives_the_same_bits(case: Case, reduction: Reduction) -> None:
+    first, second = case.compacts(), case.compacts()
+    fold_gradients_(first, case.copies(), case.folding, Workspace(), reduction)
+    fold_gradients_(second, case.tied(), case.folding, Workspace(), reduction)
+    assert all(map(same_bits, first, second))
+
+
+@given(
+    count=st.integers(1, 12),
+    width=st.sampled_from([(), (3,), (2, 2)]),
+    seed=seeds,
+    reduction=reductions,
+    data=st.data(),
+)
+def test_sparse_gradients_are_folded_as_dense_ones(
+    count: int, width: tuple[int, ...], seed: int, reduction: Reduction, data: st.DataObject
+) -> None:
+    tensor = torch.zeros(count, *width, dtype=torch.float64)
+    names = torch.randint(-1, 4, (count,), generator=torch.Generator().manual_seed(seed))
+    (case,) = case_of([tensor], [Tie(tensor, names, scale=data.draw(scales((count,))))])
+    rows = data.draw(st.lists(st.integers(0, count - 1), max_size=6))
+    values = normal((len(rows), *width), torch.float64, seed)
+    sparse = torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, tensor.shape)
+    (dense,), (compact,) = case.compacts(), case.compacts()
+    fold_gradients_([dense], [sparse.to_dense()], case.folding, Workspace(), reduction)
+    result = folded_sparse(sparse, compact, case.folding, reduction)
+    assert result.shape == compact.shape
+    torch.testing.assert_close(result.to_dense(), dense, rtol=1e-12, atol=1e-12)
+    # Groups without a row in the batch have none in the result.
+    assert result._nnz() <= len(rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((4, 6), "contiguous"), ((4, 6), "reversed"), ((4, 3, 2, 5), "channels_last"), ((4, 3, 5), "swapped")],
+)
+def test_a_compact_tensor_is_in_the_order_of_memory_of_its_own(shape: tuple[int, ...], layout: str) -> None:
+    """So that whatever works entry by entry walks both of them in one way."""
+    tensor = laid_out(randn(*shape), layout)
+    compact = compact_like(Slices(torch.tensor([0, 0, 1, 1])), tensor, 2)
+    assert compact.shape == (2, *shape[1:])
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    assert compact.permute(order).is_contiguous()
+
+
+def test_shared_values_stand_first_and_free_slices_after_them() -> None:
+    tensor = torch.arange(7.0)
+    (case,) = case_of([tensor], [Tie(tensor, [[2, 5], [1, 4, 6]])])
+    (compact,) = case.compacts()
+    fold_([compact], [tensor], case.folding)
+    assert compact.tolist() == [2.0, 1.0, 0.0, 3.0]
+
+
+def test_joined_values_stand_where_the_first_member_is() -> None:
+    first, second = torch.arange(6.0).view(3, 2), 10 + torch.arange(4.0).view(2, 2)
+    tie = Tie.join(Tie(first, torch.tensor([0, 1, -1])), Tie(second, torch.tensor([1, 0]), dim=1))
+    (case,) = case_of([first, second], [tie])
+    compacts = case.compacts()
+    fold_(compacts, [first, second], case.folding)
+    assert [compact.shape for compact in compacts] == [(3, 2), (2, 0)]
+    assert compacts[0].tolist() == first.tolist()
+
+
+def test_what_is_pinned_stands_nowhere() -> None:
+    tensor = torch.tensor([5.0, 1.0, 0.0, -1.0])
+    tie = Tie(tensor, torch.tensor([-1, 0, 0, 0]), scale=torch.tensor([1.0, 1.0, 0.0, -1.0]))
+    (case,) = case_of([tensor], [tie])
+    (compact,) = case.compacts()
+    fold_([compact], [tensor], case.folding)
+    assert compact.tolist() == [1.0, 5.0]
+    assert isinstance(case.folding.index, Index)
+    assert [places.tolist() for places in case.folding.index.pinned.values()] == [[2]]
