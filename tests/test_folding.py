@@ -237,6 +237,31 @@ def test_a_compact_tensor_is_in_the_order_of_memory_of_its_own(shape: tuple[int,
     assert compact.permute(order).is_contiguous()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_compact_tensor_of_kernels_is_in_the_order_of_memory_within_them(layout: str) -> None:
+    tensor = laid_out(randn(4, 3, 2, 5), layout)
+    compact = compact_like(Slices(torch.arange(12).view(4, 3) // 2), tensor, 6)
+    assert compact.shape == (6, 2, 5)
+    assert compact.is_contiguous()
+
+
+@given(case=cases(ALL, ["signs", "zeros", "any"]), seed=seeds)
+def test_with_which_sign_a_group_is_written_makes_no_difference(case: Case, seed: int) -> None:
+    turned = [
+        each._replace(scale=torch.where(each.labels % 2 == seed % 2, -each.scales, each.scales))
+        for each in case.component.slices
+    ]
+    other = Component(case.component.places, turned)
+    folding = Folding.compile(other.index_for(case.tensors), other.folded)
+    first, second, before = case.compacts(), case.compacts(), case.tied()
+    fold_(first, before, case.folding)
+    fold_(second, before, folding)
+    assert all(map(same_bits, first, second))
+    fold_gradients_(first, case.copies(), case.folding, Workspace(), "mean")
+    fold_gradients_(second, case.copies(), folding, Workspace(), "mean")
+    assert all(map(same_bits, first, second))
+
+
 def test_shared_values_stand_first_and_free_slices_after_them() -> None:
     tensor = torch.arange(7.0)
     (case,) = case_of([tensor], [Tie(tensor, [[2, 5], [1, 4, 6]])])
