@@ -16,7 +16,16 @@ from torch import Tensor
 
 from tieopt import Tie
 from tieopt.compact import Component, components
-from tieopt.folding import Folding, compact_like, fold_, fold_gradients_, folded_sparse, unfold_
+from tieopt.folding import (
+    Folding,
+    compact_like,
+    fold_,
+    fold_gradients_,
+    folded_for,
+    folded_sparse,
+    folding_for,
+    unfold_,
+)
 from tieopt.index import Index
 from tieopt.places import found
 from tieopt.reduction import Reduction, Workspace, project_, tied
@@ -57,10 +66,8 @@ class Case:
 
     def compacts(self) -> list[Tensor]:
         """Compact tensors, with anything in them."""
-        return [
-            compact_like(slices, tensor, len(part.kept)).fill_(7.0)
-            for slices, tensor, part in zip(self.component.slices, self.tensors, self.component.folded, strict=True)
-        ]
+        parts = zip(self.component.slices, self.tensors, folded_for(self.component), strict=True)
+        return [compact_like(slices, tensor, len(part.kept)).fill_(7.0) for slices, tensor, part in parts]
 
     def normal_compacts(self, seed: int) -> list[Tensor]:
         """Compact tensors with normal entries."""
@@ -89,7 +96,7 @@ def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[
     param_groups = [{"params": list(given_tensors)}]
     bound = components(found(param_groups, list(given_ties)), param_groups)
     return [
-        Case(own, list(given_ties), each, Folding.compile(each.index_for(own), each.folded))
+        Case(own, list(given_ties), each, folding_for(each, own))
         for each in bound
         for own in [[given_tensors[place.position] for place in each.places]]
     ]
@@ -252,7 +259,7 @@ def test_with_which_sign_a_group_is_written_makes_no_difference(case: Case, seed
         for each in case.component.slices
     ]
     other = Component(case.component.places, turned)
-    folding = Folding.compile(other.index_for(case.tensors), other.folded)
+    folding = folding_for(other, case.tensors)
     first, second, before = case.compacts(), case.compacts(), case.tied()
     fold_(first, before, case.folding)
     fold_(second, before, folding)

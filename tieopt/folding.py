@@ -168,8 +168,7 @@ def _places(parts: Sequence[Folded], positions: Sequence[Tensor], device: torch.
         rows[part.rows == FREE] = 0  # Pinned ones are written over afterwards.
         here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
         # Where slices of several dimensions are walked with gaps, not every row is one.
-        whole = int(own.max()) + 1 == len(own)
-        if not here or not whole or not bool((part.scale == 1).all()):
+        if not here or int(own.max()) + 1 != len(own) or not bool((part.scale == 1).all()):
             return None
         by_position = torch.empty_like(rows).index_put_((own,), rows)
         places.append(by_position.to(device, torch.int32 if count < 2**31 else torch.int64))
