@@ -242,6 +242,133 @@ class SharedTraining:
         return gradients
 
 
+class CompactTraining:
+    """Training of compact parameters by a bare optimizer, and weights that are built from them in the forward pass.
+
+    Each weight has a compact parameter with a slice for each group, the smaller groups first, and then the free
+    slices in their order. A group of several weights has its slice in one of them; what is pinned has none. What is
+    tied in slices of several kinds is tied entry by entry.
+
+    Args:
+        weights: the starting weights, all tied.
+        ties: of them.
+        build: makes the optimizer from the list of parameters.
+        reduction: "mean" or "sum".
+    """
+
+    def __init__(self, weights: Sequence[Tensor], ties: Sequence[Tie], build: Build, reduction: str) -> None:
+        kinds = _kinds(weights, ties)
+        self._shapes = [weight.shape for weight in weights]
+        positions = [_positions(weight, *kind) for weight, kind in zip(weights, kinds, strict=True)]
+        groups = _groups_of_slices(weights, ties, kinds)
+        tied = {member[:2] for group in groups for member in group}
+        trained = [[member for member in group if member[2] != 0] for group in groups]
+        free = [[(number, at, 1.0)] for number, each in enumerate(positions) for at in range(len(each))]
+        free = [group for group in free if group[0][:2] not in tied]
+        # A group of one that is no multiple is as free as it was.
+        free += [group for group in trained if len(group) == 1 and abs(group[0][2]) == 1]
+        trained = [group for group in trained if len(group) > 1 or (group and abs(group[0][2]) != 1)]
+        trained.sort(key=lambda group: (len(group), _lead(group)[0]))
+
+        rows: list[list[Tensor]] = [[] for _ in weights]
+        norms: list[list[float]] = [[] for _ in weights]
+        home: dict[tuple[int, int], tuple[int, int, float]] = {}
+        for group in trained + sorted(free):
+            number, at, scale = _lead(group)
+            for member, position, multiple in group:
+                home[member, position] = number, len(rows[number]), multiple
+            rows[number].append(weights[number].detach().flatten()[positions[number][at]] / scale)
+            norms[number].append(math.fsum(multiple * multiple for _, _, multiple in group))
+
+        self.compact = []
+        starts = []
+        for weight, (dim, depth), own, norm in zip(weights, kinds, rows, norms, strict=True):
+            inner = weight.movedim(dim, 0).shape[depth:]
+            values = torch.stack(own) if own else weight.new_zeros((0, inner.numel()))
+            dim = dim if depth == 1 else 0
+            starts.append((sum(one.numel() for one in self.compact), dim))
+            parameter = Parameter(values.detach().view(-1, *inner).movedim(0, dim).contiguous())
+            if reduction == "mean":
+                sizes = torch.tensor(norm, dtype=torch.float64).view(-1, *[1] * len(inner)).movedim(0, dim)
+                parameter.register_hook(lambda grad, sizes=sizes: grad / sizes)
+            self.compact.append(parameter)
+        self._dims = [dim for _, dim in starts]
+
+        # For each entry of a weight where it stands among all entries of all compact parameters, and how often.
+        self._sources, self._scales = [], []
+        end = sum(one.numel() for one in self.compact)
+        for number, (weight, each) in enumerate(zip(weights, positions, strict=True)):
+            source = torch.full((weight.numel(),), end)
+            scales = torch.zeros(weight.numel(), dtype=torch.float64)
+            for at in range(len(each)):
+                if (number, at) in home:
+                    lead, row, multiple = home[number, at]
+                    source[each[at]] = starts[lead][0] + row * each.shape[1] + torch.arange(each.shape[1])
+                    scales[each[at]] = multiple
+            self._sources.append(source)
+            self._scales.append(scales)
+        # Some optimizers refuse parameters without entries, and all of them an empty list.
+        trained = [parameter for parameter in self.compact if parameter.numel()]
+        self.optimizer = build(trained or [Parameter(torch.zeros(1, 1))])
+
+    def weights(self) -> list[Tensor]:
+        """The weights that the model sees, differentiable."""
+        values = [one.movedim(dim, 0).flatten() for one, dim in zip(self.compact, self._dims, strict=True)]
+        flat_values = torch.cat([*values, values[0].new_zeros(1)])
+        return [
+            (flat_values[source] * scales).view(shape)
+            for source, scales, shape in zip(self._sources, self._scales, self._shapes, strict=True)
+        ]
+
+
+def _lead(group: Sequence[Member]) -> Member:
+    return max(group, key=lambda member: math.inf if abs(member[2]) == 1 else abs(member[2]))
+
+
+def _kinds(weights: Sequence[Tensor], ties: Sequence[Tie]) -> list[tuple[int, int]]:
+    """For each weight the dimension of its slices, and how many dimensions their labels have."""
+    numbers = {id(weight): number for number, weight in enumerate(weights)}
+    kinds: list[set[tuple[int, int]]] = [set() for _ in weights]
+    joined = [{numbers[id(part.param)] for part in tie.parts} for tie in ties]
+    for tie in ties:
+        for part in tie.parts:
+            kinds[numbers[id(part.param)]].add((part.dim, part.groups.dim()))
+    mixed = {number for number, own in enumerate(kinds) if len(own) > 1}
+    for _ in ties:
+        mixed |= {number for own in joined if own & mixed for number in own}
+    return [
+        (0, weight.dim()) if number in mixed else next(iter(kinds[number]), (0, 1))
+        for number, weight in enumerate(weights)
+    ]
+
+
+def _positions(weight: Tensor, dim: int, depth: int) -> Tensor:
+    """The flat positions of the entries of each slice."""
+    front = torch.arange(weight.numel()).view(weight.shape).movedim(dim, 0)
+    return front.reshape(math.prod(front.shape[:depth]), math.prod(front.shape[depth:]))
+
+
+def _groups_of_slices(
+    weights: Sequence[Tensor], ties: Sequence[Tie], kinds: Sequence[tuple[int, int]]
+) -> list[list[Member]]:
+    """The members of each group, in the order of the first ones."""
+    numbers = {id(weight): number for number, weight in enumerate(weights)}
+    found: list[list[Member]] = []
+    for tie in ties:
+        if all((part.dim, part.groups.dim()) == kinds[numbers[id(part.param)]] for part in tie.parts):
+            groups: dict[int, list[Member]] = {}
+            for part in tie.parts:
+                scales = torch.ones(part.groups.shape) if part.scale is None else part.scale
+                labelled = zip(part.groups.flatten().tolist(), scales.flatten().tolist(), strict=True)
+                for at, (label, scale) in enumerate(labelled):
+                    if label != -1:
+                        groups.setdefault(label, []).append((numbers[id(part.param)], at, scale))
+            found += groups.values()
+        else:
+            found += groups_of_entries(tie, weights)
+    return sorted(sorted(group, key=lambda member: member[:2]) for group in found)
+
+
 class SlowTraining:
     """Training of all the members with a bare optimizer, which loops tie before and after it.
 

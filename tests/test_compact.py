@@ -1,0 +1,1012 @@
+"""What only the compact mode has: one entry for each group is what the inner optimizer trains, and nobody else sees."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from checks import FREE, GROUPS, REDUCTIONS, SHAPE, bits, one_bare, one_tied, parameter, pickled, randn, same_tree
+from checks import same_bits as same
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import CompactTraining, flat, groups_of_entries, same_bits, slowly_tied_entries
+from strategies import (
+    COUPLING,
+    ENTRYWISE,
+    Recipe,
+    closure_of,
+    labels,
+    laid_out,
+    layouts,
+    loss_of,
+    normal,
+    recipes_for,
+    reductions,
+    seeds,
+)
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.testing import assert_close
+
+from tieopt import Tie, TiedOptimizer, is_tied
+from tieopt.testing import scales, ties
+
+STEPS = 20
+EXACT = ("none", "signs", "zeros")
+
+small = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+some_seeds = st.lists(seeds, min_size=1, max_size=3)
+
+
+def tied_of(optimizer: Optimizer, drawn: Any, **options: Any) -> TiedOptimizer:
+    return TiedOptimizer(optimizer, drawn, compact=True, **options)
+
+
+# --- what is tied ---
+
+
+def _parameters(data: st.DataObject, dtype: torch.dtype) -> list[Parameter]:
+    starts = [normal(data.draw(small), dtype, data.draw(seeds)) for _ in range(data.draw(st.integers(1, 3)))]
+    return [Parameter(laid_out(start, data.draw(layouts(start)))) for start in starts]
+
+
+def _of_any_kind(
+    data: st.DataObject, dtype: torch.dtype, kinds: Sequence[str], *, plain: bool = False
+) -> tuple[list[Parameter], list[Tie]]:
+    """Rows, columns, kernels, elements, joined, several of one parameter, of one kind or of different ones.
+
+    Plain ones start at the beginning of their storage: torch adds sparse gradients to other ones at a wrong place.
+    """
+    parameters = _parameters(data, dtype)
+    if plain:
+        parameters = [Parameter(one.detach().clone(memory_format=torch.contiguous_format)) for one in parameters]
+    return parameters, data.draw(ties(parameters, kinds))
+
+
+def _of_matrices(data: st.DataObject, dtype: torch.dtype, kinds: Sequence[str]) -> tuple[list[Parameter], list[Tie]]:
+    """Rows or columns of matrices, which may be joined, and may have two ties each."""
+    width = data.draw(st.integers(1, 4))
+    parameters, parts, more = [], [], []
+    for _ in range(data.draw(st.integers(1, 2))):
+        count, dim = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 1))
+        parameters.append(Parameter(normal((count, width) if dim == 0 else (width, count), dtype, data.draw(seeds))))
+        names = data.draw(labels(count))
+        parts.append(Tie(parameters[-1], names, dim=dim, scale=data.draw(scales((count,), kinds))))
+        rest = torch.where(names == -1, data.draw(labels(count)), -1)
+        more.append(Tie(parameters[-1], rest, dim=dim, scale=data.draw(scales((count,), kinds))))
+    return parameters, ([Tie.join(*parts)] if data.draw(st.booleans()) else parts) + more * data.draw(st.booleans())
+
+
+def _drawn(
+    data: st.DataObject, recipe: Recipe, dtype: torch.dtype, kinds: Sequence[str] = (*EXACT, "any")
+) -> tuple[list[Parameter], list[Tie]]:
+    """What an optimizer can train. Fused kernels walk the memory of a parameter with gaps, or of another order."""
+    if recipe.matrices:
+        return _of_matrices(data, dtype, kinds)
+    return _of_any_kind(data, dtype, kinds, plain=recipe.contiguous or bool(recipe.settings.get("fused")))
+
+
+def _tie_alike(parameters: Sequence[Parameter], drawn: Sequence[Tie], others: Sequence[Parameter]) -> list[Tie]:
+    """The same ties of other parameters."""
+    twin = {id(one): other for one, other in zip(parameters, others, strict=True)}
+    return [
+        Tie.join(*(Tie(twin[id(part.param)], part.groups, dim=part.dim, scale=part.scale) for part in tie.parts))
+        for tie in drawn
+    ]
+
+
+def _tied_start(parameters: Sequence[Parameter], drawn: Sequence[Tie]) -> None:
+    """Ties the weights without the library."""
+    groups = [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+    with torch.no_grad():
+        for parameter_, start in zip(parameters, slowly_tied_entries(parameters, groups), strict=True):
+            parameter_.copy_(start)
+
+
+def _assert_close(weights: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    """Relative to the size of the weights: entries that cross zero have no relative precision."""
+    for weight, one in zip(weights, expected, strict=True):
+        size = max(1.0, float(one.detach().abs().max()))
+        assert_close(weight.detach(), one.detach(), rtol=tolerance, atol=tolerance * size)
+
+
+def _train(optimizer: Optimizer, parameters: Sequence[Parameter], steps: Sequence[int]) -> None:
+    for seed in steps:
+        optimizer.step(closure_of(optimizer, parameters, seed))
+
+
+def _shared_closure(shared: CompactTraining, seed: int) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        shared.optimizer.zero_grad()
+        loss = loss_of(shared.weights(), seed)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# --- promise 5, for every optimizer ---
+
+
+@pytest.mark.parametrize("recipe", ENTRYWISE + COUPLING, ids=repr)
+@given(st.data())
+def test_the_trajectory_is_that_of_the_compact_parameter(recipe: Recipe, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([dtype for dtype in (torch.float64, torch.complex128) if dtype in recipe.dtypes]))
+    of_any_kind = not recipe.matrices and data.draw(st.booleans())
+    parameters, drawn = _drawn(data, recipe, dtype) if of_any_kind else _of_matrices(data, dtype, (*EXACT, "any"))
+    reduction = data.draw(reductions)
+    _tied_start(parameters, drawn)
+    shared = CompactTraining(parameters, drawn, recipe, reduction)
+    optimizer = tied_of(recipe(parameters), drawn, reduction=reduction)
+
+    seed = data.draw(st.integers(0, 2**31))
+    # LBFGS takes several steps in one, and divides by differences of gradients, which magnifies what is rounded.
+    steps, tolerance = (STEPS // 4, 1e-8) if recipe.closure else (STEPS, 1e-12)
+    for step in range(steps):
+        loss = optimizer.step(closure_of(optimizer, parameters, seed + step))
+        expected = shared.optimizer.step(_shared_closure(shared, seed + step))
+        assert_close(loss, expected, rtol=10 * tolerance, atol=10 * tolerance)
+        _assert_close(parameters, shared.weights(), tolerance)
+
+
+@given(st.data())
+def test_an_optimizer_that_works_entry_by_entry_does_the_same_in_both_modes(data: st.DataObject) -> None:
+    recipe, reduction = data.draw(st.sampled_from(ENTRYWISE)), data.draw(reductions)
+    parameters, drawn = _drawn(data, recipe, torch.float64, EXACT)
+    twins = copy.deepcopy(parameters)
+    compact = tied_of(recipe(parameters), drawn, reduction=reduction)
+    full = TiedOptimizer(recipe(twins), _tie_alike(parameters, drawn, twins), reduction=reduction)
+    assert all(map(same_bits, parameters, twins))
+    for seed in data.draw(st.lists(seeds, min_size=5, max_size=10)):
+        _train(compact, parameters, [seed])
+        _train(full, twins, [seed])
+        _assert_close(parameters, twins)
+
+
+# --- the state is as small as what is distinct ---
+
+
+@pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@given(st.data())
+def test_the_state_has_an_entry_for_each_distinct_one_and_no_more(recipe: Recipe, data: st.DataObject) -> None:
+    parameters, drawn = _drawn(data, recipe, torch.float64)
+    _tied_start(parameters, drawn)
+    shapes = [one.shape for one in CompactTraining(parameters, drawn, recipe, "mean").compact]
+    optimizer = tied_of(recipe(parameters), drawn)
+    _train(optimizer, parameters, data.draw(some_seeds))
+
+    bare = recipe(twins := copy.deepcopy(parameters))
+    _train(bare, twins, [0])
+    for number, (one, twin, shape) in enumerate(zip(parameters, twins, shapes, strict=True)):
+        expected = {
+            key: shape if isinstance(value, Tensor) and value.shape == twin.shape else getattr(value, "shape", None)
+            for key, value in bare.state.get(twin, {}).items()
+        }
+        state = optimizer.state_dict()["state"].get(number, {})
+        if shape.numel():
+            # A parameter of one entry has the shape of a step count for some optimizers, which is as well.
+            assert {key: getattr(value, "shape", None) for key, value in state.items()} == expected
+        else:
+            assert not any(isinstance(value, Tensor) and value.numel() > 1 for value in state.values())
+        assert same_tree(optimizer.state.get(one, {}), state)
+
+
+@pytest.mark.parametrize("members", [2, 8])
+def test_the_state_is_smaller_by_the_size_of_the_groups(members):
+    weight = parameter(16, 5)
+    optimizer = tied_of(AdamW([weight]), {weight: torch.arange(16) // members})
+    weight.grad = randn(16, 5, seed=1)
+    optimizer.step()
+
+    assert optimizer.state[weight]["exp_avg"].numel() * members == weight.numel()
+    assert optimizer.state[weight]["exp_avg_sq"].shape == (16 // members, 5)
+
+
+# --- what everybody sees: the model's parameters, and settings that reach the inner optimizer and come back ---
+
+
+class Witness(SGD):
+    """Notes what it sees of its groups, and writes to their settings."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.seen = [
+            {**group, "params": [(one.shape, getattr(one.grad, "shape", None)) for one in group["params"]]}
+            for group in self.param_groups
+        ]
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = group["lr"] / 2
+        super().step(closure)
+
+
+def test_the_groups_have_the_models_parameters_and_the_inner_optimizer_sees_compact_ones():
+    weight, other = parameter(*SHAPE), parameter(3, 2, seed=1)
+    inner = Witness([{"params": [weight, other], "lr": 0.5}, {"params": [untouched := parameter(2)]}], lr=0.1)
+    groups, params = inner.param_groups, inner.param_groups[0]["params"]
+    optimizer = tied_of(inner, {weight: GROUPS})
+    weight.grad, other.grad = randn(*SHAPE, seed=1), randn(3, 2, seed=2)
+    optimizer.step()
+
+    assert optimizer is inner
+    assert optimizer.param_groups is groups
+    assert optimizer.param_groups[0]["params"] is params
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    assert all(one is other_ for one, other_ in zip(held, [weight, other, untouched], strict=True))
+    assert [group["params"] for group in optimizer.seen] == [[((4, 5), (4, 5)), ((3, 2), (3, 2))], [((2,), None)]]
+    assert type(optimizer).__name__ == "TiedWitness"
+
+
+def test_settings_reach_the_inner_optimizer_and_what_it_writes_to_them_comes_back():
+    weight, optimizer = one_tied(Witness, compact=True, lr=1.0)
+    for step in range(3):
+        weight.grad = torch.ones(SHAPE)
+        before = weight.detach().clone()
+        optimizer.param_groups[0]["lr"] = rate = 10.0**-step
+        optimizer.param_groups[0]["own"] = step
+        optimizer.step()
+
+        assert (optimizer.seen[0]["lr"], optimizer.seen[0]["own"]) == (rate, step)
+        assert optimizer.param_groups[0]["count"] == step + 1
+        assert optimizer.param_groups[0]["lr"] == rate / 2
+        assert_close(weight.detach(), before - rate / 2)
+        del optimizer.param_groups[0]["own"]
+    optimizer.step()
+    assert "own" not in optimizer.seen[0]
+
+
+def test_a_group_that_is_added_and_a_list_that_is_replaced_are_what_is_trained():
+    weight, optimizer = one_tied(Witness, compact=True)
+    added, replacement = parameter(3, 2, seed=1), parameter(*SHAPE, seed=2)
+    optimizer.add_param_group({"params": [added], "lr": 0.25})
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "params": [replacement]}
+    replacement.grad, added.grad = randn(*SHAPE, seed=3), randn(3, 2, seed=4)
+    before = bits(weight)
+    optimizer.step()
+
+    assert [group["params"] for group in optimizer.seen] == [[((4, 5), (4, 5))], [((3, 2), (3, 2))]]
+    assert optimizer.seen[1]["lr"] == 0.25
+    assert is_tied(replacement, GROUPS)
+    assert torch.equal(bits(weight), before)
+
+
+# --- gradients are read and not written ---
+
+
+@given(st.data())
+def test_a_step_leaves_every_gradient_as_it_was(data: st.DataObject) -> None:
+    parameters, drawn = _of_any_kind(data, torch.float64, EXACT, plain=True)
+    optimizer = tied_of(SGD(parameters, lr=0.1), drawn, reduction=data.draw(reductions))
+    for seed in data.draw(some_seeds):
+        for number, one in enumerate(parameters):
+            grad = normal(one.shape, torch.float64, seed + number)
+            kinds = {
+                "none": lambda: None,
+                "dense": lambda grad=grad: laid_out(grad, data.draw(layouts(grad, lazy=True))),
+                "sparse": lambda grad=grad: grad.to_sparse(1),
+                "expanded": lambda grad=grad: grad.flatten()[0].expand(grad.shape),
+                "recorded": lambda grad=grad: grad.requires_grad_() * 1,
+            }
+            one.grad = kinds[data.draw(st.sampled_from(list(kinds)))]()
+        kept = [one.grad for one in parameters]
+        words = [None if grad is None else grad.detach().clone() for grad in kept]
+        optimizer.step()
+        for one, grad, word in zip(parameters, kept, words, strict=True):
+            assert one.grad is grad
+            assert grad is None or same(grad.detach(), word)
+
+
+@given(st.data())
+def test_gradients_of_any_kind_step_as_in_the_full_mode(data: st.DataObject) -> None:
+    parameters, drawn = _of_any_kind(data, torch.float64, EXACT, plain=True)
+    twins, reduction = copy.deepcopy(parameters), data.draw(reductions)
+    optimizer = tied_of(SGD(parameters, lr=0.1), drawn, reduction=reduction)
+    full = TiedOptimizer(SGD(twins, lr=0.1), _tie_alike(parameters, drawn, twins), reduction=reduction)
+    for seed in data.draw(some_seeds):
+        for number, (one, twin) in enumerate(zip(parameters, twins, strict=True)):
+            grad = normal(one.shape, torch.float64, seed + number)
+            # A joined parameter without one counts as zero.
+            kind = data.draw(st.sampled_from(["none", "dense", "sparse", "lazy"]))
+            if kind == "none":
+                one.grad = twin.grad = None
+            elif kind == "sparse":
+                one.grad, twin.grad = grad.to_sparse(1), grad.to_sparse(1)
+            else:
+                layout = data.draw(layouts(grad, lazy=kind == "lazy"))
+                one.grad, twin.grad = laid_out(grad, layout), laid_out(grad, layout)
+        optimizer.step()
+        full.step()
+        _assert_close(parameters, twins)
+
+
+@given(st.data())
+def test_sparse_gradients_of_scaled_rows_are_those_of_the_compact_parameter(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 10))
+    weight = Parameter(normal((rows, 3), torch.float64, data.draw(seeds)))
+    drawn = [Tie(weight, data.draw(labels(rows)), scale=data.draw(scales((rows,))))]
+    _tied_start([weight], drawn)
+    reduction = data.draw(reductions)
+    recipe = data.draw(st.sampled_from([torch.optim.SparseAdam, torch.optim.Adagrad, SGD]))
+    shared = CompactTraining([weight], drawn, lambda params: recipe(params, lr=0.1), reduction)
+    optimizer = tied_of(recipe([weight], lr=0.1), drawn, reduction=reduction)
+    (compact,) = shared.compact
+    for seed in data.draw(st.lists(seeds, min_size=1, max_size=6)):
+        chosen = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4)))
+        values = normal((len(chosen), 3), torch.float64, seed)
+        weight.grad = torch.sparse_coo_tensor(chosen[None], values, weight.shape)
+        before = weight.grad.clone()
+        optimizer.step()
+        assert same(weight.grad, before)
+
+        compact.grad = None
+        (shared.weights()[0] * before.to_dense()).sum().backward()
+        # What is stored counts as touched, also where it is zero.
+        touched = torch.zeros_like(compact)
+        (stored,) = torch.autograd.grad((shared.weights()[0][chosen] ** 2 + shared.weights()[0][chosen]).sum(), compact)
+        touched[stored.abs().sum(1) > 0] = 1
+        mask = touched.bool().any(1).nonzero().squeeze(1)
+        compact.grad = torch.sparse_coo_tensor(mask[None], compact.grad[mask], compact.shape)
+        if compact.numel():
+            shared.optimizer.step()
+        _assert_close([weight], shared.weights())
+
+
+# --- what is written from outside ---
+
+
+@given(st.data())
+def test_what_is_written_between_steps_is_averaged_before_the_next_one(data: st.DataObject) -> None:
+    recipe = data.draw(st.sampled_from(ENTRYWISE))
+    parameters, drawn = _drawn(data, recipe, torch.float64, EXACT)
+    twins = copy.deepcopy(parameters)
+    optimizer = tied_of(recipe(parameters), drawn)
+    full = TiedOptimizer(recipe(twins), _tie_alike(parameters, drawn, twins))
+    for seed in data.draw(some_seeds):
+        for each, params in ((optimizer, parameters), (full, twins)):
+            with torch.no_grad():
+                for number, one in enumerate(params):
+                    one.add_(normal(one.shape, torch.float64, seed + number))
+            each.zero_grad()
+            loss_of(params, seed).backward()
+            if each is full:
+                # It averages them after the step, which is another thing where there is weight decay.
+                full.tie_weights()
+            each.step()
+        _assert_close(parameters, twins)
+        assert optimizer.tie_drift() == 0
+
+
+@given(data=st.data(), told=st.booleans())
+def test_what_is_written_through_data_counts_where_it_is_tied_or_told(data: st.DataObject, told: bool) -> None:
+    recipe = data.draw(st.sampled_from(ENTRYWISE))
+    parameters, drawn = _drawn(data, recipe, torch.float64, EXACT)
+    twins = copy.deepcopy(parameters)
+    optimizer = tied_of(recipe(parameters), drawn)
+    full = TiedOptimizer(recipe(twins), _tie_alike(parameters, drawn, twins))
+    for seed in data.draw(some_seeds):
+        written = [normal(one.shape, torch.float64, seed + number) for number, one in enumerate(parameters)]
+        if not told:
+            groups = [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+            written = slowly_tied_entries(written, groups)
+        for each, params in ((optimizer, parameters), (full, twins)):
+            for one, value in zip(params, written, strict=True):
+                one.data.copy_(value)
+            if told:
+                each.tie_weights()
+            _train(each, params, [seed])
+        _assert_close(parameters, twins)
+
+
+def test_a_weight_whose_dtype_changes_takes_its_compact_parameter_along():
+    weight, optimizer = one_tied(SGD, compact=True)
+    weight.grad = randn(*SHAPE, seed=1)
+    optimizer.step()
+    weight.data = weight.data.double()
+    before = weight.detach().clone()
+    weight.grad = torch.ones(SHAPE, dtype=torch.float64)
+    optimizer.step()
+    assert_close(weight.detach(), before - 0.1, rtol=1e-15, atol=1e-15)
+    assert is_tied(weight, GROUPS)
+
+
+# --- the state as it is shown ---
+
+LOOKS = ("get", "getitem", "contains", "len", "items")
+WRITES = ("setitem", "delitem", "pop", "setdefault", "update", "nested", "clear")
+
+
+def _look_or_write(state: Any, kind: str, key: Any, value: int) -> Any:
+    """One of the things that are done to a mapping, and its answer or error."""
+    actions = {
+        "get": lambda: state.get(key, value),
+        "getitem": lambda: state[key],
+        "contains": lambda: key in state,
+        "len": lambda: len(state),
+        "items": lambda: [(id(one), held) for one, held in state.items()],
+        "setitem": lambda: state.__setitem__(key, {"value": value}),
+        "delitem": lambda: state.__delitem__(key),
+        "pop": lambda: state.pop(key, value) if value % 2 else state.pop(key),
+        "setdefault": lambda: state.setdefault(key, {"value": value}),
+        "update": lambda: state.update({key: {"value": value}}),
+        "nested": lambda: state[key].setdefault("momentum_buffer", value),
+        "clear": lambda: state.clear(),
+    }
+    try:
+        return actions[kind]()
+    except KeyError:
+        return "KeyError"
+
+
+@given(st.lists(st.tuples(st.sampled_from(LOOKS + WRITES), st.integers(0, 3), st.integers(0, 9)), max_size=12))
+def test_the_state_is_a_dictionary_by_the_models_parameters(steps: list[tuple[str, int, int]]) -> None:
+    keys = [parameter(*SHAPE), parameter(2, 2, seed=1), parameter(3, seed=2), "a key that is no parameter"]
+    optimizer = tied_of(SGD(keys[:2], lr=0.1), {keys[0]: GROUPS})
+    expected: dict[Any, Any] = defaultdict(dict)
+    for kind, key, value in steps:
+        assert _look_or_write(optimizer.state, kind, keys[key], value) == _look_or_write(
+            expected, kind, keys[key], value
+        )
+        assert [id(one) for one in optimizer.state] == [id(one) for one in expected]
+        assert repr(optimizer.state) == repr(dict(expected))
+        assert bool(optimizer.state) == bool(expected)
+
+
+def test_what_is_put_into_the_state_is_what_the_inner_optimizer_finds():
+    weight, optimizer = one_tied(SGD, compact=True, momentum=0.5, lr=1.0)
+    before = weight.detach().clone()
+    optimizer.state[weight]["momentum_buffer"] = torch.full((4, 5), 2.0)
+    weight.grad = torch.zeros(SHAPE)
+    optimizer.step()
+    assert_close(weight.detach(), before - 1)
+
+    optimizer.state = {weight: {"momentum_buffer": torch.full((4, 5), 4.0)}}
+    optimizer.step()
+    assert_close(weight.detach(), before - 3)
+
+    del optimizer.state[weight]
+    weight.grad = torch.ones(SHAPE)
+    optimizer.step()
+    assert_close(weight.detach(), before - 4)
+
+
+def test_a_copy_of_the_state_is_a_dictionary():
+    weight, optimizer = one_tied(Adam, compact=True)
+    weight.grad = randn(*SHAPE, seed=1)
+    optimizer.step()
+    for copied in (copy.deepcopy(optimizer.state), pickled(optimizer.state)):
+        assert type(copied) is defaultdict
+        ((key, value),) = copied.items()
+        assert same(key, weight)
+        assert same_tree(value, dict(optimizer.state[weight]))
+        assert copied["another"] == {}
+
+
+# --- converted between the modes ---
+
+
+def _pair(
+    data: st.DataObject, recipe: Recipe, kinds: Sequence[str]
+) -> tuple[list[Parameter], TiedOptimizer, list[Parameter], TiedOptimizer]:
+    """The same training in both modes: the compact one, and the full one."""
+    parameters, drawn = _drawn(data, recipe, torch.float64, kinds)
+    twins, reduction = copy.deepcopy(parameters), data.draw(reductions)
+    compact = tied_of(recipe(parameters), drawn, reduction=reduction)
+    full = TiedOptimizer(recipe(twins), _tie_alike(parameters, drawn, twins), reduction=reduction)
+    return parameters, compact, twins, full
+
+
+# What these keep beside the entries is cast on loading by torch itself.
+_CASTING = (torch.optim.NAdam, torch.optim.ASGD)
+CONVERTIBLE = [recipe for recipe in ENTRYWISE if recipe.optimizer not in _CASTING]
+
+
+@pytest.mark.parametrize("recipe", CONVERTIBLE, ids=repr)
+@pytest.mark.parametrize("to", ["compact", "full"])
+@given(st.data())
+def test_a_state_that_is_loaded_in_the_other_mode_goes_on(recipe: Recipe, to: str, data: st.DataObject) -> None:
+    parameters, compact, twins, full = _pair(data, recipe, EXACT)
+    (source, ours), (target, theirs) = ((compact, parameters), (full, twins))[:: 1 if to == "full" else -1]
+    _train(source, ours, data.draw(some_seeds))
+    saved = pickled(source.state_dict())
+    with torch.no_grad():
+        for one, other in zip(theirs, ours, strict=True):
+            one.copy_(other)
+    before = copy.deepcopy(saved)
+    target.load_state_dict(saved)
+    assert same_tree(saved, before)
+    assert target.state_dict()["tieopt"].get("compact", False) == (to == "compact")
+    for seed in data.draw(some_seeds):
+        _train(source, ours, [seed])
+        _train(target, theirs, [seed])
+        _assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("recipe", CONVERTIBLE, ids=repr)
+@given(st.data())
+def test_a_compact_state_that_went_through_the_full_mode_is_itself(recipe: Recipe, data: st.DataObject) -> None:
+    parameters, compact, _, full = _pair(data, recipe, (*EXACT, "any"))
+    _train(compact, parameters, data.draw(some_seeds))
+    saved = copy.deepcopy(compact.state_dict())
+    full.load_state_dict(copy.deepcopy(saved))
+    for one in parameters:
+        held = full.state.get(twin := full.param_groups[0]["params"][_place(parameters, one)], {})
+        entries = [key for key, value in held.items() if isinstance(value, Tensor) and value.numel() > 1]
+        assert all(held[key].shape == twin.shape for key in entries)
+    compact.load_state_dict(full.state_dict())
+    now = compact.state_dict()
+    assert now["param_groups"] == saved["param_groups"]
+    for number, entries in saved["state"].items():
+        assert list(now["state"].get(number, {})) == list(entries)
+        for key, value in entries.items():
+            assert_close(now["state"][number][key], value, rtol=1e-12, atol=1e-14, msg=lambda text, key=key: key + text)
+
+
+def _place(parameters: Sequence[Parameter], one: Parameter) -> int:
+    return next(number for number, other in enumerate(parameters) if other is one)
+
+
+@given(st.data())
+def test_a_bare_state_is_averaged_and_made_compact(data: st.DataObject) -> None:
+    recipe = data.draw(st.sampled_from(CONVERTIBLE))
+    parameters, compact, twins, full = _pair(data, recipe, EXACT)
+    bare = recipe(strangers := copy.deepcopy(parameters))
+    _train(bare, strangers, data.draw(some_seeds))
+    for optimizer in (compact, full):
+        optimizer.load_state_dict(copy.deepcopy(bare.state_dict()))
+    for seed in data.draw(some_seeds):
+        _train(compact, parameters, [seed])
+        _train(full, twins, [seed])
+        _assert_close(parameters, twins)
+
+
+@pytest.mark.parametrize("recipe", CONVERTIBLE, ids=repr)
+@given(st.data())
+def test_an_optimizer_that_has_state_when_it_is_tied_goes_on_as_in_the_full_mode(
+    recipe: Recipe, data: st.DataObject
+) -> None:
+    parameters, drawn = _drawn(data, recipe, torch.float64, EXACT)
+    bare = recipe(parameters)
+    _train(bare, parameters, data.draw(some_seeds))
+    (twins, other) = copy.deepcopy((parameters, bare))
+    other.__dict__.update(
+        vars(copy.deepcopy(recipe(twins))) | {"state": other.state, "param_groups": other.param_groups}
+    )
+    compact = tied_of(bare, drawn)
+    full = TiedOptimizer(other, _tie_alike(parameters, drawn, twins))
+    for seed in data.draw(some_seeds):
+        _train(compact, parameters, [seed])
+        _train(full, twins, [seed])
+        _assert_close(parameters, twins)
+
+
+# --- refused with a reason, and nothing is written ---
+
+
+def _everything(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Any:
+    return [
+        type(optimizer),
+        [[bits(one), one._version, one.data_ptr()] for one in parameters],
+        copy.deepcopy(optimizer.state_dict()),
+    ]
+
+
+def _refused(call: Callable[[], Any], error: type[Exception], *parts: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    for part in (*parts, "Expected", "Got"):
+        assert part in str(caught.value), f"{part!r} is not shown by: {caught.value}"
+
+
+REFUSED = {
+    "differentiable": (
+        lambda: SGD([parameter(*SHAPE)], lr=0.1, differentiable=True),
+        lambda weight: {weight: GROUPS},
+        {},
+        ("no graph through the step", "differentiable=False, or compact=False", "SGD with differentiable=True"),
+    ),
+    "strength": (
+        lambda: SGD([parameter(*SHAPE)], lr=0.1),
+        lambda weight: {weight: GROUPS},
+        {"strength": 0.5},
+        ("Relaxed ties train every member", "strength=0.5, every=1"),
+    ),
+    "every": (
+        lambda: SGD([parameter(*SHAPE)], lr=0.1),
+        lambda weight: {weight: GROUPS},
+        {"every": 2},
+        ("Relaxed ties train every member", "strength=1.0, every=2"),
+    ),
+    "negated": (
+        lambda: SGD([laid_out(randn(*SHAPE, dtype=torch.float64), "negated").requires_grad_()], lr=0.1),
+        lambda weight: {weight: GROUPS},
+        {},
+        ("not lazily negated or conjugated", "param_groups[0]['params'][0]"),
+    ),
+    "conjugated": (
+        lambda: SGD([laid_out(randn(*SHAPE, dtype=torch.complex64), "conjugated").requires_grad_()], lr=0.1),
+        lambda weight: {weight: GROUPS},
+        {},
+        ("not lazily negated or conjugated", "param_groups[0]['params'][0]"),
+    ),
+}
+if hasattr(torch.optim, "Muon"):
+    REFUSED["Muon"] = (
+        lambda: torch.optim.Muon([("kernel", parameter(*SHAPE))], lr=0.1),
+        lambda weight: {weight: torch.arange(35).view(SHAPE) // 2},
+        {},
+        ("Muon trains matrices", "kernel of shape (7, 5)", "rows or columns", "labels of shape (7, 5)"),
+    )
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_mode_cannot_serve_is_refused_with_a_reason(reason):
+    build, make_ties, options, parts = REFUSED[reason]
+    optimizer = build()
+    (weight,) = optimizer.param_groups[0]["params"]
+    before = _everything(optimizer, [weight])
+    _refused(lambda: tied_of(optimizer, make_ties(weight), **options), ValueError, *parts)
+    assert same_tree(_everything(optimizer, [weight]), before)
+    # It is the mode, and nothing else.
+    assert isinstance(TiedOptimizer(optimizer, make_ties(weight), **options), TiedOptimizer)
+
+
+@pytest.mark.parametrize("wrong", [1, 0, None, "compact", torch.tensor(True)], ids=repr)
+def test_a_mode_that_is_none_is_refused(wrong):
+    weight, optimizer = one_bare()
+    before = _everything(optimizer, [weight])
+    _refused(lambda: TiedOptimizer(optimizer, {weight: GROUPS}, compact=wrong), TypeError, "True or False")
+    assert same_tree(_everything(optimizer, [weight]), before)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_ties_that_the_mode_cannot_serve_are_refused_by_retie_and_everything_stays():
+    weight = parameter(*SHAPE)
+    optimizer = tied_of(torch.optim.Muon([weight], lr=0.1), {weight: GROUPS})
+    weight.grad = randn(*SHAPE, seed=1)
+    optimizer.step()
+    before, shown = _everything(optimizer, [weight]), optimizer.tie_summary()
+    _refused(lambda: optimizer.retie({weight: torch.arange(35).view(SHAPE) // 2}), ValueError, "Muon trains matrices")
+    assert same_tree(_everything(optimizer, [weight]), before)
+    assert optimizer.tie_summary() == shown
+
+
+COUPLED = {
+    "LBFGS": lambda params: LBFGS(params, lr=0.1, max_iter=3),
+    **({"Adafactor": torch.optim.Adafactor} if hasattr(torch.optim, "Adafactor") else {}),
+}
+
+
+def _coupled(inner: str, compact: bool | None) -> tuple[Parameter, Optimizer]:
+    weight = parameter(*SHAPE)
+    optimizer = COUPLED[inner]([weight])
+    if compact is not None:
+        optimizer = TiedOptimizer(optimizer, {weight: GROUPS}, compact=compact)
+    _train(optimizer, [weight], [1, 2])
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("inner", COUPLED)
+@pytest.mark.parametrize("modes", [(True, False), (False, True), (None, True)], ids=str)
+def test_a_state_that_only_its_mode_makes_sense_of_is_refused_and_nothing_is_loaded(inner, modes):
+    (_, source), (weight, target) = (_coupled(inner, mode) for mode in modes)
+    saved, before = source.state_dict(), _everything(target, [weight])
+    _refused(lambda: target.load_state_dict(saved), ValueError, "cannot be converted", "or a single one")
+    assert same_tree(_everything(target, [weight]), before)
+    _train(target, [weight], [3])
+
+
+@pytest.mark.parametrize("inner", COUPLED)
+def test_a_history_that_cannot_be_converted_is_no_reason_to_lose_it(inner):
+    weight, bare = _coupled(inner, None)
+    before = _everything(bare, [weight])
+    _refused(lambda: tied_of(bare, {weight: GROUPS}), ValueError, "cannot be converted")
+    assert same_tree(_everything(bare, [weight]), before)
+
+    weight, optimizer = _coupled(inner, True)
+    before, shown = _everything(optimizer, [weight]), optimizer.tie_summary()
+    for change in (optimizer.untie, lambda: optimizer.retie({weight: [[0, 1]]})):
+        _refused(change, ValueError, "cannot be converted")
+        assert same_tree(_everything(optimizer, [weight]), before)
+        assert optimizer.tie_summary() == shown
+    _train(optimizer, [weight], [3])
+    assert is_tied(weight, GROUPS)
+
+
+@pytest.mark.parametrize("names", ["numbers", "names"])
+@pytest.mark.parametrize("compact", [True, False], ids=["to compact", "to full"])
+def test_what_cannot_be_converted_is_found_before_anything_is_loaded_whatever_numbers_parameters_have(names, compact):
+    (other, target), (_, source) = ((one_tied(Adam, compact=mode)) for mode in (compact, not compact))
+    saved = source.state_dict()
+    number = "weight" if names == "names" else 7
+    saved["param_groups"][0]["params"] = [number]
+    saved["param_groups"][0]["lr"] = 123.0
+    saved["state"] = {number: {"odd": torch.ones(3)}}
+    before = _everything(target, [other])
+    _refused(lambda: target.load_state_dict(saved), ValueError, "'odd' of shape (3,)", "cannot be converted")
+    assert same_tree(_everything(target, [other]), before)
+
+
+# --- steps with a closure ---
+
+
+class CallsClosure(SGD):
+    """Calls the closure a number of times, and takes a step on what it finds after each call."""
+
+    def __init__(self, params: Any, lr: float, calls: int) -> None:
+        super().__init__(params, lr)
+        self.calls, self.seen = calls, []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        for _ in range(self.calls):
+            with torch.enable_grad():
+                loss = closure()
+            for group in self.param_groups:
+                for one in group["params"]:
+                    self.seen.append(None if one.grad is None else one.grad.clone())
+                    if one.grad is not None:
+                        one.sub_(group["lr"] * one.grad)
+        return loss
+
+
+@pytest.mark.parametrize("by", ["position", "keyword"])
+@given(data=st.data(), calls=st.integers(1, 4), reduction=reductions, accumulates=st.booleans())
+def test_the_closure_sees_the_models_weights_and_the_optimizer_the_compact_gradients(
+    by: str, data: st.DataObject, calls: int, reduction: str, accumulates: bool
+) -> None:
+    parameters, drawn = _of_any_kind(data, torch.float64, EXACT)
+    _tied_start(parameters, drawn)
+    shared = CompactTraining(parameters, drawn, lambda params: CallsClosure(params, 0.05, calls), reduction)
+    optimizer = tied_of(CallsClosure(parameters, 0.05, calls), drawn, reduction=reduction)
+    seed = data.draw(seeds)
+
+    def closure() -> Tensor:
+        held = [one for group in optimizer.param_groups for one in group["params"]]
+        assert all(one is other for one, other in zip(held, parameters, strict=True))
+        _assert_close(parameters, shared.weights())
+        assert optimizer.tie_drift() == 0
+        if not accumulates:
+            optimizer.zero_grad()
+            assert all(one.grad is None for one in parameters)
+        loss = loss_of(parameters, seed)
+        loss.backward()
+        shared_closure()
+        return loss
+
+    def shared_closure() -> None:
+        if not accumulates:
+            shared.optimizer.zero_grad()
+        loss_of(shared.weights(), seed).backward()
+        # What the tied optimizer does with the gradient after this, its twin does at once.
+        with torch.no_grad():
+            for one in shared.compact:
+                one.sub_(0.05 * (one.grad if one.grad is not None else 0))
+
+    for _ in range(2):
+        result = optimizer.step(closure) if by == "position" else optimizer.step(closure=closure)
+        assert isinstance(result, Tensor)
+        _assert_close(parameters, shared.weights())
+    shapes = [one.shape for one in shared.compact] * 2 * calls
+    assert all(
+        grad is None if not shape.numel() else grad.shape == shape
+        for grad, shape in zip(optimizer.seen, shapes, strict=True)
+    )
+
+
+class SharpnessAware(SGD):
+    """Reads ``.grad`` first to climb, and calls the closure there, as SAM does."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        (group,) = self.param_groups
+        with torch.enable_grad():
+            closure()
+        held = [one for one in group["params"] if one.grad is not None]
+        climb = [0.05 * one.grad / one.grad.norm() for one in held]
+        for one, direction in zip(held, climb, strict=True):
+            one.add_(direction)
+        with torch.enable_grad():
+            loss = closure()
+        for one, direction in zip(held, climb, strict=True):
+            one.sub_(direction)
+            one.sub_(group["lr"] * one.grad)
+        return loss
+
+
+@given(st.data())
+def test_a_closure_is_evaluated_where_the_optimizer_climbed_to(data: st.DataObject) -> None:
+    recipe = Recipe(SharpnessAware, {"lr": 0.01}, entrywise=False)
+    parameters, drawn = _of_any_kind(data, torch.float64, (*EXACT, "any"))
+    _tied_start(parameters, drawn)
+    shared = CompactTraining(parameters, drawn, recipe, "sum")
+    optimizer = tied_of(recipe(parameters), drawn, reduction="sum")
+    for seed in data.draw(some_seeds):
+        loss = optimizer.step(closure_of(optimizer, parameters, seed))
+        assert_close(loss, shared.optimizer.step(_shared_closure(shared, seed)), rtol=1e-11, atol=1e-11)
+        _assert_close(parameters, shared.weights(), 1e-11)
+
+
+def test_a_closure_that_changes_the_ties_is_refused():
+    weight, optimizer = one_tied(SGD, compact=True)
+
+    def closure():
+        weight.grad = randn(*SHAPE, seed=1)
+        optimizer.untie()
+
+    before = bits(weight)
+    _refused(lambda: optimizer.step(closure), RuntimeError, "a closure cannot change the ties")
+    assert torch.equal(bits(weight), before)
+
+
+# --- what optimizers do to gradients and weights within a step ---
+
+
+class AssignsData(SGD):
+    def step(self, closure: Any = None) -> None:
+        for one in self.param_groups[0]["params"]:
+            one.data = one.data - self.param_groups[0]["lr"] * one.grad
+
+
+class DropsGradients(SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for one in self.param_groups[0]["params"]:
+            one.grad = None
+
+
+class ReplacesGradients(SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for one in self.param_groups[0]["params"]:
+            one.grad = torch.zeros_like(one)
+
+
+@pytest.mark.parametrize("inner", [AssignsData, DropsGradients, ReplacesGradients])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_optimizer_that_replaces_data_or_gradients_trains_as_others(inner, reduction):
+    weight, optimizer = one_tied(inner, reduction, compact=True)
+    other, reference = one_tied(SGD, reduction, compact=True)
+    pointer = weight.data_ptr()
+    for step in range(3):
+        weight.grad = randn(*SHAPE, seed=step)
+        other.grad = randn(*SHAPE, seed=step)
+        kept = weight.grad
+        optimizer.step()
+        reference.step()
+
+        assert weight.grad is kept
+        assert is_tied(weight, GROUPS)
+        assert_close(weight, other)
+        assert weight.data_ptr() == pointer
+
+
+# --- an exception within the step ---
+
+
+class FailsHalfway(SGD):
+    """Gradient descent that can fail when it has written half of what it writes."""
+
+    fail = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for one in self.param_groups[0]["params"]:
+            one.sub_(self.param_groups[0]["lr"] * one.grad)
+            if self.fail:
+                one[:1].add_(1)
+                raise RuntimeError("halfway")
+
+
+@given(data=st.data(), reduction=reductions)
+def test_an_exception_in_the_inner_step_leaves_weights_and_gradients_as_they_were(
+    data: st.DataObject, reduction: str
+) -> None:
+    parameters, drawn = _of_any_kind(data, torch.float64, (*EXACT, "any"))
+    optimizer = tied_of(FailsHalfway(parameters, lr=0.1), drawn, reduction=reduction)
+    twins = copy.deepcopy(parameters)
+    reference = tied_of(SGD(twins, lr=0.1), _tie_alike(parameters, drawn, twins), reduction=reduction)
+    assume(all(one.numel() for one in optimizer._tieopt.compact.parameters.values()))
+    grads = [normal(one.shape, torch.float64, number) for number, one in enumerate(parameters)]
+    for one, twin, grad in zip(parameters, twins, grads, strict=True):
+        one.grad, twin.grad = grad.clone(), grad.clone()
+    before = [bits(one) for one in parameters]
+    with pytest.raises(RuntimeError, match=r"^halfway$"):
+        optimizer.step()
+    assert all(torch.equal(bits(one), words) for one, words in zip(parameters, before, strict=True))
+    assert all(same_bits(one.grad, grad) for one, grad in zip(parameters, grads, strict=True))
+
+    optimizer.fail = False
+    optimizer.step()
+    reference.step()
+    _assert_close(parameters, twins, 1e-15)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_an_exception_in_the_closure_leaves_the_weights_that_it_saw(calls):
+    weight, optimizer = one_tied(CallsClosure, compact=True, calls=5)
+    seen = []
+
+    def closure():
+        seen.append(bits(weight))
+        if len(seen) == calls:
+            raise KeyError("closure")
+        weight.grad = randn(*SHAPE, seed=len(seen))
+
+    start = bits(weight)
+    with pytest.raises(KeyError, match="closure"):
+        optimizer.step(closure)
+    assert torch.equal(bits(weight), seen[-1])
+    assert torch.equal(seen[0], start)
+    assert is_tied(weight, GROUPS)
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@given(st.data())
+def test_a_copy_of_any_optimizer_goes_on_bit_for_bit(copied: Callable[[Any], Any], data: st.DataObject) -> None:
+    # Copies of a bare LBFGS cannot step; here its parameters are found.
+    recipe = data.draw(st.sampled_from(ENTRYWISE + COUPLING))
+    parameters, drawn = _drawn(data, recipe, torch.float64)
+    optimizer = tied_of(recipe(parameters), drawn, reduction=data.draw(reductions))
+    _train(optimizer, parameters, data.draw(some_seeds))
+    twins, twin = copied((parameters, optimizer))
+    assert all(map(same_bits, parameters, twins))
+    before = _everything(optimizer, parameters)
+    after = data.draw(some_seeds)
+    _train(twin, twins, after)
+    assert same_tree(_everything(optimizer, parameters), before)
+    _train(optimizer, parameters, after)
+    assert all(map(same_bits, parameters, twins))
+    assert same_tree(optimizer.state_dict(), twin.state_dict())
+
+
+# --- a step that does nothing changes no bit ---
+
+
+@given(st.data())
+def test_a_step_of_nothing_changes_no_bit(data: st.DataObject) -> None:
+    parameters, drawn = _of_any_kind(
+        data, data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])), (*EXACT, "any")
+    )
+    optimizer = tied_of(SGD(parameters, lr=0.0), drawn, reduction=data.draw(reductions))
+    before = [bits(one) for one in parameters]
+    for seed in data.draw(some_seeds):
+        for number, one in enumerate(parameters):
+            one.grad = normal(one.shape, one.dtype, seed + number)
+        optimizer.step()
+        assert all(torch.equal(bits(one), words) for one, words in zip(parameters, before, strict=True))
+
+
+@given(st.data())
+def test_pinned_entries_stay_zero_and_free_ones_are_those_of_the_bare_optimizer(data: st.DataObject) -> None:
+    parameters, drawn = _of_any_kind(data, torch.float64, ("zeros",))
+    twins = copy.deepcopy(parameters)
+    recipe = data.draw(recipes_for(*parameters, entrywise=True).filter(lambda one: not one.settings.get("fused")))
+    optimizer, bare = tied_of(recipe(parameters), drawn), recipe(twins)
+    groups = [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+    for seed in data.draw(some_seeds):
+        for number, (one, twin) in enumerate(zip(parameters, twins, strict=True)):
+            one.grad, twin.grad = (normal(one.shape, torch.float64, seed + number) for _ in range(2))
+        optimizer.step()
+        bare.step()
+    entries = [flat(one) for one in parameters]
+    assert all(entries[number][at] == 0 for group in groups for number, at, scale in group if scale == 0)
+    tied = {member[:2] for group in groups for member in group}
+    for number, (one, twin) in enumerate(zip(parameters, twins, strict=True)):
+        free = [at for at in range(one.numel()) if (number, at) not in tied]
+        assert same_bits(one.detach().flatten()[free], twin.detach().flatten()[free])
+
+
+def test_free_rows_are_trained_and_the_members_are_not_apart():
+    weight, optimizer = one_tied(Adam, compact=True)
+    weight.grad = randn(*SHAPE, seed=1)
+    before = weight.detach().clone()
+    optimizer.step()
+    assert is_tied(weight, GROUPS)
+    assert not is_tied(weight, [FREE])
+    assert bool((weight != before).all())
