@@ -7,7 +7,7 @@ back right away is still in the caches. Everything else is one operation that ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -134,25 +134,42 @@ def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
 _workspace = Workspace()
 
 
-@torch.library.custom_op("tieopt::project_", mutates_args=("tensors",))
+def _operation(schema: str, *written: str) -> Callable[[Callable[..., None]], None]:
+    """Registers a function as an operation of which the compiler knows what it writes to."""
+    name, _, arguments = schema.partition("(")
+
+    def register(function: Callable[..., None]) -> None:
+        operation = torch.library.custom_op(f"tieopt::{name}", function, mutates_args=written, schema=f"({arguments}")
+        operation.register_fake(lambda *_: None)
+
+    return register
+
+
+@_operation("project_(Tensor(a!)[] tensors, int number, bool sum) -> ()", "tensors")
 def _project(tensors: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
     ties = Indices.by_number[number]
     project_(tensors, ties.index_for(tensors), _workspace, "sum" if sum else "mean")
 
 
-@torch.library.custom_op("tieopt::divide_", mutates_args=("tensors",))
+@_operation("divide_(Tensor(a!)[] tensors, int number) -> ()", "tensors")
 def _divide(tensors: list[Tensor], number: int) -> None:
     ties = Indices.by_number[number]
     divide_(tensors, ties.index_for(tensors), _workspace)
 
 
-@torch.library.custom_op("tieopt::relax_", mutates_args=("tensors",))
+@_operation("relax_(Tensor(a!)[] tensors, int number, float strength) -> ()", "tensors")
 def _relax(tensors: list[Tensor], number: int, strength: float) -> None:
     ties = Indices.by_number[number]
     relax_(tensors, ties.index_for(tensors), _workspace, strength)
 
 
-@torch.library.custom_op("tieopt::fold_", mutates_args=("params", "compacts", "targets"))
+@_operation(
+    "fold_(Tensor(a!)[] params, Tensor(b!)[] compacts, Tensor(c!)[] targets, Tensor[] grads, int number, bool sum)"
+    " -> ()",
+    "params",
+    "compacts",
+    "targets",
+)
 def _fold(
     params: list[Tensor],
     compacts: list[Tensor],
@@ -167,11 +184,7 @@ def _fold(
     fold_gradients_(targets, grads, folding_for(ties, grads), _workspace, "sum" if sum else "mean")
 
 
-@torch.library.custom_op("tieopt::unfold_", mutates_args=("params",))
+@_operation("unfold_(Tensor(a!)[] params, Tensor[] compacts, int number) -> ()", "params")
 def _unfold(params: list[Tensor], compacts: list[Tensor], number: int) -> None:
     ties = Indices.by_number[number]
     unfold_(params, compacts, folding_for(ties, params), _workspace)
-
-
-for _operation in (_project, _divide, _relax, _fold, _unfold):
-    _operation.register_fake(lambda *_: None)
