@@ -183,8 +183,9 @@ def compact_slices(slices: Slices) -> Slices:
 def compact_like(slices: Slices, tensor: Tensor, count: int) -> Tensor:
     """An uninitialised compact tensor of so many rows, in the order of memory that a tensor has."""
     shape, strides = list(slices.slice_shape(tensor)), list(tensor.movedim(slices.dim, 0).stride())
-    # The stride of the first label dimension stands for all of them.
-    strides[: slices.labels.dim()] = strides[:1]
+    if slices.labels.dim() > 1:
+        # They become the first dimension. That of a contiguous tensor is to be contiguous as well: LBFGS needs it.
+        strides[: slices.labels.dim()] = [max(strides) + 1]
     dim = compact_slices(slices).dim
     shape.insert(dim, count)
     strides.insert(dim, strides.pop(0))
