@@ -86,9 +86,10 @@ class Slices(NamedTuple):
         return numbers.movedim(0, self.dim), scales.expand(numbers.shape).movedim(0, self.dim)
 
     def _strides(self, tensor: Tensor) -> tuple[int, ...]:
-        strides = tensor.movedim(self.dim, 0).stride()
+        shape = self.labels.shape
+        strides = tensor.movedim(self.dim, 0).stride()[: len(shape)]
         # The stride of a dimension of one entry means nothing.
-        return tuple(stride if size > 1 else 0 for stride, size in zip(strides, self.labels.shape, strict=False))
+        return tuple([stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)])
 
 
 def _common(strides: tuple[int, ...]) -> int:
