@@ -103,9 +103,9 @@ def mean_tolerance(mean: Fraction, members: Sequence[float], dtype: torch.dtype,
     """What the mean of a group may be off by.
 
     Types of up to 32 bits are added up in float64. That is half a unit in the last place of the mean itself, and
-    what a running float64 sum may lose, in units of the members' mean size one for each of them. Of rows, halves of
-    a group may be added to each other in float32 first, as long as their number is even: ``h`` times for a size
-    that can be halved so often, and every time the sum of the magnitudes grows by half a float32 unit of itself.
+    what a running float64 sum may lose, in units of the members' mean size one for each of them. Of float32 rows,
+    halves of a group may be added to each other in float32 first, as long as their number is even: ``h`` times for
+    a size that can be halved so often, and every time the sum of the magnitudes grows by half a float32 unit of itself.
     Their mean may then be rounded twice, at the lower end of the range of float32 as well.
 
     float64 is added up in blocks: the length of a block and their number, about twice the square root of the
@@ -128,7 +128,7 @@ def mean_tolerance(mean: Fraction, members: Sequence[float], dtype: torch.dtype,
         return min((block + -(-size // block) + 2) * wide, root) + smallest_step(real) * 4 * size
     tolerance = unit_in_the_last_place(float(mean), real) / 2 + size * wide
     halvings = (size & -size).bit_length() - 1
-    if pairs and halvings:
+    if pairs and halvings and real == torch.float32:
         half = Fraction(torch.finfo(torch.float32).eps) / 2
         tolerance += ((1 + half) ** halvings - 1) * average + smallest_step(torch.float32)
     return tolerance

@@ -16,6 +16,7 @@ from tieopt.testing import assert_tied
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),
 ]
 
 # Compilers before that one trace the ties several times over; the steps are the same.

@@ -273,7 +273,8 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """The mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
     wide = wide_dtype(rows[0].device)
     if run.signed and wide == torch.float64 and rows[0].dtype != wide:
-        if run.rounds[0].size and rows[0].device.type == "cpu":
+        # Halves of 16 bits are not: there a sum may cancel to less than what float32 has lost of it.
+        if run.rounds[0].size and rows[0].device.type == "cpu" and rows[0].dtype == torch.float32:
             means = _pairwise_means(rows, run.rounds[0], workspace)
             # An accelerator would have to be waited for to tell.
             if math.isfinite(means.sum().item()):
@@ -309,7 +310,7 @@ def _pairwise_means(rows: list[Tensor], each: Round, workspace: Workspace) -> Te
     error of pairwise summation grows like the logarithm of the size (Higham, section 4.2).
     """
     members, device = _members(rows, each, workspace), rows[0].device
-    if members.dtype != torch.float32 or each.multiples is not None:
+    if each.multiples is not None:
         members = workspace.take("narrow", members.shape, torch.float32, device).copy_(members)
     size, groups = each.size, each.length // each.size
     sums = _times(members, each).view(groups, size, *members.shape[1:])
