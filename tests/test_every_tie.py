@@ -397,6 +397,9 @@ def test_a_differentiable_step_ties_any_slices(data: st.DataObject) -> None:
 def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(compact: bool, data: st.DataObject) -> None:
     parameters = _parameters(data, [torch.float32, torch.float64])
     recipe = data.draw(recipes_for(*parameters, closure=False))
+    # The bare ones do not either: load_state_dict casts what they keep in float32 to the dtype of the parameter.
+    casting = recipe.optimizer in (torch.optim.NAdam, torch.optim.ASGD)
+    assume(not casting or parameters[0].dtype == torch.float32)
     drawn, reduction = data.draw(ties(parameters)), data.draw(reductions)
     assume(not (compact and recipe.matrices and _elementwise(drawn)))
     optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=reduction, compact=compact)
