@@ -19,7 +19,7 @@ from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
 # Sums of more are not written out: it takes too long to compile them.
 _WRITTEN_OUT = 64
 
-# The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 and 2.15 does not.
+# The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
 _WRITES_OUT = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
 
 # Loads that stand in one expression; inductor writes out sums that are shorter than eight.
