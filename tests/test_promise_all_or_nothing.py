@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import bits
 from strategies import ALL, REAL, labels, loss_of, normal, recipes_for, seeds, shapes, spelled, tensors
@@ -168,6 +168,8 @@ def test_bad_arguments_leave_the_optimizer_untouched(data: st.DataObject) -> Non
 @given(st.data())
 def test_a_tied_optimizer_refuses_to_be_tied_again_and_is_untouched(compact: bool, data: st.DataObject) -> None:
     optimizer, parameters, _ = _trained(data, named=False)
+    # What Adafactor remembers of a whole matrix cannot be that of a compact one.
+    assume(not (compact and isinstance(optimizer, torch.optim.Adafactor) and optimizer.state))
     TiedOptimizer(optimizer, {parameters[0]: [[0]]}, compact=compact)
     before = _everything(optimizer, parameters)
     _refused(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tieopt.index import EVEN_ENTRIES, TOTALS, Indices
 from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
-from tieopt.slices import FREE
+from tieopt.slices import FREE, told_apart
 from tieopt.traced import divide_traced_, project_traced_, relax_traced_
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
@@ -119,10 +119,5 @@ def merged(ties: Iterable[BoundTie], *, even: bool = True) -> Indices:
         ties: of rows.
         even: whether all their groups are of one size, so that they are worked on as they would be each by itself.
     """
-    slices, count = [], 0
-    for tie in ties:
-        for each in tie.slices:
-            labels = torch.where(each.labels == FREE, FREE, each.labels + count)
-            slices.append(each._replace(labels=labels))
-        count += 1 + max(int(each.labels.max()) for each in tie.slices)
-    return Indices(slices, even=even)
+    parted = told_apart(tie.slices for tie in ties)
+    return Indices([each for slices in parted for each in slices], even=even)

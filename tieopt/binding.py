@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tieopt.batches import Batches, Pairs
 from tieopt.compact import Compact
-from tieopt.places import BoundTie, ParamGroups, all_places, check_joined, found, name_of, parameter_at
+from tieopt.places import BoundTie, ParamGroups, all_places, found, name_of, parameters_of
 from tieopt.reduction import Reduction, drift, projected
 from tieopt.slices import FREE
 from tieopt.ties import shown
@@ -69,13 +69,7 @@ class Binding:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
             ValueError: joined parameters have come to differ in what has to be the same.
         """
-        pairs = []
-        for tie in self.ties:
-            params = [parameter_at(param_groups, place) for place in tie.places]
-            if len(params) > 1:
-                check_joined(param_groups, tie.places, params)
-            pairs.append((tie, params))
-        return pairs
+        return parameters_of(self.ties, param_groups)
 
     def tie_weights(self, pairs: Pairs, *, differentiable: bool = False, strength: float = 1.0) -> None:
         """Ties parameters; where the step is part of a graph, the projection is too."""

@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.folding import Folded, compact_like, compact_slices
+from tieopt.folding import Folded, compact_like, compact_slices, folded_for
+from tieopt.index import Indices
 from tieopt.slices import FREE, Slices
 from tieopt.state import State, is_plain, scales_for
 from tieopt.ties import shown
 
-# A tie, what is kept of each of its parameters, and these.
-Parts = tuple[Sequence[Slices], Sequence[Folded], Sequence[Tensor]]
+# Ties and their parameters.
+Pairs = Iterable[tuple[Indices, Sequence[Tensor]]]
 
 
 @torch.no_grad()
-def compacted(state: Mapping[Tensor, State], ties: Iterable[Parts], maybe: bool = False) -> dict[Tensor, State]:
+def compacted(state: Mapping[Tensor, State], pairs: Pairs, maybe: bool = False) -> dict[Tensor, State]:
     """The state of compact parameters, from that of tied ones.
 
     Args:
         state: of an optimizer, by parameter; that of tied ones is tied as well.
-        ties: of the parameters.
+        pairs: the ties that have each parameter once, and their parameters.
         maybe: whether it may be that of compact parameters already, as distributed checkpoints do not say.
 
     Returns:
@@ -34,7 +35,8 @@ def compacted(state: Mapping[Tensor, State], ties: Iterable[Parts], maybe: bool 
         ValueError: something is kept in a shape that only an optimizer of the whole parameter makes sense of.
     """
     changed: dict[Tensor, State] = {}
-    for all_slices, folded, params in ties:
+    for tie, params in pairs:
+        all_slices, folded = tie.slices, folded_for(tie)
         for slices, part, param in zip(all_slices, folded, params, strict=True):
             held = state.get(param) or {}
             new = {key: _compact_value(key, value, slices, part, param, maybe) for key, value in held.items()}
@@ -56,12 +58,12 @@ def _compact_value(key: str, value: Any, slices: Slices, part: Folded, param: Te
 
 
 @torch.no_grad()
-def expanded(state: Mapping[Tensor, State], ties: Iterable[Parts]) -> dict[Tensor, State]:
+def expanded(state: Mapping[Tensor, State], pairs: Pairs) -> dict[Tensor, State]:
     """The state of tied parameters, from that of compact ones.
 
     Args:
         state: of an optimizer, by tied parameter, in the shapes of the compact ones.
-        ties: of the parameters.
+        pairs: the ties that have each parameter once, and their parameters.
 
     Returns:
         What takes the place of the state of each parameter.
@@ -70,7 +72,8 @@ def expanded(state: Mapping[Tensor, State], ties: Iterable[Parts]) -> dict[Tenso
         ValueError: something is kept in a shape that only an optimizer of the compact parameter makes sense of.
     """
     changed: dict[Tensor, State] = {}
-    for all_slices, folded, params in ties:
+    for tie, params in pairs:
+        all_slices, folded = tie.slices, folded_for(tie)
         held = [state.get(param) or {} for param in params]
         shapes = [
             _compact_shape(slices, part, param) for slices, part, param in zip(all_slices, folded, params, strict=True)

@@ -6,29 +6,41 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tieopt.binding import Binding
 from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.places import BoundTie
+from tieopt.traced import between_graphs
 
 
 class FullStep:
     """One step in the full mode.
 
-    Attributes:
-        optimizer: whose step is to be called.
+    ``torch.compile`` is to see what ties the gradients, the inner step and what ties the weights, each in a graph of
+    its own: in one of all of them it has whole copies of both. It passes by functions that do not name torch.
+
+    Args:
+        optimizer: the tied one.
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self._binding: Binding = optimizer._tieopt
         self._undo: list[Callable[[], None]] = []
         self._took_part: dict[BoundTie, list[Tensor]] = {}
 
-    def begin(self) -> None:
+    @between_graphs
+    def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Steps on the gradients that are there, tied."""
+        self._begin()
+        return inner_step(self._optimizer, *args, **kwargs)
+
+    def _begin(self) -> None:
         """Ties the gradients that are there, and remembers whose they are; relaxed ties leave them alone."""
-        pairs = with_gradients(self._binding.parameters(self.optimizer.param_groups))
+        torch.compiler.is_compiling()
+        pairs = with_gradients(self._binding.parameters(self._optimizer.param_groups))
         self._took_part.update(pairs)
         if not self._binding.relaxed:
             tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
@@ -42,9 +54,10 @@ class FullStep:
 
     def close(self) -> None:
         """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights."""
+        torch.compiler.is_compiling()
         self._restore()
         # A closure may have changed the ties.
-        if self._binding is self.optimizer._tieopt and not self._binding.relaxed:
+        if self._binding is self._optimizer._tieopt and not self._binding.relaxed:
             self._tie_weights()
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +67,7 @@ class FullStep:
         def tied_closure(*args: Any, **kwargs: Any) -> Any:
             self._restore()
             loss = closure(*args, **kwargs)
-            self.begin()
+            self._begin()
             return loss
 
         return tied_closure
@@ -65,7 +78,7 @@ class FullStep:
 
     def _tie_weights(self, strength: float = 1.0) -> None:
         pairs = list(self._took_part.items())
-        self._binding.tie_weights(pairs, differentiable=is_differentiable(self.optimizer), strength=strength)
+        self._binding.tie_weights(pairs, differentiable=is_differentiable(self._optimizer), strength=strength)
 
 
 def is_differentiable(optimizer: Any) -> bool:

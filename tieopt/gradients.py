@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tieopt.batches import Batches, Pairs
-from tieopt.places import BoundTie
+from tieopt.places import BoundTie, T
 from tieopt.reduction import Reduction, projected
 from tieopt.ties import overlaps
-
-T = TypeVar("T", bound=BoundTie)
 
 
 def tie_gradients(
@@ -39,7 +36,7 @@ def tie_gradients(
     prepare_gradients(pairs)
     replaced = _replaced(pairs)
     undo = [] if undo is None else undo
-    written = [(tie, params, _gradients(params)) for tie, params in pairs if id(params[0]) not in replaced]
+    written = [(tie, params, gradients_of(params)) for tie, params in pairs if id(params[0]) not in replaced]
     batches.project_([(tie, grads) for tie, _, grads in written], reduction)
     others = [(tie, params) for tie, params in pairs if id(params[0]) in replaced]
     _replace(others, "mean")
@@ -66,7 +63,8 @@ def _put_back(param: Tensor, total: Tensor | None, mean: Tensor | None) -> None:
         param.grad = mean
 
 
-def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
+def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that there are."""
     return [param.grad for param in params if param.grad is not None]
 
 
@@ -110,7 +108,7 @@ def _replaced(pairs: Pairs) -> set[int]:
         {
             id(param)
             for _, params in pairs
-            for param, grad in zip(params, _gradients(params), strict=True)
+            for param, grad in zip(params, gradients_of(params), strict=True)
             if grad.requires_grad or grad.layout == torch.sparse_coo
         },
     )
@@ -130,7 +128,7 @@ def _connected(pairs: Pairs, params: set[int]) -> set[int]:
 def _replace(pairs: Pairs, reduction: Reduction) -> None:
     """Ties gradients out of place, and with their graph."""
     for tie, params in pairs:
-        grads = _gradients(params)
+        grads = gradients_of(params)
         with torch.set_grad_enabled(any(grad.requires_grad for grad in grads)):
             results = projected(grads, tie.index_for, reduction)
         for param, grad in zip(params, results, strict=True):

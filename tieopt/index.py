@@ -120,7 +120,6 @@ class Run(NamedTuple):
     Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
 
     Attributes:
-        groups: the numbers of the groups.
         leads: the leads by the tensor that they are in: its number, their rows, their slots.
         norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
         counts: what makes the sum out of the mean: the sum of the squared scales of each group; ``[g]``.
@@ -129,7 +128,6 @@ class Run(NamedTuple):
         rounds: all the members of these groups.
     """
 
-    groups: slice
     leads: tuple[tuple[int, Tensor, Tensor], ...]
     norms: Tensor
     counts: Tensor
@@ -392,7 +390,7 @@ def _run(members: Members, in_order: Members, size: int, capacity: int, layout: 
         layout: of the tensors.
     """
     device, wide = layout.device, wide_dtype(layout.device)
-    first, last = int(members.group[0]), int(members.group[-1]) + 1
+    first = int(members.group[0])
     members = members._replace(group=members.group - first)
     sizes = torch.bincount(members.group)
     leads = members.at(sizes.cumsum(0) - sizes)
@@ -402,7 +400,6 @@ def _run(members: Members, in_order: Members, size: int, capacity: int, layout: 
     slots = in_order.group - first
     related = in_order._replace(group=slots, scale=in_order.scale / leads.scale[slots])
     return Run(
-        groups=slice(first, last),
         leads=tuple(
             (part, leads.position[own].to(device), leads.group[own].to(device)) for part, own in _by_part(leads)
         ),

@@ -23,13 +23,17 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from tieopt.batches import Pairs
 from tieopt.binding import Binding
-from tieopt.compact import Compact, CompactStep, StateView, check_served
+from tieopt.compact import CompactStep, check_served
 from tieopt.compact_state import compacted, expanded
+from tieopt.components import components
 from tieopt.full import FullStep, is_differentiable
 from tieopt.gradients import tie_gradients, with_gradients
+from tieopt.places import parameters_of
 from tieopt.reduction import Reduction
 from tieopt.state import tied_state
 from tieopt.ties import Tie, shown
+from tieopt.traced import between_graphs
+from tieopt.twin import COMPACT_NAMESPACE
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -61,8 +65,9 @@ class TiedOptimizer(Optimizer):
         reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which
             is the gradient that autograd gives to one parameter used in several places. After the
             step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
-            dividing by the size), so that gradients accumulate. With scales the sum is
-            :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each member.
+            dividing by the size), so that gradients accumulate; in the compact mode it is left alone. With
+            scales the sum is :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each
+            member.
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
         every: after every how many steps the weights are projected.
         compact: trains one entry for each group instead of all its members: the optimizer has the state, and
@@ -89,7 +94,8 @@ class TiedOptimizer(Optimizer):
         IndexError: an index is out of range.
         ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
             share an entry; joined parameters differ in dtype, device or settings, or only some of them
-            are frozen; ``reduction``, ``strength`` or ``every`` is none.
+            are frozen; ``reduction``, ``strength`` or ``every`` is none; the compact mode cannot serve the
+            ties, the optimizer, or what it has in its state.
 
     Example:
         >>> import torch
@@ -196,7 +202,8 @@ class TiedOptimizer(Optimizer):
             ties: as for :class:`TiedOptimizer`. Parameters that were added since may be among them.
 
         Raises:
-            TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`. Everything stays as it is then.
+            TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`, or in the compact mode there is state that
+                cannot be converted, as the history of LBFGS. Everything stays as it is then.
 
         Example:
             >>> import torch
@@ -216,7 +223,7 @@ class TiedOptimizer(Optimizer):
         binding.steps = kept.steps
         state = dict(self.state)
         if kept.compact is not None:
-            state.update(expanded(state, kept.compact.parts(self.param_groups)))
+            state.update(expanded(state, parameters_of(kept.compact.components, self.param_groups)))
         state = _tie_all(self, state, binding)
         self._tieopt = binding
         self._replace_state(state)
@@ -225,13 +232,15 @@ class TiedOptimizer(Optimizer):
         compact = self._tieopt.compact
         if compact is not None:
             vars(self)["state"] = defaultdict(dict)
-            compact.twin_of(self, self._tieopt_bases[1])
         self.state.update(state)
 
     def untie(self) -> None:
         """Ends all ties: from here on every entry is trained for itself.
 
-        Weights and state stay as they are.
+        Weights stay as they are, and the state as well, of which every member gets that of its group.
+
+        Raises:
+            ValueError: in the compact mode there is state that cannot be converted, as the history of LBFGS.
         """
         self.retie(())
 
@@ -320,37 +329,29 @@ class TiedOptimizer(Optimizer):
 def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     """The step of a tied optimizer: hooks, tie the gradients, inner step, tie the weights, hooks."""
 
-    def tied_step(self: TiedOptimizer, inner_step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # torch.compile passes by a function that does not name torch.
-        torch.compiler.is_compiling()
+    # torch's optimizers turn gradients off outside of the graph that torch.compile makes of their step: that is how the
+    # compiler knows that it may write in place. Here the ties have graphs, too, so gradients are turned off around all.
+    @between_graphs
+    def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        inner_step = _below(inner.step, _HOOKED_CODE)
+        below = _below(inner_step, _USE_GRAD_CODE)
+        grad = is_differentiable(self) if below is not inner_step else torch.is_grad_enabled()
         self._opt_called = True
-        binding = self._tieopt
-        mode = FullStep(self) if binding.compact is None else CompactStep(self)
+        mode = FullStep(self) if self._tieopt.compact is None else CompactStep(self)
         if args and callable(args[0]):
             args = (mode.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = mode.around(kwargs["closure"])
-        try:
-            mode.begin()
-            result = inner_step(mode.optimizer, *args, **kwargs)
-            mode.finish()
-            return result
-        finally:
-            mode.close()
-
-    # torch's optimizers turn gradients off outside of the graph that torch.compile makes of their step: that is how the
-    # compiler knows that it may write in place. Here that graph has the ties in it, so gradients are turned off around.
-    @torch._dynamo.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
-    def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        inner_step = _below(inner.step, _HOOKED_CODE)
-        below = _below(inner_step, _USE_GRAD_CODE)
-        if below is inner_step:
-            return tied_step(self, inner_step, args, kwargs)
-        with torch.set_grad_enabled(is_differentiable(self)):
-            return tied_step(self, below, args, kwargs)
+        with torch.set_grad_enabled(grad):
+            try:
+                result = mode.step(below, *args, **kwargs)
+                mode.finish()
+                return result
+            finally:
+                mode.close()
 
     step.__doc__ = inner.step.__doc__
-    step.__signature__ = inspect.signature(inner.step)
+    step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
     hooked = Optimizer.profile_hook_step(step)
     hooked.hooked = True  # type: ignore[attr-defined]
     # Schedulers wrap the step of an instance to set `_opt_called`, unless it is marked so. This step
@@ -384,7 +385,7 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool)
             "__module__": inner.__module__,
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
-            **(_COMPACT if compact else {}),
+            **(COMPACT_NAMESPACE if compact else {}),
         }
         made = new_class(f"Tied{inner.__name__}", (cls, inner), exec_body=lambda body: body.update(namespace))
         _tied_classes[cls, inner, compact] = made
@@ -398,30 +399,6 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
     return optimizer
 
 
-def _shown_state(self: Any) -> StateView:
-    """The state by the model's parameters, though it is kept by the compact ones."""
-    return StateView(vars(self)["state"], self._tieopt.compact.by_param(self.param_groups))
-
-
-def _take_state(self: Any, state: Mapping[Any, Any]) -> None:
-    compacts = self._tieopt.compact.by_param(self.param_groups)
-    vars(self)["state"] = defaultdict(dict, {compacts.get(key, key): value for key, value in state.items()})
-
-
-def _set_state(self: Any, state: dict[str, Any]) -> None:
-    """Restores a copy; it is also how ``load_state_dict`` writes."""
-    compact, param_groups = self._tieopt.compact, state["param_groups"]
-    compact.attach(param_groups)
-    compacts = compact.by_param(param_groups)
-    held = defaultdict(dict, {compacts.get(key, key): value for key, value in state["state"].items()})
-    compact.twin_of(self, self._tieopt_bases[1])
-    self._tieopt_bases[1].__setstate__(self, {**state, "state": held})
-
-
-# What a class of the compact mode has of its own.
-_COMPACT = {"state": property(_shown_state, _take_state), "__setstate__": _set_state}
-
-
 def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding) -> dict[Any, Any]:
     """Ties the weights, and returns what takes the place of the state that an optimizer has already."""
     pairs = _trained(optimizer, binding)
@@ -430,7 +407,7 @@ def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding) -
         check_served(optimizer, binding.compact)
         binding.compact.attach(optimizer.param_groups)
         whole = {**state, **changed}
-        changed = {**whole, **compacted(whole, binding.compact.parts(optimizer.param_groups))}
+        changed = {**whole, **compacted(whole, parameters_of(binding.compact.components, optimizer.param_groups))}
         changed = {key: value for key, value in changed.items() if value}
     binding.tie_weights(pairs, differentiable=is_differentiable(optimizer), strength=binding.strength)
     return changed
@@ -447,9 +424,10 @@ def _converter(
     """What converts a state that was saved in the other mode, or without a word; None if it was saved in this one."""
     if bool(was_compact) == (binding.compact is not None):
         return None
-    compact = binding.compact or Compact(binding.ties, optimizer.param_groups)
-    parts = compact.parts(optimizer.param_groups)
-    return lambda state: expanded(state, parts) if was_compact else compacted(state, parts, was_compact is None)
+    compact = binding.compact
+    own = components(binding.ties, optimizer.param_groups) if compact is None else compact.components
+    pairs = parameters_of(own, optimizer.param_groups)
+    return lambda state: expanded(state, pairs) if was_compact else compacted(state, pairs, was_compact is None)
 
 
 def _check_wrappable(optimizer: Any) -> None:

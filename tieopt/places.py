@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,6 +86,25 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
             f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}"
         )
     return param
+
+
+T = TypeVar("T", bound=BoundTie)
+
+
+def parameters_of(ties: Iterable[T], param_groups: ParamGroups) -> list[tuple[T, list[Tensor]]]:
+    """Ties with the parameters that stand in their places now.
+
+    Raises:
+        RuntimeError: a parameter has another shape than when it was tied, or is gone.
+        ValueError: joined parameters have come to differ in what has to be the same.
+    """
+    pairs = []
+    for tie in ties:
+        params = [parameter_at(param_groups, place) for place in tie.places]
+        if len(params) > 1:
+            check_joined(param_groups, tie.places, params)
+        pairs.append((tie, params))
+    return pairs
 
 
 def all_places(param_groups: ParamGroups) -> list[Place]:

@@ -36,8 +36,7 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 class Workspace:
     """Buffers that are kept from call to call, because allocation costs more than the arithmetic.
 
-    They are as large as the largest piece of an index, whatever the size of the tied tensors. A
-    workspace carries nothing from one call to the next: its copies and pickles are empty.
+    They are as large as the largest piece of an index, whatever the size of the tied tensors.
     """
 
     def __init__(self) -> None:
@@ -52,9 +51,6 @@ class Workspace:
             with torch.inference_mode(False):
                 buffer = self._buffers[name, dtype, device] = torch.empty(entries, dtype=dtype, device=device)
         return buffer[:entries].view(shape)
-
-    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
-        return Workspace, ()
 
 
 def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -165,3 +165,14 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
         digest.update(ctypes.string_at(column.data_ptr(), column.nbytes))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
     return f"{described([canonical])}{zeros}, sha256 {digest.hexdigest()}"
+
+
+def told_apart(ties: Iterable[Sequence[Slices]]) -> list[list[Slices]]:
+    """The slices of several ties, with labels that no two of the ties share."""
+    parted, count = [], 0
+    for slices in ties:
+        parted.append(
+            [each._replace(labels=torch.where(each.labels == FREE, FREE, each.labels + count)) for each in slices]
+        )
+        count += 1 + max(int(each.labels.max()) if each.labels.numel() else FREE for each in slices)
+    return parted

@@ -8,22 +8,33 @@ back right away is still in the caches. Everything else is one operation that ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from tieopt.folding import Folding, fold_, fold_gradients_, folding_for, unfold_
+from tieopt.folding import fold_, fold_gradients_, folding_for, unfold_
 from tieopt.index import Index, Indices, Run
 from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def between_graphs(function: Function) -> Function:
+    """A function that ``torch.compile`` leaves alone, but not what it calls; graphs end where it is called."""
+    return cast(Function, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+
+
+def untraced(function: Function) -> Function:
+    """A function that ``torch.compile`` leaves alone, with all that it calls."""
+    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
 
 # Sums of more are not written out: it takes too long to compile them.
 _WRITTEN_OUT = 64
 
 # The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
 _WRITES_OUT = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
-
-# Loads that stand in one expression; inductor writes out sums that are shorter than eight.
-_LOADS = 7
 
 # Entries that are read and written back before the next ones, and into how many chunks they are cut at most.
 _CHUNK = 2**20
@@ -54,31 +65,36 @@ def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float) -> 
 
 
 @torch.no_grad()
-def fold_traced_(
-    ties: Indices,
-    compacts: Sequence[Tensor],
-    params: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    reduction: Reduction,
-) -> None:
-    """As :func:`~tieopt.folding.fold_` of the means of the members, and :func:`~tieopt.folding.fold_gradients_`."""
-    both = folding_for(ties, params), folding_for(ties, grads)
-    if not all(_is_written_out(folding.index) for folding in both):
-        tensors = [list(each) for each in (params, compacts, targets, grads)]
-        torch.ops.tieopt.fold_(*tensors, ties.number, reduction == "sum")
+def fold_traced_(ties: Indices, compacts: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """As :func:`~tieopt.folding.fold_`."""
+    folding = folding_for(ties, params)
+    if any(scales is not None for scales in folding.scales):
+        torch.ops.tieopt.fold_(list(compacts), list(params), ties.number)
         return
-    _fold_written_out(both[0], params, compacts, "mean")
-    _fold_written_out(both[1], grads, targets, reduction)
+    rows, compact_rows = folding.rows(params, compacts)
+    for own, kept, compact in zip(rows, folding.kept, compact_rows, strict=True):
+        compact.copy_(own.index_select(0, kept))
 
 
-def _fold_written_out(
-    folding: Folding, tensors: Sequence[Tensor], compacts: Sequence[Tensor], reduction: Reduction
+@torch.no_grad()
+def fold_gradients_traced_(
+    ties: Indices, targets: Sequence[Tensor], grads: Sequence[Tensor], reduction: Reduction
 ) -> None:
-    members, free = _positions(folding.index.runs), folding.kept[0][folding.groups[0] :]
-    (rows,), (compact,) = folding.rows(tensors, compacts)
-    values = _values(rows, members, reduction)
-    compact.copy_(torch.cat([values, rows.index_select(0, free)]) if len(free) else values)
+    """As :func:`~tieopt.folding.fold_gradients_`."""
+    folding = folding_for(ties, grads)
+    if not _is_written_out(folding.index):
+        torch.ops.tieopt.fold_gradients_(list(targets), list(grads), ties.number, reduction == "sum")
+        return
+    (rows,), (compact,) = folding.rows(grads, targets)
+    groups, kept = folding.groups[0], folding.kept[0]
+    values = _values(rows, _positions(folding.index.runs), reduction)
+    if groups == len(kept):
+        compact.copy_(values)
+        return
+    # Written to slices, values would be stored twice: inductor takes these for a choice in each entry of the whole.
+    places = torch.arange(len(kept), device=kept.device)
+    compact[places[:groups]] = values
+    compact[places[groups:]] = rows.index_select(0, kept[groups:])
 
 
 @torch.no_grad()
@@ -124,13 +140,13 @@ def _positions(runs: Sequence[Run]) -> Tensor:
 
 def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
     """Means, or what they are multiplied to; added up in float64, where the sum of equal members is exact."""
-    size = members.shape[1]
-    parts = [rows[members[:, first : first + _LOADS]].to(torch.float64).sum(1) for first in range(0, size, _LOADS)]
-    mean = sum(parts[1:], parts[0]) / size
-    # Sums begin with 0.0, which turns -0.0 into 0.0.
-    lead = rows[members[:, 0]]
-    values = torch.where((mean == 0) & (lead == 0), lead, mean.to(rows.dtype))
-    return (values.to(torch.float64) * size).to(rows.dtype) if reduction == "sum" else values
+    # One load after the other: a sum over a dimension begins with 0.0, which turns -0.0 into 0.0.
+    first, *others = members.unbind(1)
+    total = rows[first].to(torch.float64)
+    for each in others:
+        total = total + rows[each].to(torch.float64)
+    values = (total / members.shape[1]).to(rows.dtype)
+    return (values.to(torch.float64) * members.shape[1]).to(rows.dtype) if reduction == "sum" else values
 
 
 # --- operations that run eagerly within a graph ---
@@ -167,24 +183,15 @@ def _relax(tensors: list[Tensor], number: int, strength: float) -> None:
     relax_(tensors, ties.index_for(tensors), _workspace, strength)
 
 
-@_operation(
-    "fold_(Tensor(a!)[] params, Tensor(b!)[] compacts, Tensor(c!)[] targets, Tensor[] grads, int number, bool sum)"
-    " -> ()",
-    "params",
-    "compacts",
-    "targets",
-)
-def _fold(
-    params: list[Tensor],
-    compacts: list[Tensor],
-    targets: list[Tensor],
-    grads: list[Tensor],
-    number: int,
-    sum: bool,  # noqa: A002
-) -> None:
+@_operation("fold_(Tensor(a!)[] compacts, Tensor[] params, int number) -> ()", "compacts")
+def _fold(compacts: list[Tensor], params: list[Tensor], number: int) -> None:
     ties = Indices.by_number[number]
-    project_(params, ties.index_for(params), _workspace)
     fold_(compacts, params, folding_for(ties, params))
+
+
+@_operation("fold_gradients_(Tensor(a!)[] targets, Tensor[] grads, int number, bool sum) -> ()", "targets")
+def _fold_gradients(targets: list[Tensor], grads: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
+    ties = Indices.by_number[number]
     fold_gradients_(targets, grads, folding_for(ties, grads), _workspace, "sum" if sum else "mean")
 
 

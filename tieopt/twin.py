@@ -1,0 +1,125 @@
+"""The second face of an optimizer in the compact mode, and the state as the first one shows it.
+
+A *twin* shares all attributes with its optimizer, but for the parameter groups, which have compact parameters in the
+places of the tied ones. These are what it steps on, and keeps its state by.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from types import new_class
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+
+def make_twin(optimizer: Optimizer, inner: type[Optimizer]) -> Optimizer:
+    """A twin of an optimizer in the compact mode, whose class without the ties is the inner one."""
+    twin = object.__new__(_twin_class(inner))
+    twin.__dict__ = vars(optimizer)
+    return twin
+
+
+_twin_classes: dict[type, type] = {}
+
+
+def _twin_class(inner: type[Optimizer]) -> type[Optimizer]:
+    """A subclass whose parameter groups are the compact ones, one for all optimizers of a class."""
+    if inner not in _twin_classes:
+        namespace: dict[str, Any] = {
+            "__module__": inner.__module__,
+            "param_groups": property(lambda twin: twin._tieopt.compact.param_groups),
+        }
+        if issubclass(inner, torch.optim.LBFGS):
+            # It keeps the parameters, and counts their entries, under names of its own.
+            namespace["_params"] = property(lambda twin: twin._tieopt.compact.param_groups[0]["params"])
+            namespace["_numel_cache"] = property(lambda twin: twin._tieopt.compact.entries, _set_entries)
+        _twin_classes[inner] = new_class(
+            f"Compact{inner.__name__}", (inner,), exec_body=lambda body: body.update(namespace)
+        )
+    return _twin_classes[inner]
+
+
+def _set_entries(twin: Any, entries: int | None) -> None:
+    twin._tieopt.compact.entries = entries
+
+
+class StateView(MutableMapping[Any, Any]):
+    """The state of an optimizer in the compact mode, by the model's parameters.
+
+    Args:
+        held: the state by compact parameters.
+        pairs: the tied parameters, and the compact one of each.
+    """
+
+    def __init__(self, held: MutableMapping[Any, Any], pairs: Sequence[tuple[Tensor, Parameter]]) -> None:
+        self._held = held
+        self._pairs = pairs
+        # By identity: to hash a tensor takes a while.
+        self._compacts = {id(param): compact for param, compact in pairs}
+
+    def __getitem__(self, param: Any) -> Any:
+        return self._held[self._compacts.get(id(param), param)]
+
+    def __setitem__(self, param: Any, value: Any) -> None:
+        self._held[self._compacts.get(id(param), param)] = value
+
+    def __delitem__(self, param: Any) -> None:
+        del self._held[self._compacts.get(id(param), param)]
+
+    def __contains__(self, param: object) -> bool:
+        return self._compacts.get(id(param), param) in self._held
+
+    # A look makes no entry, as __getitem__ of a defaultdict does, on which the mixin would build these.
+
+    def get(self, param: Any, default: Any = None) -> Any:  # noqa: D102
+        return self._held.get(self._compacts.get(id(param), param), default)
+
+    def pop(self, param: Any, *default: Any) -> Any:  # noqa: D102
+        return self._held.pop(self._compacts.get(id(param), param), *default)
+
+    def setdefault(self, param: Any, default: Any = None) -> Any:  # noqa: D102
+        return self._held.setdefault(self._compacts.get(id(param), param), default)
+
+    def __iter__(self) -> Iterator[Any]:
+        params = {id(compact): param for param, compact in self._pairs}
+        return iter([params.get(id(key), key) for key in self._held])
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+
+def _shown_state(self: Any) -> StateView:
+    """The state by the model's parameters, though it is kept by the compact ones."""
+    return StateView(vars(self)["state"], self._tieopt.compact.counterparts(self.param_groups))
+
+
+def _take_state(self: Any, state: Mapping[Any, Any]) -> None:
+    vars(self)["state"] = _by_compacts(state, self._tieopt.compact.counterparts(self.param_groups))
+
+
+def _set_state(self: Any, state: dict[str, Any]) -> None:
+    """Restores a copy; it is also how ``load_state_dict`` writes."""
+    compact, param_groups = self._tieopt.compact, state["param_groups"]
+    compact.attach(param_groups)
+    held = _by_compacts(state["state"], compact.counterparts(param_groups))
+    self._tieopt_bases[1].__setstate__(self, {**state, "state": held})
+
+
+def _by_compacts(state: Mapping[Any, Any], pairs: Sequence[tuple[Tensor, Parameter]]) -> defaultdict[Any, Any]:
+    compacts = {id(param): compact for param, compact in pairs}
+    return defaultdict(dict, {compacts.get(id(key), key): value for key, value in state.items()})
+
+
+# What the class of an optimizer in the compact mode has of its own.
+COMPACT_NAMESPACE = {"state": property(_shown_state, _take_state), "__setstate__": _set_state}
