@@ -286,7 +286,8 @@ def draw_ratios(axes: Axes, entries: Sequence[Entry], cells: Sequence[str]) -> N
     for y in range(1, len(cells)):
         axes.axhline(y - 0.5, color="#e4e4e4", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(entries[0]["optimizer"], loc="left", fontsize=10)
