@@ -1031,3 +1031,132 @@ def test_free_rows_are_trained_and_the_members_are_not_apart():
     assert is_tied(weight, GROUPS)
     assert not is_tied(weight, [FREE])
     assert bool((weight != before).all())
+
+
+# --- what others do in a step ---
+
+
+class HoldsAnother(SGD):
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.base_optimizer = SGD(self.param_groups, **options)
+
+
+def test_an_optimizer_that_has_another_one_step_is_refused():
+    weight = parameter(*SHAPE)
+    before = bits(weight)
+    optimizer = HoldsAnother([weight], lr=0.1)
+    with pytest.raises(ValueError, match=r"HoldsAnother with base_optimizer = SGD"):
+        tied_of(optimizer, {weight: GROUPS})
+    assert type(optimizer) is HoldsAnother
+    assert torch.equal(bits(weight), before)
+
+
+class ClearsInStep(SGD):
+    """Steps on the gradients of the closure alone, as sharpness-aware ones do."""
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        self.zero_grad(self.set_to_none)
+        with torch.enable_grad():
+            loss = closure()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_the_inner_step_clears_are_cleared(set_to_none):
+    ends = []
+    for compact in (False, True):
+        weight = parameter(*SHAPE)
+        optimizer = ClearsInStep([weight], lr=0.1)
+        optimizer.set_to_none = set_to_none
+        optimizer = TiedOptimizer(optimizer, {weight: GROUPS}, compact=compact)
+
+        def closure(weight: Parameter = weight) -> Tensor:
+            loss = weight.square().sum()
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+        ends.append(weight)
+    assert_close(*ends)
+
+
+@pytest.mark.parametrize(("dtype", "scale", "weight"), [(torch.float16, 1e-5, 1.0), (torch.float32, 2.0**-100, 1e9)])
+def test_shared_values_beyond_the_range_of_the_weights_are_refused(dtype, scale, weight):
+    param = Parameter(torch.full((4,), weight, dtype=dtype))
+    optimizer = SGD([param], lr=0.1)
+    with pytest.raises(ValueError, match=rf"{dtype}, or compact=False\n  Got: +a scale of {scale:g}"):
+        tied_of(optimizer, Tie(param, torch.tensor([0, 0, -1, -1]), scale=torch.full((4,), scale, dtype=torch.float64)))
+    assert type(optimizer) is SGD
+    assert torch.equal(param, torch.full((4,), weight, dtype=dtype))
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+def test_a_gradient_of_another_dtype_is_folded():
+    weight = parameter(*SHAPE, dtype=torch.bfloat16)
+    weight.grad_dtype = None
+    optimizer = tied_of(SGD([weight], lr=0.1), {weight: GROUPS})
+    start = weight.detach().clone()
+    weight.grad = torch.ones(SHAPE)
+    optimizer.step()
+    assert_close(weight, start - 0.1, rtol=0, atol=0.02)
+    assert is_tied(weight, GROUPS)
+
+
+def test_a_weight_that_a_closure_writes_to_and_does_not_train_stays_as_it_was_written():
+    weight = parameter(*SHAPE)
+    calls = []
+
+    class CallsTwice(SGD):
+        def step(self, closure: Callable[[], None]) -> None:
+            closure()
+            super().step()
+            closure()
+
+    def closure() -> None:
+        calls.append(weight)
+        weight.grad = torch.ones_like(weight) if len(calls) == 1 else None
+        if len(calls) == 2:
+            with torch.no_grad():
+                weight.zero_()
+
+    tied_of(CallsTwice([weight], lr=0.1), {weight: GROUPS}).step(closure)
+    assert torch.equal(weight, torch.zeros(SHAPE))
+
+
+def test_what_was_made_in_inference_mode_trains_outside_of_it():
+    weight = parameter(*SHAPE)
+    with torch.inference_mode():
+        optimizer = tied_of(SGD([weight], lr=0.1), {weight: GROUPS})
+    weight.square().sum().backward()
+    optimizer.step()
+    weight.data = weight.data.to(torch.float64)
+    weight.grad = None
+    with torch.inference_mode():
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    weight.grad = torch.ones(SHAPE, dtype=torch.float64)
+    optimizer.step()
+    assert is_tied(weight, GROUPS)
+
+
+def test_a_write_to_an_inference_tensor_counts():
+    with torch.inference_mode():
+        weight = Parameter(torch.zeros(SHAPE), requires_grad=True)
+        optimizer = tied_of(SGD([weight], lr=0.0), {weight: GROUPS})
+        weight.grad = torch.zeros(SHAPE)
+        optimizer.step()
+        first, second = GROUPS[0][:2]
+        weight[first], weight[second] = 0.0, float(len(GROUPS[0]))
+        optimizer.step()
+        assert torch.equal(weight[first], torch.ones(SHAPE[1]))
+
+
+def test_the_state_is_copied_as_a_dictionary():
+    weight = parameter(*SHAPE)
+    optimizer = tied_of(Adam([weight]), {weight: GROUPS})
+    weight.square().sum().backward()
+    optimizer.step()
+    assert optimizer.state.copy().keys() == {weight}

@@ -59,7 +59,9 @@ def _assert_members_agree(parameters: Sequence[Tensor], groups: Sequence[Sequenc
     dtype = parameters[0].dtype
     for group in groups:
         units = [(number, position, scale) for number, position, scale in group if abs(scale) == 1]
-        lead = next(iter(units or [member for member in group if member[2] != 0]), None)
+        # The largest of the others: the rounding of a smaller one, which may be subnormal, would be multiplied.
+        others = sorted([member for member in group if member[2] != 0], key=lambda member: -abs(member[2]))
+        lead = next(iter(units or others), None)
         for number, position, scale in group:
             value = entries[number][position]
             if scale == 0:

@@ -1,5 +1,6 @@
 """What ``torch.compile`` sees of the ties, run without it: the same numbers for ties of every kind."""
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -79,6 +80,29 @@ def test_relaxed_ties_are_pulled_together_as_they_are_traced(strength: float) ->
                 optimizer.step()
         else:
             optimizer.step()
+        ends.append(param)
+
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("free", [0, 40])
+def test_large_groups_of_one_size_are_written_out(size: int, free: int, reduction: str, compact: bool) -> None:
+    rows = 960
+    names = (torch.arange(rows) * 7 % rows) // size
+    names[names >= (rows - free) // size] = -1
+    ends = []
+    for traced in (False, True):
+        param = Parameter(normal((rows, 40), torch.float32, 0))
+        optimizer = TiedOptimizer(
+            SGD([param], lr=0.1, momentum=0.9), {param: names}, reduction=reduction, compact=compact
+        )
+        for seed in range(1, 4):
+            param.grad = normal((rows, 40), torch.float32, seed)
+            with as_traced() if traced else nullcontext():
+                optimizer.step()
+        assert optimizer.tie_drift() == 0
         ends.append(param)
 
     torch.testing.assert_close(*ends)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.index import EVEN_ENTRIES, TOTALS, Indices
+from tieopt.index import EVEN_ENTRIES, TOTALS, Indices, wide_dtype
 from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
 from tieopt.slices import FREE, told_apart
@@ -77,7 +77,14 @@ class Batches:
         entries: dict[tuple[Any, ...], int] = {}
         for tie, tensors in pairs:
             first, size = tensors[0], self._size(tie)
-            if size is None or first.numel() > (_SMALL if size else EVEN_ENTRIES - 1) or not first.is_contiguous():
+            # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
+            double = first.dtype.to_real() == wide_dtype(first.device)
+            if (
+                size is None
+                or double
+                or first.numel() > (_SMALL if size else EVEN_ENTRIES - 1)
+                or not first.is_contiguous()
+            ):
                 yield tie, tensors
                 continue
             kind = size, first.shape[1:], first.dtype, first.device

@@ -73,8 +73,14 @@ class Compact:
         self.__dict__.update(state)
         self._begin()
 
+    # Tensors that are made in inference mode could not be trained outside of it.
+    @torch.inference_mode(False)
     def attach(self, param_groups: ParamGroups) -> None:
-        """Makes the compact parameters, once."""
+        """Makes the compact parameters, once.
+
+        Raises:
+            ValueError: with its scales, a shared value is beyond the range of the dtype.
+        """
         if self._parameters:
             return
         for component, params in parameters_of(self.components, param_groups):
@@ -86,6 +92,7 @@ class Compact:
             own = [self._parameters[place[:2]] for place in component.places]
             # From here on they are read from the weights before each step.
             fold_(own, params, folding_for(component, params))
+            _check_range(component, params, own)
             for compact in own:
                 compact.grad = self._gradient_of(compact) if compact.numel() else None
         self.mirror(param_groups)
@@ -137,12 +144,13 @@ class Compact:
             if compact.grad is not None and (other_kind or id(param) not in trained or compact.grad.is_sparse):
                 compact.grad = None
             if other_kind:
-                compact.data = compact.data.to(param)
+                with torch.inference_mode(False):
+                    compact.data = compact.data.to(param)
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
             if id(param) in trained and compact.grad is None and compact.numel() and not _is_sparse(param.grad):
                 compact.grad = self._gradient_of(compact)
         # What was written from outside may not be tied.
-        batches.project_([(tie, params) for tie, params in pairs if tie.versions != _versions(params)])
+        batches.project_([(tie, params) for tie, params in pairs if not _is_as_written(tie, params)])
 
     def fold(self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups) -> None:
         """Reads the compact parameters from the weights, and their gradients from the gradients.
@@ -193,6 +201,7 @@ class Compact:
     def _by_id(self, param_groups: ParamGroups) -> dict[int, Parameter]:
         return {id(param): compact for param, compact in self.counterparts(param_groups)}
 
+    @torch.inference_mode(False)
     def _gradient_of(self, compact: Parameter) -> Tensor:
         """A kept buffer for the gradient of a compact parameter."""
         kept = self._gradients.get(id(compact))
@@ -201,8 +210,25 @@ class Compact:
         return kept
 
 
+def _check_range(component: Component, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
+    if all(slices.scale is None for slices in component.slices):
+        return
+    for slices, param, compact in zip(component.slices, params, compacts, strict=True):
+        if bool(param.isfinite().all()) and not bool(compact.isfinite().all()):
+            raise ValueError(
+                "The compact mode trains shared values, and one is beyond the range of the weights.\n"
+                f"  Expected: weights divided by their scales within {param.dtype}, or compact=False\n"
+                f"  Got:      a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
+            )
+
+
 def _is_sparse(grad: Tensor | None) -> bool:
     return grad is not None and grad.layout == torch.sparse_coo
+
+
+def _is_as_written(tie: Component, params: Sequence[Tensor]) -> bool:
+    """Whether nothing but this mode has written to parameters; of inference tensors nobody knows."""
+    return tie.versions == _versions(params) and not any(param.is_inference() for param in params)
 
 
 def _versions(params: Sequence[Tensor]) -> list[tuple[int, int, int | None]]:
@@ -239,7 +265,7 @@ class CompactStep:
         self._binding = optimizer._tieopt
         self._compact: Compact = self._binding.compact
         self._took_part: dict[Component, list[Tensor]] = {}
-        self._given: list[tuple[Tensor, Tensor | None]] = []
+        self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self._twin = self._compact.twin_of(optimizer)
 
     @between_graphs
@@ -259,10 +285,12 @@ class CompactStep:
     def _prepared(self) -> Components:
         param_groups = self._tied.param_groups
         pairs = with_gradients(parameters_of(self._compact.components, param_groups))
-        self._took_part.update(pairs)
-        self._given = [(param, param.grad) for _, params in pairs for param in params]
+        # What a closure has left without a gradient is not trained any more.
+        self._took_part = dict(pairs)
+        given = [(param, param.grad) for _, params in pairs for param in params]
         self._compact.mirror(param_groups)
         self._compact.prepare(pairs, self._binding.batches, param_groups)
+        self._replaced = [(param, grad, param.grad) for param, grad in given if param.grad is not grad]
         return pairs
 
     @between_graphs
@@ -281,10 +309,10 @@ class CompactStep:
     @untraced
     def close(self) -> None:
         """Puts back the gradients that could not be folded as they were; the model's are not to be written."""
-        for param, grad in self._given:
-            if param.grad is not grad:
+        for param, grad, replacement in self._replaced:
+            if param.grad is replacement:
                 param.grad = grad
-        self._given = []
+        self._replaced = []
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure as the twin is to call it: it sees the model's weights, and leaves their gradients."""
@@ -310,9 +338,17 @@ def check_served(optimizer: Any, compact: Compact) -> None:
     """Refuses what the compact mode cannot serve.
 
     Raises:
-        ValueError: the optimizer is differentiable, or takes matrices where a compact parameter is none, or a parameter
-            is lazily negated or conjugated.
+        ValueError: the optimizer is differentiable, writes to the parameters elsewhere than in its step, or has another
+            one do it; or it takes matrices where a compact parameter is none, or a parameter is lazily negated or
+            conjugated.
     """
+    held = [name for name, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    if held:
+        raise ValueError(
+            "The compact mode has no compact parameters for an optimizer within the optimizer.\n"
+            "  Expected: an optimizer that steps itself, or compact=False\n"
+            f"  Got:      {type(optimizer).__name__} with {held[0]} = {type(vars(optimizer)[held[0]]).__name__}"
+        )
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
         raise ValueError(
             "The compact mode has no graph through the step.\n"

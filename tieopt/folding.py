@@ -249,8 +249,11 @@ def fold_gradients_(
         targets = [compact_rows[home.part][home.place] for home in homes]
         torch._foreach_copy_(targets, [values[home.slots] for home in homes])
     for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
-        if groups < len(kept):
+        if groups < len(kept) and own.dtype == compact.dtype:
             torch.index_select(bits(own), 0, kept[groups:], out=bits(compact[groups:]))
+        elif groups < len(kept):
+            # With `param.grad_dtype` a gradient may be of another dtype.
+            compact[groups:].copy_(own.index_select(0, kept[groups:]))
 
 
 def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Reduction) -> Tensor:

@@ -33,6 +33,7 @@ def _twin_class(inner: type[Optimizer]) -> type[Optimizer]:
         namespace: dict[str, Any] = {
             "__module__": inner.__module__,
             "param_groups": property(lambda twin: twin._tieopt.compact.param_groups),
+            "zero_grad": _zero_grad,
         }
         if issubclass(inner, torch.optim.LBFGS):
             # It keeps the parameters, and counts their entries, under names of its own.
@@ -42,6 +43,16 @@ def _twin_class(inner: type[Optimizer]) -> type[Optimizer]:
             f"Compact{inner.__name__}", (inner,), exec_body=lambda body: body.update(namespace)
         )
     return _twin_classes[inner]
+
+
+def _zero_grad(twin: Any, set_to_none: bool = True) -> None:
+    """Clears the gradients of the model as well: what a closure adds to is these."""
+    super(type(twin), twin).zero_grad(set_to_none)
+    for param, _ in twin._tieopt.compact.counterparts(vars(twin)["param_groups"]):
+        if set_to_none or param.grad is None:
+            param.grad = None
+        else:
+            param.grad.detach_().zero_()
 
 
 def _set_entries(twin: Any, entries: int | None) -> None:
@@ -91,6 +102,9 @@ class StateView(MutableMapping[Any, Any]):
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def copy(self) -> dict[Any, Any]:  # noqa: D102
+        return dict(self)
 
     def __repr__(self) -> str:
         return repr(dict(self))
