@@ -18,6 +18,7 @@ from torch import Tensor
 from tieopt.index import EVEN_ENTRIES, TOTALS, Indices, wide_dtype
 from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
+from tieopt.sharded import Shards, is_sharded, shards_for
 from tieopt.slices import FREE, told_apart
 from tieopt.traced import divide_traced_, project_traced_, relax_traced_
 
@@ -46,6 +47,9 @@ class Batches:
 
     def project_(self, pairs: Pairs, reduction: Reduction = "mean") -> None:
         """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`."""
+        pairs, sharded = _parted(pairs)
+        for shards, tensors in sharded:
+            shards.project_(tensors, self.workspace, reduction)
         if torch.compiler.is_compiling():
             for tie, tensors in pairs:
                 project_traced_(tie, tensors, reduction)
@@ -55,6 +59,9 @@ class Batches:
 
     def divide_(self, pairs: Pairs) -> None:
         """Divides the tensors of each tie; see :func:`~tieopt.reduction.divide_`."""
+        pairs, sharded = _parted(pairs)
+        for shards, tensors in sharded:
+            shards.divide_(tensors, self.workspace)
         if torch.compiler.is_compiling():
             for tie, tensors in pairs:
                 divide_traced_(tie, tensors)
@@ -64,6 +71,9 @@ class Batches:
 
     def relax_(self, pairs: Pairs, strength: float) -> None:
         """Relaxes the tensors of each tie; see :func:`~tieopt.reduction.relax_`."""
+        pairs, sharded = _parted(pairs)
+        for shards, tensors in sharded:
+            shards.relax_(tensors, self.workspace, strength)
         if torch.compiler.is_compiling():
             for tie, tensors in pairs:
                 relax_traced_(tie, tensors, strength)
@@ -107,6 +117,12 @@ class Batches:
 
     def __reduce__(self) -> tuple[type[Batches], tuple[()]]:
         return Batches, ()
+
+
+def _parted(pairs: Pairs) -> tuple[Pairs, list[tuple[Shards, list[Tensor]]]]:
+    """The ties of plain tensors, and those of sharded ones."""
+    sharded = [(shards_for(tie, tensors), tensors) for tie, tensors in pairs if any(map(is_sharded, tensors))]
+    return [pair for pair in pairs if not any(map(is_sharded, pair[1]))] if sharded else pairs, sharded
 
 
 def _common_size(tie: BoundTie) -> int | None:

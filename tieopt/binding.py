@@ -16,6 +16,7 @@ from tieopt.batches import Batches, Pairs
 from tieopt.compact import Compact
 from tieopt.places import BoundTie, ParamGroups, all_places, found, name_of, parameters_of
 from tieopt.reduction import Reduction, drift, projected
+from tieopt.sharded import is_sharded, shards_for
 from tieopt.slices import FREE
 from tieopt.ties import shown
 
@@ -54,6 +55,10 @@ class Binding:
         self.batches = Batches()
         # Compiled now, and not while a step is traced, which works on each by itself, or captured.
         pairs = self.parameters(param_groups)
+        for tie, params in pairs:
+            if any(map(is_sharded, params)):
+                shards_for(tie, params, [name_of(param_groups, place) for place in tie.places])
+        pairs = [pair for pair in pairs if not any(map(is_sharded, pair[1]))]
         for ties, params in (*pairs, *self.batches.of(pairs)):
             ties.index_for(params)
 
@@ -86,7 +91,9 @@ class Binding:
             self.batches.relax_(pairs, strength)
 
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
-        """The largest distance of a member from its group's mean."""
+        """The largest distance of a member from its group's mean; of sharded parameters on any rank."""
+        if is_sharded(params[0]):
+            return shards_for(tie, params).drift(params, self.batches.workspace)
         return drift(params, tie.index_for(params), self.batches.workspace)
 
     def summary(self, param_groups: ParamGroups) -> str:

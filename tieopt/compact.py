@@ -31,6 +31,7 @@ from tieopt.folding import (
 from tieopt.gradients import gradients_of, prepare_gradients, with_gradients
 from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
 from tieopt.reduction import Reduction
+from tieopt.sharded import is_sharded
 from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
 from tieopt.twin import make_twin
 
@@ -361,8 +362,16 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             "  Expected: an optimizer without train() and eval(), or compact=False\n"
             f"  Got:      {type(optimizer).__name__}"
         )
+    pairs = parameters_of(compact.components, optimizer.param_groups)
+    sharded: list[Any] = [param for _, params in pairs for param in params if is_sharded(param)]
+    if sharded:
+        raise ValueError(
+            "The compact mode has no shards of compact parameters.\n"
+            "  Expected: parameters that are whole on every rank, or compact=False\n"
+            f"  Got:      {sharded[0].placements} of a parameter of shape {tuple(sharded[0].shape)}"
+        )
     muon = getattr(torch.optim, "Muon", None)
-    for component, params in parameters_of(compact.components, optimizer.param_groups):
+    for component, params in pairs:
         for place, slices, param in zip(component.places, component.slices, params, strict=True):
             name = name_of(optimizer.param_groups, place)
             if param.is_neg() or param.is_conj():

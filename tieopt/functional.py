@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tieopt.index import Index
+from tieopt.index import Index, Indices
 from tieopt.reduction import Workspace, project_, tied
+from tieopt.sharded import is_sharded, shards_for
 from tieopt.slices import numbered
 from tieopt.ties import check_writable, slices_for
 
@@ -48,6 +49,9 @@ def tie_(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Ten
     """
     slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
     check_writable(tensor, "the tensor")
+    if is_sharded(tensor):
+        shards_for(Indices(slices), [tensor], ["the tensor"]).project_([tensor], Workspace())
+        return tensor
     project_([tensor], Index.compile(slices, [tensor]), Workspace())
     return tensor
 
@@ -75,4 +79,6 @@ def is_tied(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> 
         False
     """
     slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
+    if is_sharded(tensor):
+        return shards_for(Indices(slices), [tensor], ["the tensor"]).tied([tensor], Workspace())
     return tied([tensor.detach()], Index.compile(slices, [tensor]), Workspace())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from tieopt.batches import Batches, Pairs
 from tieopt.places import BoundTie, T
 from tieopt.reduction import Reduction, projected
+from tieopt.sharded import is_sharded
 from tieopt.ties import overlaps
 
 
@@ -87,6 +89,9 @@ def prepare_gradients(pairs: Pairs) -> None:
         for param in params:
             grad = param.grad
             # What a compiler traces writes to whatever there is; only to ask it of complex ones is worth a new graph.
+            if grad is not None and is_sharded(param):
+                param.grad = _as_sharded(grad, param)
+                continue
             if grad is None or (torch.compiler.is_compiling() and not grad.is_complex()):
                 continue
             if grad.layout == torch.sparse_coo and not tie.is_of_rows:
@@ -95,6 +100,22 @@ def prepare_gradients(pairs: Pairs) -> None:
                 param.grad = grad.resolve_conj().resolve_neg()
             elif grad.layout == torch.strided and not grad.requires_grad and not _is_writable(grad):
                 param.grad = grad.clone()
+
+
+def _as_sharded(grad: Any, param: Any) -> Any:
+    """A gradient where its parameter is.
+
+    Raises:
+        RuntimeError: it is sparse, or has a graph.
+    """
+    if grad.requires_grad or grad.layout != torch.strided:
+        raise RuntimeError(
+            "The gradient of a sharded parameter cannot be tied.\n"
+            "  Expected: a dense one, without a graph\n"
+            f"  Got:      {grad.layout}, requires_grad={grad.requires_grad}"
+        )
+    # Parts of a sum are added up, as the inner optimizer would have to.
+    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
 
 
 def _is_writable(grad: Tensor) -> bool:

@@ -161,7 +161,7 @@ class Layout(NamedTuple):
 class Index:
     """The members of every group of one or several tensors, sorted by group and cut into runs.
 
-    Groups of one member are left out: they are their own mean. Members whose scale is zero are
+    Groups of one member are left out, as a rule: they are their own mean. Members whose scale is zero are
     *pinned*: they are zero, and belong to no sum.
 
     Attributes:
@@ -178,7 +178,9 @@ class Index:
 
     @classmethod
     @torch.inference_mode(False)  # Its tensors are to be used outside as well.
-    def compile(cls, slices: Sequence[Slices], tensors: Sequence[Tensor], *, even: bool = True) -> Index:
+    def compile(
+        cls, slices: Sequence[Slices], tensors: Sequence[Tensor], *, even: bool = True, singles: bool = False
+    ) -> Index:
         """Compiles labels for tensors.
 
         Args:
@@ -186,9 +188,10 @@ class Index:
                 tensor they are in.
             tensors: dense ones; their layout and device matter, and not their entries.
             even: whether many groups of one size may be worked on together, which rounds otherwise.
+            singles: whether groups of one member are kept, because they have others elsewhere.
         """
         layout = Layout.of(slices, tensors)
-        members, pins = sorted_members(slices, layout.steps)
+        members, pins = sorted_members(slices, layout.steps, singles=singles)
         runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout, even=even)
         parts = torch.unique(pins.part).tolist() if len(pins.part) else []
         pinned = {part: pins.position[pins.part == part].to(layout.device) for part in parts}
@@ -244,7 +247,7 @@ class Index:
 
 
 # What is quickly compiled, and larger than the labels.
-_COMPILED = ("_indices", "foldings", "folded", "number")
+_COMPILED = ("_indices", "foldings", "folded", "shards", "number")
 
 
 class Indices:
@@ -254,6 +257,7 @@ class Indices:
         slices: of each tensor, numbered.
         foldings: for each layout, see :func:`~tieopt.folding.folding_for`.
         folded: see :func:`~tieopt.folding.folded_for`.
+        shards: for each way to shard the tensors, see :func:`~tieopt.sharded.shards_for`.
         number: by which compiled graphs, which hold tensors and numbers, find these.
         by_number: all there are.
         even: as for :meth:`Index.compile`.
@@ -271,6 +275,7 @@ class Indices:
         self._indices: dict[Layout, Index] = {}
         self.foldings: dict[Layout, Any] = {}
         self.folded: Any = None
+        self.shards: dict[Any, Any] = {}
         self.number = next(Indices._numbers)
         Indices.by_number[self.number] = self
 
@@ -292,9 +297,14 @@ class Indices:
 def in_one_order(rows: list[Tensor]) -> list[Tensor]:
     """Real rows, their entries in the order of the first one's in memory."""
     if rows[0].dim() > 2:
-        inner = sorted(range(1, rows[0].dim()), key=rows[0].stride, reverse=True)
+        inner = order_within(rows[0])
         rows = [each.permute(0, *inner) for each in rows]
     return [real(each) for each in rows]
+
+
+def order_within(rows: Tensor) -> list[int]:
+    """The dimensions of rows but the first, as they are in memory from the outermost to the innermost."""
+    return sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -302,7 +312,9 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
-def sorted_members(slices: Sequence[Slices], steps: Sequence[tuple[int, ...]]) -> tuple[Members, Members]:
+def sorted_members(
+    slices: Sequence[Slices], steps: Sequence[tuple[int, ...]], *, singles: bool = False
+) -> tuple[Members, Members]:
     """The members of groups, sorted by group, each group's lead first; and those that are pinned. On the CPU.
 
     Groups are numbered by their size, then by the tensor that their lead is in, then by their first members:
@@ -317,8 +329,9 @@ def sorted_members(slices: Sequence[Slices], steps: Sequence[tuple[int, ...]]) -
     pins, members = members.where(members.scale == 0), members.where(members.scale != 0)
 
     size = members.scale.abs()
-    # The sum of a single gradient is not the gradient itself where its scale is another.
-    members = members.where((torch.bincount(members.group).index_select(0, members.group) > 1) | (size != 1))
+    if not singles:
+        # The sum of a single gradient is not the gradient itself where its scale is another.
+        members = members.where((torch.bincount(members.group).index_select(0, members.group) > 1) | (size != 1))
     size = members.scale.abs()
     if not bool((size == 1).all()):
         # A member of scale 1 or -1 leads: the others are its multiples, rounded once. If there is none, or a much

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tieopt.index import Indices
+from tieopt.sharded import check_sharding
 from tieopt.slices import FREE, Slices, fingerprint, numbered
 from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
 
@@ -161,6 +162,7 @@ def found(param_groups: ParamGroups, ties: Any) -> list[BoundTie]:
         slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
         check_one_shape(list(zip(slices, params, strict=True)), names)
         for param, name in zip(params, names, strict=True):
+            check_sharding(param, name)
             check_writable(param, name)
         check_joined(param_groups, held, params, tensors=True)
         bound.append(BoundTie(held, slices))

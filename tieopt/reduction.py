@@ -32,6 +32,9 @@ from tieopt.index import Index, Round, Run, wide_dtype
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
 
+# What gives the values of the leads of a run, shape ``[g, ...]``.
+ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
+
 
 class Workspace:
     """Buffers that are kept from call to call, because allocation costs more than the arithmetic.
@@ -81,7 +84,13 @@ def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None
 
 
 @torch.no_grad()
-def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, reduction: Reduction = "mean") -> None:
+def project_(
+    tensors: Sequence[Tensor],
+    index: Index,
+    workspace: Workspace,
+    reduction: Reduction = "mean",
+    means_of: ValuesOf | None = None,
+) -> None:
     """Writes to all members of each group their mean, or their sum; with scales, multiples of it.
 
     The sum is the size of the group (with scales, the sum of their squares) times the mean *as it is
@@ -92,10 +101,11 @@ def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, redu
         index: which slices to tie.
         workspace: buffers to work in.
         reduction: ``"mean"`` or ``"sum"``.
+        means_of: what gives the means of groups that have members elsewhere, too; by default :func:`group_means`.
     """
-    rows = index.rows(tensors)
+    rows, means_of = index.rows(tensors), means_of or group_means
     for run in index.runs:
-        values = group_means(rows, run, workspace).to(rows[0].dtype)
+        values = means_of(rows, run, workspace).to(rows[0].dtype)
         if reduction == "sum":
             values = (values.to(wide_dtype(values.device)) * column(run.counts, values)).to(values.dtype)
         write_values(rows, run, values, workspace)
@@ -103,7 +113,9 @@ def project_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, redu
 
 
 @torch.no_grad()
-def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, strength: float) -> None:
+def relax_(
+    tensors: Sequence[Tensor], index: Index, workspace: Workspace, strength: float, means_of: ValuesOf | None = None
+) -> None:
     """Moves all members towards the mean of their group, and what is pinned towards zero.
 
     Args:
@@ -111,9 +123,10 @@ def relax_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, streng
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
         strength: how far, from more than 0 to 1, which is as :func:`project_` but for the rounding.
+        means_of: as for :func:`project_`.
     """
     rows = index.rows(tensors)
-    for part, positions, members, expected in _compared(rows, index, group_means, workspace):
+    for part, positions, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
         moved = torch.where(members == expected, members, moved).to(rows[part].dtype)
@@ -223,17 +236,18 @@ def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> float:
+def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> float:
     """The largest distance of a member from what its group's mean makes of it, NaN if there is one.
 
     Args:
         tensors: as for :func:`project_`; of complex entries the modulus counts.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
+        means_of: as for :func:`project_`.
     """
     rows = index.rows(tensors)
     distances = [rows[0].new_zeros((), dtype=wide_dtype(rows[0].device))]
-    for _, _, members, expected in _compared(rows, index, group_means, workspace):
+    for _, _, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference.
         distance = torch.where(members == expected, 0.0, members - expected)
         if tensors[0].is_complex():
@@ -246,7 +260,7 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> floa
 def _compared(
     rows: list[Tensor],
     index: Index,
-    values_of: Callable[[list[Tensor], Run, Workspace], Tensor],
+    values_of: ValuesOf,
     workspace: Workspace,
 ) -> Iterator[tuple[int, Tensor | slice, Tensor, Tensor]]:
     """Piece by piece the number of a tensor, rows, what stands there, and what should by some value of the leads."""
@@ -392,14 +406,15 @@ def _add_up(totals: Tensor, each: Round, values: Tensor) -> None:
     if each.size:
         totals.add_(_folded(values.view(len(totals), each.size, *values.shape[1:])))
     elif each.blocks is None:
-        _scatter_add_(totals, each.slots, values)
+        scatter_add_(totals, each.slots, values)
     else:
         partial = values.new_full((len(each.block_slots), *values.shape[1:]), -0.0)
-        _scatter_add_(partial, each.blocks, values)
-        _scatter_add_(totals, each.block_slots, partial)
+        scatter_add_(partial, each.blocks, values)
+        scatter_add_(totals, each.block_slots, partial)
 
 
-def _scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
+def scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
+    """Adds values to the totals of their groups, in the same order on every run."""
     if totals.device.type == "cpu":
         totals.scatter_reduce_(0, column(slots, values).expand_as(values), values, "sum")
     else:

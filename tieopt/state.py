@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.index import Index
+from tieopt.index import Index, Indices
 from tieopt.places import BoundTie
 from tieopt.reduction import Workspace, projected, tied
+from tieopt.sharded import is_sharded, shards_for
 from tieopt.slices import FREE, Slices, real
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
@@ -42,6 +43,9 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
+        if is_sharded(params[0]):
+            changed |= _tied_shards(tie, params, [state.get(param) for param in params])
+            continue
         held = [changed.get(param, state.get(param)) for param in params]
         states = [one if isinstance(one, dict) else {} for one in held]
         trained = [part for part, one in enumerate(states) if one]
@@ -68,6 +72,27 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
                 one[key] = _multiples(slices, values, joined, params[part])
         changed |= {params[part]: one for part, one in begun.items()}
     return changed
+
+
+def _tied_shards(tie: BoundTie, params: Sequence[Any], held: Sequence[Any]) -> dict[Tensor, State]:
+    """As :func:`tied_state`, of one tie of sharded parameters; what has the sign of a gradient goes by its name."""
+    if not all(isinstance(one, dict) and one for one in held):
+        return {}
+    changed = [dict(one) for one in held]
+    for key in held[0]:
+        values = [one.get(key) for one in held]
+        if not all(
+            is_sharded(value) and value.shape == param.shape and value.placements == param.placements
+            for value, param in zip(values, params, strict=True)
+        ):
+            continue
+        signed = key in _SIGNED or all(each.scale is None for each in tie.slices)
+        slices: Indices = tie if signed else Indices([each._replace(scale=each.scales.abs()) for each in tie.slices])
+        values = [value.detach().clone() for value in values]
+        shards_for(slices, values).project_(values, Workspace())
+        for one, value in zip(changed, values, strict=True):
+            one[key] = value
+    return dict(zip(params, changed, strict=True))
 
 
 def _is_tied(slices: Sequence[Slices], values: Sequence[Tensor]) -> bool:

@@ -1,0 +1,671 @@
+"""Ties of sharded parameters, on processes that talk through gloo: the same numbers, and the same bits on all ranks."""
+
+import functools
+import math
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import randn, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Ranks
+from strategies import seeds
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import Linear, Parameter, Sequential, Tanh
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tieopt import Tie, TiedOptimizer, is_tied, tie_
+from tieopt.exchange import Holdings, Plan
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+
+
+@pytest.fixture(scope="session", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def ranks(request):
+    """So many processes."""
+    with Ranks(request.param) as started:
+        yield started
+
+
+# --- what runs on the ranks ---
+
+
+@functools.cache
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple("xyz"[: len(shape)]))
+
+
+def sharded(full: Tensor, mesh_shape: tuple[int, ...], placements: list) -> DTensor:
+    return distribute_tensor(full.clone(), mesh_of(mesh_shape), placements)
+
+
+def tied_twice(full, mesh_shape, placements, labels, dim, scale):
+    """The tensor tied, tied again, and whether it is tied as the ranks see it, before and after."""
+    tensor = sharded(full, mesh_shape, placements)
+    before = is_tied(tensor, labels, dim=dim, scale=scale)
+    tie_(tensor, labels, dim=dim, scale=scale)
+    once = tensor.full_tensor().clone()
+    after = is_tied(tensor, labels, dim=dim, scale=scale)
+    tie_(tensor, labels, dim=dim, scale=scale)
+    return once, tensor.full_tensor(), before, after
+
+
+# --- the numbers ---
+
+
+def layouts(count: int):
+    """Meshes of so many ranks, and how a tensor of two dimensions or more may lie on them."""
+    line = st.sampled_from([[Shard(0)], [Shard(1)], [Replicate()]])
+    square = st.sampled_from(
+        [
+            [Replicate(), Shard(0)],
+            [Shard(0), Replicate()],
+            [Shard(0), Shard(1)],
+            [Shard(1), Shard(0)],
+            [Shard(0), Shard(0)],
+            [Replicate(), Shard(1)],
+        ]
+    )
+    meshes = st.tuples(st.just((count,)), line)
+    return meshes | st.tuples(st.just((2, count // 2)), square)
+
+
+@st.composite
+def cases(draw, count: int):
+    """A tensor, how it lies, and a tie of it."""
+    shape = draw(st.sampled_from([(7, 5), (3, 9), (1, 4), (8, 3, 2), (6, 4, 2, 2)]))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]))
+    dim = draw(st.integers(0, 1))
+    depth = draw(st.sampled_from([1, 1, 2, len(shape)]))
+    seed = draw(seeds)
+    generator = torch.Generator().manual_seed(seed)
+    labelled = torch.empty(shape, device="meta").movedim(dim, 0).shape[:depth]
+    labels = torch.randint(-1, draw(st.integers(1, 6)), labelled, generator=generator)
+    scale = None
+    if draw(st.booleans()):
+        scale = torch.randint(-1, 2, labelled, generator=generator).double()
+    full = torch.randn(shape, dtype=torch.complex128, generator=generator)
+    full = (full if dtype.is_complex else full.real).to(dtype)
+    return full, *draw(layouts(count)), labels, dim, scale
+
+
+@given(data=st.data())
+def test_sharded_tensors_are_tied_as_whole_ones_with_the_same_bits_on_all_ranks(ranks, data):
+    full, mesh_shape, placements, labels, dim, scale = data.draw(cases(ranks.count))
+    expected = tie_(full.clone(), labels, dim=dim, scale=scale)
+
+    answers = ranks.run(tied_twice, full, mesh_shape, placements, labels, dim, scale)
+    for once, twice, before, after in answers:
+        assert same_bits(once, answers[0][0])
+        assert same_bits(once, twice)
+        assert after
+        assert is_tied(once, labels, dim=dim, scale=scale)
+        assert before == is_tied(full, labels, dim=dim, scale=scale)
+    # The error is that of a summation in another order; of half types that of rounding twice.
+    bound = full.abs().max().double() * torch.finfo(full.dtype).eps * 2
+    assert bool(((answers[0][0] - expected).abs() <= bound).all())
+
+
+@given(data=st.data())
+def test_free_entries_of_sharded_tensors_keep_their_bits(ranks, data):
+    full, mesh_shape, placements, labels, dim, scale = data.draw(cases(ranks.count))
+    once = ranks.run(tied_twice, full, mesh_shape, placements, labels, dim, scale)[0][0]
+    free = (labels == -1).reshape(*labels.shape, *[1] * (full.dim() - labels.dim()))
+    free = free.expand(full.movedim(dim, 0).shape).movedim(0, dim)
+
+    assert same_bits(once[free], full[free])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [[math.inf] * 4, [math.nan, 1, 2, 3], [-0.0] * 4, [1.0, math.inf, 2, 3], "largest"])
+def test_special_values_have_the_mean_that_they_have_on_one_rank(ranks, dtype, values):
+    values = [torch.finfo(dtype).max] * 4 if values == "largest" else values
+    full, labels = torch.tensor(values, dtype=dtype)[:, None].expand(4, 3).clone(), torch.zeros(4, dtype=torch.int64)
+    answers = ranks.run(tied_twice, full, (ranks.count,), [Shard(0)], labels, 0, None)
+
+    for once, *_ in answers:
+        assert same_bits(once, tie_(full.clone(), labels))
+
+
+# --- training ---
+
+HIDDEN = 12
+ROWS = [[0, 3, 9], [1, 2], [4, 5]]
+
+
+def mlp() -> Sequential:
+    """The same on every rank."""
+    model = Sequential(Linear(9, HIDDEN), Tanh(), Linear(HIDDEN, 9)).double()
+    with torch.no_grad():
+        for seed, param in enumerate(model.parameters()):
+            param.copy_(randn(*param.shape, seed=seed, dtype=torch.float64) / 3)
+    return model
+
+
+def elements(shape: torch.Size) -> Tensor:
+    return torch.randint(-1, 7, shape, generator=torch.Generator().manual_seed(3))
+
+
+# What is tied, by the model.
+TIES = {
+    "rows": lambda model: {model[0].weight: ROWS, model[0].bias: ROWS},
+    "columns": lambda model: Tie(model[2].weight, ROWS, dim=1),
+    "elements": lambda model: {model[0].weight: elements(model[0].weight.shape)},
+    "transposed": lambda model: Tie.join(
+        Tie(model[0].weight, torch.arange(HIDDEN)), Tie(model[2].weight, torch.arange(HIDDEN), dim=1)
+    ),
+    "signs": lambda model: Tie(
+        model[0].weight, [list(range(HIDDEN))], scale=torch.tensor([1.0, -1, -1, 0, 1, 1, -1, 1, 0, 1, 1, -1])
+    ),
+}
+INNER = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda params: AdamW(params, lr=0.01),
+}
+
+
+def plain(model: Sequential, count: int) -> None:
+    """Every rank has all."""
+
+
+def fsdp(model: Sequential, count: int, mesh_shape: tuple[int, ...] | None = None, dim: int = 0) -> None:
+    mesh = mesh_of(mesh_shape or (count,))
+
+    def place(param: Parameter) -> Shard:
+        # fully_shard cuts the first dimension unevenly alone.
+        return Shard(dim if param.dim() > dim and param.shape[dim] % mesh.size() == 0 else 0)
+
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, shard_placement_fn=place)
+
+
+def tensor_parallel(model: Sequential, count: int) -> None:
+    parallelize_module(model, mesh_of((count,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+SHARDED = {
+    "fully_shard": fsdp,
+    "fully_shard, Shard(1)": functools.partial(fsdp, dim=1),
+    "HSDP": lambda model, count: fsdp(model, count, (2, count // 2)),
+    "tensor parallel": tensor_parallel,
+}
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return randn(8, 9, seed=2 * step, dtype=torch.float64), randn(8, 9, seed=2 * step + 1, dtype=torch.float64)
+
+
+def train(model, optimizer, steps: range, share: slice = slice(None)) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        inputs, targets = batch(step)
+        (model(inputs[share]) - targets[share]).square().mean().backward()
+        optimizer.step()
+
+
+def whole(model: Sequential) -> list[Tensor]:
+    return [
+        (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone() for param in model.parameters()
+    ]
+
+
+def share_of(how: str) -> slice:
+    """The part of a batch that is this rank's: with tensor parallelism all have the whole of it."""
+    if how == "tensor parallel":
+        return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def trained(how: str, kind: str, inner: str, reduction: str, steps: int) -> list[Tensor]:
+    """Weights after each step, gathered."""
+    model = mlp()
+    SHARDED[how](model, dist.get_world_size())
+    optimizer = TiedOptimizer(INNER[inner](model.parameters()), TIES[kind](model), reduction=reduction)
+    seen = [whole(model)]
+    for step in range(steps):
+        train(model, optimizer, range(step, step + 1), share_of(how))
+        seen.append(whole(model))
+        assert optimizer.tie_drift() == 0
+    return seen
+
+
+def trained_alone(kind: str, inner: str, reduction: str, steps: int) -> tuple[list[list[Tensor]], Sequential]:
+    model = mlp()
+    optimizer = TiedOptimizer(INNER[inner](model.parameters()), TIES[kind](model), reduction=reduction)
+    seen = [whole(model)]
+    for step in range(steps):
+        train(model, optimizer, range(step, step + 1))
+        seen.append(whole(model))
+    return seen, model
+
+
+def tied_after_all(weights: list[Tensor], kind: str) -> bool:
+    """Whether gathered weights are tied, bit for bit."""
+    model = mlp()
+    with torch.no_grad():
+        for param, weight in zip(model.parameters(), weights, strict=True):
+            param.copy_(weight)
+    start = whole(model)
+    TiedOptimizer(SGD(model.parameters(), lr=0.1), TIES[kind](model))
+    return all(map(same_bits, start, whole(model)))
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", TIES)
+@pytest.mark.parametrize("how", SHARDED)
+def test_the_trajectory_is_that_of_one_process_and_rows_are_tied_across_ranks(ranks, how, kind, reduction, inner):
+    expected, _ = trained_alone(kind, inner, reduction, 5)
+    answers = ranks.run(trained, how, kind, inner, reduction, 5)
+
+    for seen in answers:
+        for weights, wanted, first in zip(seen, expected, answers[0], strict=True):
+            torch.testing.assert_close(weights, wanted, rtol=1e-12, atol=1e-12)
+            assert all(map(same_bits, weights, first))
+            assert tied_after_all(weights, kind)
+
+
+# --- what is communicated ---
+
+
+class Collectives(TorchDispatchMode):
+    """The collectives that were issued within, and how many entries each sends to other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.name()
+            self.sent.append((name, self._to_others(args) if name == "c10d::alltoall_base_" else -1))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _to_others(args: tuple) -> int:
+        _, tensor, _, _, splits, *_ = args
+        return sum(tensor.shape[1:].numel() * rows for rank, rows in enumerate(splits) if rank != dist.get_rank())
+
+
+def one_step(labels: Tensor, shape: tuple[int, int], placement: Shard, reduction: str) -> list[tuple[str, int]]:
+    """What a step of a tied SGD issues."""
+    weight = Parameter(sharded(randn(*shape), (dist.get_world_size(),), [placement]))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: labels}, reduction=reduction)
+    weight.grad = sharded(randn(*shape, seed=1), (dist.get_world_size(),), [placement])
+    with Collectives() as issued:
+        optimizer.step()
+    return issued.sent
+
+
+def holders(labels: Tensor, count: int) -> Tensor:
+    """On how many ranks each group of rows has members."""
+    shards = labels.chunk(count)
+    return torch.stack([torch.stack([(own == group).any() for own in shards]).sum() for group in labels.unique()])
+
+
+@given(data=st.data())
+def test_a_step_sends_what_the_groups_that_span_ranks_need(ranks, data):
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, 8), min_size=16, max_size=16)))
+    width, reduction = data.draw(st.integers(1, 5)), data.draw(st.sampled_from(["mean", "sum"]))
+    on = holders(labels, ranks.count)
+    spanning = int((on > 1).sum())
+    answers = ranks.run(one_step, labels, (16, width), Shard(0), reduction)
+
+    assert {name for sent in answers for name, _ in sent} <= {"c10d::alltoall_base_"}
+    # Two for the gradients and two for the weights, and none if no group spans.
+    assert {len(sent) for sent in answers} == {4 if spanning else 0}
+    total = sum(entries for sent in answers for _, entries in sent)
+    assert total == 2 * int((2 * (on[on > 1] - 1)).sum()) * width
+    # What two all-reduces of [spanning groups, D] send around a ring of all ranks.
+    assert total <= 2 * 2 * (ranks.count - 1) * spanning * width
+    if ranks.count == 2:
+        assert [sum(entries for _, entries in sent) for sent in answers] == [2 * spanning * width] * 2
+
+
+def test_groups_within_a_rank_and_rows_cut_across_communicate_nothing(ranks):
+    within = torch.arange(16) // 4
+    across = torch.arange(16) % 4
+
+    assert ranks.run(one_step, within, (16, 8), Shard(0), "mean") == [[]] * ranks.count
+    assert ranks.run(one_step, across, (16, 8), Shard(1), "mean") == [[]] * ranks.count
+
+
+# --- who sends what, without processes ---
+
+
+@st.composite
+def held_labels(draw):
+    """Labels of the members on some ranks."""
+    ranks = draw(st.integers(1, 6))
+    return [torch.tensor(draw(st.lists(st.integers(0, 9), max_size=12)), dtype=torch.int64) for _ in range(ranks)]
+
+
+@given(held_labels())
+def test_the_plans_of_all_ranks_fit_each_other(labels):
+    count = len(labels)
+    holdings = Holdings.of(labels)
+    plans = [Plan.of(holdings, rank, count) for rank in range(count)]
+    spans = [group for group in range(10) if sum(int((own == group).any()) for own in labels) > 1]
+    sizes = {group: sum(int((own == group).sum()) for own in labels) for group in spans}
+
+    assert holdings.groups.tolist() == spans
+    for rank, plan in enumerate(plans):
+        assert sorted(plan.groups.tolist()) == [group for group in spans if bool((labels[rank] == group).any())]
+        assert plan.sizes.tolist() == [sizes[group] for group in plan.groups.tolist()]
+        assert [other.sent[rank] for other in plans] == list(plan.received)
+    # What arrives is laid out as it was sent: each row of a slot is of the same group, and all members are counted.
+    starts = [[sum(plan.sent[:rank]) for rank in range(count)] for plan in plans]
+    for rank, plan in enumerate(plans):
+        arrived = torch.cat(
+            [
+                plan.groups[begin[rank] : begin[rank] + plan.sent[rank]]
+                for plan, begin in zip(plans, starts, strict=True)
+            ]
+        )
+        assert arrived[plan.firsts][plan.slots].tolist() == arrived.tolist()
+        sums = torch.zeros(len(plan.firsts), dtype=torch.float64).index_add_(0, plan.slots, plan.weights)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert sum(plan.rows_moved(rank) for rank, plan in enumerate(plans)) == sum(
+        2 * (sum(int((own == group).any()) for own in labels) - 1) for group in spans
+    )
+
+
+# --- checkpoints on other numbers of ranks, clipping, ties that change ---
+
+
+def saved(folder: str, kind: str) -> None:
+    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = mlp()
+    fsdp(model, dist.get_world_size())
+    optimizer = TiedOptimizer(INNER["AdamW"](model.parameters()), TIES[kind](model))
+    train(model, optimizer, range(3), share_of("fully_shard"))
+    weights, state = get_state_dict(model, optimizer)
+    save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def resumed(folder: str, kind: str, ranks: int) -> list[Tensor] | None:
+    """The weights two steps after those that were saved, on fewer ranks; the others do nothing."""
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    group = dist.new_group(list(range(ranks)))
+    if dist.get_rank() >= ranks:
+        return None
+    model = mlp()
+    for param in model.parameters():
+        param.data.zero_()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    optimizer = TiedOptimizer(INNER["AdamW"](model.parameters()), TIES[kind](model))
+    weights, state = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": state}
+    load(content, checkpoint_id=folder, process_group=group)
+    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+    train(model, optimizer, range(3, 5), slice(dist.get_rank(), None, ranks))
+    return whole(model)
+
+
+@pytest.mark.parametrize("kind", ["rows", "elements"])
+def test_what_was_saved_on_some_ranks_goes_on_on_fewer(ranks, kind, tmp_path):
+    ranks.run(saved, str(tmp_path / "checkpoint"), kind)
+    expected = trained_alone(kind, "AdamW", "mean", 5)[0][-1]
+    for fewer in {ranks.count, 2, 1}:
+        answers = ranks.run(resumed, str(tmp_path / "checkpoint"), kind, fewer)
+
+        for weights in answers[:fewer]:
+            torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+            assert tied_after_all(weights, kind)
+
+
+def clipped_and_retied() -> tuple[float, list[Tensor], str]:
+    model = mlp()
+    if dist.is_initialized():
+        fsdp(model, dist.get_world_size())
+    optimizer = TiedOptimizer(INNER["AdamW"](model.parameters()), TIES["rows"](model))
+    share = share_of("fully_shard") if dist.is_initialized() else slice(None)
+    train(model, optimizer, range(2), share)
+    optimizer.retie(TIES["elements"](model))
+    inputs, targets = batch(7)
+    optimizer.zero_grad()
+    (model(inputs[share]) - targets[share]).square().mean().backward()
+    optimizer.tie_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    optimizer.step()
+    assert optimizer.tie_drift() == 0
+    summary = optimizer.tie_summary()
+    optimizer.untie()
+    train(model, optimizer, range(2), share)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), whole(model), summary
+
+
+def test_clipping_retying_and_untying_are_as_in_one_process(ranks):
+    norm, weights, summary = clipped_and_retied()
+    for own_norm, own_weights, own_summary in ranks.run(clipped_and_retied):
+        assert own_norm == pytest.approx(norm, rel=1e-12)
+        torch.testing.assert_close(own_weights, weights, rtol=1e-12, atol=1e-12)
+        assert own_summary == summary
+
+
+def wrapped_late() -> list[Tensor]:
+    model = mlp()
+    if dist.is_initialized():
+        fsdp(model, dist.get_world_size())
+    share = share_of("fully_shard") if dist.is_initialized() else slice(None)
+    bare = INNER["AdamW"](model.parameters())
+    train(model, bare, range(2), share)
+    train(model, TiedOptimizer(bare, TIES["transposed"](model)), range(2, 4), share)
+    return whole(model)
+
+
+def test_the_state_of_an_optimizer_that_was_tied_late_is_tied(ranks):
+    expected = wrapped_late()
+    for weights in ranks.run(wrapped_late):
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def relaxed() -> list[Tensor]:
+    model = mlp()
+    if dist.is_initialized():
+        fsdp(model, dist.get_world_size())
+    share = share_of("fully_shard") if dist.is_initialized() else slice(None)
+    optimizer = TiedOptimizer(INNER["SGD"](model.parameters()), TIES["elements"](model), strength=0.5, every=2)
+    train(model, optimizer, range(4), share)
+    assert optimizer.tie_drift() > 0
+    return [*whole(model), torch.tensor(optimizer.tie_drift(), dtype=torch.float64)]
+
+
+def test_relaxed_ties_are_as_in_one_process(ranks):
+    expected = relaxed()
+    for weights in ranks.run(relaxed):
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- replicas ---
+
+
+def replicas(kind: str, compact: bool, zero: bool) -> list[Tensor]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = mlp()
+    replica = DistributedDataParallel(model)
+    if zero:
+        inner = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=0.01)
+    else:
+        inner = INNER["AdamW"](model.parameters())
+    optimizer = TiedOptimizer(inner, TIES[kind](model), compact=compact)
+    train(replica, optimizer, range(4), share_of("DDP"))
+    return whole(model)
+
+
+@pytest.mark.parametrize("kind", TIES)
+def test_replicas_stay_equal_to_the_last_bit(ranks, kind, compact):
+    expected = trained_alone(kind, "AdamW", "mean", 4)[0][-1]
+    answers = ranks.run(replicas, kind, compact, False)
+    for weights in answers:
+        assert all(map(same_bits, weights, answers[0]))
+        assert tied_after_all(weights, kind)
+        torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", TIES)
+def test_ties_go_around_a_zero_redundancy_optimizer(ranks, kind):
+    expected = trained_alone(kind, "AdamW", "mean", 4)[0][-1]
+    answers = ranks.run(replicas, kind, False, True)
+    for weights in answers:
+        assert all(map(same_bits, weights, answers[0]))
+        assert tied_after_all(weights, kind)
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- what is refused, and ranks that do not come ---
+
+
+def refusal(make) -> str:
+    """What the error says that refuses a tie, when nothing was written."""
+    weight, optimizer, ties, options = make()
+    start = weight.to_local().detach().clone() if isinstance(weight, DTensor) else weight.detach().clone()
+    before = vars(optimizer).copy()
+    try:
+        TiedOptimizer(optimizer, ties, **options)
+    except ValueError as error:
+        assert type(optimizer) is SGD
+        assert vars(optimizer) == before
+        assert same_bits(weight.to_local() if isinstance(weight, DTensor) else weight, start)
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def line() -> tuple[int]:
+    return (dist.get_world_size(),)
+
+
+def of_one(placement, full=None):
+    weight = Parameter(
+        sharded(randn(8, 4) if full is None else full, line(), [placement])
+        if not placement.is_partial()
+        else DTensor.from_local(randn(8, 4), mesh_of(line()), [placement])
+    )
+    return weight, SGD([weight], lr=0.1)
+
+
+def partial():
+    from torch.distributed.tensor import Partial
+
+    weight, optimizer = of_one(Partial())
+    return weight, optimizer, {weight: [[0, 7]]}, {}
+
+
+def strided():
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = mesh_of((2, dist.get_world_size() // 2))
+    model = Linear(4, 8, bias=False)
+    parallelize_module(model, mesh["y"], ColwiseParallel())
+    fully_shard(model, mesh=mesh["x"])
+    assert any(isinstance(placement, _StridedShard) for placement in model.weight.placements)
+    return model.weight, SGD([model.weight], lr=0.1), {model.weight: [[0, 7]]}, {}
+
+
+def flattened():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Linear(4, 8, bias=False), device_id=torch.device("cpu"))
+    (weight,) = model.parameters()
+    return weight, SGD([weight], lr=0.1), {weight: [[0, 7]]}, {}
+
+
+def flattened_with_original_parameters():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Linear(4, 8, bias=False), device_id=torch.device("cpu"), use_orig_params=True)
+    (weight,) = model.parameters()
+    return weight, SGD([weight], lr=0.1), {weight: [[0, 1]]}, {}
+
+
+def rounded():
+    weight, optimizer = of_one(Shard(0))
+    return weight, optimizer, Tie(weight, [[0, 7]], scale=torch.tensor([1.0, *[1] * 6, 0.3])), {}
+
+
+def compact_shards():
+    weight, optimizer = of_one(Shard(1))
+    return weight, optimizer, {weight: [[0, 7]]}, {"compact": True}
+
+
+def one_sharded_only():
+    weight, other = Parameter(sharded(randn(8, 4), line(), [Shard(0)])), Parameter(randn(8, 4))
+    labels = torch.arange(8)
+    return weight, SGD([weight, other], lr=0.1), Tie.join(Tie(weight, labels), Tie(other, labels)), {}
+
+
+def one_replicated():
+    weight, other = (Parameter(sharded(randn(8, 4), line(), [place])) for place in (Shard(0), Replicate()))
+    labels = torch.arange(8)
+    return weight, SGD([weight, other], lr=0.1), Tie.join(Tie(weight, labels), Tie(other, labels)), {}
+
+
+def cut_otherwise():
+    sizes = [8 - (dist.get_world_size() - 1), *[1] * (dist.get_world_size() - 1)]
+    shard = randn(8, 4).split(sizes)[dist.get_rank()].clone()
+    weight = Parameter(DTensor.from_local(shard, mesh_of(line()), [Shard(0)], shape=torch.Size((8, 4)), stride=(4, 1)))
+    return weight, SGD([weight], lr=0.1), {weight: [[0, 7]]}, {}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (partial, "cannot be tied as it is distributed"),
+        (flattened, "flattened by FullyShardedDataParallel"),
+        (flattened_with_original_parameters, "flattened by FullyShardedDataParallel"),
+        (rounded, "multiples that are rounded"),
+        (compact_shards, "no shards of compact parameters"),
+        (one_sharded_only, "not sharded over one mesh"),
+        (one_replicated, "not sharded over the same dimensions of the mesh"),
+        (cut_otherwise, "not cut as torch.chunk cuts"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_cannot_be_tied_is_refused_on_every_rank_and_nothing_is_written(ranks, make, reason):
+    for message in ranks.run(refusal, make):
+        assert reason in message
+
+
+def test_strided_shards_are_refused(ranks):
+    if ranks.count < 4:
+        pytest.skip("a mesh of two dimensions has four ranks")
+    for message in ranks.run(refusal, strided):
+        assert "cannot be tied as it is distributed" in message
+        assert "StridedShard" in message
+
+
+def lagging() -> str:
+    """What the first rank sees when the last one takes no step."""
+    weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: torch.arange(8) % 2})
+    weight.grad = sharded(randn(8, 4), line(), [Shard(0)])
+    if dist.get_rank() == dist.get_world_size() - 1:
+        return ""
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_torch_says():
+    with Ranks(2, timeout=timedelta(seconds=5)) as started:
+        first, _ = started.run(lagging)
+
+    assert "timeout" in first or "Timed out" in first

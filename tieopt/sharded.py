@@ -1,0 +1,463 @@
+"""Ties of sharded parameters: the same reduction over the shards that several ranks have.
+
+Slices of a :class:`~torch.distributed.tensor.DTensor` are where its placements put them. Groups that are whole on one
+rank are tied there, as if its shard were all there is; the members of the others are first added up on each rank, and
+their means are exchanged, see :mod:`~tieopt.exchange`. Ties of rows whose entries are sharded, and not the rows,
+exchange nothing.
+
+All ranks of the mesh have to take part in whatever ties, in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tieopt.exchange import Holdings, Plan
+from tieopt.index import Index, Indices, Layout, Run, order_within, wide_dtype
+from tieopt.reduction import (
+    Reduction,
+    ValuesOf,
+    Workspace,
+    bits,
+    column,
+    divide_,
+    drift,
+    group_means,
+    project_,
+    relax_,
+    scatter_add_,
+)
+from tieopt.slices import FREE, Slices, in_memory, numbered
+from tieopt.traced import untraced
+
+# Where an entry of a tensor is, for each of its dimensions: from which index on, and how many.
+Bounds = list[tuple[int, int]]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a ``DTensor``, of which there is none as long as nobody has imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@torch.no_grad()
+def local(tensors: Sequence[Any]) -> list[Tensor]:
+    """The shards that this rank has."""
+    return [tensor.to_local() for tensor in tensors]
+
+
+def check_sharding(param: Any, name: str) -> None:
+    """Refuses a parameter whose entries are not where a tie could find them.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} of shape {tuple(param.shape)} was flattened by FullyShardedDataParallel.\n"
+            "  Expected: torch.distributed.fsdp.fully_shard, which leaves parameters their shapes\n"
+            f"  Got:      {type(param).__name__}"
+        )
+    if not is_sharded(param):
+        return
+    for placement in param.placements:
+        # Those that derive from Shard lie elsewhere.
+        if not placement.is_replicate() and type(placement).__name__ != "Shard":
+            raise ValueError(
+                f"{name} of shape {tuple(param.shape)} cannot be tied as it is distributed.\n"
+                "  Expected: placements Shard and Replicate alone\n"
+                f"  Got:      {param.placements}"
+            )
+
+
+def bounds_of(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Any], at: Sequence[int]) -> Bounds:
+    """The part of a tensor that a shard is, cut as ``torch.chunk`` does, one mesh dimension after the other.
+
+    Args:
+        shape: of the tensor.
+        mesh_shape: of the mesh.
+        placements: for each dimension of the mesh.
+        at: the coordinates of the shard in the mesh.
+    """
+    bounds = [(0, size) for size in shape]
+    for placement, count, number in zip(placements, mesh_shape, at, strict=True):
+        if placement.is_shard():
+            start, size = bounds[placement.dim]
+            chunk = -(-size // count)
+            before = min(number * chunk, size)
+            bounds[placement.dim] = start + before, min(chunk, size - before)
+    return bounds
+
+
+def within(slices: Slices, bounds: Bounds) -> Slices:
+    """The labels and scales of the slices in a shard."""
+    labels, scale = slices.labels, slices.scale
+    for axis, dim in enumerate(_order(slices, len(bounds))[: labels.dim()]):
+        labels = labels.narrow(axis, *bounds[dim])
+        scale = None if scale is None else scale.narrow(axis, *bounds[dim])
+    # Views would keep the labels of all shards.
+    return Slices(labels.clone(), None if scale is None else scale.clone(), slices.dim)
+
+
+def _order(slices: Slices, dims: int) -> list[int]:
+    """The dimensions of a tensor, that along which the slices lie first."""
+    return [slices.dim, *(dim for dim in range(dims) if dim != slices.dim)]
+
+
+class _Site(NamedTuple):
+    """Where the members of spanning groups are in shards of one layout.
+
+    Attributes:
+        members: their index.
+        rows: for each run, by its identity, which of the rows that are sent its groups are.
+        signs: for each run what its leads are of the shared values, 1 or -1; None if all are 1.
+        plan: with its tensors on the device.
+    """
+
+    members: Index
+    rows: dict[int, Tensor]
+    signs: dict[int, Tensor | None]
+    plan: Plan
+
+
+class Shards:
+    """A tie of sharded tensors, as this rank sees it.
+
+    Args:
+        slices: of each tensor.
+        tensors: those, which say how they are sharded.
+        names: how errors call them.
+
+    Attributes:
+        plan: what this rank exchanges in a projection; None if no group spans ranks.
+
+    Raises:
+        ValueError: they are not sharded alike, or a group that spans ranks has scales that round.
+    """
+
+    def __init__(self, slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]) -> None:
+        self._mesh = _common_mesh(tensors, names)
+        slices, dims = _exchanged(slices, tensors, names)
+        here = list(self._mesh.get_coordinate())
+        self._group, places = _group_along(self._mesh, dims, here)
+        shards = [
+            [
+                within(each, bounds_of(tensor.shape, self._mesh.shape, tensor.placements, place))
+                for each, tensor in zip(slices, tensors, strict=True)
+            ]
+            for place in places
+        ]
+        rank = places.index(here)
+        _check_cut(tensors, names, here)
+        holdings = Holdings.of([torch.cat([each.labels[_is_member(each)] for each in own]) for own in shards])
+        for own in shards:
+            _check_scales(own, holdings.groups, names)
+        plan = Plan.of(holdings, rank, len(places))
+        self.plan = plan if len(holdings.groups) else None
+        rows = [_rows_sent(each, plan) for each in shards[rank]]
+        whole = [
+            each._replace(labels=torch.where(sent == FREE, each.labels, FREE))
+            for each, sent in zip(shards[rank], rows, strict=True)
+        ]
+        self._inner = Indices(numbered(whole))
+        self._spanning = [each._replace(labels=sent) for each, sent in zip(shards[rank], rows, strict=True)]
+        self._sites: dict[Layout, _Site] = {}
+
+    @untraced
+    def project_(self, tensors: Sequence[Any], workspace: Workspace, reduction: Reduction = "mean") -> None:
+        """As :func:`~tieopt.reduction.project_`."""
+        shards = local(tensors)
+        project_(shards, self._inner.index_for(shards), workspace, reduction)
+        if self.plan is not None:
+            site = self._site(shards)
+            project_(shards, site.members, workspace, reduction, self._exchange(shards, site, workspace))
+
+    @untraced
+    def divide_(self, tensors: Sequence[Any], workspace: Workspace) -> None:
+        """As :func:`~tieopt.reduction.divide_`; exchanges nothing."""
+        shards = local(tensors)
+        divide_(shards, self._inner.index_for(shards), workspace)
+        if self.plan is not None:
+            divide_(shards, self._site(shards).members, workspace)
+
+    @untraced
+    def relax_(self, tensors: Sequence[Any], workspace: Workspace, strength: float) -> None:
+        """As :func:`~tieopt.reduction.relax_`."""
+        shards = local(tensors)
+        relax_(shards, self._inner.index_for(shards), workspace, strength)
+        if self.plan is not None:
+            site = self._site(shards)
+            relax_(shards, site.members, workspace, strength, self._exchange(shards, site, workspace))
+
+    def drift(self, tensors: Sequence[Any], workspace: Workspace) -> float:
+        """As :func:`~tieopt.reduction.drift`, the largest on any rank."""
+        shards = local(tensors)
+        drifts = [drift(shards, self._inner.index_for(shards), workspace)]
+        if self.plan is not None:
+            site = self._site(shards)
+            drifts.append(drift(shards, site.members, workspace, self._exchange(shards, site, workspace)))
+        # Unlike Python's, this maximum is NaN if a drift is.
+        largest = torch.tensor(drifts, dtype=wide_dtype(shards[0].device), device=shards[0].device).max()
+        return float(_gathered(largest, self._mesh).max())
+
+    def tied(self, tensors: Sequence[Any], workspace: Workspace) -> bool:
+        """Whether projecting changes nothing on any rank."""
+        copies = [tensor.detach().clone() for tensor in tensors]
+        self.project_(copies, workspace)
+        same = all(torch.equal(new, old) for new, old in zip(local(copies), local(tensors), strict=True))
+        return bool(_gathered(torch.tensor(same, dtype=torch.uint8, device=local(tensors)[0].device), self._mesh).min())
+
+    def _site(self, shards: list[Tensor]) -> _Site:
+        layout = Layout.of(self._spanning, shards)
+        if layout not in self._sites:
+            self._sites[layout] = self._compiled(shards, layout)
+        return self._sites[layout]
+
+    @torch.inference_mode(False)
+    def _compiled(self, shards: list[Tensor], layout: Layout) -> _Site:
+        plan = cast(Plan, self.plan)
+        index = Index.compile(self._spanning, shards, singles=True)
+        sent = [_by_position(each.labels, each, own) for each, own in zip(self._spanning, layout.steps, strict=True)]
+        scales = [_by_position(each.scales, each, own) for each, own in zip(self._spanning, layout.steps, strict=True)]
+        scaled = any(each.scale is not None for each in self._spanning)
+        runs, rows, signs = [], {}, {}
+        for run in index.runs:
+            row, sign = torch.empty(len(run.norms), dtype=torch.int64), torch.empty(len(run.norms), dtype=torch.float64)
+            for part, positions, slots in run.leads:
+                row[slots.cpu()], sign[slots.cpu()] = sent[part][positions.cpu()], scales[part][positions.cpu()]
+            # The sum is that over the members on all ranks.
+            runs.append(run._replace(counts=plan.sizes[row].to(run.counts)))
+            rows[id(runs[-1])] = row.to(layout.device)
+            signs[id(runs[-1])] = sign.to(run.counts) if scaled else None
+        index = replace(index, runs=tuple(runs))
+        return _Site(index, rows, signs, plan.to(layout.device))
+
+    @torch.no_grad()
+    def _exchange(self, shards: list[Tensor], site: _Site, workspace: Workspace) -> ValuesOf:
+        """Exchanges the means of spanning groups.
+
+        Returns:
+            What gives the means of all members of the groups of each run.
+        """
+        rows, plan = site.members.rows(shards), site.plan
+        stored, device = rows[0].dtype, rows[0].device
+        order = _common_order(self._spanning[0].rows(in_memory(shards[0])), rows[0])
+        back = [order.index(dim) for dim in range(len(order))]
+        shape = [rows[0].shape[dim] for dim in order[1:]]
+        # A mean of a few members in half precision has digits that the mean of all needs.
+        wire = stored if stored.itemsize >= 4 else torch.float32
+
+        means = workspace.take("sent", (len(plan.groups), *shape), wire, device)
+        for run in site.members.runs:
+            values = group_means(rows, run, workspace).permute(order)
+            means.index_copy_(0, site.rows[id(run)], _signed(values, site.signs[id(run)]).to(wire))
+        received = workspace.take("received", (len(plan.slots), *shape), wire, device)
+        self._send(received, means, plan.received, plan.sent)
+
+        own = _weighted_means(received, plan).to(stored)
+        replies = workspace.take("replies", received.shape, stored, device)
+        torch.index_select(bits(own), 0, plan.slots, out=bits(replies))
+        shared = workspace.take("shared", means.shape, stored, device)
+        self._send(bits(shared), bits(replies), plan.sent, plan.received)
+
+        def values_of(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+            values = bits(shared).index_select(0, site.rows[id(run)]).view(stored)
+            return _signed(values.to(wide_dtype(device)), site.signs[id(run)]).permute(back)
+
+        return values_of
+
+    def _send(self, output: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
+        dist.all_to_all_single(output, tensor, list(received), list(sent), group=self._group)
+
+
+def shards_for(ties: Indices, tensors: Sequence[Any], names: Sequence[str] | None = None) -> Shards:
+    """The tie as this rank sees it; made again for tensors that are sharded otherwise.
+
+    The first time all ranks have to ask for the same.
+
+    Args:
+        ties: the tie.
+        tensors: sharded ones.
+        names: how errors call them.
+    """
+    names = names or [f"tensor {number}" for number in range(len(tensors))]
+    if not all(map(is_sharded, tensors)):
+        _common_mesh(tensors, names)
+    key = tuple((tensor.device_mesh, tensor.placements) for tensor in tensors)
+    if key not in ties.shards:
+        for tensor, name in zip(tensors, names, strict=True):
+            check_sharding(tensor, name)
+        ties.shards[key] = Shards(ties.slices, tensors, names)
+    return cast(Shards, ties.shards[key])
+
+
+def _weighted_means(values: Tensor, plan: Plan) -> Tensor:
+    """The mean of each group of rows, each counted by its weight; of equal rows the row itself, bit for bit."""
+    wide = values.to(wide_dtype(values.device))
+    weights = column(plan.weights.to(wide.dtype), wide)
+    means = wide.index_select(0, plan.firsts)
+    # As in tieopt.reduction: the differences from an estimate, of which an estimate that is far off costs digits.
+    for _ in range(2):
+        pivots = torch.nan_to_num(means, nan=0.0, posinf=0.0, neginf=0.0)
+        # In halves, because the distance of two large numbers may overflow.
+        differences = wide.mul(0.5).sub_(pivots.index_select(0, plan.slots), alpha=0.5).mul_(weights)
+        halves = torch.zeros_like(means)
+        scatter_add_(halves, plan.slots, differences)
+        corrected = halves.add(pivots, alpha=0.5).mul_(2)
+        largest = torch.finfo(means.dtype).max
+        corrected = torch.where(halves.isfinite(), corrected.clamp(-largest, largest), corrected)
+        means = torch.where(halves == 0, means, corrected)
+    return means
+
+
+def _signed(values: Tensor, signs: Tensor | None) -> Tensor:
+    return values if signs is None else values * column(signs.to(values.dtype), values)
+
+
+def _common_order(raw: Tensor, rows: Tensor) -> list[int]:
+    """The dimensions of rows as an index has them, in an order that does not depend on a rank's memory."""
+    inner = order_within(raw)
+    order = [0, *(1 + inner.index(dim) for dim in range(1, raw.dim()))] if raw.dim() > 2 else list(range(raw.dim()))
+    return [*order, *range(raw.dim(), rows.dim())]
+
+
+def _is_member(slices: Slices) -> Tensor:
+    """Which slices are in groups; those that are pinned are in none."""
+    return (slices.labels != FREE) & (slices.scales != 0)
+
+
+def _rows_sent(slices: Slices, plan: Plan) -> Tensor:
+    """For each slice the row that is sent for its group; -1 if the group is whole here, or pinned."""
+    if not len(plan.groups):
+        return torch.full_like(slices.labels, FREE)
+    ascending, order = plan.groups.sort()
+    at = torch.searchsorted(ascending, slices.labels).clamp_(max=len(ascending) - 1)
+    return torch.where((ascending[at] == slices.labels) & _is_member(slices), order[at], FREE)
+
+
+def _by_position(values: Tensor, slices: Slices, steps: tuple[int, ...]) -> Tensor:
+    """Values of slices by their rows, see :meth:`~tieopt.slices.Slices.positions`."""
+    positions = slices.positions(steps).flatten()
+    table = values.new_zeros(int(positions.max()) + 1 if len(positions) else 0)
+    return table.index_put_((positions,), values.flatten())
+
+
+def _check_cut(tensors: Sequence[Any], names: Sequence[str], here: Sequence[int]) -> None:
+    for tensor, shard, name in zip(tensors, local(tensors), names, strict=True):
+        bounds = bounds_of(tensor.shape, tensor.device_mesh.shape, tensor.placements, here)
+        expected = tuple(size for _, size in bounds)
+        same = torch.tensor(shard.shape == expected, dtype=torch.uint8, device=shard.device)
+        # All ranks have to agree: one that goes on alone would wait for the others.
+        if not bool(_gathered(same, tensor.device_mesh).all()):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} is not cut as torch.chunk cuts.\n"
+                f"  Expected: a shard of shape {expected} at {tuple(here)} in {tensor.device_mesh}\n"
+                f"  Got:      {tuple(shard.shape)}{', and another on some rank' * bool(same)}"
+            )
+
+
+def _check_scales(slices: Sequence[Slices], spanning: Tensor, names: Sequence[str]) -> None:
+    for each, name in zip(slices, names, strict=True):
+        rounding = _is_member(each) & (each.scales.abs() != 1)
+        if each.scale is not None and bool((rounding := rounding & torch.isin(each.labels, spanning)).any()):
+            raise ValueError(
+                "A group whose members are on several ranks has multiples that are rounded.\n"
+                f"  Parameter: {name}\n"
+                "  Expected:  scales of -1, 0 and 1, or groups that are whole on one rank\n"
+                f"  Got:       a scale of {float(each.scales[rounding][0])}"
+            )
+
+
+def _common_mesh(tensors: Sequence[Any], names: Sequence[str]) -> Any:
+    meshes = [getattr(tensor, "device_mesh", None) for tensor in tensors]
+    for mesh, name in zip(meshes, names, strict=True):
+        if mesh != meshes[0]:
+            raise ValueError(
+                "Joined parameters are not sharded over one mesh.\n"
+                f"  Expected: {meshes[0] or 'no mesh'}, as {names[0]} has\n"
+                f"  Got:      {mesh or 'no mesh'} of {name}"
+            )
+    return meshes[0]
+
+
+def _exchanged(
+    slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]
+) -> tuple[Sequence[Slices], list[int]]:
+    """The dimensions of the mesh along which members of a group may be on several ranks.
+
+    Returns:
+        The slices, written out entry by entry if they are sharded in different ways, and the dimensions.
+    """
+    mesh_dims = range(tensors[0].device_mesh.ndim)
+    cuts = [
+        [_cut(each, tensor, tensor.placements[dim]) for each, tensor in zip(slices, tensors, strict=True)]
+        for dim in mesh_dims
+    ]
+    for dim, own in zip(mesh_dims, cuts, strict=True):
+        if None in own and len(set(own)) > 1:
+            raise ValueError(
+                "Joined parameters are not sharded over the same dimensions of the mesh.\n"
+                f"  Parameters: {', '.join(names)}\n"
+                "  Expected:   all of them sharded over a dimension, or none\n"
+                f"  Got:        {', '.join(str(tensor.placements[dim]) for tensor in tensors)} in dimension {dim}"
+            )
+    if any(len(set(own)) > 1 for own in cuts):
+        return [_by_entry(each, tensor) for each, tensor in zip(slices, tensors, strict=True)], [
+            dim for dim, own in zip(mesh_dims, cuts, strict=True) if own[0] is not None
+        ]
+    return slices, [dim for dim, own in zip(mesh_dims, cuts, strict=True) if own[0] == 0]
+
+
+def _cut(slices: Slices, tensor: Any, placement: Any) -> int | None:
+    """What a placement cuts: 0 for the slices from each other, a number for a dimension of them, None for nothing."""
+    if not placement.is_shard():
+        return None
+    axis = _order(slices, tensor.dim()).index(placement.dim)
+    return 0 if axis < slices.labels.dim() else axis
+
+
+def _by_entry(slices: Slices, tensor: Any) -> Slices:
+    labels, scale = slices.entries(torch.empty(tensor.shape, device="meta"))
+    return Slices(labels, None if slices.scale is None else scale)
+
+
+_groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+
+def _group_along(mesh: Any, dims: Sequence[int], here: list[int]) -> tuple[Any, list[list[int]]]:
+    """The process group of the ranks that differ from this one in some dimensions of a mesh alone.
+
+    Returns:
+        The group, and the coordinates of its ranks.
+    """
+    if not dims:
+        return None, [here]
+    if len(dims) == 1:
+        group = mesh.get_group(dims[0])
+    else:
+        # The mesh has groups along one dimension; one along several is made once.
+        made = _groups.setdefault(mesh, {})
+        if tuple(dims) not in made:
+            chosen = tuple(slice(None) if dim in dims else at for dim, at in enumerate(here))
+            ranks = sorted(mesh.mesh[chosen].flatten().tolist())
+            made[tuple(dims)] = dist.new_group(ranks, use_local_synchronization=True)
+        group = made[tuple(dims)]
+    return group, [(mesh.mesh == rank).nonzero()[0].tolist() for rank in dist.get_process_group_ranks(group)]
+
+
+def _gathered(value: Tensor, mesh: Any) -> Tensor:
+    """The values of a number on all ranks of a mesh."""
+    values = value.reshape(1)
+    for dim in range(mesh.ndim):
+        parts = [torch.empty_like(values) for _ in range(mesh.size(dim))]
+        dist.all_gather(parts, values, group=mesh.get_group(dim))
+        values = torch.cat(parts)
+    return values
