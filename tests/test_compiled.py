@@ -14,6 +14,7 @@ from tieopt.testing import assert_tied
 
 # What torch's compiler itself calls.
 pytestmark = [
+    pytest.mark.host("torch.compile", "step(): eager, aot_eager and inductor; graph breaks"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning"),
     pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),

@@ -26,6 +26,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from tieopt import TiedOptimizer
 
+pytestmark = pytest.mark.host("torch.amp", "GradScaler, autocast")
+
 FUSED = [SGD, Adam, AdamW, Adagrad]
 # Those whose step skips itself, and which a scaler therefore always steps.
 SELF_SKIPPING = [

@@ -17,6 +17,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 from tieopt import TiedOptimizer
 
+pytestmark = pytest.mark.host("torch.optim.lr_scheduler", "every scheduler")
+
 STEPS = 9
 
 

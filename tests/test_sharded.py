@@ -261,7 +261,17 @@ def tied_after_all(weights: list[Tensor], kind: str) -> bool:
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", TIES)
-@pytest.mark.parametrize("how", SHARDED)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("fully_shard", marks=pytest.mark.host("FSDP2", "fully_shard, Shard(0)")),
+        pytest.param("fully_shard, Shard(1)", marks=pytest.mark.host("FSDP2", "fully_shard, Shard(1)")),
+        pytest.param("HSDP", marks=pytest.mark.host("FSDP2", "hybrid sharding, mesh of two dimensions")),
+        pytest.param(
+            "tensor parallel", marks=pytest.mark.host("tensor parallelism", "ColwiseParallel, RowwiseParallel")
+        ),
+    ],
+)
 def test_the_trajectory_is_that_of_one_process_and_rows_are_tied_across_ranks(ranks, how, kind, reduction, inner):
     expected, _ = trained_alone(kind, inner, reduction, 5)
     answers = ranks.run(trained, how, kind, inner, reduction, 5)
@@ -416,6 +426,7 @@ def resumed(folder: str, kind: str, ranks: int) -> list[Tensor] | None:
     return whole(model)
 
 
+@pytest.mark.host("torch.distributed.checkpoint", "FSDP2: saved on 4 and on 2 ranks, loaded on as many, on 2 and on 1")
 @pytest.mark.parametrize("kind", ["rows", "elements"])
 def test_what_was_saved_on_some_ranks_goes_on_on_fewer(ranks, kind, tmp_path):
     ranks.run(saved, str(tmp_path / "checkpoint"), kind)
@@ -449,6 +460,7 @@ def clipped_and_retied() -> tuple[float, list[Tensor], str]:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), whole(model), summary
 
 
+@pytest.mark.host("FSDP2", "clipping after tie_gradients(), retie, untie")
 def test_clipping_retying_and_untying_are_as_in_one_process(ranks):
     norm, weights, summary = clipped_and_retied()
     for own_norm, own_weights, own_summary in ranks.run(clipped_and_retied):
@@ -468,6 +480,7 @@ def wrapped_late() -> list[Tensor]:
     return whole(model)
 
 
+@pytest.mark.host("FSDP2", "tied in mid-training")
 def test_the_state_of_an_optimizer_that_was_tied_late_is_tied(ranks):
     expected = wrapped_late()
     for weights in ranks.run(wrapped_late):
@@ -509,6 +522,7 @@ def replicas(kind: str, compact: bool, zero: bool) -> list[Tensor]:
     return whole(model)
 
 
+@pytest.mark.host("DistributedDataParallel", "replicas equal to the last bit")
 @pytest.mark.parametrize("kind", TIES)
 def test_replicas_stay_equal_to_the_last_bit(ranks, kind, compact):
     expected = trained_alone(kind, "AdamW", "mean", 4)[0][-1]
@@ -519,6 +533,7 @@ def test_replicas_stay_equal_to_the_last_bit(ranks, kind, compact):
         torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.host("ZeroRedundancyOptimizer", "replicas equal to the last bit")
 @pytest.mark.parametrize("kind", TIES)
 def test_ties_go_around_a_zero_redundancy_optimizer(ranks, kind):
     expected = trained_alone(kind, "AdamW", "mean", 4)[0][-1]
@@ -642,6 +657,7 @@ def test_what_cannot_be_tied_is_refused_on_every_rank_and_nothing_is_written(ran
         assert reason in message
 
 
+@pytest.mark.host("FSDP2", "refusal of _StridedShard")
 def test_strided_shards_are_refused(ranks):
     if ranks.count < 4:
         pytest.skip("a mesh of two dimensions has four ranks")

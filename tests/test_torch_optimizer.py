@@ -981,6 +981,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.host("torch.use_deterministic_algorithms", "step()")
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.float64])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -1000,6 +1001,7 @@ def test_deterministic_algorithms_work_and_give_one_result(compact, dtype, reduc
     assert torch.equal(run(), run())
 
 
+@pytest.mark.host("torch.use_deterministic_algorithms", "step()")
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_algorithms_work_with_sparse_gradients(compact):
     weight = parameter(*SHAPE)
