@@ -12,6 +12,7 @@ None has a deadline: the first call of a torch operator takes longer than the ne
 
 import pytest
 import torch
+from hosts import Hosts
 from hypothesis import Phase, settings
 
 settings.register_profile("quick", max_examples=12, stateful_step_count=25, deadline=None, derandomize=True)
@@ -25,6 +26,15 @@ torch.set_num_threads(1)
 
 # A sparse tensor that breaks its own rules is an error; torch warns as long as nobody has decided.
 torch.sparse.check_sparse_tensor_invariants.enable()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-page", action="store_true", help="write the pages of docs/ that say what the tests saw")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    page = config.rootpath / "docs" / "hosts.md"
+    config.pluginmanager.register(Hosts(page, write=config.getoption("--write-page")))
 
 
 # Of session scope, because hypothesis runs a test many times within one function-scoped fixture.
