@@ -168,12 +168,13 @@ def test_a_traced_step_is_the_step_with_a_graph_for_the_ties_on_either_side(kind
 
 @MODES
 @pytest.mark.parametrize("kind", [rows, odd_groups, elements, columns, joined], ids=lambda kind: kind.__name__)
-def test_a_compiled_step_is_the_step(kind, compact):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_is_the_step(kind, compact, backend):
     ends = []
     for compiled in (False, True):
         params, ties = kind()
         optimizer = TiedOptimizer(AdamW(params, lr=0.01), ties, compact=compact)
-        train(params, torch.compile(optimizer.step) if compiled else optimizer.step)
+        train(params, torch.compile(optimizer.step, backend=backend) if compiled else optimizer.step)
         ends.append(params)
         model = torch.nn.ParameterList(params)
         names = {id(param): str(number) for number, param in enumerate(params)}

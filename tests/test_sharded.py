@@ -544,6 +544,75 @@ def test_ties_go_around_a_zero_redundancy_optimizer(ranks, kind):
         torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+# --- gradients that are elsewhere than their parameters ---
+
+
+def stepped_on(placement, reduction: str) -> Tensor:
+    """The weight after a step on a gradient of ones that lies so."""
+    weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.5), {weight: [[0, 7], [1, 2]]}, reduction=reduction)
+    ones = torch.ones(8, 4)
+    if placement.is_partial():
+        ones /= dist.get_world_size()
+        weight.grad = DTensor.from_local(ones, mesh_of(line()), [placement])
+    else:
+        weight.grad = sharded(ones, line(), [placement])
+    optimizer.step()
+    return weight.full_tensor().detach()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_are_brought_to_where_their_parameters_are(ranks, reduction):
+    from torch.distributed.tensor import Partial
+
+    expected = ranks.run(stepped_on, Shard(0), reduction)
+    for placement in (Shard(1), Replicate(), Partial()):
+        for weight, wanted in zip(ranks.run(stepped_on, placement, reduction), expected, strict=True):
+            assert same_bits(weight, wanted)
+
+
+def step_on_a_graph() -> str:
+    weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.5), {weight: [[0, 7]]})
+    start = weight.to_local().detach().clone()
+    weight.square().sum().backward(create_graph=True)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert same_bits(weight.to_local().detach(), start)
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_gradients_with_a_graph_are_refused(ranks):
+    for message in ranks.run(step_on_a_graph):
+        assert "requires_grad=True" in message
+
+
+def signed_state(late: bool) -> list[Tensor]:
+    """Weights of an AdamW with signs, tied from the start or after three steps on gradients that were tied."""
+    model = mlp()
+    if dist.is_initialized():
+        fsdp(model, dist.get_world_size())
+    share = share_of("fully_shard") if dist.is_initialized() else slice(None)
+    optimizer = INNER["AdamW"](model.parameters())
+    if not late:
+        optimizer = TiedOptimizer(optimizer, TIES["signs"](model))
+    train(model, optimizer, range(2), share)
+    if late:
+        optimizer = TiedOptimizer(optimizer, TIES["signs"](model))
+    train(model, optimizer, range(2, 5), share)
+    return whole(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_state_of_groups_with_signs_is_tied_as_in_one_process(ranks, late):
+    expected = signed_state(late)
+    for weights in ranks.run(signed_state, late):
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
 # --- what is refused, and ranks that do not come ---
 
 
@@ -555,7 +624,7 @@ def refusal(make) -> str:
     try:
         TiedOptimizer(optimizer, ties, **options)
     except ValueError as error:
-        assert type(optimizer) is SGD
+        assert not isinstance(optimizer, TiedOptimizer)
         assert vars(optimizer) == before
         assert same_bits(weight.to_local() if isinstance(weight, DTensor) else weight, start)
         return str(error)
@@ -655,6 +724,33 @@ def cut_otherwise():
 def test_what_cannot_be_tied_is_refused_on_every_rank_and_nothing_is_written(ranks, make, reason):
     for message in ranks.run(refusal, make):
         assert reason in message
+
+
+def zero():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    weight = Parameter(randn(8, 4))
+    return weight, ZeroRedundancyOptimizer([weight], optimizer_class=SGD, lr=0.1), {weight: [[0, 7]]}, {"compact": True}
+
+
+@pytest.mark.parametrize("compact", [True])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(compact_shards, "sharded parameters", marks=pytest.mark.host("FSDP2", "fully_shard, Shard(1)")),
+        pytest.param(
+            zero,
+            "an optimizer within the optimizer",
+            marks=pytest.mark.host("ZeroRedundancyOptimizer", "replicas equal to the last bit"),
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.usefixtures("compact")
+def test_what_the_compact_mode_does_not_serve_it_refuses(ranks, make, reason, record_property):
+    for message in ranks.run(refusal, make):
+        assert "compact=False" in message
+    record_property("refused", reason)
 
 
 @pytest.mark.host("FSDP2", "refusal of _StridedShard")
