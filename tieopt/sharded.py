@@ -162,7 +162,7 @@ class Shards:
             _check_scales(own, holdings.groups, names)
         plan = Plan.of(holdings, rank, len(places))
         self.plan = plan if len(holdings.groups) else None
-        rows = [_rows_sent(each, plan) for each in shards[rank]]
+        rows = [rows_sent(each, plan) for each in shards[rank]]
         whole = [
             each._replace(labels=torch.where(sent == FREE, each.labels, FREE))
             for each, sent in zip(shards[rank], rows, strict=True)
@@ -334,7 +334,7 @@ def _is_member(slices: Slices) -> Tensor:
     return (slices.labels != FREE) & (slices.scales != 0)
 
 
-def _rows_sent(slices: Slices, plan: Plan) -> Tensor:
+def rows_sent(slices: Slices, plan: Plan) -> Tensor:
     """For each slice the row that is sent for its group; -1 if the group is whole here, or pinned."""
     if not len(plan.groups):
         return torch.full_like(slices.labels, FREE)
