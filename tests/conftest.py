@@ -29,7 +29,7 @@ torch.sparse.check_sparse_tensor_invariants.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-page", action="store_true", help="write the pages of docs/ that say what the tests saw")
+    parser.addoption("--write-page", action="store_true", help="write the page of docs/ that says what the tests saw")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -103,21 +103,18 @@ class Hosts:
         if exitstatus != pytest.ExitCode.OK or any("::" in argument for argument in session.config.args):
             return
         run = self._run - self._run_in_part
-        lines = {key: line_of(key, seen) for key, seen in self._seen.items() if key.tests in run}
+        seen = {key: line_of(key, row) for key, row in self._seen.items() if key.tests in run}
         text = self._page.read_text(encoding="utf-8")
         page = {key_of(line): line for line in TABLE.search(text)[0].splitlines()[2:]}
         if self._write:
-            kept = [line for key, line in page.items() if key.tests not in run]
-            rows = sorted([*kept, *lines.values()], key=str.casefold)
-            self._page.write_text(
-                TABLE.sub(lambda _: HEAD + "".join(f"{row}\n" for row in rows), text), encoding="utf-8"
-            )
+            rows = [*seen.values(), *(line for key, line in page.items() if key.tests not in run)]
+            table = HEAD + "".join(f"{line}\n" for line in sorted(rows, key=str.casefold))
+            self._page.write_text(TABLE.sub(lambda _: table, text), encoding="utf-8")
             return
-        here = {key: line for key, line in page.items() if key.tests in run and is_of_this_environment(line)}
-        elsewhere = page.keys() - here.keys()
-        seen = {key: line for key, line in lines.items() if key not in elsewhere}
-        self._differences = [f"- {here[key]}" for key in here if seen.get(key) != here[key]]
-        self._differences += [f"+ {seen[key]}" for key in seen if here.get(key) != seen[key]]
+        expected = {key: line for key, line in page.items() if key.tests in run and is_of_this_environment(line)}
+        found = {key: line for key, line in seen.items() if key in expected or key not in page}
+        self._differences = [f"- {line}" for key, line in expected.items() if found.get(key) != line]
+        self._differences += [f"+ {line}" for key, line in found.items() if expected.get(key) != line]
         if self._differences:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -1,0 +1,154 @@
+"""The table of docs/hosts.md has a row for what passed or was refused, and for nothing else."""
+
+from importlib.metadata import version
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+PYTEST = f"pytest {version('pytest')}, torch {version('torch').partition('+')[0]}"
+HEAD = """\
+| host | versions | what was run | default mode | compact mode | tests |
+| --- | --- | --- | --- | --- | --- |
+"""
+CONFTEST = """
+    import pytest
+    from hosts import Hosts
+
+    def pytest_addoption(parser):
+        parser.addoption("--write-page", action="store_true")
+
+    def pytest_configure(config):
+        config.addinivalue_line("markers", "host(host, what, package='torch')")
+        config.pluginmanager.register(Hosts(config.rootpath / "hosts.md", write=config.getoption("--write-page")))
+"""
+TESTS = """
+    import pytest
+
+    @pytest.mark.host("Host", "training", package="pytest")
+    @pytest.mark.parametrize("compact", [False, True])
+    @pytest.mark.parametrize("number", range(3))
+    def test_training(compact, number):
+        if compact and number == 2:
+            pytest.skip("not here")
+
+    @pytest.mark.host("Host", "a second order", package="pytest")
+    @pytest.mark.parametrize("compact", [False, True])
+    def test_refused(compact, record_property):
+        if compact:
+            record_property("refused", "no graph")
+
+    def test_of_no_host():
+        pass
+"""
+
+
+@pytest.fixture
+def project(pytester):
+    """Tests of a host, and a page that has its table but for the rows."""
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(test_host=TESTS)
+    page = pytester.path / "hosts.md"
+    page.write_text("# Hosts\n\n<!-- rows -->\n" + HEAD + "<!-- end of rows -->\n\nThe end.\n", encoding="utf-8")
+    return pytester
+
+
+def page(project):
+    return (project.path / "hosts.md").read_text(encoding="utf-8")
+
+
+def rows(project):
+    return [line for line in page(project).splitlines() if line.startswith("| Host")]
+
+
+def row(what, default, compact, tests="test_host.py"):
+    return f"| Host | {PYTEST} | {what} | {default} | {compact} | [{tests}]({tests}) |"
+
+
+WRITTEN = [row("a second order", "1 passed", "refused: no graph"), row("training", "3 passed", "2 passed")]
+
+
+def run(project, *args):
+    """The exit status of a run, and what it writes."""
+    result = project.runpytest_inprocess(*args)
+    return result.ret, result.stdout.str()
+
+
+def test_a_run_writes_what_it_saw_and_the_next_one_compares(project):
+    assert run(project, "--write-page")[0] == 0
+    assert rows(project) == WRITTEN
+    assert page(project).startswith("# Hosts\n\n<!-- rows -->\n" + HEAD)
+    assert page(project).endswith("|\n<!-- end of rows -->\n\nThe end.\n")
+    assert run(project)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("3 passed", "4 passed"),
+        ("refused: no graph", "1 passed"),
+        ("| training |", "| untold |"),
+        (WRITTEN[0] + "\n", ""),
+        ("<!-- end", row("more", "1 passed", "—") + "\n<!-- end"),
+    ],
+)
+def test_a_run_fails_where_the_page_says_otherwise_and_leaves_it_so(project, old, new):
+    run(project, "--write-page")
+    changed = page(project).replace(old, new)
+    assert changed != page(project)
+    (project.path / "hosts.md").write_text(changed, encoding="utf-8")
+    status, output = run(project)
+
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "hosts.md differs from what was seen" in output
+    assert page(project) == changed
+
+
+@pytest.mark.parametrize(
+    "outcome", ["raise ValueError", "pytest.fail()", "pytest.skip('not here')", "pytest.xfail('not yet')"]
+)
+def test_what_did_not_pass_has_no_row(project, outcome):
+    project.makepyfile(
+        test_other=f"""
+            import pytest
+
+            @pytest.mark.host("Host", "other", package="pytest")
+            def test_other():
+                {outcome}
+        """
+    )
+    failed = run(project, "--write-page")[0] == pytest.ExitCode.TESTS_FAILED
+
+    assert failed == (outcome in ("raise ValueError", "pytest.fail()"))
+    assert rows(project) == ([] if failed else WRITTEN)
+
+
+@pytest.mark.parametrize("args", [["-k", "refused"], ["test_host.py::test_refused"], ["--collect-only"]])
+@pytest.mark.parametrize("write", [[], ["--write-page"]])
+def test_a_run_in_part_is_not_compared_and_writes_nothing(project, args, write):
+    run(project, "--write-page")
+    changed = page(project).replace("refused: no graph", "1 passed")
+    (project.path / "hosts.md").write_text(changed, encoding="utf-8")
+
+    assert run(project, *args, *write)[0] == 0
+    assert page(project) == changed
+
+
+def test_rows_of_modules_that_are_not_run_are_left_alone(project):
+    project.makepyfile(test_other="def test_other(): pass")
+    run(project, "--write-page")
+
+    assert run(project, "test_other.py")[0] == 0
+    assert run(project, "test_other.py", "--write-page")[0] == 0
+    assert rows(project) == WRITTEN
+
+
+def test_rows_of_other_versions_are_not_compared_and_written_anew(project):
+    run(project, "--write-page")
+    other = page(project).replace(PYTEST, "pytest 1.0, torch 1.0").replace("3 passed", "4 passed")
+    (project.path / "hosts.md").write_text(other, encoding="utf-8")
+
+    assert run(project)[0] == 0
+    assert page(project) == other
+    run(project, "--write-page")
+    assert rows(project) == WRITTEN
