@@ -262,6 +262,7 @@ def test_ties_are_held_by_position_when_the_list_of_parameters_is_replaced(compa
 # --- torch.distributed.checkpoint, in one process ---
 
 distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+state_dicts = pytest.mark.host("torch.distributed.checkpoint", "the state dicts of one process")
 
 
 def tied_linear(inner=AdamW, compact=False, **kwargs):
@@ -272,6 +273,7 @@ def tied_linear(inner=AdamW, compact=False, **kwargs):
     return model, TiedOptimizer(inner(model.parameters(), **kwargs), {model.weight: GROUPS}, compact=compact)
 
 
+@state_dicts
 @distributed
 @pytest.mark.parametrize("inner", [SGD, AdamW])
 def test_distributed_checkpoint_saves_and_loads_the_state(compact, inner):
@@ -295,6 +297,7 @@ def test_distributed_checkpoint_saves_and_loads_the_state(compact, inner):
     assert tied_bitwise(twin_model.weight)
 
 
+@state_dicts
 @distributed
 def test_the_fake_step_with_which_distributed_checkpoint_fills_an_empty_state_changes_no_weight(compact):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -310,6 +313,7 @@ def test_the_fake_step_with_which_distributed_checkpoint_fills_an_empty_state_ch
     assert model.weight.grad is None
 
 
+@state_dicts
 @distributed
 def test_distributed_checkpoint_sees_the_schema_of_the_bare_optimizer():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict

@@ -12,9 +12,9 @@ from torch.optim import SGD, AdamW
 from tieopt import Tie, TiedOptimizer
 from tieopt.testing import assert_tied
 
-# What torch's compiler itself calls.
 pytestmark = [
-    pytest.mark.host("torch.compile", "step(): eager, aot_eager and inductor; graph breaks"),
+    pytest.mark.host("torch.compile", "the step: eager, aot_eager and inductor; graph breaks"),
+    # What torch's compiler itself calls.
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning"),
     pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),

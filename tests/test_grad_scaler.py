@@ -26,7 +26,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from tieopt import TiedOptimizer
 
-pytestmark = pytest.mark.host("torch.amp", "GradScaler, autocast")
+pytestmark = pytest.mark.host("GradScaler", "unscaling, clipping, skipped steps, fused optimizers, autocast")
 
 FUSED = [SGD, Adam, AdamW, Adagrad]
 # Those whose step skips itself, and which a scaler therefore always steps.

@@ -20,7 +20,7 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from tieopt import TiedOptimizer
 
-pytestmark = pytest.mark.host("torch.optim", "every optimizer, with the settings that torch tests")
+pytestmark = pytest.mark.host("torch.optim", "every optimizer with every setting of torch's own tests")
 
 SHAPES = [(7, 5), (4, 3)]
 STEPS = 10

@@ -13,11 +13,11 @@ import pytest
 import torch
 from checks import GROUPS, SHAPE, one_bare, parameter, randn, same_tree, tied_bitwise, train
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import SWALR
 
 from tieopt import TiedOptimizer
 
-pytestmark = pytest.mark.host("torch.optim.lr_scheduler", "every scheduler")
+pytestmark = pytest.mark.host("lr_scheduler", "every scheduler, built before and after tying; saving and loading")
 
 STEPS = 9
 
@@ -361,30 +361,3 @@ def test_a_schedule_of_a_bare_optimizer_is_loaded_for_a_tied_one(name):
 
     assert same_tree(history(twin, resumed, steps=4)[0], history(optimizer, scheduler, steps=4)[0])
     assert tied_bitwise(other)
-
-
-# --- weight averaging ---
-
-
-@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)])
-def test_averaged_models_and_swalr_go_with_a_tied_optimizer(compact, average):
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7))
-    optimizer = TiedOptimizer(SGD(model.parameters(), lr=0.1), {model[0].weight: GROUPS}, compact=compact)
-    scheduler = SWALR(optimizer, swa_lr=0.02, anneal_epochs=3)
-    averaged = AveragedModel(model, multi_avg_fn=average)
-    snapshots, rates = [], []
-    for step in range(4):
-        train(optimizer, 1, seed=100 + 10 * step)
-        averaged.update_parameters(model)
-        snapshots.append(model[0].weight.detach().clone())
-        scheduler.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    update_bn([randn(16, 5, seed=step) for step in range(3)], averaged)
-
-    expected = snapshots[0]
-    for number, snapshot in enumerate(snapshots[1:], start=2):
-        expected = expected.lerp(snapshot, 0.5 if average else 1 / number)
-    torch.testing.assert_close(averaged.module[0].weight.detach(), expected)
-    assert tied_bitwise(model[0].weight)
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == 0.02

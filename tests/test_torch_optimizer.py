@@ -971,48 +971,6 @@ def test_a_step_is_captured_in_a_cuda_graph_and_keeps_the_ties_when_it_is_replay
         assert not same_bits(weight, before)
 
 
-# --- determinism ---
-
-
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.host("torch.use_deterministic_algorithms", "step()")
-@pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.float64])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_deterministic_algorithms_work_and_give_one_result(compact, dtype, reduction):
-    groups = [list(range(0, 200, 2)), list(range(1, 100, 2))]
-
-    def run():
-        weight = parameter(200, 3, dtype=dtype)
-        optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: groups}, reduction=reduction, compact=compact)
-        for step in range(3):
-            weight.grad = randn(200, 3, seed=step, dtype=dtype)
-            optimizer.step()
-        assert tied_bitwise(weight, groups)
-        assert bool(weight.isfinite().all())
-        return bits(weight)
-
-    assert torch.equal(run(), run())
-
-
-@pytest.mark.host("torch.use_deterministic_algorithms", "step()")
-@pytest.mark.usefixtures("deterministic")
-def test_deterministic_algorithms_work_with_sparse_gradients(compact):
-    weight = parameter(*SHAPE)
-    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: GROUPS}, reduction="sum", compact=compact)
-    weight.grad = randn(*SHAPE, seed=1).to_sparse(1)
-    optimizer.step()
-
-    assert tied_bitwise(weight)
-    assert bool(weight.isfinite().all())
-
-
 # --- weak references, and step as a bound method that can be replaced ---
 
 
