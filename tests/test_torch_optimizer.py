@@ -1042,6 +1042,54 @@ def test_a_tie_can_be_read_back_and_given_to_another_optimizer(compact):
     assert tied_bitwise(other)
 
 
+# --- what frameworks put in its place: of its class, and asks it for attributes ---
+
+
+class StandIn:
+    """As LightningOptimizer and the optimizer of Fabric."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("StandIn", (StandIn, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def test_a_stand_in_shows_the_ties_the_state_and_ties_gradients_and_weights(compact):
+    weight, optimizer = one_tied(AdamW, compact=compact)
+    train(optimizer, 2)
+    stand_in = StandIn(optimizer)
+
+    assert isinstance(stand_in, TiedOptimizer)
+    assert repr(stand_in.ties) == repr(optimizer.ties)
+    assert stand_in.tie_summary() == optimizer.tie_summary()
+    assert same_tree(dict(stand_in.state), dict(optimizer.state))
+    assert same_tree(stand_in.state_dict(), optimizer.state_dict())
+    with torch.no_grad():
+        weight[GROUPS[0][0]] += 1
+    assert stand_in.tie_drift() > 0
+    stand_in.tie_weights()
+    assert tied_bitwise(weight)
+    weight.grad = randn(*SHAPE)
+    stand_in.tie_gradients()
+    assert tied_bitwise(weight.grad)
+
+
+@pytest.mark.parametrize("change", [lambda one: one.retie({}), lambda one: one.untie()], ids=["retie", "untie"])
+def test_ties_are_not_changed_through_a_stand_in_which_would_keep_the_change_for_itself(compact, change):
+    weight, optimizer = one_tied(AdamW, compact=compact)
+    train(optimizer, 2)
+    stand_in, before, ties = StandIn(optimizer), bits(weight), repr(optimizer.ties)
+
+    with pytest.raises(TypeError, match=r"(?s)on the tied optimizer itself.*Got:      StandIn"):
+        change(stand_in)
+    assert repr(stand_in.ties) == repr(optimizer.ties) == ties
+    assert torch.equal(bits(weight), before)
+    train(optimizer, 1)
+    assert tied_bitwise(weight)
+
+
 # --- all or nothing, where the fault is not in the arguments ---
 
 

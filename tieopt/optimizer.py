@@ -203,7 +203,8 @@ class TiedOptimizer(Optimizer):
 
         Raises:
             TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`, or in the compact mode there is state that
-                cannot be converted, as the history of LBFGS. Everything stays as it is then.
+                cannot be converted, as the history of LBFGS, or this is what a framework has put in the optimizer's
+                place. Everything stays as it is then.
 
         Example:
             >>> import torch
@@ -217,6 +218,7 @@ class TiedOptimizer(Optimizer):
             >>> optimizer.ties
             ()
         """
+        _check_itself(self)
         kept = self._tieopt
         compact = kept.compact is not None
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
@@ -428,6 +430,19 @@ def _converter(
     own = components(binding.ties, optimizer.param_groups) if compact is None else compact.components
     pairs = parameters_of(own, optimizer.param_groups)
     return lambda state: expanded(state, pairs) if was_compact else compacted(state, pairs, was_compact is None)
+
+
+def _check_itself(optimizer: Any) -> None:
+    """Refuses an object of the same class that only asks the tied optimizer for its attributes, as those of Lightning.
+
+    What was written to it would not reach the optimizer.
+    """
+    if "_tieopt" not in vars(optimizer):
+        raise TypeError(
+            "Ties are changed on the tied optimizer itself, and not on what a framework has put in its place.\n"
+            "  Expected: the tied optimizer, for example `self.optimizers().optimizer` in Lightning\n"
+            f"  Got:      {type(optimizer).__name__}"
+        )
 
 
 def _check_wrappable(optimizer: Any) -> None:

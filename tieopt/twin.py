@@ -115,6 +115,9 @@ class StateView(MutableMapping[Any, Any]):
 
 def _shown_state(self: Any) -> StateView:
     """The state by the model's parameters, though it is kept by the compact ones."""
+    if "state" not in vars(self):
+        # What a framework has put in the optimizer's place, with a class made from its class, looks there then.
+        raise AttributeError("state")
     return StateView(vars(self)["state"], self._tieopt.compact.counterparts(self.param_groups))
 
 
