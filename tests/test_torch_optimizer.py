@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from types import MethodType
 
@@ -20,6 +21,7 @@ from checks import (
     one_bare,
     one_tied,
     parameter,
+    pickled,
     randn,
     same_bits,
     same_tree,
@@ -99,6 +101,52 @@ def test_tying_one_optimizer_leaves_others_of_its_class_as_they_were(compact):
     assert SGD.step is step
     assert type(bare) is SGD
     assert not tied_bitwise(weight)
+
+
+class Abstract(ABC, Optimizer):
+    """What the optimizers of some packages come from: their objects are laid out in memory as those of ``ABC``."""
+
+    @abstractmethod
+    def name(self):
+        """Of the optimizer."""
+
+
+class Concrete(Abstract):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def name(self):
+        return "concrete"
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=group["lr"])
+
+
+def test_an_optimizer_whose_first_base_is_another_class_is_tied(compact):
+    weight, optimizer = one_tied(Concrete, compact=compact)
+    # As Lightning does.
+    optimizer.__class__ = type("Host", (type(optimizer),), {})
+    train(optimizer, 2)
+
+    assert isinstance(optimizer, TiedOptimizer)
+    assert isinstance(optimizer, Concrete)
+    assert type(optimizer).__mro__[2:5] == (TiedOptimizer, Concrete, Abstract)
+    assert optimizer.name() == "concrete"
+    assert "tieopt" in optimizer.state_dict()
+    assert tied_bitwise(weight)
+
+
+def test_an_optimizer_whose_first_base_is_another_class_is_copied_with_its_ties(compact):
+    weight, optimizer = one_tied(Concrete, compact=compact)
+    copied = pickled(optimizer)
+    train(optimizer, 2)
+    train(copied, 2)
+
+    assert type(copied) is type(optimizer)
+    assert same_bits(copied.param_groups[0]["params"][0], weight)
 
 
 # --- hook dictionaries ---

@@ -389,9 +389,37 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool)
             "step": _tied_step(inner),
             **(COMPACT_NAMESPACE if compact else {}),
         }
-        made = new_class(f"Tied{inner.__name__}", (cls, inner), exec_body=lambda body: body.update(namespace))
+        name = f"Tied{inner.__name__}"
+        if Optimizer in _laid_out_from(inner):
+            made = new_class(name, (cls, inner), exec_body=lambda body: body.update(namespace))
+        else:
+            keywords = {"metaclass": _inner_first(cls, inner)}
+            made = new_class(name, (inner, cls), keywords, lambda body: body.update(namespace))
         _tied_classes[cls, inner, compact] = made
     return _tied_classes[cls, inner, compact]
+
+
+def _laid_out_from(kind: type) -> list[type]:
+    """The classes from which a class has the layout of its objects in memory: of several bases, the first one."""
+    bases = [kind]
+    while bases[-1].__base__ is not None:
+        bases.append(bases[-1].__base__)
+    return bases
+
+
+def _inner_first(cls: type, inner: type) -> type:
+    """The metaclass of a tied class that has the inner one as its first base, and is asked before it all the same.
+
+    The class of an object can only be replaced by one of the same layout. Where the inner class has its own from
+    another base than ``Optimizer``, as in ``class Inner(ABC, Optimizer)``, it has to be the first base of the tied
+    one.
+    """
+    order = new_class("_Order", (cls, inner)).__mro__[1:]
+
+    def mro(made: type) -> list[type]:
+        return [made, *order] if made.__bases__ == (inner, cls) else type.mro(made)
+
+    return new_class("_InnerFirst", (type(inner),), exec_body=lambda body: body.update(mro=mro))
 
 
 def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding) -> TiedOptimizer:
