@@ -1,4 +1,4 @@
-"""The pages whose package is not installed are left out."""
+"""Which pages are not run: those whose package is not installed."""
 
 from importlib.util import find_spec
 
@@ -11,4 +11,5 @@ PACKAGES = {
     "transformers.md": "transformers",
 }
 
-collect_ignore = [page for page, package in PACKAGES.items() if find_spec(package) is None]
+# Nor is this file searched for doctests, lest it be imported by the name of tests/conftest.py.
+collect_ignore = ["conftest.py", *(page for page, package in PACKAGES.items() if find_spec(package) is None)]
