@@ -11,5 +11,4 @@ PACKAGES = {
     "transformers.md": "transformers",
 }
 
-# Nor is this file searched for doctests, lest it be imported by the name of tests/conftest.py.
-collect_ignore = ["conftest.py", *(page for page, package in PACKAGES.items() if find_spec(package) is None)]
+collect_ignore = [page for page, package in PACKAGES.items() if find_spec(package) is None]
