@@ -1037,16 +1037,18 @@ def test_free_rows_are_trained_and_the_members_are_not_apart():
 
 
 class HoldsAnother(SGD):
-    def __init__(self, params: Any, **options: Any) -> None:
+    def __init__(self, params: Any, several: bool, **options: Any) -> None:
         super().__init__(params, **options)
-        self.base_optimizer = SGD(self.param_groups, **options)
+        inner = SGD(self.param_groups, **options)
+        self.base = [inner] if several else inner
 
 
-def test_an_optimizer_that_has_another_one_step_is_refused():
+@pytest.mark.parametrize("several", [False, True])
+def test_an_optimizer_that_has_another_one_step_is_refused(several):
     weight = parameter(*SHAPE)
     before = bits(weight)
-    optimizer = HoldsAnother([weight], lr=0.1)
-    with pytest.raises(ValueError, match=r"HoldsAnother with base_optimizer = SGD"):
+    optimizer = HoldsAnother([weight], several, lr=0.1)
+    with pytest.raises(ValueError, match=r"HoldsAnother with SGD as base"):
         tied_of(optimizer, {weight: GROUPS})
     assert type(optimizer) is HoldsAnother
     assert torch.equal(bits(weight), before)

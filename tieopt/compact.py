@@ -343,12 +343,18 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             one do it; or it takes matrices where a compact parameter is none, or a parameter is lazily negated or
             conjugated.
     """
-    held = [name for name, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    # Some hold several of them in a list.
+    held = [
+        (name, type(one).__name__)
+        for name, value in vars(optimizer).items()
+        for one in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(one, Optimizer)
+    ]
     if held:
         raise ValueError(
             "The compact mode has no compact parameters for an optimizer within the optimizer.\n"
             "  Expected: an optimizer that steps itself, or compact=False\n"
-            f"  Got:      {type(optimizer).__name__} with {held[0]} = {type(vars(optimizer)[held[0]]).__name__}"
+            f"  Got:      {type(optimizer).__name__} with {held[0][1]} as {held[0][0]}"
         )
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
         raise ValueError(
