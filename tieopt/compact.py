@@ -32,6 +32,7 @@ from tieopt.gradients import gradients_of, prepare_gradients, with_gradients
 from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
 from tieopt.reduction import Reduction
 from tieopt.sharded import is_sharded
+from tieopt.state import with_state
 from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
 from tieopt.twin import make_twin
 
@@ -133,12 +134,11 @@ class Compact:
         """Makes ready what is to be folded.
 
         Args:
-            pairs: the components that have gradients, and their parameters.
+            pairs: components, and their parameters.
             batches: to work in.
             param_groups: of the optimizer.
         """
-        prepare_gradients(pairs)
-        trained = {id(param) for _, params in pairs for param in params}
+        trained = {id(param) for _, params in pairs for param in params if param.grad is not None}
         for param, compact in self.counterparts(param_groups):
             other_kind = compact.dtype != param.dtype or compact.device != param.device
             # What is as it is to be is left so: a compiled step is compiled again where it finds other attributes.
@@ -181,6 +181,18 @@ class Compact:
             else:
                 fold_(own, params, folding_for(ties, params))
                 fold_gradients_(targets, grads, folding_for(ties, grads), batches.workspace, reduction)
+
+    def fold_weights(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
+        """Reads the compact parameters from the weights, and leaves their gradients.
+
+        Args:
+            pairs: components, and their parameters, prepared.
+            batches: to work in.
+            param_groups: of the optimizer.
+        """
+        compacts = self._by_id(param_groups)
+        for ties, params in batches.of(pairs):
+            fold_([compacts[id(param)] for param in params], params, folding_for(ties, params))
 
     def unfold(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Writes what the compact parameters say to the weights.
@@ -289,10 +301,23 @@ class CompactStep:
         # What a closure has left without a gradient is not trained any more.
         self._took_part = dict(pairs)
         given = [(param, param.grad) for _, params in pairs for param in params]
+        prepare_gradients(pairs)
         self._compact.mirror(param_groups)
         self._compact.prepare(pairs, self._binding.batches, param_groups)
         self._replaced = [(param, grad, param.grad) for param, grad in given if param.grad is not grad]
         return pairs
+
+    def switch(self, inner_switch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls what exchanges the weights, as ``train()`` and ``eval()`` of some optimizers do."""
+        param_groups = self._tied.param_groups
+        pairs = with_state(parameters_of(self._compact.components, param_groups), self._tied.state)
+        self._took_part = dict(pairs)
+        self._compact.mirror(param_groups)
+        self._compact.prepare(pairs, self._binding.batches, param_groups)
+        self._compact.fold_weights(pairs, self._binding.batches, param_groups)
+        result = inner_switch(self._twin, *args, **kwargs)
+        self.finish()
+        return self._tied if result is self._twin else result
 
     @between_graphs
     def finish(self) -> None:
@@ -339,9 +364,8 @@ def check_served(optimizer: Any, compact: Compact) -> None:
     """Refuses what the compact mode cannot serve.
 
     Raises:
-        ValueError: the optimizer is differentiable, writes to the parameters elsewhere than in its step, or has another
-            one do it; or it takes matrices where a compact parameter is none, or a parameter is lazily negated or
-            conjugated.
+        ValueError: the optimizer is differentiable, or has another one write to the parameters; or it takes matrices
+            where a compact parameter is none, or a parameter is lazily negated or conjugated.
     """
     # Some hold several of them in a list.
     held = [
@@ -361,12 +385,6 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             "The compact mode has no graph through the step.\n"
             "  Expected: differentiable=False, or compact=False\n"
             f"  Got:      {type(optimizer).__name__} with differentiable=True"
-        )
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        raise ValueError(
-            "The compact mode serves step() alone, and these optimizers write to the parameters elsewhere, too.\n"
-            "  Expected: an optimizer without train() and eval(), or compact=False\n"
-            f"  Got:      {type(optimizer).__name__}"
         )
     pairs = parameters_of(compact.components, optimizer.param_groups)
     sharded: list[Any] = [param for _, params in pairs for param in params if is_sharded(param)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tieopt.binding import Binding
 from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.places import BoundTie
+from tieopt.state import with_state
 from tieopt.traced import between_graphs
 
 
@@ -44,6 +45,15 @@ class FullStep:
         self._took_part.update(pairs)
         if not self._binding.relaxed:
             tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
+
+    def switch(self, inner_switch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls what exchanges the weights, as ``train()`` and ``eval()`` of some optimizers do."""
+        pairs = self._binding.parameters(self._optimizer.param_groups)
+        self._took_part = dict(with_state(pairs, self._optimizer.state))
+        try:
+            return inner_switch(self._optimizer, *args, **kwargs)
+        finally:
+            self.close()
 
     def finish(self) -> None:
         """Pulls relaxed members together, every so many steps."""

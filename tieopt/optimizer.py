@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from types import CodeType, new_class
 from typing import Any, Self, cast
 
@@ -362,6 +363,25 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     return hooked
 
 
+def _tied_switch(inner: type[Optimizer], name: str) -> Callable[..., Any]:
+    """A method by which an optimizer exchanges the weights that it trains and those that are evaluated."""
+    inner_switch = getattr(inner, name)
+
+    @wraps(inner_switch)
+    def switch(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if self._tieopt.compact is None:
+            return FullStep(self).switch(inner_switch, *args, **kwargs)
+        # The twin has the attributes of the optimizer.
+        _check_itself(self)
+        return CompactStep(self).switch(inner_switch, *args, **kwargs)
+
+    return switch
+
+
+# What schedule-free and some other optimizers have beside step() that writes to the weights.
+_SWITCHES = ("train", "eval")
+
+
 # What torch puts around the step of every optimizer, to fire the hooks and mark the profile, and around those of its
 # own, to turn gradients off. They are told by their code: functools.wraps copies marks to whatever wraps them.
 _HOOKED_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
@@ -387,6 +407,7 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool)
             "__module__": inner.__module__,
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
+            **{name: _tied_switch(inner, name) for name in _SWITCHES if callable(getattr(inner, name, None))},
             **(COMPACT_NAMESPACE if compact else {}),
         }
         name = f"Tied{inner.__name__}"
@@ -467,7 +488,7 @@ def _check_itself(optimizer: Any) -> None:
     """
     if "_tieopt" not in vars(optimizer):
         raise TypeError(
-            "Ties are changed on the tied optimizer itself, and not on what a framework has put in its place.\n"
+            "Call this on the tied optimizer itself, and not on what a framework has put in its place.\n"
             "  Expected: the tied optimizer, for example `self.optimizers().optimizer` in Lightning\n"
             f"  Got:      {type(optimizer).__name__}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tieopt.index import Index, Indices
-from tieopt.places import BoundTie
+from tieopt.places import BoundTie, T
 from tieopt.reduction import Workspace, projected, tied
 from tieopt.sharded import is_sharded, shards_for
 from tieopt.slices import FREE, Slices, real
@@ -20,6 +20,11 @@ from tieopt.slices import FREE, Slices, real
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 
 State = dict[str, Any]
+
+
+def with_state(pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]) -> list[tuple[T, list[Tensor]]]:
+    """The ties of parameters that are trained, or were: an optimizer has state of those that are frozen since."""
+    return [(tie, params) for tie, params in pairs if any(param.requires_grad or state.get(param) for param in params)]
 
 
 def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> dict[Tensor, State]:
