@@ -111,6 +111,25 @@ def test_an_average_that_was_begun_before_the_ties_is_tied_from_its_first_update
         assert tied_bitwise(averaged.module.weight)
 
 
+# Where vectors of a processor end, a multiplication and an addition are rounded otherwise than within them.
+@averages
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [3, 37])
+def test_an_average_of_ones_own_can_be_tied(dtype, width):
+    layer = nn.Linear(width, 7, bias=False, dtype=dtype)
+    averaged = AveragedModel(layer, avg_fn=lambda old, new, _: (0.9 * old).add_(new, alpha=0.1))
+    for step in range(STEPS):
+        with torch.no_grad():
+            layer.weight.copy_(randn(7, width, seed=step))
+        tie_(layer.weight, GROUPS)
+        averaged.update_parameters(layer)
+        before = averaged.module.weight.detach().clone()
+
+        assert tied_bitwise(tie_(averaged.module.weight, GROUPS))
+        # It was tied but for a rounding.
+        torch.testing.assert_close(averaged.module.weight.detach(), before)
+
+
 @averages
 def test_averaged_weights_that_are_loaded_into_the_model_are_tied_already(compact):
     model, optimizer = tied_model(compact, momentum=0.9)

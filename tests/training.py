@@ -1,0 +1,69 @@
+"""A small training that hosts are given, and the plain loop that they are compared with."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from checks import GROUPS, randn, tied_bitwise
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.optim import AdamW, Optimizer
+
+from tieopt import TiedOptimizer
+from tieopt.reduction import Reduction
+
+Batch = tuple[Tensor, Tensor]
+
+BATCHES: list[Batch] = [(randn(8, 5, seed=seed), randn(8, 2, seed=100 + seed)) for seed in range(6)]
+
+
+def small_model() -> nn.Sequential:
+    """A model whose neurons are to be tied; the same one each time."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    with torch.no_grad():
+        for seed, param in enumerate(model.parameters()):
+            param.copy_(randn(*param.shape, seed=seed))
+    return model
+
+
+def tied_optimizer(
+    model: nn.Sequential,
+    inner: type[Optimizer] = AdamW,
+    compact: bool = False,
+    reduction: Reduction = "mean",
+    **kwargs: object,
+) -> Optimizer:
+    """An optimizer of the model that ties some neurons of its first layer."""
+    kwargs.setdefault("lr", 0.05)
+    ties = {model[0].weight: GROUPS, model[0].bias: GROUPS}
+    return TiedOptimizer(inner(model.parameters(), **kwargs), ties, reduction=reduction, compact=compact)
+
+
+def neurons_tied(model: nn.Sequential) -> bool:
+    """Whether they are, to the last bit."""
+    return tied_bitwise(model[0].weight) and tied_bitwise(model[0].bias)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that is trained."""
+    inputs, targets = batch
+    return mse_loss(model(inputs), targets)
+
+
+def plain_loop(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    *,
+    accumulate: int = 1,
+    before_step: Callable[[], object] = lambda: None,
+    after_step: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:
+    """Trains as a page of PyTorch's own would have it, and returns the weights."""
+    for number, batch in enumerate(batches, start=1):
+        (loss_of(model, batch) / accumulate).backward()
+        if number % accumulate == 0:
+            before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            after_step()
+    return model.state_dict()
