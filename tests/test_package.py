@@ -98,7 +98,9 @@ def test_numpy_is_not_needed() -> None:
 
 
 def test_continuous_integration_pins_what_it_requires() -> None:
-    files = [ROOT / "tests" / name for name in ("constraints.txt", "hosts-constraints.txt", "frameworks-constraints.txt")]
+    files = [
+        ROOT / "tests" / name for name in ("constraints.txt", "hosts-constraints.txt", "frameworks-constraints.txt")
+    ]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     required = [line for line in requires("tieopt") or [] if 'extra == "docs"' not in line]
