@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
-from training import BATCHES, loss_of, neurons_tied, plain_loop, small_model, tied_optimizer
+from training import BATCHES, FUSED_ADAMW, loss_of, moved, neurons_tied, plain_loop, small_model, tied_optimizer
 
 from tieopt import TiedOptimizer
 
@@ -26,7 +26,7 @@ host = functools.partial(pytest.mark.host, "Lightning", package="lightning")
 class Module(L.LightningModule):
     """Trains the small model, and asserts after every batch that its neurons are tied."""
 
-    def __init__(self, inner=AdamW, scheduled=False, **kwargs):
+    def __init__(self, inner=FUSED_ADAMW, scheduled=False, **kwargs):
         super().__init__()
         self.model, self.inner, self.scheduled, self.kwargs = small_model(), inner, scheduled, kwargs
         self.batches_seen = 0
@@ -118,6 +118,8 @@ def fit(module, tmp_path, epochs=EPOCHS, resume=None, **kwargs):
         **kwargs,
     )
     trainer.fit(module, DataLoader(BATCHES, batch_size=None), ckpt_path=resume, weights_only=True)
+    # A step that trains nothing would be the same in the plain loop.
+    assert moved(module.model)
     assert module.batches_seen == len(BATCHES) * (epochs - (EPOCHS if resume else 0))
     return trainer
 
@@ -131,7 +133,7 @@ def same_as(module, expected):
 
 
 @host("automatic optimisation")
-@pytest.mark.parametrize(("inner", "kwargs"), [(AdamW, {}), (AdamW, {"fused": True}), (SGD, {"momentum": 0.9})])
+@pytest.mark.parametrize(("inner", "kwargs"), [(AdamW, {}), (FUSED_ADAMW, {}), (SGD, {"momentum": 0.9})])
 def test_automatic_optimisation_is_the_plain_loop(compact, tmp_path, inner, kwargs):
     module, model = Module(inner, compact=compact, **kwargs), small_model()
     fit(module, tmp_path)
@@ -204,11 +206,10 @@ def test_lbfgs_is_trained_as_with_a_closure_of_ones_own(compact, tmp_path):
 @host("precision bf16-mixed and 64-true")
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("64-true", torch.float64)])
 def test_in_other_precisions_the_neurons_stay_tied(compact, tmp_path, precision, dtype):
-    module, before = Module(compact=compact), small_model().state_dict()
+    module = Module(compact=compact)
     trainer = fit(module, tmp_path, precision=precision)
 
     assert module.model[0].weight.dtype == dtype
-    assert not torch.equal(module.model[0].weight.float(), before["0.weight"])
     assert trainer.optimizers[0].tie_drift() == 0
 
 
@@ -257,11 +258,7 @@ def test_manual_optimisation_with_a_closure_is_the_plain_loop(compact, tmp_path)
 
 @host("manual optimisation")
 def test_two_optimizers_that_freeze_each_others_layers_keep_their_ties(compact, tmp_path):
-    module = TwoOptimizers(compact=compact)
-    before = small_model().state_dict()
-    fit(module, tmp_path)
-
-    assert all(not torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
+    fit(TwoOptimizers(compact=compact), tmp_path)
 
 
 @host("retie() in mid-training")
@@ -286,7 +283,7 @@ def test_ties_are_changed_on_the_optimizer_that_lightning_has_wrapped(compact, t
 
 
 @host("checkpoint and resume")
-@pytest.mark.parametrize(("inner", "settings"), [(AdamW, {}), (SGD, {"momentum": 0.9}), (LBFGS, {"max_iter": 4})])
+@pytest.mark.parametrize(("inner", "settings"), [(FUSED_ADAMW, {}), (SGD, {"momentum": 0.9}), (LBFGS, {"max_iter": 4})])
 def test_a_training_that_is_resumed_goes_on_bit_for_bit(compact, tmp_path, inner, settings):
     kwargs = {"inner": inner, "scheduled": True, "compact": compact, **settings}
     whole, half, resumed = (Module(**kwargs) for _ in range(3))
@@ -333,6 +330,7 @@ def fabric_loop(fabric, model, optimizer, batches, tie=True):
         optimizer.zero_grad()
 
         assert neurons_tied(model.module)
+    assert moved(model.module)
 
 
 def fabric_parts(compact, **kwargs):
@@ -375,7 +373,4 @@ def test_fabric_saves_and_loads_and_goes_on_bit_for_bit(compact, tmp_path):
 @host("Fabric")
 def test_fabric_in_bfloat16_keeps_the_neurons_tied(compact):
     fabric, model, optimizer = fabric_parts(compact, precision="bf16-mixed")
-    before = small_model()[0].weight
     fabric_loop(fabric, model, optimizer, BATCHES)
-
-    assert not torch.equal(model.module[0].weight, before)

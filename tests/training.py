@@ -1,6 +1,7 @@
 """A small training that hosts are given, and the plain loop that they are compared with."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from checks import GROUPS, randn, tied_bitwise
@@ -12,6 +13,9 @@ from tieopt import TiedOptimizer
 from tieopt.reduction import Reduction
 
 Batch = tuple[Tensor, Tensor]
+
+# A fused step moves members apart in their last bits, so that they have to be tied after it as well.
+FUSED_ADAMW = partial(AdamW, fused=True)
 
 BATCHES: list[Batch] = [(randn(8, 5, seed=seed), randn(8, 2, seed=100 + seed)) for seed in range(6)]
 
@@ -27,7 +31,7 @@ def small_model() -> nn.Sequential:
 
 def tied_optimizer(
     model: nn.Sequential,
-    inner: type[Optimizer] = AdamW,
+    inner: Callable[..., Optimizer] = FUSED_ADAMW,
     compact: bool = False,
     reduction: Reduction = "mean",
     **kwargs: object,
@@ -41,6 +45,12 @@ def tied_optimizer(
 def neurons_tied(model: nn.Sequential) -> bool:
     """Whether they are, to the last bit."""
     return tied_bitwise(model[0].weight) and tied_bitwise(model[0].bias)
+
+
+def moved(model: nn.Sequential) -> bool:
+    """Whether each entry of a model that was small_model() has changed; tying alone changes none that is free."""
+    pairs = zip(model.parameters(), small_model().parameters(), strict=True)
+    return all(bool((new.float() != old).all()) for new, old in pairs)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -66,4 +76,5 @@ def plain_loop(
             optimizer.step()
             optimizer.zero_grad()
             after_step()
+    assert moved(model)
     return model.state_dict()
