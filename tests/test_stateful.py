@@ -58,6 +58,8 @@ class TiedTrainingBehavesAsTheReference(RuleBasedStateMachine):
         self.optimizer = TiedOptimizer(build(self.parameters), ties, reduction=reduction, compact=self.compact)
         self.scheduler = ExponentialLR(self.optimizer, DECAY)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        # Skipping its first step, torch's fused SGD keeps a momentum that was never written, tied or not.
+        self.skips_cleanly = not (recipe.settings.get("fused") and "momentum" in recipe.settings)
         self.stepped = False
         self.saved: tuple[bytes, Any, int] | None = None
         # Which parameters were written to from outside, and not been tied since.
@@ -111,6 +113,7 @@ class TiedTrainingBehavesAsTheReference(RuleBasedStateMachine):
 
     @rule(seed=seeds, infinite=st.booleans(), where=st.integers(0, 100), to_none=st.booleans())
     def scaled_step(self, seed: int, infinite: bool, where: int, to_none: bool) -> None:
+        infinite = infinite and self.skips_cleanly
         self.zero_grad(to_none=True)
         self.scaler.scale(loss_of(self.parameters, seed)).backward()
         if infinite:
