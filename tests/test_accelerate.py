@@ -178,6 +178,36 @@ def test_a_step_that_the_scaler_skips_changes_no_bit_and_the_next_one_goes_on(co
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.host("Accelerate", "a `GradScaler`", package="accelerate")
+def test_scaled_gradients_are_tied_and_then_unscaled_by_the_clipping(compact):
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    # What it makes itself where there is a GPU.
+    accelerator.scaler, accelerator.native_amp = GradScaler("cpu", init_scale=2.0**10), True
+    model, tied, _ = made(compact)
+    plain, reference, _ = made(compact)
+    weight = model[0].weight
+    model, optimizer = accelerator.prepare(model, tied)
+    for x, y in DataLoader(DATA, batch_size=2):
+        accelerator.backward(mse_loss(model(x), y))
+        tied.tie_gradients()
+        norm = accelerator.clip_grad_norm_([weight], 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        with torch.autocast("cpu", torch.float16):
+            prediction = plain(x)
+        (mse_loss(prediction.float(), y) * 2.0**10).backward()
+        for parameter in plain.parameters():
+            parameter.grad /= 2.0**10
+        reference.tie_gradients()
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_([plain[0].weight], 1e-3))
+        reference.step()
+        reference.zero_grad()
+        assert not optimizer.step_was_skipped
+        assert tied_bitwise(weight)
+    torch.testing.assert_close(weights_of(accelerator.unwrap_model(model)), weights_of(plain))
+
+
 @pytest.mark.host("Accelerate", "an optimizer that is tied once it is prepared", package="accelerate")
 def test_what_is_below_a_prepared_optimizer_can_be_tied_as_well(compact):
     accelerator = Accelerator(cpu=True)
