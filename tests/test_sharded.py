@@ -707,6 +707,13 @@ def cut_otherwise():
     return weight, SGD([weight], lr=0.1), {weight: [[0, 7]]}, {}
 
 
+def descending():
+    weight = Parameter(
+        distribute_tensor(randn(8, 4), DeviceMesh("cpu", range(dist.get_world_size())[::-1]), [Shard(0)])
+    )
+    return weight, SGD([weight], lr=0.1), {weight: [[0, 7]]}, {}
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -718,6 +725,7 @@ def cut_otherwise():
         (one_sharded_only, "not sharded over one mesh"),
         (one_replicated, "not sharded over the same dimensions of the mesh"),
         (cut_otherwise, "not cut as torch.chunk cuts"),
+        (descending, "ranks do not ascend"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -760,6 +768,44 @@ def test_strided_shards_are_refused(ranks):
     for message in ranks.run(refusal, strided):
         assert "cannot be tied as it is distributed" in message
         assert "StridedShard" in message
+
+
+def of_some_ranks() -> str:
+    """What the ranks of a smaller mesh see, and those outside of it."""
+    weight = Parameter(distribute_tensor(randn(8, 4), DeviceMesh("cpu", [0]), [Shard(0)]))
+    optimizer = SGD([weight], lr=0.1)
+    if dist.get_rank():
+        return refusal(lambda: (weight, optimizer, {weight: [[0, 7]]}, {}))
+    tied = TiedOptimizer(optimizer, {weight: [[0, 7]]})
+    return str(is_tied(weight, [[0, 7]]) and tied.tie_drift() == 0)
+
+
+def test_a_mesh_is_tied_on_its_ranks_and_refused_on_others(ranks):
+    first, *others = ranks.run(of_some_ranks)
+    assert first == "True"
+    for message in others:
+        assert "no shard on this rank" in message
+
+
+def sharded_late() -> str:
+    """What the compact mode says when a host shards parameters after they were tied."""
+    model = mlp()
+    optimizer = TiedOptimizer(INNER["SGD"](model.parameters()), TIES["rows"](model), compact=True)
+    train(model, optimizer, range(1))
+    fsdp(model, dist.get_world_size())
+    optimizer.param_groups[0]["params"][:] = model.parameters()
+    start = whole(model)
+    try:
+        train(model, optimizer, range(1), share_of("fully_shard"))
+    except ValueError as error:
+        assert all(map(same_bits, whole(model), start))
+        return str(error)
+    return "nothing"
+
+
+def test_parameters_that_are_sharded_once_they_are_tied_are_refused_in_the_compact_mode(ranks):
+    for message in ranks.run(sharded_late):
+        assert "compact=False" in message
 
 
 def lagging() -> str:

@@ -138,6 +138,8 @@ class Compact:
             batches: to work in.
             param_groups: of the optimizer.
         """
+        # Also those that have taken the places of whole ones.
+        _check_whole(pairs)
         trained = {id(param) for _, params in pairs for param in params if param.grad is not None}
         for param, compact in self.counterparts(param_groups):
             other_kind = compact.dtype != param.dtype or compact.device != param.device
@@ -233,6 +235,16 @@ def _check_range(component: Component, params: Sequence[Tensor], compacts: Seque
                 f"  Expected: weights divided by their scales within {param.dtype}, or compact=False\n"
                 f"  Got:      a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
             )
+
+
+def _check_whole(pairs: Components) -> None:
+    sharded: list[Any] = [param for _, params in pairs for param in params if is_sharded(param)]
+    if sharded:
+        raise ValueError(
+            "The compact mode has no shards of compact parameters.\n"
+            "  Expected: parameters that are whole on every rank, or compact=False\n"
+            f"  Got:      {sharded[0].placements} of a parameter of shape {tuple(sharded[0].shape)}"
+        )
 
 
 def _is_sparse(grad: Tensor | None) -> bool:
@@ -387,13 +399,7 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             f"  Got:      {type(optimizer).__name__} with differentiable=True"
         )
     pairs = parameters_of(compact.components, optimizer.param_groups)
-    sharded: list[Any] = [param for _, params in pairs for param in params if is_sharded(param)]
-    if sharded:
-        raise ValueError(
-            "The compact mode has no shards of compact parameters.\n"
-            "  Expected: parameters that are whole on every rank, or compact=False\n"
-            f"  Got:      {sharded[0].placements} of a parameter of shape {tuple(sharded[0].shape)}"
-        )
+    _check_whole(pairs)
     muon = getattr(torch.optim, "Muon", None)
     for component, params in pairs:
         for place, slices, param in zip(component.places, component.slices, params, strict=True):
