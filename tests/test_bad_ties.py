@@ -624,6 +624,10 @@ def test_a_tuple_of_groups_is_not_taken_for_labels_and_a_scale(groups):
             lambda: Tie.join(Tie("a", [[0]]), Tie("b", [[1]])),
             "Tie.join(Tie('a', [[0]] (list)), Tie('b', [[1]] (list)))",
         ),
+        (
+            lambda: Tie.join(*(Tie(name, [[0]]) for name in "abcdef")),
+            "Tie.join(" + "".join(f"Tie('{name}', [[0]] (list)), " for name in "abcd") + "and 2 more)",
+        ),
     ],
 )
 def test_a_tie_of_any_kind_says_what_it_is(tie, text):

@@ -69,7 +69,7 @@ def test_type_hints_are_shipped() -> None:
 def test_there_is_one_version() -> None:
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg", encoding="utf-8")
-    latest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    latest = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert latest is not None
     assert tieopt.__version__ == version("tieopt") == metadata["metadata"]["version"] == latest[1]
 

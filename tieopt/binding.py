@@ -17,7 +17,6 @@ from tieopt.compact import Compact
 from tieopt.places import BoundTie, ParamGroups, all_places, found, name_of, parameters_of
 from tieopt.reduction import Reduction, drift, projected
 from tieopt.sharded import is_sharded, shards_for
-from tieopt.slices import FREE
 from tieopt.ties import shown
 
 
@@ -95,29 +94,6 @@ class Binding:
         if is_sharded(params[0]):
             return shards_for(tie, params).drift(params, self.batches.workspace)
         return drift(params, tie.index_for(params), self.batches.workspace)
-
-    def summary(self, param_groups: ParamGroups) -> str:
-        """A table with a line for each tied parameter."""
-        lines = [["parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift"]]
-        for tie, params in self.parameters(param_groups):
-            measured = f"{self.drift(tie, params):.3g}"
-            for place, slices in zip(tie.places, tie.slices, strict=True):
-                labels = slices.labels
-                count, free = labels.numel(), int((labels == FREE).sum())
-                groups = len(torch.unique(labels[labels != FREE]))
-                trained = len(torch.unique(labels[(labels != FREE) & (slices.scales != 0)]))
-                counts = [str(number) for number in (count, groups, count - free, free, trained + free)]
-                lines.append([name_of(param_groups, place), str(tuple(place.shape)), *counts, measured])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]) for line in lines
-        ]
-        return "\n".join([*table, *([self.relaxation] if self.relaxed and self.ties else [])])
-
-    @property
-    def relaxation(self) -> str:
-        """How approximate relaxed ties are, in words."""
-        return f"Ties are approximate: strength {self.strength}, every {self.every} step{'s' * (self.every != 1)}"
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """The fingerprints of its ties, for each parameter by the number that it has in a ``state_dict``."""

@@ -22,6 +22,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from tieopt import summary
 from tieopt.batches import Pairs
 from tieopt.binding import Binding
 from tieopt.compact import CompactStep, check_served
@@ -109,6 +110,8 @@ class TiedOptimizer(Optimizer):
         True
         >>> isinstance(optimizer, torch.optim.AdamW)
         True
+        >>> optimizer
+        TiedAdamW(2 groups of 5 members in 1 parameter, reduction='mean')
     """
 
     _tieopt: Binding
@@ -256,6 +259,14 @@ class TiedOptimizer(Optimizer):
     def tie_summary(self) -> str:
         """A table of the ties, a line for each tied parameter, to be printed.
 
+        It counts the slices: ``members`` are in one of the ``groups``, ``free`` ones in none, and ``distinct`` are
+        the shared values and the free slices, those that are pinned at zero left out. ``drift`` is as for
+        :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line for each, and lines
+        below the table say which parameters are joined, as these have distinct slices in common.
+
+        Raises:
+            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+
         Example:
             >>> import torch
             >>> from tieopt import TiedOptimizer
@@ -265,7 +276,7 @@ class TiedOptimizer(Optimizer):
             parameter  shape   slices  groups  members  free  distinct  drift
             weight     (6, 3)       6       2        5     1         3      0
         """
-        return self._tieopt.summary(self.param_groups)
+        return summary.table(self._tieopt, self.param_groups)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the wrapped optimizer, and beside it the fingerprints of the ties.
@@ -321,8 +332,11 @@ class TiedOptimizer(Optimizer):
             self._tieopt.compact.mirror(self.param_groups)
 
     def __repr__(self) -> str:
-        relaxed = self._tieopt.relaxed and self._tieopt.ties
-        return super().__repr__() + (f"\n{self._tieopt.relaxation}" if relaxed else "")
+        return f"{type(self).__name__}({summary.line(self._tieopt)})"
+
+    def __str__(self) -> str:
+        # With every setting of every parameter group, as torch prints an optimizer.
+        return f"{super().__repr__()}\nTies: {summary.line(self._tieopt)}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made at run time; pickle would not find it by its name.

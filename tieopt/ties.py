@@ -36,6 +36,9 @@ _DTYPES = {
 # Scales whose squares and quotients, and sums of many of them, are neither infinite nor zero.
 _LARGEST_SCALE = 2.0**100
 
+# Of a joined tie, so that it is shown on one line that can be read.
+_SHOWN_PARTS = 4
+
 
 class Part(NamedTuple):
     """What a tie labels in one parameter.
@@ -164,7 +167,8 @@ class Tie:
     def __repr__(self) -> str:
         if len(self.parts) == 1:
             return repr(self.parts[0])
-        return f"Tie.join({', '.join(map(repr, self.parts))})"
+        more = [f"and {len(self.parts) - _SHOWN_PARTS} more"] if len(self.parts) > _SHOWN_PARTS else []
+        return f"Tie.join({', '.join([*map(repr, self.parts[:_SHOWN_PARTS]), *more])})"
 
 
 def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> Slices:

@@ -1,0 +1,64 @@
+"""The ties of an optimizer in words: a table of them, and a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tieopt.binding import Binding
+from tieopt.places import ParamGroups, name_of
+from tieopt.slices import FREE, Slices
+
+_HEADINGS = ("parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift")
+
+
+def table(binding: Binding, param_groups: ParamGroups) -> str:
+    """A table with a line for each tied parameter, and below it what joins and what relaxes them."""
+    lines, notes = [list(_HEADINGS)], []
+    for tie, params in binding.parameters(param_groups):
+        drift = f"{binding.drift(tie, params):.3g}"
+        names = [name_of(param_groups, place) for place in tie.places]
+        for name, place, slices in zip(names, tie.places, tie.slices, strict=True):
+            free = int((slices.labels == FREE).sum())
+            total, shared = slices.labels.numel(), _shared([slices])
+            counts = map(str, (total, _shared([slices], pinned=True), total - free, free, shared + free))
+            lines.append([name, str(tuple(place.shape)), *counts, drift])
+        if len(names) > 1:
+            distinct = _shared(tie.slices) + sum(int((slices.labels == FREE).sum()) for slices in tie.slices)
+            notes.append(f"Joined: {', '.join(names)}, {distinct} distinct in all")
+    if binding.relaxed and binding.ties:
+        notes.append(f"Ties are {_relaxation(binding)}")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justified = ([*map(str.ljust, cells[:2], widths[:2]), *map(str.rjust, cells[2:], widths[2:])] for cells in lines)
+    return "\n".join([*map("  ".join, justified), *notes])
+
+
+def line(binding: Binding) -> str:
+    """How much is tied, and how. It looks at no parameter, so that it can be asked for at any time."""
+    if not binding.ties:
+        return "no ties"
+    # They are numbered in each tie.
+    largest = (
+        max((int(own.labels.max()) for own in tie.slices if own.labels.numel()), default=FREE) for tie in binding.ties
+    )
+    groups = sum(number + 1 for number in largest)
+    members = sum(int((slices.labels != FREE).sum()) for tie in binding.ties for slices in tie.slices)
+    parameters = len({place for tie in binding.ties for place in tie.places})
+    counts = f"{_count(groups, 'group')} of {_count(members, 'member')} in {_count(parameters, 'parameter')}"
+    how = _relaxation(binding) if binding.relaxed else f"reduction={binding.reduction!r}"
+    return f"{counts}, {how}{', compact=True' * (binding.compact is not None)}"
+
+
+def _shared(slices: Sequence[Slices], *, pinned: bool = False) -> int:
+    """How many groups there are, with or without those that are pinned at zero."""
+    members = [each.labels[(each.labels != FREE) & (pinned | (each.scales != 0))] for each in slices]
+    return len(torch.unique(torch.cat(members)))
+
+
+def _relaxation(binding: Binding) -> str:
+    return f"approximate: strength {binding.strength}, every {_count(binding.every, 'step')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
