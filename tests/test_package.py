@@ -13,14 +13,14 @@ import pytest
 from torch.optim import Optimizer
 
 import tieopt
-from tieopt import patterns, testing
+from tieopt import patterns, plot, testing
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
     *(getattr(tieopt, name) for name in tieopt.__all__),
     *(
         thing
-        for module in (patterns, testing)
+        for module in (patterns, plot, testing)
         for name, thing in vars(module).items()
         if inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
     ),
