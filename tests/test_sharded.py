@@ -134,6 +134,21 @@ def test_special_values_have_the_mean_that_they_have_on_one_rank(ranks, dtype, v
         assert same_bits(once, tie_(full.clone(), labels))
 
 
+def tied_beside_nan(full: Tensor, labels: Tensor) -> bool:
+    return is_tied(sharded(full, line(), [Shard(0)]), labels)
+
+
+@given(data=st.data())
+def test_what_is_tied_is_so_whatever_free_entries_are(ranks, data):
+    labels = torch.tensor(data.draw(st.lists(st.integers(-1, 3), min_size=1, max_size=9)))
+    full = torch.where((labels == -1)[:, None], math.nan, tie_(randn(len(labels), 3), labels))
+    spoilt = data.draw(st.booleans())
+    if spoilt:
+        full[data.draw(st.integers(0, len(labels) - 1))] = math.nan
+
+    assert ranks.run(tied_beside_nan, full, labels) == [is_tied(full, labels)] * ranks.count
+
+
 # --- training ---
 
 HIDDEN = 12

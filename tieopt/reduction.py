@@ -56,16 +56,17 @@ class Workspace:
         return buffer[:entries].view(shape)
 
 
-def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> bool:
+def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, values_of: ValuesOf | None = None) -> bool:
     """Whether dense tensors are what the leads of their groups say.
 
     Args:
         tensors: as for :func:`project_`.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
+        values_of: what gives the values of leads that have members elsewhere, too; by default their own.
     """
-    rows = index.rows(tensors)
-    return all(torch.equal(members, expected) for _, _, members, expected in _compared(rows, index, _leads, workspace))
+    compared = _compared(index.rows(tensors), index, values_of or _leads, workspace)
+    return all(torch.equal(members, expected) for _, _, members, expected in compared)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from tieopt.reduction import (
     project_,
     relax_,
     scatter_add_,
+    tied,
 )
 from tieopt.slices import FREE, Slices, in_memory, numbered
 from tieopt.traced import untraced
@@ -223,11 +224,14 @@ class Shards:
         return float(_gathered(largest, self._mesh).max())
 
     def tied(self, tensors: Sequence[Any], workspace: Workspace) -> bool:
-        """Whether projecting changes nothing on any rank."""
-        copies = [tensor.detach().clone() for tensor in tensors]
-        self.project_(copies, workspace)
-        same = all(torch.equal(new, old) for new, old in zip(local(copies), local(tensors), strict=True))
-        return bool(_gathered(torch.tensor(same, dtype=torch.uint8, device=local(tensors)[0].device), self._mesh).min())
+        """As :func:`~tieopt.reduction.tied`, on all ranks."""
+        shards = local(tensors)
+        same = tied(shards, self._inner.index_for(shards), workspace)
+        if self.plan is not None:
+            site = self._site(shards)
+            # Exchanged whatever the rank has found: the others would wait for it.
+            same = tied(shards, site.members, workspace, self._exchange(shards, site, workspace)) and same
+        return bool(_gathered(torch.tensor(same, dtype=torch.uint8, device=shards[0].device), self._mesh).min())
 
     def _site(self, shards: list[Tensor]) -> _Site:
         layout = Layout.of(self._spanning, shards)
