@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import randn, same_bits
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ranks import Ranks
 from strategies import seeds
@@ -147,6 +147,27 @@ def test_what_is_tied_is_so_whatever_free_entries_are(ranks, data):
         full[data.draw(st.integers(0, len(labels) - 1))] = math.nan
 
     assert ranks.run(tied_beside_nan, full, labels) == [is_tied(full, labels)] * ranks.count
+
+
+def kernels_and_slices(kernels: Tensor, slices: Tensor, labels: Tensor, cuts: tuple[int, int]) -> list[Tensor]:
+    """Kernels of a convolution and slices of another tensor, joined."""
+    first, second = (
+        Parameter(sharded(full, line(), [Shard(dim)])) for full, dim in zip((kernels, slices), cuts, strict=True)
+    )
+    TiedOptimizer(SGD([first, second], lr=0.1), Tie.join(Tie(first, labels), Tie(second, labels.flatten())))
+    return [first.full_tensor().detach(), second.full_tensor().detach()]
+
+
+@example(seed=0, cuts=(2, 2))
+@given(seed=seeds, cuts=st.tuples(st.integers(0, 3), st.integers(0, 2)))
+def test_joined_slices_are_tied_however_each_is_cut(ranks, seed, cuts):
+    kernels, slices = randn(2, 3, 5, 5, seed=seed), randn(6, 5, 5, seed=seed + 1)
+    labels = torch.randint(-1, 4, (2, 3), generator=torch.Generator().manual_seed(seed))
+    alone = [Parameter(kernels.clone()), Parameter(slices.clone())]
+    TiedOptimizer(SGD(alone, lr=0.1), Tie.join(Tie(alone[0], labels), Tie(alone[1], labels.flatten())))
+
+    for answer in ranks.run(kernels_and_slices, kernels, slices, labels, cuts):
+        torch.testing.assert_close(answer, [param.detach() for param in alone])
 
 
 # --- training ---

@@ -435,11 +435,10 @@ def _exchanged(
 
 
 def _cut(slices: Slices, tensor: Any, placement: Any) -> int | None:
-    """What a placement cuts: 0 for the slices from each other, a number for a dimension of them, None for nothing."""
+    """What a placement cuts: 0 for the slices from each other, from 1 on a dimension of them, None for nothing."""
     if not placement.is_shard():
         return None
-    axis = _order(slices, tensor.dim()).index(placement.dim)
-    return 0 if axis < slices.labels.dim() else axis
+    return max(_order(slices, tensor.dim()).index(placement.dim) - slices.labels.dim() + 1, 0)
 
 
 def _by_entry(slices: Slices, tensor: Any) -> Slices:
