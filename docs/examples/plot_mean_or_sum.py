@@ -1,0 +1,282 @@
+r"""
+Mean or sum of the gradients: when it matters
+=============================================
+
+The gradient of a shared value is the *sum* of its members' gradients; autograd gives that where a parameter is used
+several times. tieopt's default is their *mean*. For groups of :math:`m` members the one is :math:`m` times the other,
+and what that does depends on the optimizer:
+
+.. list-table::
+   :header-rows: 1
+
+   * - optimizer
+     - with the sum, and learning rate :math:`\eta`, decay :math:`\lambda`
+     - the same with the mean
+   * - SGD, with momentum or without
+     - :math:`\eta`
+     - :math:`m \eta`
+   * - SGD with weight decay, which is added to the gradient
+     - :math:`\eta, \lambda`
+     - :math:`m \eta, \lambda / m`
+   * - Adam, RMSprop, Adagrad, ...
+     - :math:`\eta, \epsilon`
+     - :math:`\eta, \epsilon / m`
+   * - Adam with weight decay that is added to the gradient
+     - :math:`\eta, \lambda, \epsilon`
+     - :math:`\eta, \lambda / m, \epsilon / m`
+   * - AdamW, whose weight decay is apart
+     - :math:`\eta, \lambda, \epsilon`
+     - :math:`\eta, \lambda, \epsilon / m`
+
+Two statements are checked, on a perceptron 64-30-10 whose hidden neurons are tied in sixes.
+
+1. *With these settings the two are one*: after 200 steps in float64 the weights differ by rounding.
+2. *With equal settings they are not*, but for Adam and AdamW, where they differ by what :math:`\epsilon` does.
+
+The table needs groups of one size. With others no learning rate turns the mean into the sum: with the sum large groups
+learn faster, with the mean all learn alike. The last line of the figure has groups of 1, 3, 10 and 16, with the
+learning rate that makes up for their average.
+
+It takes some seconds on one core and needs scikit-learn, matplotlib and tqdm. Run it as
+``python plot_mean_or_sum.py``; ``--seeds 1`` is a quicker try.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tieopt import TiedOptimizer
+
+HIDDEN = 30
+STEPS = 200
+BATCH = 64
+# Groups of hidden neurons: all of one size, or of several.
+EVEN = [list(range(start, start + 6)) for start in range(0, HIDDEN, 6)]
+UNEVEN = [[0], [1, 2, 3], list(range(4, 14)), list(range(14, 30))]
+# Weights that differ by less than this, relatively, differ by rounding; by more than that they differ.
+ROUNDING, DIFFERENCE = 1e-9, 1e-3
+
+# The matrices are small: more threads would spend their time waiting for each other.
+torch.set_num_threads(1)
+
+
+# %%
+# The comparisons
+# ---------------
+
+
+class Comparison(NamedTuple):
+    """An optimizer for the sum, and the settings of the mean that give the same.
+
+    Attributes:
+        inner: what is wrapped.
+        settings: of the sum; a comparison with equal settings gives them to the mean, too.
+        equivalent: of the mean, where they differ, for groups of so many members.
+        groups: the ties.
+    """
+
+    inner: type[torch.optim.Optimizer]
+    settings: dict[str, float]
+    equivalent: Callable[[float], dict[str, float]]
+    groups: list[list[int]] = EVEN
+
+
+SGD, ADAM = {"lr": 0.02}, {"lr": 1e-3, "eps": 1e-8}
+COMPARISONS = {
+    "SGD": Comparison(torch.optim.SGD, SGD, lambda m: {"lr": SGD["lr"] * m}),
+    "SGD, momentum 0.9": Comparison(
+        torch.optim.SGD, {"lr": 0.005, "momentum": 0.9}, lambda m: {"lr": 0.005 * m}
+    ),
+    "SGD, weight decay": Comparison(
+        torch.optim.SGD, {**SGD, "weight_decay": 0.1}, lambda m: {"lr": SGD["lr"] * m, "weight_decay": 0.1 / m}
+    ),
+    "Adam": Comparison(torch.optim.Adam, ADAM, lambda m: {"eps": ADAM["eps"] / m}),
+    "Adam, weight decay": Comparison(
+        torch.optim.Adam, {**ADAM, "weight_decay": 0.1}, lambda m: {"weight_decay": 0.1 / m, "eps": ADAM["eps"] / m}
+    ),
+    "AdamW": Comparison(torch.optim.AdamW, {**ADAM, "weight_decay": 0.1}, lambda m: {"eps": ADAM["eps"] / m}),
+    "SGD, groups of several sizes": Comparison(torch.optim.SGD, SGD, lambda m: {"lr": SGD["lr"] * m}, UNEVEN),
+}  # fmt: skip
+# Where equal settings give nearly the same.
+SCALE_FREE = ("Adam", "AdamW")
+
+
+class Run(NamedTuple):
+    """What one training gave: the tied weights and the losses."""
+
+    weight: Tensor
+    losses: list[float]
+
+
+def train(comparison: Comparison, reduction: str, settings: dict[str, Any], seed: int) -> Run:
+    """Trains the hidden layer in float64; a seed gives the same start and batches to all."""
+    torch.manual_seed(seed)
+    images, digits = map(torch.as_tensor, load_digits(return_X_y=True))
+    images = images.double() / 8 - 1
+    model = nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
+    # The last layer is no part of it: its gradients are those of no group.
+    hidden, last = model[0], model[2].requires_grad_(False)
+    with torch.no_grad():
+        last.weight.mul_(3)
+    ties = {hidden.weight: comparison.groups, hidden.bias: comparison.groups}
+    inner = comparison.inner(hidden.parameters(), **{**comparison.settings, **settings})
+    optimizer = TiedOptimizer(inner, ties, reduction=reduction)
+    losses = []
+    for _ in range(STEPS):
+        batch = torch.randint(len(images), (BATCH,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[batch]), digits[batch])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert optimizer.tie_drift() == 0
+    return Run(hidden.weight.detach(), losses)
+
+
+class Result(NamedTuple):
+    """The runs of one comparison and seed: with the sum, and with the mean with equal settings and equivalent ones."""
+
+    sum: Run
+    equal: Run
+    equivalent: Run
+
+    def distance(self, kind: str) -> float:
+        """How far the weights of the mean are from those of the sum, relative to how far these went at all."""
+        other: Run = getattr(self, kind)
+        return ((other.weight - self.sum.weight).norm() / self.sum.weight.norm()).item()
+
+
+def compare(comparison: Comparison, seed: int) -> Result:
+    """Trains with the sum, and twice with the mean."""
+    members = sum(map(len, comparison.groups)) / len(comparison.groups)
+    return Result(
+        train(comparison, "sum", {}, seed),
+        train(comparison, "mean", {}, seed),
+        train(comparison, "mean", comparison.equivalent(members), seed),
+    )
+
+
+Results = dict[str, list[Result]]
+
+
+def check(results: Results) -> None:
+    """Both statements."""
+    for name, own in results.items():
+        for result in own:
+            equal, equivalent = result.distance("equal"), result.distance("equivalent")
+            if COMPARISONS[name].groups is EVEN:
+                assert equivalent < ROUNDING, f"{name}: equivalent settings differ by {equivalent}"
+            else:
+                assert equivalent > DIFFERENCE, (
+                    f"{name}: no learning rate should do, but the difference is {equivalent}"
+                )
+            if name in SCALE_FREE:
+                assert equal < DIFFERENCE, f"{name}: equal settings differ by {equal}"
+            else:
+                assert equal > DIFFERENCE, f"{name}: equal settings differ by {equal} only"
+
+
+def print_table(results: Results) -> None:
+    """A line for each comparison, with the largest difference of any seed."""
+    print(f"Relative difference of the weights, mean and sum, {STEPS} steps; the largest of the seeds\n")
+    print(f"{'optimizer':30s} {'equal settings':>15s} {'equivalent ones':>16s}")
+    for name, own in results.items():
+        equal, equivalent = (max(result.distance(kind) for result in own) for kind in ("equal", "equivalent"))
+        print(f"{name:30s} {equal:15.1e} {equivalent:16.1e}")
+
+
+# %%
+# The figure
+# ----------
+# Left, how far the weights that were trained with the mean are from those trained with the sum. Right, what equal
+# settings do to SGD.
+
+EQUAL, EQUIVALENT = "#D55E00", "#0072B2"
+
+
+def draw_differences(axes: Axes, results: Results) -> None:
+    """A line for each comparison, a mark for each seed."""
+    for at, own in enumerate(results.values()):
+        for kind, color in (("equal", EQUAL), ("equivalent", EQUIVALENT)):
+            # What is equal to the last bit would have no place on a logarithmic axis.
+            distances = [max(result.distance(kind), 1e-17) for result in own]
+            axes.plot(distances, [at] * len(own), "o", color=color, alpha=0.6, markeredgewidth=0, markersize=8)
+    axes.plot([], [], "o", color=EQUAL, label="equal settings")
+    axes.plot([], [], "o", color=EQUIVALENT, label="equivalent settings")
+    axes.axvspan(1e-18, ROUNDING, color="#eeeeee", zorder=0)
+    axes.text(ROUNDING, -0.75, "rounding ", ha="right", va="center", color="#777777")
+    axes.set_yticks(range(len(results)), list(results))
+    axes.set(
+        xscale="log", xlim=(1e-18, 30), ylim=(len(results) - 0.4, -1.2), xlabel="relative difference of the weights"
+    )
+    axes.legend(frameon=False, loc="lower left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_losses(axes: Axes, result: Result) -> None:
+    """The losses of SGD, smoothed."""
+    smooth = torch.ones(10, dtype=torch.float64) / 10
+    size = len(EVEN[0])
+    lines = {
+        f"mean, learning rate {SGD['lr']}": (result.equal, EQUAL, "-"),
+        f"sum, learning rate {SGD['lr']}": (result.sum, "black", "-"),
+        f"mean, learning rate {SGD['lr'] * size}": (result.equivalent, EQUIVALENT, (0, (2, 2))),
+    }
+    for label, (run, color, style) in lines.items():
+        losses = torch.tensor(run.losses, dtype=torch.float64).unfold(0, 10, 1) @ smooth
+        axes.plot(losses, color=color, linestyle=style, linewidth=2, label=label)
+    axes.set(xlabel="steps of SGD", ylabel="training loss, mean of 10 steps", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_figure(results: Results) -> Figure:
+    """The differences and the losses, and the finding above them."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(3, 2))
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    draw_differences(left, results)
+    draw_losses(right, results["SGD"][0])
+    figure.suptitle("Mean or sum is a matter of the learning rate, and none for Adam", fontweight="bold")
+    return figure
+
+
+def parse_arguments() -> argparse.Namespace:
+    """How many seeds, and where the figure goes."""
+    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    script = globals().get("__file__")
+    figure = Path(script or "plot_mean_or_sum.py").resolve().with_suffix(".png")
+    parser = argparse.ArgumentParser(description="Compare the mean of the members' gradients with their sum.")
+    parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
+    return parser.parse_args(None if script else [])
+
+
+def main() -> None:
+    """Trains, checks, prints and draws."""
+    args = parse_arguments()
+    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    with tqdm(desc="comparing", total=args.seeds * len(COMPARISONS), disable=None) as progress:
+        results: Results = {}
+        for name, comparison in COMPARISONS.items():
+            results[name] = []
+            for seed in range(args.seeds):
+                results[name].append(compare(comparison, seed))
+                progress.update()
+
+    print_table(results)
+    check(results)
+    draw_figure(results).savefig(args.output, dpi=130)
+    print(f"\nFigure written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
