@@ -357,7 +357,7 @@ def rows_sent(slices: Slices, plan: Plan) -> Tensor:
     if not len(plan.groups):
         return torch.full_like(slices.labels, FREE)
     ascending, order = plan.groups.sort()
-    at = torch.searchsorted(ascending, slices.labels).clamp_(max=len(ascending) - 1)
+    at = torch.searchsorted(ascending, slices.labels.contiguous()).clamp_(max=len(ascending) - 1)
     return torch.where((ascending[at] == slices.labels) & _is_member(slices), order[at], FREE)
 
 
