@@ -121,7 +121,12 @@ class Batches:
 
 def _parted(pairs: Pairs) -> tuple[Pairs, list[tuple[Shards, list[Tensor]]]]:
     """The ties of plain tensors, and those of sharded ones."""
-    sharded = [(shards_for(tie, tensors), tensors) for tie, tensors in pairs if any(map(is_sharded, tensors))]
+    sharded = [
+        # Sharded ones may have taken the places of whole ones since they were tied.
+        (shards_for(tie, tensors, list(map(str, tie.places))), tensors)
+        for tie, tensors in pairs
+        if any(map(is_sharded, tensors))
+    ]
     return [pair for pair in pairs if not any(map(is_sharded, pair[1]))] if sharded else pairs, sharded
 
 

@@ -34,6 +34,9 @@ class Place(NamedTuple):
     position: int
     shape: torch.Size
 
+    def __str__(self) -> str:
+        return f"param_groups[{self.group}]['params'][{self.position}]"
+
 
 class BoundTie(Indices):
     """The tie of one parameter, or of several that were joined.
@@ -68,7 +71,7 @@ def name_of(param_groups: ParamGroups, place: Place) -> str:
     names = param_groups[place.group].get("param_names", ()) if place.group < len(param_groups) else ()
     if place.position < len(names):
         return str(names[place.position])
-    return f"param_groups[{place.group}]['params'][{place.position}]"
+    return str(place)
 
 
 def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
