@@ -523,6 +523,66 @@ def test_the_state_of_an_optimizer_that_was_tied_late_is_tied(ranks):
         torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+def state_when_tied(weights: list[Tensor], states: list[dict], ties: list[list[tuple]], placement) -> list[dict]:
+    """What an optimizer of sharded weights has as state once these are tied, gathered; in one process without them."""
+
+    def placed(full: Tensor) -> Tensor:
+        return full.clone() if placement is None else sharded(full, line(), [placement])
+
+    params = [Parameter(placed(weight)) for weight in weights]
+    optimizer = SGD(params, lr=0.1)
+    for param, state in zip(params, states, strict=True):
+        if state:
+            optimizer.state[param] = {key: placed(value) for key, value in state.items()}
+    TiedOptimizer(
+        optimizer,
+        [
+            Tie.join(*(Tie(params[number], labels, dim=dim, scale=scale) for number, labels, dim, scale in tie))
+            for tie in ties
+        ],
+    )
+    return [
+        {key: value.full_tensor() if placement is not None else value for key, value in optimizer.state[param].items()}
+        for param in params
+    ]
+
+
+@st.composite
+def ties_of_two(draw):
+    """Ties of two square weights: several of one, one that joins both, one that joins one with itself."""
+    generator = torch.Generator().manual_seed(draw(seeds))
+    labels = torch.randint(draw(st.sampled_from([-1, 0])), 4, (6, 6), generator=generator)
+    scale = torch.randint(-1, 2, (6, 6), generator=generator).double() if draw(st.booleans()) else None
+    upper = torch.where(torch.ones(6, 6).triu(1) == 1, labels, -1)
+    kind = draw(st.sampled_from(["several", "both", "itself"]))
+    if kind == "several":
+        return [[(0, upper, 0, scale)], [(0, torch.where(upper == -1, labels, -1), 0, scale)]]
+    if kind == "both":
+        return [[(0, labels, 0, scale), (1, labels, 1, scale)]]
+    return [[(0, upper, 0, scale), (0, upper, 1, scale)]]
+
+
+@given(
+    ties=ties_of_two(),
+    trained=st.sampled_from([(True, True), (True, False), (False, True)]),
+    placement=st.sampled_from([Shard(0), Shard(1), Replicate()]),
+)
+def test_the_state_that_is_there_is_tied_as_in_one_process(ranks, ties, trained, placement):
+    weights = [randn(6, 6, seed=seed, dtype=torch.float64) for seed in (0, 1)]
+    state = {
+        "exp_avg": randn(6, 6, seed=2, dtype=torch.float64),
+        "exp_avg_sq": randn(6, 6, seed=3, dtype=torch.float64).square(),
+        "velocity": randn(6, 6, seed=4, dtype=torch.float64),
+        "variance": randn(6, 6, seed=5, dtype=torch.float64).square(),
+        "age": torch.arange(36).view(6, 6),
+    }
+    states = [state if one else {} for one in trained]
+    expected = state_when_tied(weights, states, ties, None)
+
+    for answer in ranks.run(state_when_tied, weights, states, ties, placement):
+        torch.testing.assert_close(answer, expected, rtol=1e-12, atol=1e-12)
+
+
 def relaxed() -> list[Tensor]:
     model = mlp()
     if dist.is_initialized():

@@ -49,6 +49,16 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_sharded_as(tensor: Any, other: Any) -> bool:
+    """Whether each rank has those entries of a tensor that it has of another, a sharded one."""
+    return (
+        is_sharded(tensor)
+        and tensor.shape == other.shape
+        and tensor.device_mesh == other.device_mesh
+        and tensor.placements == other.placements
+    )
+
+
 @torch.no_grad()
 def local(tensors: Sequence[Any]) -> list[Tensor]:
     """The shards that this rank has."""
@@ -110,6 +120,17 @@ def bounds_of(shape: Sequence[int], mesh_shape: Sequence[int], placements: Seque
             before = min(number * chunk, size)
             bounds[placement.dim] = start + before, min(chunk, size - before)
     return bounds
+
+
+@torch.no_grad()
+def sharded_as(tensor: Any, full: Tensor) -> Tensor:
+    """A tensor of which every rank has the whole, sharded as another one."""
+    result = torch.zeros_like(tensor, dtype=full.dtype)
+    mesh = tensor.device_mesh
+    for dim, bounds in enumerate(bounds_of(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())):
+        full = full.narrow(dim, *bounds)
+    local([result])[0].copy_(full)
+    return result
 
 
 def within(slices: Slices, bounds: Bounds) -> Slices:
@@ -231,7 +252,7 @@ class Shards:
             site = self._site(shards)
             # Exchanged whatever the rank has found: the others would wait for it.
             same = tied(shards, site.members, workspace, self._exchange(shards, site, workspace)) and same
-        return bool(_gathered(torch.tensor(same, dtype=torch.uint8, device=shards[0].device), self._mesh).min())
+        return not on_any_rank(not same, tensors[0])
 
     def _site(self, shards: list[Tensor]) -> _Site:
         layout = Layout.of(self._spanning, shards)
@@ -372,13 +393,12 @@ def _check_cut(tensors: Sequence[Any], names: Sequence[str], here: Sequence[int]
     for tensor, shard, name in zip(tensors, local(tensors), names, strict=True):
         bounds = bounds_of(tensor.shape, tensor.device_mesh.shape, tensor.placements, here)
         expected = tuple(size for _, size in bounds)
-        same = torch.tensor(shard.shape == expected, dtype=torch.uint8, device=shard.device)
         # All ranks have to agree: one that goes on alone would wait for the others.
-        if not bool(_gathered(same, tensor.device_mesh).all()):
+        if on_any_rank(shard.shape != expected, tensor):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} is not cut as torch.chunk cuts.\n"
                 f"  Expected: a shard of shape {expected} at {tuple(here)} in {tensor.device_mesh}\n"
-                f"  Got:      {tuple(shard.shape)}{', and another on some rank' * bool(same)}"
+                f"  Got:      {tuple(shard.shape)}{', and another on some rank' * (shard.shape == expected)}"
             )
 
 
@@ -444,6 +464,12 @@ def _cut(slices: Slices, tensor: Any, placement: Any) -> int | None:
 def _by_entry(slices: Slices, tensor: Any) -> Slices:
     labels, scale = slices.entries(torch.empty(tensor.shape, device="meta"))
     return Slices(labels, None if slices.scale is None else scale)
+
+
+def on_any_rank(condition: bool, tensor: Any) -> bool:
+    """Whether something holds on a rank that has a shard of a tensor."""
+    here = torch.tensor(condition, dtype=torch.uint8, device=local([tensor])[0].device)
+    return bool(_gathered(here, tensor.device_mesh).max())
 
 
 _groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()

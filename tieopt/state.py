@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Indices
+from tieopt.index import Indices
 from tieopt.places import BoundTie, T
 from tieopt.reduction import Workspace, projected, tied
-from tieopt.sharded import is_sharded, shards_for
+from tieopt.sharded import is_sharded, is_sharded_as, local, on_any_rank, sharded_as, shards_for
 from tieopt.slices import FREE, Slices, real
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
@@ -48,9 +47,6 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        if is_sharded(params[0]):
-            changed |= _tied_shards(tie, params, [state.get(param) for param in params])
-            continue
         held = [changed.get(param, state.get(param)) for param in params]
         states = [one if isinstance(one, dict) else {} for one in held]
         trained = [part for part, one in enumerate(states) if one]
@@ -65,48 +61,42 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
             if not parts:
                 continue
             values = [states[part][key] for part in parts]
-            own = [tie.slices[part] for part in parts]
+            own: Indices = tie if len(parts) == len(params) else Indices([tie.slices[part] for part in parts])
             linear = _is_tied(own, values)
-            slices = own if linear else _scaled(own, key, values)
-            if not linear and not _is_tied(slices, values):
-                values = list(projected(values, partial(Index.compile, slices)))
+            if not linear and any(each.scale is not None for each in own.slices):
+                own = Indices(_scaled(own.slices, key, values))
+            if not linear and not _is_tied(own, values):
+                values = _projected(own, values)
                 for part, value in zip(parts, values, strict=True):
                     changed.setdefault(params[part], dict(states[part]))[key] = value
             for part, one in begun.items():
                 (joined,) = [tie.slices[part]] if linear else _scaled([tie.slices[part]], key, values)
-                one[key] = _multiples(slices, values, joined, params[part])
+                one[key] = _multiples(own.slices, values, joined, params[part])
         changed |= {params[part]: one for part, one in begun.items()}
     return changed
 
 
-def _tied_shards(tie: BoundTie, params: Sequence[Any], held: Sequence[Any]) -> dict[Tensor, State]:
-    """As :func:`tied_state`, of one tie of sharded parameters; what has the sign of a gradient goes by its name."""
-    if not all(isinstance(one, dict) and one for one in held):
-        return {}
-    changed = [dict(one) for one in held]
-    for key in held[0]:
-        values = [one.get(key) for one in held]
-        if not all(
-            is_sharded(value) and value.shape == param.shape and value.placements == param.placements
-            for value, param in zip(values, params, strict=True)
-        ):
-            continue
-        signed = key in _SIGNED or all(each.scale is None for each in tie.slices)
-        slices: Indices = tie if signed else Indices([each._replace(scale=each.scales.abs()) for each in tie.slices])
-        values = [value.detach().clone() for value in values]
-        shards_for(slices, values).project_(values, Workspace())
-        for one, value in zip(changed, values, strict=True):
-            one[key] = value
-    return dict(zip(params, changed, strict=True))
-
-
-def _is_tied(slices: Sequence[Slices], values: Sequence[Tensor]) -> bool:
+def _is_tied(ties: Indices, values: Sequence[Tensor]) -> bool:
     detached = [value.detach() for value in values]
-    return tied(detached, Index.compile(slices, detached), Workspace())
+    if is_sharded(values[0]):
+        return shards_for(ties, detached).tied(detached, Workspace())
+    return tied(detached, ties.index_for(detached), Workspace())
+
+
+def _projected(ties: Indices, values: Sequence[Tensor]) -> list[Tensor]:
+    if not is_sharded(values[0]):
+        return list(projected(values, ties.index_for))
+    # A parameter that is joined with itself has one state.
+    copies = {id(value): value.detach().clone() for value in values}
+    results = [copies[id(value)] for value in values]
+    shards_for(ties, results).project_(results, Workspace())
+    return results
 
 
 def _is_of(value: Any, param: Tensor) -> bool:
     """Whether a value of the state is plain numbers, one for each entry of the parameter."""
+    if is_sharded(param):
+        return is_sharded_as(value, param) and _is_of(*local([value, param]))
     return is_plain(value) and value.shape == param.shape and value.device == param.device
 
 
@@ -126,16 +116,27 @@ def _scaled(slices: Sequence[Slices], key: str, values: Sequence[Tensor]) -> lis
 
 def scales_for(key: str, values: Sequence[Tensor], scale: Tensor) -> Tensor:
     """What multiples the members are in what is kept under a key, where these are those of the weights."""
-    if key in _SIGNED or any(bool((real(value.resolve_conj()) < 0).any()) for value in values):
+    if key in _SIGNED or any(map(_has_negative, values)):
         return scale
     # To the power of zero a pinned entry would be a member.
     power = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}.get(key, 2)
     return torch.where(scale == 0, 0, scale.abs() ** power)
 
 
+def _has_negative(value: Tensor) -> bool:
+    if is_sharded(value):
+        return on_any_rank(_has_negative(*local([value])), value)
+    return bool((real(value.resolve_conj()) < 0).any())
+
+
 @torch.no_grad()
 def _multiples(slices: Sequence[Slices], values: Sequence[Tensor], joined: Slices, param: Tensor) -> Tensor:
     """What members in another parameter are, if these are those of tied ones; zero in groups without any."""
+    if is_sharded(param):
+        # Members of a group may be on any rank.
+        whole = [value.full_tensor() for value in cast("Sequence[Any]", values)]
+        like = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        return sharded_as(param, _multiples(slices, whole, joined, like))
     numbers, scale = joined.entries(param)
     shared = values[0].new_zeros(int(numbers.max()) + 1 if numbers.numel() else 0)
     for each, value in zip(slices, values, strict=True):
