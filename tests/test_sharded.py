@@ -600,6 +600,55 @@ def test_relaxed_ties_are_as_in_one_process(ranks):
         torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
+# --- ranks outside the mesh ---
+
+
+@functools.cache
+def mesh_on(ranks: tuple[int, ...]) -> DeviceMesh:
+    return DeviceMesh("cpu", list(ranks))
+
+
+def trained_on_some(ranks: tuple[int, ...], labels: Tensor, placement, reduction: str) -> list[Tensor] | None:
+    """Two joined weights trained on a mesh of some ranks, tied in mid-training; None on the others."""
+    mesh = mesh_on(ranks)
+    params = [Parameter(distribute_tensor(randn(*shape), mesh, [placement])) for shape in ((8, 4), (8, 4))]
+
+    def step(optimizer, number: int) -> None:
+        params[0].grad = distribute_tensor(randn(8, 4, seed=number), mesh, [placement])
+        optimizer.step()
+
+    optimizer = AdamW(params, lr=0.1)
+    step(optimizer, 1)
+    ties = Tie.join(*(Tie(param, labels) for param in params))
+    optimizer = TiedOptimizer(optimizer, ties, reduction=reduction)
+    step(optimizer, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.retie(ties)
+    step(optimizer, 3)
+    assert optimizer.tie_drift() == 0
+    assert is_tied(params[0], labels)
+    if dist.get_rank() not in ranks:
+        assert not any(param.to_local().numel() for param in params)
+        return None
+    return [param.full_tensor().detach() for param in params]
+
+
+@given(
+    data=st.data(),
+    placement=st.sampled_from([Shard(0), Shard(1), Replicate()]),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_ranks_outside_the_mesh_have_nothing_to_tie(ranks, data, placement, reduction):
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=8, max_size=8)))
+    everywhere = ranks.run(trained_on_some, tuple(range(ranks.count)), labels, placement, reduction)
+    some = data.draw(st.sets(st.integers(0, ranks.count - 1), min_size=1, max_size=ranks.count - 1))
+    answers = ranks.run(trained_on_some, tuple(sorted(some)), labels, placement, reduction)
+
+    assert {rank for rank, weights in enumerate(answers) if weights is not None} == some
+    for rank in some:
+        torch.testing.assert_close(answers[rank], everywhere[0])
+
+
 # --- replicas ---
 
 

@@ -182,7 +182,14 @@ class Shards:
     def __init__(self, slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]) -> None:
         self._mesh = _common_mesh(tensors, names)
         slices, dims = _exchanged(slices, tensors, names)
-        here = list(self._mesh.get_coordinate())
+        self._sites: dict[Layout, _Site] = {}
+        self.plan: Plan | None = None
+        coordinate = self._mesh.get_coordinate()
+        if coordinate is None:
+            # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
+            self._inner = Indices([Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors])
+            return
+        here = list(coordinate)
         self._group, places = _group_along(self._mesh, dims, here)
         shards = [
             [
@@ -205,7 +212,6 @@ class Shards:
         ]
         self._inner = Indices(numbered(whole))
         self._spanning = [each._replace(labels=sent) for each, sent in zip(shards[rank], rows, strict=True)]
-        self._sites: dict[Layout, _Site] = {}
 
     @untraced
     def project_(self, tensors: Sequence[Any], workspace: Workspace, reduction: Reduction = "mean") -> None:
@@ -497,8 +503,10 @@ def _group_along(mesh: Any, dims: Sequence[int], here: list[int]) -> tuple[Any, 
 
 
 def _gathered(value: Tensor, mesh: Any) -> Tensor:
-    """The values of a number on all ranks of a mesh."""
+    """The values of a number on all ranks of a mesh; on a rank outside it, its own."""
     values = value.reshape(1)
+    if mesh.get_coordinate() is None:
+        return values
     for dim in range(mesh.ndim):
         parts = [torch.empty_like(values) for _ in range(mesh.size(dim))]
         dist.all_gather(parts, values, group=mesh.get_group(dim))

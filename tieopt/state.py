@@ -133,6 +133,8 @@ def _has_negative(value: Tensor) -> bool:
 def _multiples(slices: Sequence[Slices], values: Sequence[Tensor], joined: Slices, param: Tensor) -> Tensor:
     """What members in another parameter are, if these are those of tied ones; zero in groups without any."""
     if is_sharded(param):
+        if cast(Any, param).device_mesh.get_coordinate() is None:
+            return torch.zeros_like(param, dtype=values[0].dtype)
         # Members of a group may be on any rank.
         whole = [value.full_tensor() for value in cast("Sequence[Any]", values)]
         like = torch.empty(param.shape, dtype=param.dtype, device=param.device)
