@@ -879,6 +879,25 @@ def test_what_cannot_be_tied_is_refused_on_every_rank_and_nothing_is_written(ran
         assert reason in message
 
 
+def sharded_labels(scaled: bool) -> str:
+    weight, optimizer = of_one(Shard(0))
+    start = weight.to_local().detach().clone()
+    ones = sharded(torch.ones(8, 4, dtype=torch.int64), line(), [Shard(0)])
+    try:
+        TiedOptimizer(optimizer, Tie(weight, torch.ones(8, 4).long(), scale=ones) if scaled else {weight: ones})
+    except TypeError as error:
+        assert same_bits(weight.to_local(), start)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["labels", "scale"])
+def test_labels_and_scales_that_are_sharded_are_refused(ranks, scaled):
+    for message in ranks.run(sharded_labels, scaled):
+        assert "Expected: those of the whole parameter on every rank" in message
+        assert "(Shard(dim=0),)" in message
+
+
 def zero():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from tieopt.sharded import is_sharded
 from tieopt.slices import FREE, Slices
 
 # The dtypes that have a mean and that torch converts to the others.
@@ -298,6 +299,12 @@ def _check_readable(tensor: Tensor, what: str, name: str) -> None:
             f"{what} for {name} cannot be read.\n"
             "  Expected: a dense tensor, on a device that holds its data\n"
             f"  Got:      {shown(tensor)}, {tensor.layout}, device {tensor.device}"
+        )
+    if is_sharded(tensor):
+        raise TypeError(
+            f"{what} for {name} are sharded.\n"
+            "  Expected: those of the whole parameter on every rank, as full_tensor() returns them\n"
+            f"  Got:      {type(tensor).__name__} with placements {tensor.placements}"  # type: ignore[attr-defined]
         )
 
 
