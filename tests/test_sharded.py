@@ -934,23 +934,6 @@ def test_strided_shards_are_refused(ranks):
         assert "StridedShard" in message
 
 
-def of_some_ranks() -> str:
-    """What the ranks of a smaller mesh see, and those outside of it."""
-    weight = Parameter(distribute_tensor(randn(8, 4), DeviceMesh("cpu", [0]), [Shard(0)]))
-    optimizer = SGD([weight], lr=0.1)
-    if dist.get_rank():
-        return refusal(lambda: (weight, optimizer, {weight: [[0, 7]]}, {}))
-    tied = TiedOptimizer(optimizer, {weight: [[0, 7]]})
-    return str(is_tied(weight, [[0, 7]]) and tied.tie_drift() == 0)
-
-
-def test_a_mesh_is_tied_on_its_ranks_and_refused_on_others(ranks):
-    first, *others = ranks.run(of_some_ranks)
-    assert first == "True"
-    for message in others:
-        assert "no shard on this rank" in message
-
-
 def sharded_late() -> str:
     """What the compact mode says when a host shards parameters after they were tied."""
     model = mlp()

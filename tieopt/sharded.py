@@ -80,12 +80,6 @@ def check_sharding(param: Any, name: str) -> None:
     if not is_sharded(param):
         return
     mesh = param.device_mesh
-    if mesh.get_coordinate() is None:
-        raise ValueError(
-            f"{name} of shape {tuple(param.shape)} has no shard on this rank.\n"
-            "  Expected: ties on the ranks of its mesh alone\n"
-            f"  Got:      rank {dist.get_rank()}, and {mesh}"
-        )
     if any(bool((mesh.mesh.diff(dim=dim) < 0).any()) for dim in range(mesh.ndim)):
         # torch itself goes by the order of the mesh here, and by that of the process group there.
         raise ValueError(
