@@ -44,7 +44,7 @@ MODES = ["default", "compact"]
 
 for name in PACKAGES:
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"could not find {name!r}, see docs/development.md", allow_module_level=True)
+        pytest.skip(f"could not find {name!r}, see docs/contributing.md", allow_module_level=True)
 
 
 def timm_optim() -> ModuleType:

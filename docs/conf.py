@@ -1,0 +1,110 @@
+"""How the site is built: pages in Markdown, the reference from the docstrings, the gallery from the examples.
+
+Build it with ``sphinx-build -W --keep-going docs docs/_build/html`` in the root of the repository.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+import tieopt
+
+project = "tieopt"
+author = "The tieopt developers"
+copyright = author  # noqa: A001
+version = release = tieopt.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "examples", "gallery/README.rst"]
+nitpicky = True
+# Their documentation is elsewhere.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|matplotlib|hypothesis|os|numpy)\..*"),
+    # Names that annotations import.
+    ("py:class", "Axes|Figure|Optimizer|Reduction|SearchStrategy|SubFigure|Tensor"),
+]
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+autodoc_preserve_defaults = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"tieopt {version}"
+html_static_path = ["_static"]
+html_css_files = ["tieopt.css"]
+html_favicon = "_static/tieopt.svg"
+html_theme_options = {"light_logo": "tieopt.svg", "dark_logo": "tieopt.svg"}
+html_show_sourcelink = False
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "examples",
+    "gallery_dirs": "gallery",
+    "within_subsection_order": "ExampleTitleSortKey",
+    "abort_on_example_error": True,
+    "remove_config_comments": True,
+    "download_all_examples": False,
+    "write_computation_times": False,
+    # As many at a time as there are cores here and in continuous integration: each has one thread.
+    "parallel": 2,
+}
+
+logger = logging.getLogger(__name__)
+
+# The modules of which everything public has to stand in the reference.
+PUBLIC_MODULES = ("tieopt", "tieopt.export", "tieopt.patterns", "tieopt.plot", "tieopt.testing")
+
+
+def adapt_page(app: Sphinx, page: str, source: list[str]) -> None:
+    """Has links to files of the repository lead to the pages that these are here."""
+    source[0] = source[0].replace("](../README.md)", "](/index.md)")
+    # The empty line at the end of a snippet is for doctest.
+    source[0] = re.sub(r"(^```pycon\n.*?\n)\n(?=```$)", r"\1", source[0], flags=re.MULTILINE | re.DOTALL)
+    source[0] = re.sub(r"\]\((?:\.\./)*(?:docs/)?examples/(plot_\w+)\.py\)", r"](/gallery/\1.rst)", source[0])
+
+
+def public_names(module: ModuleType) -> Iterator[str]:
+    """What a module offers, and the methods and properties of its classes."""
+    for name, thing in vars(module).items():
+        here = getattr(thing, "__module__", None) == module.__name__ or name in getattr(module, "__all__", ())
+        if name.startswith("_") or not here or not (inspect.isfunction(thing) or inspect.isclass(thing)):
+            continue
+        yield name
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                yield f"{name}.{member}"
+
+
+def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warns of public names that are not in the reference, as those without a docstring; warnings fail the build."""
+    documented = env.domains.python_domain.objects
+    for module in map(import_module, PUBLIC_MODULES):
+        for name in public_names(module):
+            if f"{module.__name__}.{name}" not in documented:
+                logger.warning("%s.%s is public, and has no place in the reference", module.__name__, name)
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this."""
+    app.connect("source-read", adapt_page)
+    app.connect("env-check-consistency", check_reference)
