@@ -76,11 +76,19 @@ PUBLIC_MODULES = ("tieopt", "tieopt.export", "tieopt.patterns", "tieopt.plot", "
 
 
 def adapt_page(app: Sphinx, page: str, source: list[str]) -> None:
-    """Has links to files of the repository lead to the pages that these are here."""
-    source[0] = source[0].replace("](../README.md)", "](/index.md)")
+    """Has a page, which can be read where it lies in the repository, be one of this site."""
+    text = source[0].replace("](../README.md)", "](/index.md)")
     # The empty line at the end of a snippet is for doctest.
-    source[0] = re.sub(r"(^```pycon\n.*?\n)\n(?=```$)", r"\1", source[0], flags=re.MULTILINE | re.DOTALL)
-    source[0] = re.sub(r"\]\((?:\.\./)*(?:docs/)?examples/(plot_\w+)\.py\)", r"](/gallery/\1.rst)", source[0])
+    text = re.sub(r"(^```pycon\n.*?\n)\n(?=```$)", r"\1", text, flags=re.MULTILINE | re.DOTALL)
+    # Examples have pages in the gallery, where their figures were drawn by this build.
+    text = re.sub(r"\]\((?:\.\./)*examples/(plot_\w+)\.py\)", r"](/gallery/\1.rst)", text)
+    if app.config.plot_gallery != "0":
+        text = re.sub(r"\]\((?:\.\./)*images/(\w+)\.png\)", r"](/gallery/images/sphx_glr_plot_\1_001.png)", text)
+        # An example draws at its end what a reader wants to see first.
+        if page.startswith("gallery/plot_"):
+            figure = f".. image:: /{page.replace('/', '/images/sphx_glr_')}_001.png\n   :alt: What the example draws.\n"
+            text = re.sub(r"(?<=\n)(=+\n)", rf"\1\n{figure}", text, count=1)
+    source[0] = text
 
 
 def public_names(module: ModuleType) -> Iterator[str]:

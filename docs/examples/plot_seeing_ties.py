@@ -1,0 +1,105 @@
+"""
+Seeing ties
+===========
+
+:mod:`tieopt.plot` draws three things: which entries are one, how large the groups are, and how far members are apart.
+
+An autoencoder 12-5-12 has a decoder that is the encoder transposed, and output biases that are tied by k-means; the
+figure shows both, as the optimizer has them. Then a dense layer of 300 rows is tied into 40 clusters, whose sizes
+differ. Last, ties are *relaxed*: with ``every=20`` the members train by themselves and are pulled together at each
+twentieth step, and :meth:`tieopt.TiedOptimizer.tie_drift` says how far they had come. Ties that are not relaxed have a
+drift of exactly zero after every step, which is checked.
+
+It takes seconds and needs scikit-learn and matplotlib. Run it as ``python plot_seeing_ties.py``.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from tieopt import Tie, TiedOptimizer, patterns, plot
+
+STEPS = 100
+
+# The matrices are small: more threads would spend their time waiting for each other.
+torch.set_num_threads(1)
+
+
+# %%
+# Three kinds of ties
+# -------------------
+
+
+def tie_autoencoder() -> TiedOptimizer:
+    """The rows of the encoder are the columns of the decoder, and its biases have three values."""
+    model = nn.ModuleDict({"encoder": nn.Linear(12, 5), "decoder": nn.Linear(5, 12)})
+    encoder, decoder = model["encoder"], model["decoder"]
+    transposed = Tie.join(Tie(encoder.weight, torch.arange(5)), Tie(decoder.weight, torch.arange(5), dim=1))
+    bias = Tie(decoder.bias, patterns.clusters(decoder.bias, 3, of="values"))
+    return TiedOptimizer(torch.optim.AdamW(model.named_parameters()), [transposed, bias])
+
+
+def tie_clusters() -> TiedOptimizer:
+    """300 rows in 40 clusters."""
+    layer = nn.Linear(16, 300)
+    return TiedOptimizer(torch.optim.AdamW(layer.parameters()), {layer.weight: patterns.clusters(layer.weight, 40)})
+
+
+def measure_drift(every: int) -> list[float]:
+    """How far members are apart after each step."""
+    layer = nn.Linear(8, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    optimizer = TiedOptimizer(optimizer, {layer.weight: [[0, 2], [1, 4, 5]]}, every=every)
+    x, y = torch.randn(64, 8), torch.randn(64, 6)
+    drifts = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(layer(x), y).backward()
+        optimizer.step()
+        drifts.append(optimizer.tie_drift())
+    return drifts
+
+
+# %%
+# The figure
+# ----------
+
+
+def draw_figure(autoencoder: TiedOptimizer, clusters: TiedOptimizer, drifts: list[float]) -> Figure:
+    """The groups above, their sizes and the drift below."""
+    figure = plt.figure(figsize=(11, 7.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    plot.draw_groups(autoencoder, figure=above)
+    above.suptitle("draw_groups: one colour, one value, also across parameters", fontweight="bold")
+    left, right = below.subplots(1, 2)
+    plot.draw_group_sizes(clusters, axes=left).set_title("draw_group_sizes: 40 clusters of 300 rows", fontweight="bold")
+    plot.draw_drift(drifts, axes=right).set_title("draw_drift: projected at each 20th step", fontweight="bold")
+    right.set_xlabel("step")
+    return figure
+
+
+def main() -> None:
+    """Ties, checks, prints and draws."""
+    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    script = globals().get("__file__")
+    parser = argparse.ArgumentParser(description="Draw ties, the sizes of their groups, and their drift.")
+    figure = Path(script or "plot_seeing_ties.py").resolve().with_suffix(".png")
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
+    args = parser.parse_args(None if script else [])
+
+    torch.manual_seed(0)
+    autoencoder, clusters = tie_autoencoder(), tie_clusters()
+    print(autoencoder.tie_summary(), end="\n\n")
+    assert set(measure_drift(every=1)) == {0.0}
+    drifts = measure_drift(every=20)
+    print(f"the largest drift of relaxed ties in {STEPS} steps: {max(drifts):.3f}; of others: 0")
+    draw_figure(autoencoder, clusters, drifts).savefig(args.output, dpi=130)
+    print(f"\nFigure written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
