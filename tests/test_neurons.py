@@ -208,7 +208,7 @@ LINEAR = "Linear(in_features=3, out_features=5, bias=True)"
 NO_LAYER = "This layer has no neurons to tie.\n  Expected: Linear, Conv1d, Conv2d, Conv3d, Embedding\n  Got:      {got}"
 NO_READER = (
     "No layer follows so that it reads these neurons.\n"
-    "  Expected: a linear layer or a convolution, after one\n"
+    "  Expected: a linear layer or a convolution with a shape, after one\n"
     "  Got:      {got}"
 )
 OTHER_READER = (
@@ -286,6 +286,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: neurons(linear(), [[0, 1]], following=nn.ReLU()),
         TypeError,
         NO_READER.format(got="ReLU()"),
+    ),
+    "a layer that does not know its inputs yet": (
+        lambda: neurons(linear(), [[0, 1]], following=nn.LazyLinear(2)),
+        TypeError,
+        NO_READER.format(got="LazyLinear(in_features=0, out_features=2, bias=True)"),
     ),
     "no layer after a layer": (
         lambda: neurons(linear(), [[0, 1]], following=3),

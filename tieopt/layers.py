@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tieopt.slices import FREE, numbered
 from tieopt.ties import Tie, shown, slices_for
@@ -61,8 +62,9 @@ def neurons(module: nn.Module, groups: Any, *, following: nn.Module | None = Non
 
 def _readers(module: nn.Module, labels: Tensor, following: nn.Module) -> Tie:
     """The tie of the weights by which the next layer reads the units."""
-    if isinstance(module, nn.Embedding) or not isinstance(following, _LAYERS[:-1]):
-        expected = "a linear layer or a convolution, after one"
+    readers = _LAYERS[:-1]
+    if isinstance(module, nn.Embedding) or not isinstance(following, readers) or is_lazy(following.weight):
+        expected = "a linear layer or a convolution with a shape, after one"
         raise TypeError(_wrong("No layer follows so that it reads these neurons.", expected, following))
     units, inputs = len(labels), following.weight.shape[1]
     # A channel that was flattened is read once at each of its positions.
