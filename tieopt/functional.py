@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from tieopt.index import Index, Indices
 from tieopt.reduction import Workspace, project_, tied
 from tieopt.sharded import is_sharded, shards_for
 from tieopt.slices import numbered
-from tieopt.ties import check_writable, slices_for
+from tieopt.ties import Groups, SupportsArray, check_writable, slices_for
 
 
-def tie_(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Tensor:
+def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> Tensor:
     r"""Replaces the members of each group by their mean, in place.
 
-    Idempotent bit for bit; free slices are not touched. Not recorded by autograd, as the functions of
-    ``torch.nn.init``. With scales :math:`s` a member becomes :math:`s_i w_0`, where
-    :math:`w_0 = \sum_i s_i w_i / \sum_i s_i^2`: the orthogonal projection.
+    This is the orthogonal projection onto tied tensors: none is nearer. With scales :math:`s`, which are 1
+    if not given, member :math:`i` becomes
+
+    .. math:: w_i \leftarrow s_i w_0, \qquad w_0 = \frac{\sum_j s_j w_j}{\sum_j s_j^2}
+
+    where the sums are over its group. It is idempotent bit for bit, and free slices are not touched. As with
+    the functions of ``torch.nn.init``, autograd does not record it.
+
+    It is the helper of a `forum question
+    <https://discuss.pytorch.org/t/tying-weights-from-different-neurons-and-averaging-the-gradients/20934>`_,
+    without its loop over rows.
 
     Args:
-        tensor: any floating or complex dtype, any memory layout.
-        groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, as for
-            :class:`~tieopt.Tie`.
+        tensor: one dimension or more, dense, any dtype that :class:`~tieopt.Tie` takes, any memory layout in
+            which no two entries share memory.
+        groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, of shape
+            ``[n]`` for slices along ``dim`` or more dimensions for smaller ones, as for :class:`~tieopt.Tie`.
         dim: the dimension along which the slices lie.
-        scale: what multiple of its group's shared value each slice is, as for :class:`~tieopt.Tie`.
+        scale: what multiple of its group's shared value each slice is, in the shape of the labels, as for
+            :class:`~tieopt.Tie`.
 
     Returns:
-        ``tensor``.
+        ``tensor`` itself.
 
     Raises:
-        TypeError, IndexError, ValueError: ``groups``, ``dim`` or ``scale`` do not fit, as for
-            :class:`~tieopt.Tie`. Nothing is written then.
+        TypeError: ``tensor``, ``groups``, ``dim`` or ``scale`` is of a type or dtype that :class:`~tieopt.Tie`
+            does not take.
+        IndexError: an index, or ``dim``, is out of range.
+        ValueError: an index occurs twice, labels or scale do not fit as for :class:`~tieopt.Tie`, or entries
+            of ``tensor`` share memory. Nothing is written in any of these cases.
 
     Example:
         >>> import torch
@@ -44,6 +55,9 @@ def tie_(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Ten
                 [2., 4.]])
         >>> is_tied(weight, [[1, 2]])
         True
+
+        With scales, each group is its shared value times them:
+
         >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=torch.tensor([1.0, -1.0, 0.0]))
         tensor([ 2., -2.,  0.])
     """
@@ -56,19 +70,28 @@ def tie_(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Ten
     return tensor
 
 
-def is_tied(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> bool:
-    """Whether all the members of each group are equal, exactly; with scales, what :func:`tie_` would write.
+def is_tied(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> bool:
+    r"""Whether all the members of each group are equal, exactly; with scales, multiples of one value.
 
-    Equal means ``==`` as in :func:`torch.equal`: a group that holds a NaN is not tied.
+    .. math:: w_i = s_i w_0 \quad \text{for every member } i \text{ of a group, and some } w_0
+
+    as the dtype rounds it. Equal means ``==``, as in :func:`torch.equal`: 0.0 and -0.0 are equal, and a group
+    that holds a NaN is not tied. Nothing is written, and nothing is compared with a tolerance.
 
     Args:
-        tensor: as for :func:`tie_`.
+        tensor: as for :func:`tie_`; entries may share memory.
         groups: as for :func:`tie_`.
         dim: as for :func:`tie_`.
         scale: as for :func:`tie_`.
 
+    Returns:
+        True if every group is tied, and if there is none.
+
     Raises:
-        TypeError, IndexError, ValueError: as for :func:`tie_`.
+        TypeError: ``tensor``, ``groups``, ``dim`` or ``scale`` is of a type or dtype that :class:`~tieopt.Tie`
+            does not take.
+        IndexError: an index, or ``dim``, is out of range.
+        ValueError: an index occurs twice, or labels or scale do not fit as for :class:`~tieopt.Tie`.
 
     Example:
         >>> import torch
@@ -77,6 +100,8 @@ def is_tied(tensor: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> 
         True
         >>> is_tied(torch.tensor([1.0, 2.0, 1.0]), [[0, 1]])
         False
+        >>> is_tied(torch.tensor([1.0, -1.0]), [[0, 1]], scale=torch.tensor([1.0, -1.0]))
+        True
     """
     slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
     if is_sharded(tensor):

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tieopt.slices import FREE, numbered
-from tieopt.ties import Tie, shown, slices_for
+from tieopt.ties import Groups, Tie, shown, slices_for
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
-def neurons(module: nn.Module, groups: Any, *, following: nn.Module | None = None) -> list[Tie]:
-    """Ties whole units of a layer: the slices of its weight, and the entries of its bias.
+def neurons(module: nn.Module, groups: Groups, *, following: nn.Module | None = None) -> list[Tie]:
+    r"""Ties whole units of a layer: the slices of its weight, and the entries of its bias.
 
     A unit is a row of a linear layer, an output channel of a convolution, the vector of an embedding's
     entry. Tied units compute the same. With ``following``, the weights by which the next layer reads them
-    are tied, too: its input columns, or after flattening those of a channel, position by position.
+    are tied, too: its input columns, or after flattening those of a channel, position by position. For
+    linear layers :math:`h = W x + b` and :math:`y = V h + c`, units :math:`i` and :math:`j` of one group have
+
+    .. math:: W_{i,:} = W_{j,:}, \qquad b_i = b_j, \qquad V_{:,i} = V_{:,j}
 
     Args:
-        module: ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Embedding``.
+        module: ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Embedding``, whose weight has
+            shape ``[units, ...]``; any dtype that :class:`~tieopt.Tie` takes.
         groups: of units, as for :class:`~tieopt.Tie`: lists of indices, or labels of shape ``[units]``.
         following: the linear layer, or the convolution without groups, that reads the outputs of
-            ``module``; not for an embedding.
+            ``module``, with a weight of shape ``[out, units, ...]`` or, after flattening,
+            ``[out, units * positions]``; not for an embedding. None leaves it untied.
 
     Returns:
-        One tie for each parameter, for :class:`~tieopt.TiedOptimizer`.
+        One tie for each parameter, for :class:`~tieopt.TiedOptimizer`: of the weight, of the bias if there
+        is one, and of the weight of ``following`` if that is given.
 
     Raises:
-        TypeError: ``module`` or ``following`` is another kind of layer, or ``groups`` are no groups.
+        TypeError: ``module`` or ``following`` is another kind of layer, or is lazy and has no weight yet; or
+            ``groups`` are no groups.
         IndexError: an index is out of range.
-        ValueError: ``groups`` do not fit, or ``following`` does not read the outputs of ``module``.
+        ValueError: an index occurs twice, labels are not of shape ``[units]``, or ``following`` does not read
+            the outputs of ``module``.
 
     Example:
         >>> import torch
@@ -41,8 +47,10 @@ def neurons(module: nn.Module, groups: Any, *, following: nn.Module | None = Non
         >>> hidden, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
         >>> inner = torch.optim.SGD([*hidden.parameters(), *head.parameters()], lr=0.1)
         >>> optimizer = TiedOptimizer(inner, neurons(hidden, [[0, 2]], following=head))
-        >>> is_tied(hidden.weight, [[0, 2]]), is_tied(hidden.bias, [[0, 2]]), is_tied(head.weight, [[0, 2]], dim=1)
-        (True, True, True)
+        >>> is_tied(hidden.weight, [[0, 2]]), is_tied(hidden.bias, [[0, 2]])
+        (True, True)
+        >>> is_tied(head.weight, [[0, 2]], dim=1)
+        True
     """
     if not isinstance(module, _LAYERS):
         raise TypeError(_wrong("This layer has no neurons to tie.", [layer.__name__ for layer in _LAYERS], module))

@@ -6,10 +6,10 @@ wrong about a tie is found here, before anything is written; whoever holds slice
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import index as as_int
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ _LARGEST_SCALE = 2.0**100
 
 # Of a joined tie, so that it is shown on one line that can be read.
 _SHOWN_PARTS = 4
+
+# Labels, or lists of indices. A NumPy array is an iterable of anything.
+Groups = Tensor | Iterable[Iterable[SupportsIndex]]
+
+
+class SupportsArray(Protocol):
+    """What can be read as a NumPy array."""
+
+    def __array__(self) -> Any: ...
 
 
 class Part(NamedTuple):
@@ -75,47 +84,67 @@ class Tie:
     or a single element. Slices in one *group* are tied to each other; slices in no group are
     *free* and never touched.
 
-    With ``scale``, members are multiples of what they share, :math:`w_i = s_i w_0`: -1 is a flipped
-    sign, and 0 pins a slice at zero. The projection is then
-    :math:`w_0 = \sum_i s_i w_i / \sum_i s_i^2`.
+    The members of a group are multiples of its shared value :math:`w_0`. Tying takes the :math:`w_0` whose
+    multiples come nearest to the members as they were, by least squares:
+
+    .. math:: w_i = s_i w_0, \qquad w_0 = \frac{\sum_j s_j w_j}{\sum_j s_j^2}
+
+    Without ``scale`` every :math:`s_i` is 1, and :math:`w_0` the mean. A scale of -1 is a flipped sign, and
+    0 pins a slice at zero; a group whose scales are all 0 is pinned as a whole.
+
+    A tie for a name is checked when an optimizer finds the parameter. Labels and scales are copied.
 
     Args:
-        param: the parameter, or its name if the optimizer was built from ``named_parameters()``.
-            One dimension or more, any floating or complex dtype, any memory layout.
+        param: the parameter, or its name if the optimizer was built from ``named_parameters()``: of one
+            dimension or more, dense, any complex dtype or floating dtype with a sign (8 to 64 bits), any
+            memory layout.
         groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy
-            array) of labels, any integer dtype: slices with the same label are tied, -1 is free. The shape
-            of labels is a leading part of the parameter's: for a convolution's weight ``[out, in, k, k]``,
-            ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single elements.
-        dim: the dimension along which the slices lie; 1 ties the columns of a matrix. Labels are for
-            ``param.movedim(dim, 0)``.
-        scale: what multiple of its group's shared value each slice is, in the shape of the labels (for
-            lists, one for each index of ``dim``): real, finite, and if not zero from 2**-100 to 2**100 in
-            magnitude.
+            array) of labels, any integer dtype but uint64: slices with the same label are tied, -1 is free.
+            The shape of labels is a leading part of the parameter's: for a convolution's weight
+            ``[out, in, k, k]``, ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single
+            elements.
+        dim: the dimension along which the slices lie; 1 ties the columns of a matrix, and negative ones
+            count from the end. The shape of labels is then that of ``param.movedim(dim, 0)``, or how it begins.
+        scale: what multiple of its group's shared value each slice is, a tensor (or NumPy array) in the
+            shape of the labels (for lists, one for each index of ``dim``), any real dtype: finite, and if
+            not zero from 2**-100 to 2**100 in magnitude.
 
     Raises:
-        TypeError: ``param`` is neither a tensor nor a name, or cannot be tied, or ``groups`` holds
-            something other than integers, or ``scale`` something other than real numbers.
+        TypeError: ``param`` is neither a tensor nor a name, or has a dtype or layout that cannot be tied;
+            ``groups`` or ``dim`` hold something other than integers, or ``scale`` something other than real
+            numbers.
         IndexError: an index, or ``dim``, is out of range.
-        ValueError: an index occurs twice, labels or scale have the wrong shape, or a value that is none.
-
-    Groups for a name are looked at when an optimizer finds the parameter.
+        ValueError: ``param`` has no dimension, an index occurs twice, a label is below -1, ``scale`` has a
+            number that it must not have, or labels or scale have the wrong shape.
 
     Example:
         >>> import torch
-        >>> from tieopt import Tie
-        >>> weight = torch.nn.Parameter(torch.zeros(5, 3))
+        >>> from tieopt import Tie, TiedOptimizer
+        >>> weight = torch.nn.Parameter(torch.randn(5, 3))
         >>> Tie(weight, [[4, 1], [0, 2]])
         Tie(parameter of shape (5, 3), 2 groups of 4 members, 1 free)
         >>> Tie(weight, torch.tensor([0, 1, 0]), dim=1)
         Tie(parameter of shape (5, 3), 2 groups of 3 members, 0 free, dim=1)
 
+        Row 2 is the opposite of row 0, and row 3 is zero:
+
+        >>> labels = torch.tensor([0, -1, 0, 0, -1])
+        >>> tie = Tie(weight, labels, scale=torch.tensor([1.0, 1.0, -1.0, 0.0, 1.0]))
+        >>> optimizer = TiedOptimizer(torch.optim.SGD([weight]), tie)
+        >>> torch.equal(weight[2], -weight[0]), bool(weight[3].any())
+        (True, False)
+
     Attributes:
-        parts: what it labels, a part for each parameter that was joined.
+        parts: what it labels, for each parameter that was joined a named tuple of ``param``, ``groups``,
+            ``dim`` and ``scale``. If ``param`` is a tensor, ``groups`` are int64 labels and ``scale`` is None
+            or float64, both on the CPU; for a name they are what was given.
     """
 
     parts: tuple[Part, ...]
 
-    def __init__(self, param: Tensor | str, groups: Any, *, dim: int = 0, scale: Any = None) -> None:
+    def __init__(
+        self, param: Tensor | str, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None
+    ) -> None:
         if not isinstance(param, (Tensor, str)):
             raise TypeError(
                 "A tie needs a parameter.\n"
@@ -133,11 +162,18 @@ class Tie:
     def join(cls, *ties: Tie) -> Tie:
         """Ties slices of several parameters, or along several dimensions: the same label, the same group.
 
-        The slices must have one shape. Lists of indices are labelled by their place: the first list of
-        each tie is one group.
+        The slices must have one shape, and the parameters one dtype and device. Lists of indices are
+        labelled by their place: the first list of each tie is one group.
+
+        Sharing between two layers is most often done by assigning one Parameter to both modules; this also
+        does it for a part of a parameter, or across a transposition.
 
         Args:
-            ties: those to join, at least one.
+            *ties: those to join, at least one.
+
+        Returns:
+            One tie, whose ``parts`` are those of all. A :class:`~tieopt.TiedOptimizer` checks dtypes and
+            devices, and the shapes of what is joined by name.
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing.
@@ -170,6 +206,10 @@ class Tie:
             return repr(self.parts[0])
         more = [f"and {len(self.parts) - _SHOWN_PARTS} more"] if len(self.parts) > _SHOWN_PARTS else []
         return f"Tie.join({', '.join([*map(repr, self.parts[:_SHOWN_PARTS]), *more])})"
+
+
+# What an optimizer takes: groups by parameter or name, or ties.
+Ties = Mapping[Any, Any] | Tie | Iterable[Tie]
 
 
 def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> Slices:
