@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import CodeType, new_class
 from typing import Any, Self, cast
@@ -33,7 +33,7 @@ from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.places import parameters_of
 from tieopt.reduction import Reduction
 from tieopt.state import tied_state
-from tieopt.ties import Tie, shown
+from tieopt.ties import Tie, Ties, shown
 from tieopt.traced import between_graphs
 from tieopt.twin import COMPACT_NAMESPACE
 
@@ -54,16 +54,32 @@ class TiedOptimizer(Optimizer):
     r"""Keeps entries of the parameters of any optimizer equal.
 
     Before a step the gradients of each group are replaced by their mean (or sum), and after it the
-    members by their mean. For an optimizer that works entry by entry this is exactly training the one
-    value that they share.
+    members by their mean:
 
-    The wrapped optimizer becomes the tied one: ``TiedOptimizer(optimizer, ties) is optimizer``, still an
-    instance of its own class. The weights are tied at once.
+    .. math::
+
+        g \leftarrow P g, \qquad w \leftarrow \operatorname{step}(w, g), \qquad w \leftarrow P w,
+        \qquad (P w)_i = s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
+
+    where the sums are over the group of entry :math:`i`, :math:`s_i` is its scale, 1 unless a :class:`Tie`
+    says otherwise, and free entries stay as they are. :math:`P` is the orthogonal projection onto tied
+    weights. For an optimizer that works entry by entry this is exactly training the one value that the
+    members share.
+
+    The wrapped optimizer becomes the tied one, as a module does with ``torch.nn.utils.parametrize``:
+    ``TiedOptimizer(optimizer, ties) is optimizer``, still an instance of its own class. The weights are tied
+    at once, but for frozen parameters (``requires_grad`` is False), which are not written.
+
+    The idea is from a `forum question
+    <https://discuss.pytorch.org/t/tying-weights-from-different-neurons-and-averaging-the-gradients/20934>`_:
+    rows that stay equal, and whose gradients are averaged.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``.
-        ties: a mapping from parameters to groups, or a :class:`Tie`, or an iterable of them. Names may
-            stand for parameters if the optimizer was built from ``named_parameters()``.
+        optimizer: any :class:`torch.optim.Optimizer`. What is tied may have any dtype, layout and device that
+            :class:`Tie` says; parameters without ties, any.
+        ties: a mapping from parameters to groups (lists of lists of indices, or labels; see :class:`Tie`), or a
+            :class:`Tie`, or an iterable of them. Names may stand for parameters if the optimizer was built from
+            ``named_parameters()``. No entry may be in two ties.
         reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which
             is the gradient that autograd gives to one parameter used in several places. After the
             step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
@@ -71,7 +87,7 @@ class TiedOptimizer(Optimizer):
             scales the sum is :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each
             member.
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
-        every: after every how many steps the weights are projected.
+        every: after every how many steps the weights are projected; 1 or more.
         compact: trains one entry for each group instead of all its members: the optimizer has the state, and
             takes the time, of what is distinct. See below.
 
@@ -83,27 +99,35 @@ class TiedOptimizer(Optimizer):
     written through ``.data`` and is not tied, call :meth:`tie_weights` first.
 
     With another ``strength`` or ``every`` than 1 the ties are *relaxed*: the members are trained by their own
-    gradients and pulled together, as in locally connected layers that share weights now and then (Pogodin
-    et al., "Towards Biologically Plausible Convolutional Networks", 2021). They are approximate then, and
-    :meth:`tie_drift` says by how much; :meth:`tie_weights` ties them exactly.
+    gradients, which are left alone, and at once and after every ``every`` steps they are pulled together:
+
+    .. math:: w \leftarrow w + \mathtt{strength} \, (P w - w)
+
+    as in locally connected layers that share weights now and then (`Pogodin et al., 2021
+    <https://arxiv.org/abs/2106.13031>`_). They are approximate then, and :meth:`tie_drift` says by how much;
+    :meth:`tie_weights` ties them exactly.
 
     An optimizer that has state already is made to look as if its weights had been tied all along: what it
-    keeps of each entry is averaged per group, too.
+    keeps of each entry is averaged per group, too, unless the ties are relaxed.
 
     Raises:
-        TypeError: ``optimizer`` is none or is tied already, ``ties`` are none, or groups hold something
-            other than integers.
-        IndexError: an index is out of range.
+        TypeError: ``optimizer`` is no optimizer, is tied already, or its ``step`` was replaced on the instance;
+            ``ties`` are none; groups hold something other than integers; a parameter has a dtype or layout that
+            cannot be tied; or ``strength``, ``every`` or ``compact`` is of the wrong type.
+        IndexError: an index, or a dimension, is out of range.
         ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
             share an entry; joined parameters differ in dtype, device or settings, or only some of them
-            are frozen; ``reduction``, ``strength`` or ``every`` is none; the compact mode cannot serve the
-            ties, the optimizer, or what it has in its state.
+            are frozen; ``reduction``, ``strength`` or ``every`` is out of range, or they exclude each other;
+            entries of a parameter share memory, or it is sharded in a way that cannot be tied; the compact mode
+            cannot serve the ties, the optimizer, or what it has in its state. Nothing was written in any of
+            these cases.
 
     Example:
         >>> import torch
         >>> from tieopt import TiedOptimizer, is_tied
         >>> layer, groups = torch.nn.Linear(3, 5), [[0, 2], [1, 3, 4]]
-        >>> optimizer = TiedOptimizer(torch.optim.AdamW(layer.parameters()), {layer.weight: groups})
+        >>> optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+        >>> optimizer = TiedOptimizer(optimizer, {layer.weight: groups})
         >>> layer(torch.ones(2, 3)).square().sum().backward()
         >>> optimizer.step()
         >>> is_tied(layer.weight, groups)
@@ -121,7 +145,7 @@ class TiedOptimizer(Optimizer):
     def __new__(  # noqa: D102
         cls,
         optimizer: Optimizer,
-        ties: Mapping[Any, Any] | Tie | Iterable[Tie],
+        ties: Ties,
         *,
         reduction: Reduction = "mean",
         strength: float = 1.0,
@@ -147,7 +171,7 @@ class TiedOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        ties: Mapping[Any, Any] | Tie | Iterable[Tie],
+        ties: Ties,
         *,
         reduction: Reduction = "mean",
         strength: float = 1.0,
@@ -159,7 +183,25 @@ class TiedOptimizer(Optimizer):
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """What is tied."""
+        """What is tied: one :class:`Tie` for each that was given, with the parameters that stand there now.
+
+        Labels are numbered anew, in the order of first members. It can be given to another optimizer of these
+        parameters, or to :meth:`retie`.
+
+        Raises:
+            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            ValueError: joined parameters have come to differ in dtype, device or settings.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer
+            >>> weight = torch.nn.Parameter(torch.randn(4, 2))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([weight]), {weight: [[0, 3]]})
+            >>> optimizer.ties
+            (Tie(parameter of shape (4, 2), 1 group of 2 members, 2 free),)
+            >>> optimizer.ties[0].parts[0].groups
+            tensor([ 0, -1, -1,  0])
+        """
         return tuple(
             Tie.join(
                 *(
@@ -171,30 +213,60 @@ class TiedOptimizer(Optimizer):
         )
 
     def tie_gradients(self) -> None:
-        """Replaces the gradients of the members of each group by their mean, in ``.grad``.
+        r"""Replaces the gradients of the members of each group by their mean, in ``.grad``.
 
-        :meth:`step` does so itself; call this to read or to clip the tied gradients before. Idempotent
+        .. math:: g_i \leftarrow s_i \frac{\sum_j s_j g_j}{\sum_j s_j^2}
+
+        ``step()`` does so itself; call this to read or to clip the tied gradients before. Idempotent
         bit for bit. A gradient that is None stays None, unless a joined parameter has one: then it counts as
         zero. It is the mean for ``reduction="sum"`` too: the sum stands in ``.grad`` only while the inner
-        optimizer reads it.
+        optimizer reads it. Dense gradients are written in place, in their own dtype; sparse ones are replaced,
+        and stay sparse where rows of one parameter are tied.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a parameter has another shape than when it was tied, or is gone; or the gradient of a
+                sharded one is sparse, or has a graph.
+            ValueError: joined parameters have come to differ in dtype, device or settings.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer, is_tied
+            >>> layer = torch.nn.Linear(3, 5)
+            >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            >>> optimizer = TiedOptimizer(optimizer, {layer.weight: [[0, 2]]})
+            >>> layer(torch.randn(2, 3)).square().sum().backward()
+            >>> optimizer.tie_gradients()
+            >>> norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), max_norm=1.0)
+            >>> is_tied(layer.weight.grad, [[0, 2]])
+            True
         """
         tie_gradients(with_gradients(self._tieopt.parameters(self.param_groups)), self._tieopt.batches)
 
     def tie_weights(self) -> None:
-        """Replaces the members of each group by their mean; for when anything else wrote to the weights.
+        r"""Replaces the members of each group by their mean; for when anything else wrote to the weights.
+
+        .. math:: w_i \leftarrow s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
         Idempotent bit for bit. A frozen parameter, whose ``requires_grad`` is False, is not written.
         Relaxed ties are tied exactly.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            ValueError: joined parameters have come to differ in dtype, device or settings.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer, is_tied
+            >>> weight = torch.nn.Parameter(torch.randn(4, 2))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([weight]), {weight: [[0, 1]]})
+            >>> _ = torch.nn.init.xavier_uniform_(weight)
+            >>> optimizer.tie_weights()
+            >>> is_tied(weight, [[0, 1]])
+            True
         """
         self._tieopt.tie_weights(_trained(self, self._tieopt), differentiable=is_differentiable(self))
 
-    def retie(self, ties: Mapping[Any, Any] | Tie | Iterable[Tie]) -> None:
+    def retie(self, ties: Ties) -> None:
         """Replaces all ties by others, in the middle of a training.
 
         The weights are tied at once, and the state of the optimizer is made to look as if they had been
@@ -203,12 +275,16 @@ class TiedOptimizer(Optimizer):
         step counts.
 
         Args:
-            ties: as for :class:`TiedOptimizer`. Parameters that were added since may be among them.
+            ties: as for :class:`TiedOptimizer`, all that there are to be. Parameters that were added since may be
+                among them.
 
         Raises:
-            TypeError, IndexError, ValueError: as for :class:`TiedOptimizer`, or in the compact mode there is state that
-                cannot be converted, as the history of LBFGS, or this is what a framework has put in the optimizer's
-                place. Everything stays as it is then.
+            TypeError: as for :class:`TiedOptimizer`; or this is what a framework has put in the optimizer's place.
+            IndexError: an index, or a dimension, is out of range.
+            ValueError: as for :class:`TiedOptimizer`; or in the compact mode there is state that cannot be
+                converted, as the history of LBFGS.
+            RuntimeError: in the compact mode, a tied parameter has another shape than when it was tied, or is gone.
+                Everything stays as it is in any of these cases.
 
         Example:
             >>> import torch
@@ -218,9 +294,6 @@ class TiedOptimizer(Optimizer):
             >>> optimizer.retie({weight: [[0, 1, 2]]})
             >>> is_tied(weight, [[0, 1, 2]])
             True
-            >>> optimizer.untie()
-            >>> optimizer.ties
-            ()
         """
         _check_itself(self)
         kept = self._tieopt
@@ -246,12 +319,52 @@ class TiedOptimizer(Optimizer):
         Weights stay as they are, and the state as well, of which every member gets that of its group.
 
         Raises:
+            TypeError: this is what a framework has put in the optimizer's place.
             ValueError: in the compact mode there is state that cannot be converted, as the history of LBFGS.
+            RuntimeError: in the compact mode, a tied parameter has another shape than when it was tied, or is gone.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer, is_tied
+            >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+            >>> optimizer = TiedOptimizer(torch.optim.SGD([weight], lr=0.1), {weight: [[0, 1]]})
+            >>> optimizer.untie()
+            >>> optimizer.ties, is_tied(weight, [[0, 1]])
+            ((), True)
+            >>> weight.grad = torch.tensor([[1.0], [2.0]]).expand(2, 3)
+            >>> optimizer.step()
+            >>> is_tied(weight, [[0, 1]])
+            False
         """
         self.retie(())
 
     def tie_drift(self) -> float:
-        """The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied."""
+        r"""The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied.
+
+        .. math:: \max_i \left| w_i - (P w)_i \right|
+
+        over single entries, with :math:`P` as for :class:`TiedOptimizer`; of complex entries the modulus counts.
+
+        Returns:
+            The drift, in the unit of the weights; NaN if a tied entry is NaN. Of sharded parameters it is that of
+            all ranks, each of which has to call this.
+
+        Raises:
+            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            ValueError: joined parameters have come to differ in dtype, device or settings.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer
+            >>> weight = torch.nn.Parameter(torch.zeros(3))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([weight]), {weight: [[0, 1]]})
+            >>> _ = weight.data.copy_(torch.tensor([1.0, 2.0, 9.0]))
+            >>> optimizer.tie_drift()
+            0.5
+            >>> optimizer.tie_weights()
+            >>> optimizer.tie_drift()
+            0.0
+        """
         drifts = [self._tieopt.drift(*pair) for pair in self._tieopt.parameters(self.param_groups)]
         # Unlike Python's, this maximum is NaN if a drift is.
         return float(torch.tensor([0.0, *drifts], dtype=torch.float64, device="cpu").max())
@@ -264,15 +377,20 @@ class TiedOptimizer(Optimizer):
         :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line for each, and lines
         below the table say which parameters are joined, as these have distinct slices in common.
 
+        Returns:
+            The lines of the table, without a line break at the end.
+
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            ValueError: joined parameters have come to differ in dtype, device or settings.
 
         Example:
             >>> import torch
             >>> from tieopt import TiedOptimizer
             >>> layer = torch.nn.Linear(3, 6)
             >>> optimizer = torch.optim.SGD(layer.named_parameters(), lr=0.1)
-            >>> print(TiedOptimizer(optimizer, {"weight": [[0, 2], [1, 3, 4]]}).tie_summary())
+            >>> optimizer = TiedOptimizer(optimizer, {"weight": [[0, 2], [1, 3, 4]]})
+            >>> print(optimizer.tie_summary())
             parameter  shape   slices  groups  members  free  distinct  drift
             weight     (6, 3)       6       2        5     1         3      0
         """
@@ -281,7 +399,27 @@ class TiedOptimizer(Optimizer):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the wrapped optimizer, and beside it the fingerprints of the ties.
 
-        A bare optimizer loads it, and :meth:`load_state_dict` loads a bare optimizer's.
+        As :meth:`torch.optim.Optimizer.state_dict`, with one more key. A bare optimizer goes on with it, unless the
+        mode is compact: then it is the state of compact parameters. :meth:`load_state_dict` loads a bare
+        optimizer's, too. ``torch.load`` reads it with ``weights_only=True``.
+
+        Args:
+            *args: as for the wrapped optimizer.
+            **kwargs: as for the wrapped optimizer.
+
+        Returns:
+            ``"state"`` and ``"param_groups"`` as the wrapped optimizer has them; and, if anything is tied,
+            ``"tieopt"``: the fingerprints by the numbers of the parameters, for relaxed ties how many steps there
+            were, and whether the mode is compact.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer
+            >>> weight = torch.nn.Parameter(torch.randn(4, 2))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([weight]), {weight: [[0, 1]]})
+            >>> list(optimizer.state_dict())
+            ['state', 'param_groups', 'tieopt']
+            >>> torch.optim.Adam([weight]).load_state_dict(optimizer.state_dict())
         """
         state_dict = super().state_dict(*args, **kwargs)
         if not self._tieopt.ties:
@@ -297,10 +435,33 @@ class TiedOptimizer(Optimizer):
         """Loads a state that was saved with the same ties, in either mode, or without any.
 
         One without any, or with relaxed ones, is averaged per group, as if the weights had been tied all along.
+        With the weights, which ``model.load_state_dict`` loads, training goes on bit for bit as if never stopped.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, or that of a bare optimizer of the same parameters. It is
+                not written to.
+            *args: as for the wrapped optimizer.
+            **kwargs: as for the wrapped optimizer.
 
         Raises:
             ValueError: it was saved with other ties, or it is of the other mode and has something that cannot be
-                converted, as the history of LBFGS. Nothing is loaded then.
+                converted, as the history of LBFGS; or it does not fit the parameter groups, as torch says.
+            RuntimeError: a parameter has another shape than when it was tied, or is gone. Nothing is loaded in any
+                of these cases.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer
+            >>> weight = torch.nn.Parameter(torch.randn(4, 2))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([weight]), {weight: [[0, 1]]})
+            >>> saved = optimizer.state_dict()
+            >>> optimizer.load_state_dict(saved)
+            >>> optimizer.retie({weight: [[0, 2]]})
+            >>> optimizer.load_state_dict(saved)
+            Traceback (most recent call last):
+            ...
+            ValueError: The state was saved with other ties.
+            ...
         """
         binding, saved = self._tieopt, state_dict.get(_TIEOPT)
         pairs = _trained(self, binding)
@@ -326,7 +487,27 @@ class TiedOptimizer(Optimizer):
             self.state.update(convert(self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; its parameters are free until :meth:`retie`."""
+        """Adds a parameter group; its parameters are free until :meth:`retie`.
+
+        Args:
+            param_group: parameters and their settings, as for :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: ``param_group`` is no dict, or its parameters are no tensors, as torch says.
+            ValueError: a parameter is in a group already, or is no leaf, as torch says.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer, is_tied
+            >>> first, second = (torch.nn.Parameter(torch.randn(4, 2)) for _ in range(2))
+            >>> optimizer = TiedOptimizer(torch.optim.Adam([first]), {first: [[0, 1]]})
+            >>> optimizer.add_param_group({"params": [second]})
+            >>> is_tied(second, [[0, 1]])
+            False
+            >>> optimizer.retie({first: [[0, 1]], second: [[0, 1]]})
+            >>> is_tied(second, [[0, 1]])
+            True
+        """
         super().add_param_group(param_group)
         if self._tieopt.compact is not None:
             self._tieopt.compact.mirror(self.param_groups)
