@@ -1,6 +1,7 @@
 """For users' own tests, and this library's: is it tied, is it the shared parameter, and what ties there are.
 
-The strategies need hypothesis, the rest does not.
+The assertions need nothing but torch. The strategies need `hypothesis <https://hypothesis.readthedocs.io>`_, whose
+they are: ``pip install hypothesis``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +21,37 @@ from tieopt.binding import Binding
 from tieopt.optimizer import TiedOptimizer
 from tieopt.reduction import Reduction, Workspace, lead_
 from tieopt.slices import FREE, Slices
-from tieopt.ties import Tie, shown
+from tieopt.ties import Groups, Tie, Ties, shown
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+__all__ = ["assert_equivalent", "assert_tied", "labels", "scales", "ties"]
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Parameter]]], Optimizer]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
-    """Asserts that entries are tied, bit for bit but for the sign of zero.
+def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> None:
+    r"""Asserts that entries are tied, bit for bit but for the sign of zero.
+
+    .. math:: w_i = s_i w_0 \quad \text{for every member } i \text{ of a group, and some } w_0
+
+    It is :func:`~tieopt.is_tied`, for a whole model as well, with an error that says where. Unlike
+    :func:`torch.testing.assert_close` it has no tolerance, and a NaN is not equal to itself.
 
     Args:
-        model_or_tensor: a model, or a tensor.
+        model_or_tensor: a model, or a tensor of one dimension or more and of any dtype that
+            :class:`~tieopt.Tie` takes.
         ties: for a model as for :class:`~tieopt.TiedOptimizer`, where names are those of
             ``model.named_parameters()``; for a tensor groups as for :func:`~tieopt.is_tied`, or a
             :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are then taken.
 
     Raises:
-        AssertionError: a member is not what another of its group says; which, and by how much.
-        TypeError, IndexError, ValueError: ``ties`` do not fit.
+        AssertionError: a member is not what another of its group says; which, and what it is.
+        TypeError: this is neither a model nor a tensor, or ``ties`` are none.
+        IndexError: an index, or a dimension, is out of range.
+        ValueError: ``ties`` do not fit, or are joined and for a tensor.
 
     Example:
         >>> import torch
@@ -52,9 +63,16 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
         AssertionError: the tensor is not tied.
           Expected: 1.0 at (1,), as another member of its group says
           Got:      2.0
+
+        A model, after its weights were tied:
+
+        >>> from tieopt import TiedOptimizer
+        >>> layer, ties = torch.nn.Linear(3, 4), {"weight": [[0, 2], [1, 3]]}
+        >>> _ = TiedOptimizer(torch.optim.SGD(layer.named_parameters()), ties)
+        >>> assert_tied(layer, ties)
     """
     if isinstance(model_or_tensor, Tensor):
-        tie = ties if isinstance(ties, Tie) else Tie(model_or_tensor, ties)
+        tie = ties if isinstance(ties, Tie) else Tie(model_or_tensor, cast(Groups, ties))
         if len(tie.parts) != 1:
             raise ValueError(f"A tensor cannot have a joined tie.\n  Expected: one part\n  Got:      {tie}")
         (part,) = tie.parts
@@ -87,26 +105,30 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Any) -> None:
 def assert_equivalent(
     make_model: Callable[[], nn.Module],
     make_optimizer: MakeOptimizer,
-    ties: Any,
+    ties: Ties | Callable[[nn.Module], Ties],
     batches: Iterable[Any],
     *,
     reduction: Reduction = "mean",
     loss: Loss | None = None,
     tolerance: float = 1e-12,
 ) -> None:
-    """Asserts that tied training is training of the shared values, step by step in float64.
+    r"""Asserts that tied training is training of the shared values, step by step in float64.
 
     Beside the model under ties, its copy is trained, whose weights are built inside ``forward`` from one
-    parameter with a slice for each group, as a reparametrisation does. For an optimizer that works entry
-    by entry the two are one trajectory; with scales other than -1, 0 and 1 only if its update is linear in
-    the gradient.
+    parameter with a slice for each group, as ``torch.nn.utils.parametrize`` would have it. For an optimizer
+    that works entry by entry the two are one trajectory; with scales other than -1, 0 and 1 only if its update
+    is linear in the gradient. After every step, for every entry of a parameter :math:`w`,
+
+    .. math:: \left| w_i - s_i w_0 \right| \le \mathtt{tolerance} \cdot \max \left( 1, \max_j |s_j w_0| \right)
+
+    where :math:`w` is from the one side and :math:`s w_0`, the weights as they are built, from the other.
 
     Args:
-        make_model: returns the model; called once.
+        make_model: returns the model, which is made float64 and trained; called once.
         make_optimizer: makes the optimizer from pairs of names and parameters; called for each side.
         ties: as for :class:`~tieopt.TiedOptimizer`, with names for parameters; or a function that returns
             them for the model.
-        batches: one for each step.
+        batches: one for each step, of any shape; floating tensors as float64, like the model.
         reduction: as for :class:`~tieopt.TiedOptimizer`.
         loss: of a model on a batch; by default the mean square of ``model(batch)``. It may do no more with the
             model than call it. Random numbers, as of dropout, are the same on both sides.
@@ -114,9 +136,11 @@ def assert_equivalent(
             if that is less.
 
     Raises:
-        ValueError: there is no batch.
         AssertionError: the two differ; it says at which step, in which parameter, by how much, and whether
             the optimizer couples entries, in which case it has to.
+        TypeError: as :class:`~tieopt.TiedOptimizer`.
+        IndexError: as :class:`~tieopt.TiedOptimizer`.
+        ValueError: there is no batch; or as :class:`~tieopt.TiedOptimizer`.
 
     Example:
         >>> import torch
@@ -272,7 +296,13 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
     """Labels of a shape: any partition of any of the slices, or one large group, or pairs, or all free.
 
     Args:
-        shape: of the labels; a number for those of rows.
+        shape: of the labels; a number ``n`` for ``[n]``, those of rows. There may be no entries.
+
+    Returns:
+        A strategy of int64 tensors of that shape on the CPU, with -1 for free slices.
+
+    Raises:
+        ImportError: hypothesis is not installed.
 
     Example:
         >>> from hypothesis import given
@@ -309,12 +339,21 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
     return drawn()
 
 
-def scales(shape: Sequence[int], kinds: Sequence[str] = ("none", "signs", "zeros", "any")) -> SearchStrategy[Any]:
+def scales(
+    shape: Sequence[int], kinds: Sequence[str] = ("none", "signs", "zeros", "any")
+) -> SearchStrategy[Tensor | None]:
     """Scales of a shape, or None.
 
     Args:
         shape: of the labels.
-        kinds: what may be drawn: None; 1 and -1; these and 0; any multiples and 0.
+        kinds: what may be drawn, one or more of: ``"none"``, None; ``"signs"``, 1 and -1; ``"zeros"``, these
+            and 0; ``"any"``, these and other multiples.
+
+    Returns:
+        A strategy of float64 tensors of that shape on the CPU, or None.
+
+    Raises:
+        ImportError: hypothesis is not installed.
 
     Example:
         >>> from hypothesis import given
@@ -350,11 +389,16 @@ def ties(
     """Ties of every kind: rows, columns, kernels or elements, scaled, joined, several of one parameter.
 
     Args:
-        tensors: what is to be tied, of one dimension or more and of one dtype.
+        tensors: what is to be tied, one or more: of one dimension or more, of one dtype that
+            :class:`~tieopt.Tie` takes, and on one device.
         kinds: of scales, as for :func:`scales`.
 
     Returns:
-        Ties that share no entry.
+        A strategy of lists of ties, one or two, that share no entry. The first tensor is in all of them, others
+        may be joined with it.
+
+    Raises:
+        ImportError: hypothesis is not installed.
 
     Example:
         >>> import torch
