@@ -24,12 +24,30 @@ from functools import reduce
 from importlib import import_module
 from math import prod
 from operator import index as as_int
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from tieopt.ties import shown
+
+__all__ = [
+    "antisymmetric",
+    "block_circulant",
+    "centrosymmetric",
+    "circulant",
+    "clusters",
+    "convolution",
+    "convolution_bias",
+    "hankel",
+    "hashed",
+    "mirrored",
+    "orbits",
+    "persymmetric",
+    "rotated",
+    "symmetric",
+    "toeplitz",
+]
 
 _INT32_MAX = 2**31 - 1
 # Of more distinct values than this, k-means sees a summary.
@@ -39,17 +57,19 @@ _SUMMARY = 2**12
 
 
 def symmetric(shape: Sequence[int]) -> Tensor:
-    """A matrix that equals its transpose: ``W[i, j] = W[j, i]``.
+    r"""A matrix that equals its transpose.
+
+    .. math:: W_{i,j} = W_{j,i}
 
     Args:
         shape: ``[n, n, ...]``.
 
     Returns:
-        Labels of shape ``[n, n]``, ``n (n + 1) / 2`` groups.
+        Labels of shape ``[n, n]``, int64, ``n (n + 1) / 2`` groups.
 
     Raises:
         TypeError: ``shape`` is not a sequence of integers.
-        ValueError: it has fewer than two dimensions, or the first two differ.
+        ValueError: it has fewer than two dimensions, one is negative, or the first two differ.
 
     Example:
         >>> import torch
@@ -68,19 +88,23 @@ def symmetric(shape: Sequence[int]) -> Tensor:
 
 
 def antisymmetric(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A matrix that is the negative of its transpose: ``W[i, j] = -W[j, i]``, zero on the diagonal.
+    r"""A matrix that is the negative of its transpose, and so zero on the diagonal.
 
-    Such a matrix keeps a recurrent network stable (Chang et al., AntisymmetricRNN, 2019).
+    .. math:: W_{i,j} = -W_{j,i}
+
+    Such a matrix keeps a recurrent network stable (`Chang et al., AntisymmetricRNN, 2019
+    <https://arxiv.org/abs/1902.09689>`_).
 
     Args:
         shape: ``[n, n, ...]``.
 
     Returns:
-        Labels of shape ``[n, n]``, ``n (n - 1) / 2`` groups and one for each entry of the diagonal; and
-        their scales, 1 above the diagonal, -1 below, and 0 on it.
+        Labels of shape ``[n, n]``, int64, ``n (n - 1) / 2`` groups and one for each entry of the diagonal; and
+        their scales, float32, 1 above the diagonal, -1 below, and 0 on it.
 
     Raises:
-        TypeError, ValueError: as for :func:`symmetric`.
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, one is negative, or the first two differ.
 
     Example:
         >>> import torch
@@ -99,16 +123,19 @@ def antisymmetric(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def persymmetric(shape: Sequence[int]) -> Tensor:
-    """A matrix that is symmetric about its anti-diagonal: ``W[i, j] = W[n - 1 - j, n - 1 - i]``.
+    r"""A matrix that is symmetric about its anti-diagonal.
+
+    .. math:: W_{i,j} = W_{n-1-j,\,n-1-i}
 
     Args:
         shape: ``[n, n, ...]``.
 
     Returns:
-        Labels of shape ``[n, n]``, ``n (n + 1) / 2`` groups.
+        Labels of shape ``[n, n]``, int64, ``n (n + 1) / 2`` groups.
 
     Raises:
-        TypeError, ValueError: as for :func:`symmetric`.
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, one is negative, or the first two differ.
 
     Example:
         >>> import torch
@@ -126,17 +153,19 @@ def persymmetric(shape: Sequence[int]) -> Tensor:
 
 
 def centrosymmetric(shape: Sequence[int]) -> Tensor:
-    """A matrix that is symmetric about its center: ``W[i, j] = W[m - 1 - i, n - 1 - j]``.
+    r"""A matrix that is symmetric about its center.
+
+    .. math:: W_{i,j} = W_{m-1-i,\,n-1-j}
 
     Args:
         shape: ``[m, n, ...]``.
 
     Returns:
-        Labels of shape ``[m, n]``, ``m n / 2`` groups, rounded up.
+        Labels of shape ``[m, n]``, int64, ``m n / 2`` groups, rounded up.
 
     Raises:
         TypeError: ``shape`` is not a sequence of integers.
-        ValueError: it has fewer than two dimensions.
+        ValueError: it has fewer than two dimensions, or one is negative.
 
     Example:
         >>> import torch
@@ -155,16 +184,21 @@ def centrosymmetric(shape: Sequence[int]) -> Tensor:
 
 
 def circulant(shape: Sequence[int]) -> Tensor:
-    """A matrix whose rows are rotations of the first: ``W[i, j] = W[0, (j - i) % n]``.
+    r"""A matrix whose rows are rotations of the first.
+
+    .. math:: W_{i,j} = W_{0,\,(j-i) \bmod n}
+
+    Dense layers of this kind are those of `Cheng et al., 2015 <https://arxiv.org/abs/1502.03436>`_.
 
     Args:
         shape: ``[n, n, ...]``.
 
     Returns:
-        Labels of shape ``[n, n]``, ``n`` groups.
+        Labels of shape ``[n, n]``, int64, ``n`` groups.
 
     Raises:
-        TypeError, ValueError: as for :func:`symmetric`.
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, one is negative, or the first two differ.
 
     Example:
         >>> import torch
@@ -183,26 +217,35 @@ def circulant(shape: Sequence[int]) -> Tensor:
 
 
 def block_circulant(shape: Sequence[int], block: int) -> Tensor:
-    """A matrix of square blocks, each of which is circulant.
+    r"""A matrix of square blocks, each of which is circulant.
 
-    The structure of CirCNN (Ding et al., 2017), which has ``block`` times fewer values.
+    .. math:: W_{bI+i,\,bJ+j} = W_{bI,\,bJ + (j-i) \bmod b}, \qquad 0 \le i, j < b
+
+    for blocks of size :math:`b`. It is the structure of CirCNN (`Ding et al., 2017
+    <https://arxiv.org/abs/1708.08917>`_), which has :math:`b` times fewer values.
 
     Args:
         shape: ``[m, n, ...]``.
         block: rows and columns of a block; a divisor of ``m`` and of ``n``.
 
     Returns:
-        Labels of shape ``[m, n]``, ``m n / block`` groups.
+        Labels of shape ``[m, n]``, int64, ``m n / block`` groups.
 
     Raises:
         TypeError: ``shape`` is not a sequence of integers, or ``block`` is not an integer.
-        ValueError: ``shape`` has fewer than two dimensions, or ``block`` does not divide the first two.
+        ValueError: ``shape`` has fewer than two dimensions or a negative one, or ``block`` does not divide
+            the first two.
 
     Example:
+        >>> import torch
         >>> from tieopt import patterns
-        >>> patterns.block_circulant((2, 4), 2)
+        >>> labels = patterns.block_circulant((2, 4), 2)
+        >>> labels
         tensor([[0, 1, 2, 3],
                 [1, 0, 3, 2]])
+        >>> block = labels[:, 2:]
+        >>> torch.equal(block, block.roll((1, 1), (0, 1)))
+        True
     """
     m, n = _sizes(shape, least=2)[:2]
     block = _whole(block, "The size of a block", 1, max(m, n) or _INT32_MAX)
@@ -213,16 +256,22 @@ def block_circulant(shape: Sequence[int], block: int) -> Tensor:
 
 
 def toeplitz(shape: Sequence[int]) -> Tensor:
-    """A matrix that is constant along its diagonals: ``W[i, j] = W[i + 1, j + 1]``.
+    r"""A matrix that is constant along its diagonals.
+
+    .. math:: W_{i,j} = W_{i+1,\,j+1}
+
+    Its product with a vector is a convolution. It is among the structured layers of `Sindhwani et al., 2015
+    <https://arxiv.org/abs/1510.01722>`_.
 
     Args:
         shape: ``[m, n, ...]``.
 
     Returns:
-        Labels of shape ``[m, n]``, ``m + n - 1`` groups.
+        Labels of shape ``[m, n]``, int64, ``m + n - 1`` groups.
 
     Raises:
-        TypeError, ValueError: as for :func:`centrosymmetric`.
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, or one is negative.
 
     Example:
         >>> import torch
@@ -240,16 +289,19 @@ def toeplitz(shape: Sequence[int]) -> Tensor:
 
 
 def hankel(shape: Sequence[int]) -> Tensor:
-    """A matrix that is constant along its anti-diagonals: ``W[i, j] = W[i + 1, j - 1]``.
+    r"""A matrix that is constant along its anti-diagonals: a Toeplitz matrix upside down.
+
+    .. math:: W_{i,j} = W_{i+1,\,j-1}
 
     Args:
         shape: ``[m, n, ...]``.
 
     Returns:
-        Labels of shape ``[m, n]``, ``m + n - 1`` groups.
+        Labels of shape ``[m, n]``, int64, ``m + n - 1`` groups.
 
     Raises:
-        TypeError, ValueError: as for :func:`centrosymmetric`.
+        TypeError: ``shape`` is not a sequence of integers.
+        ValueError: it has fewer than two dimensions, or one is negative.
 
     Example:
         >>> import torch
@@ -269,27 +321,35 @@ def hankel(shape: Sequence[int]) -> Tensor:
 
 
 def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
-    """Entries that equal their mirror image along each of some dimensions: ``W = W.flip(d)`` for each ``d``.
+    r"""Entries that equal their mirror image along each of some dimensions: ``W = W.flip(d)`` for each ``d``.
+
+    .. math:: W_{\dots, i_d, \dots} = W_{\dots,\, n_d - 1 - i_d, \dots}
+
+    where dimension :math:`d` has size :math:`n_d`.
 
     Args:
-        shape: any; for a convolution ``[out, in, height, width]``, whose last dimension is mirrored.
+        shape: one dimension or more. By default the last one is mirrored: of a convolution's weight
+            ``[out, in, height, width]`` the width, so that its kernels are the same from left and right.
         dims: which dimensions, each once; negative ones count from the end.
 
     Returns:
-        Labels of that shape. The number of groups is the product of the sizes, where those of ``dims``
-        are halved and rounded up.
+        Labels of shape ``shape``, int64. The number of groups is the product of the sizes, where those of
+        ``dims`` are halved and rounded up.
 
     Raises:
         TypeError: ``shape`` or ``dims`` is not a sequence of integers.
-        ValueError: ``shape`` has no dimension.
         IndexError: ``shape`` has no such dimension.
-        ValueError: a dimension occurs twice.
+        ValueError: ``shape`` has no dimension or a negative one, or ``dims`` have one twice.
 
     Example:
+        >>> import torch
         >>> from tieopt import patterns
-        >>> patterns.mirrored((2, 3))
+        >>> labels = patterns.mirrored((2, 3))
+        >>> labels
         tensor([[0, 1, 0],
                 [2, 3, 2]])
+        >>> torch.equal(labels, labels.flip(-1))
+        True
         >>> patterns.mirrored((2, 3), dims=(0, 1))
         tensor([[0, 1, 0],
                 [0, 1, 0]])
@@ -307,20 +367,24 @@ def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
 def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
     r"""Square kernels that equal themselves rotated by 90 degrees: ``W = W.rot90(1, (-2, -1))``.
 
+    .. math:: W_{\dots,i,j} = W_{\dots,j,\,k-1-i}, \qquad \text{and mirrored also} \quad
+        W_{\dots,i,j} = W_{\dots,i,\,k-1-j}
+
     The rotations form the group :math:`C_4`; with the reflections, ``W = W.flip(-1)``, it is :math:`D_4`, the
-    symmetries of the square. Each kernel, all but the last two dimensions, is tied within itself.
+    symmetries of the square. Each kernel ``[k, k]`` is tied within itself, and to no other. A convolution with such
+    kernels turns its output with its input.
 
     Args:
-        shape: ``[..., k, k]``.
+        shape: ``[..., k, k]``, as the weight of a convolution.
         mirrored: whether a kernel also equals its mirror images.
 
     Returns:
-        Labels of that shape. For each kernel ``k^2 / 4`` groups, rounded up; mirrored, ``h (h + 1) / 2``,
-        where ``h`` is ``k / 2``, rounded up.
+        Labels of shape ``shape``, int64. For each kernel ``k^2 / 4`` groups, rounded up; mirrored,
+        ``h (h + 1) / 2``, where ``h`` is ``k / 2``, rounded up.
 
     Raises:
         TypeError: ``shape`` is not a sequence of integers.
-        ValueError: it has fewer than two dimensions, or the last two differ.
+        ValueError: it has fewer than two dimensions, one is negative, or the last two differ.
 
     Example:
         >>> import torch
@@ -349,10 +413,13 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
 
 
 def orbits(*permutations: Tensor) -> Tensor:
-    """Entries that any composition of some permutations maps to each other.
+    r"""Entries that any composition of some permutations maps to each other.
 
-    That is for any symmetry that has no function of its own here. Number the entries, and write down what
-    stands in the place of each. ``W[i, j, a, b] = W[j, i, k - 1 - a, k - 1 - b]``, for instance, says that
+    .. math:: W_i = W_{\pi(i)} \quad \text{for every permutation } \pi
+
+    That is for any symmetry that has no function of its own here, and how layers are made equivariant by sharing
+    their parameters (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_). Number the entries, and write
+    down what stands in the place of each. ``W[i, j, a, b] = W[j, i, k - 1 - a, k - 1 - b]``, for instance, says that
     swapping input and output mirrors a kernel of ``k x k`` entries about its center::
 
         entries = torch.arange(weight.numel()).view(weight.shape)
@@ -362,11 +429,11 @@ def orbits(*permutations: Tensor) -> Tensor:
     components of a graph, by scipy.
 
     Args:
-        permutations: one or more integer tensors of one shape, each a rearrangement of
+        *permutations: one or more tensors of one shape, any integer dtype but uint64, each a rearrangement of
             ``torch.arange(n).view(shape)``.
 
     Returns:
-        Labels of that shape.
+        Labels of that shape, int64, one group for each orbit.
 
     Raises:
         TypeError: there is no permutation, or one is not an integer tensor.
@@ -377,9 +444,12 @@ def orbits(*permutations: Tensor) -> Tensor:
         >>> import torch
         >>> from tieopt import patterns
         >>> entries = torch.arange(6).view(2, 3)
-        >>> patterns.orbits(entries.flip(0))
+        >>> labels = patterns.orbits(entries.flip(0))
+        >>> labels
         tensor([[0, 1, 2],
                 [0, 1, 2]])
+        >>> torch.equal(labels, labels.flip(0))
+        True
         >>> patterns.orbits(entries.flip(0), entries.roll(1, 1))
         tensor([[0, 0, 0],
                 [0, 0, 0]])
@@ -400,7 +470,20 @@ def orbits(*permutations: Tensor) -> Tensor:
 
 
 def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A convolution unrolled: the dense layer that computes the same from flattened inputs.
+    r"""A convolution unrolled: the dense layer that computes the same from flattened inputs.
+
+    For one dimension, with kernels :math:`K`, output position :math:`y` and input position :math:`x`,
+
+    .. math::
+
+        W_{(o,y),(c,x)} = \begin{cases}
+            K_{o,c,t} & x = \mathtt{stride} \cdot y + \mathtt{dilation} \cdot t - \mathtt{padding} \\
+            0 & \text{if there is no such } t
+        \end{cases}
+
+    and so for each dimension of two; with groups, :math:`c` counts within that of :math:`o`, and between groups there
+    is 0. That shared weights make a dense layer a convolution is from LeCun, "Generalization and network design
+    strategies", 1989.
 
     The label of an entry is the position in ``conv.weight.flatten()`` of its value. Entries out of the
     kernel's reach are pinned at zero by scale 0, and their label is the number after the last position,
@@ -409,13 +492,15 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
         dense.weight = nn.functional.pad(conv.weight.flatten(), (0, 1))[labels]
 
     Args:
-        conv: of any stride, dilation, groups and zero padding.
-        input_size: length or ``(height, width)`` of the input; one number stands for both.
+        conv: of any stride, dilation, groups and zero padding; its weight has shape
+            ``[out_channels, in_channels / groups, *kernel_size]``, and only that is looked at.
+        input_size: length or ``(height, width)`` of the input, in entries; one number stands for both.
 
     Returns:
-        Labels of shape ``[out_channels * out_positions, in_channels * in_positions]``, in the order of
+        Labels of shape ``[out_channels * out_positions, in_channels * in_positions]``, int64, in the order of
         :class:`torch.nn.Flatten`, at most ``conv.weight.numel()`` groups and one for the zeros (positions
-        that only see padding do not occur); and their scales, 1 within the kernel's reach and 0 elsewhere.
+        that only see padding do not occur); and their scales, float32, 1 within the kernel's reach and 0
+        elsewhere.
 
     Raises:
         TypeError: ``conv`` is not such a layer, or ``input_size`` not one or more integers.
@@ -447,25 +532,34 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
 
 
 def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> Tensor:
-    """The bias of the dense layer of :func:`convolution`: each channel's, at all its positions.
+    r"""The bias of the dense layer of :func:`convolution`: each channel's, at all its positions.
+
+    .. math:: b_{(o,y)} = b_o
+
+    for output channel :math:`o` and position :math:`y`.
 
     Args:
-        conv: as for :func:`convolution`, with a bias.
+        conv: as for :func:`convolution`, with a bias, of shape ``[out_channels]``.
         input_size: as for :func:`convolution`.
 
     Returns:
-        Labels of shape ``[out_channels * out_positions]``, ``out_channels`` groups: the positions in
+        Labels of shape ``[out_channels * out_positions]``, int64, ``out_channels`` groups: the positions in
         ``conv.bias``, so that ``dense.bias = conv.bias[labels]``.
 
     Raises:
-        TypeError, ValueError: as for :func:`convolution`.
-        ValueError: ``conv`` has no bias.
+        TypeError: as for :func:`convolution`.
+        ValueError: as for :func:`convolution`, or ``conv`` has no bias.
 
     Example:
         >>> import torch
         >>> from tieopt import patterns
-        >>> patterns.convolution_bias(torch.nn.Conv1d(1, 2, kernel_size=2), 4)
+        >>> conv = torch.nn.Conv1d(1, 2, kernel_size=2)
+        >>> labels = patterns.convolution_bias(conv, 4)
+        >>> labels
         tensor([0, 0, 0, 1, 1, 1])
+        >>> zeros = torch.zeros(1, 1, 4)
+        >>> torch.equal(conv.bias[labels], conv(zeros).flatten())
+        True
     """
     positions = prod(len(taps) for taps in _taps(conv, input_size))
     if conv.bias is None:
@@ -477,7 +571,9 @@ def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int
 
 
 def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    r"""Entries that a hash function sorts into buckets, each with a sign: HashedNets (Chen et al., 2015).
+    r"""Entries that a hash function sorts into buckets, each with a sign.
+
+    It is the layer of HashedNets (`Chen et al., 2015 <https://arxiv.org/abs/1504.04788>`_):
 
     .. math:: W_i = \xi(i)\, w_{h(i)}, \qquad h(i) \in \{0, \dots, B - 1\}, \quad \xi(i) \in \{-1, 1\}
 
@@ -486,19 +582,21 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
     the same on every machine. Give every layer its own seed.
 
     Args:
-        shape: any, of fewer than ``2^31`` entries.
-        buckets: how many values there are.
-        seed: of both hashes.
+        shape: one dimension or more, of fewer than ``2^31`` entries.
+        buckets: how many values there are, 1 or more: :math:`B`.
+        seed: of both hashes, from 0 to ``2^32 - 1``.
 
     Returns:
-        Labels of that shape, at most ``buckets`` groups; and their scales, 1 or -1.
+        Labels of shape ``shape``, int64, at most ``buckets`` groups; and their scales, float32, 1 or -1.
 
     Raises:
         TypeError: ``shape`` is not a sequence of integers, or ``buckets`` or ``seed`` is not an integer.
-        ValueError: ``shape`` has no dimension or too many entries, or ``buckets`` or ``seed`` is out of range.
+        ValueError: ``shape`` has no dimension, a negative one or too many entries, or ``buckets`` or ``seed``
+            is out of range.
         ImportError: scikit-learn is not installed.
 
     Example:
+        >>> import torch
         >>> from tieopt import patterns
         >>> labels, scale = patterns.hashed((2, 4), buckets=3)
         >>> labels
@@ -507,6 +605,9 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
         >>> scale
         tensor([[ 1., -1., -1.,  1.],
                 [ 1.,  1.,  1.,  1.]])
+        >>> weight = torch.randn(3)[labels] * scale
+        >>> len(weight.abs().unique())
+        3
     """
     sizes = _sizes(shape, least=1)
     buckets = _whole(buckets, "The number of buckets", 1, _INT32_MAX)
@@ -526,24 +627,28 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
     return (label % buckets).view(sizes), (1 - 2 * (sign % 2)).float().view(sizes)
 
 
-def clusters(tensor: Tensor, count: int, *, of: str = "rows", seed: int = 0) -> Tensor:
-    """Rows or values that k-means puts into one cluster; tied, they become their cluster's mean.
+def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "rows", seed: int = 0) -> Tensor:
+    r"""Rows or values that k-means puts into one cluster; tied, they become their cluster's mean.
 
-    The clusters of values are those of Deep Compression (Han et al., 2016). Equal rows, and equal values,
-    are in one cluster, and what the clusters are does not depend on the order of the rows. If there are no more
-    distinct ones than clusters, each has its own. The clusters are those of one start by k-means++; for
-    more than a few thousand distinct values they are found on a fine histogram of them, and then each value
-    goes to the nearest center. By scikit-learn, in float64; another version of it may find others.
+    .. math:: \min_{c, \mu} \sum_i \left\| w_i - \mu_{c(i)} \right\|^2
+
+    The labels :math:`c` come near a local minimum of it, where :math:`w_i` are the rows or the values. Clusters of
+    values are the shared weights of Deep Compression (`Han et al., 2016 <https://arxiv.org/abs/1510.00149>`_).
+
+    Equal rows, and equal values, are in one cluster, and what the clusters are does not depend on the order of the
+    rows. If there are no more distinct ones than clusters, each has its own. The clusters are those of one start by
+    k-means++; for more than a few thousand distinct values they are found on a fine histogram of them, and then each
+    value goes to the nearest center. By scikit-learn, in float64; another version of it may find others.
 
     Args:
-        tensor: the weights now, shape ``[n, ...]``, any real floating dtype.
+        tensor: the weights now, shape ``[n, ...]``, dense, any real floating dtype. It is read only.
         count: of clusters, at most the number of rows or values.
         of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries.
-        seed: of the start.
+        seed: of the start, from 0 to ``2^32 - 1``.
 
     Returns:
-        For rows labels of shape ``[n]``, for values of the shape of ``tensor``, larger ones for larger
-        values; at most ``count`` groups.
+        Labels, int64: for rows of shape ``[n]``; for values of the shape of ``tensor``, larger labels for larger
+        values. At most ``count`` groups.
 
     Raises:
         TypeError: ``tensor`` is not a dense floating tensor, or ``count`` or ``seed`` is not an integer.
@@ -553,15 +658,18 @@ def clusters(tensor: Tensor, count: int, *, of: str = "rows", seed: int = 0) -> 
 
     Example:
         >>> import torch
-        >>> from tieopt import patterns
+        >>> from tieopt import patterns, tie_
         >>> weight = torch.tensor([[0.0, 0.1], [5.0, 5.1], [5.2, 5.0]])
         >>> first, second, third = patterns.clusters(weight, 2)
         >>> bool(second == third), bool(first == second)
         (True, False)
-        >>> patterns.clusters(weight, 2, of="values")
+        >>> labels = patterns.clusters(weight, 2, of="values")
+        >>> labels
         tensor([[0, 0],
                 [1, 1],
                 [1, 1]])
+        >>> len(tie_(weight, labels).unique())
+        2
     """
     if of not in ("rows", "values"):
         raise ValueError(_message("Clusters are of something else.", "of='rows' or of='values'", shown(of)))
