@@ -58,7 +58,8 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
 
         With scales, each group is its shared value times them:
 
-        >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=torch.tensor([1.0, -1.0, 0.0]))
+        >>> scale = torch.tensor([1.0, -1.0, 0.0])
+        >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=scale)
         tensor([ 2., -2.,  0.])
     """
     slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])

@@ -31,8 +31,8 @@ def neurons(module: nn.Module, groups: Groups, *, following: nn.Module | None = 
             ``[out, units * positions]``; not for an embedding. None leaves it untied.
 
     Returns:
-        One tie for each parameter, for :class:`~tieopt.TiedOptimizer`: of the weight, of the bias if there
-        is one, and of the weight of ``following`` if that is given.
+        One tie for each parameter, to be given to :class:`~tieopt.TiedOptimizer`. First that of the weight, then
+        that of the bias, if there is one, and that of the weight of ``following``, if that is given.
 
     Raises:
         TypeError: ``module`` or ``following`` is another kind of layer, or is lazy and has no weight yet; or

@@ -66,7 +66,7 @@ class TiedOptimizer(Optimizer):
     weights. For an optimizer that works entry by entry this is exactly training the one value that the
     members share.
 
-    The wrapped optimizer becomes the tied one, as a module does with ``torch.nn.utils.parametrize``:
+    The wrapped optimizer becomes the tied one, as ``torch.nn.utils.parametrize`` does it with modules:
     ``TiedOptimizer(optimizer, ties) is optimizer``, still an instance of its own class. The weights are tied
     at once, but for frozen parameters (``requires_grad`` is False), which are not written.
 
@@ -183,9 +183,9 @@ class TiedOptimizer(Optimizer):
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """What is tied: one :class:`Tie` for each that was given, with the parameters that stand there now.
+        """What is tied, one :class:`Tie` for each that was given, with the parameters that stand there now.
 
-        Labels are numbered anew, in the order of first members. It can be given to another optimizer of these
+        Labels are numbered anew, in the order of first members. The ties can be given to another optimizer of these
         parameters, or to :meth:`retie`.
 
         Raises:
@@ -327,7 +327,7 @@ class TiedOptimizer(Optimizer):
             >>> import torch
             >>> from tieopt import TiedOptimizer, is_tied
             >>> weight = torch.nn.Parameter(torch.ones(2, 3))
-            >>> optimizer = TiedOptimizer(torch.optim.SGD([weight], lr=0.1), {weight: [[0, 1]]})
+            >>> optimizer = TiedOptimizer(torch.optim.SGD([weight]), {weight: [[0, 1]]})
             >>> optimizer.untie()
             >>> optimizer.ties, is_tied(weight, [[0, 1]])
             ((), True)

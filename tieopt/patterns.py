@@ -543,7 +543,7 @@ def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int
         input_size: as for :func:`convolution`.
 
     Returns:
-        Labels of shape ``[out_channels * out_positions]``, int64, ``out_channels`` groups: the positions in
+        Labels of shape ``[out_channels * out_positions]``, int64, ``out_channels`` groups. They are the positions in
         ``conv.bias``, so that ``dense.bias = conv.bias[labels]``.
 
     Raises:
@@ -647,8 +647,8 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
         seed: of the start, from 0 to ``2^32 - 1``.
 
     Returns:
-        Labels, int64: for rows of shape ``[n]``; for values of the shape of ``tensor``, larger labels for larger
-        values. At most ``count`` groups.
+        Int64 labels of at most ``count`` groups, for rows of shape ``[n]``, for values of the shape of ``tensor``
+        and larger for larger values.
 
     Raises:
         TypeError: ``tensor`` is not a dense floating tensor, or ``count`` or ``seed`` is not an integer.

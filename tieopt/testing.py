@@ -1,7 +1,7 @@
 """For users' own tests, and this library's: is it tied, is it the shared parameter, and what ties there are.
 
-The assertions need nothing but torch. The strategies need `hypothesis <https://hypothesis.readthedocs.io>`_, whose
-they are: ``pip install hypothesis``.
+The assertions need nothing but torch. The strategies are for `hypothesis <https://hypothesis.readthedocs.io>`_:
+``pip install hypothesis``.
 """
 
 from __future__ import annotations
