@@ -338,7 +338,7 @@ def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
 
     Raises:
         TypeError: ``shape`` or ``dims`` is not a sequence of integers.
-        IndexError: ``shape`` has no such dimension.
+        IndexError: ``shape`` has not all of ``dims``.
         ValueError: ``shape`` has no dimension or a negative one, or ``dims`` have one twice.
 
     Example:
@@ -493,7 +493,7 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
 
     Args:
         conv: of any stride, dilation, groups and zero padding; its weight has shape
-            ``[out_channels, in_channels / groups, *kernel_size]``, and only that is looked at.
+            ``[out_channels, in_channels / groups, *kernel_size]``, and any values.
         input_size: length or ``(height, width)`` of the input, in entries; one number stands for both.
 
     Returns:
