@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -36,6 +36,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|matplotlib|hypothesis|os|numpy)\..*"),
     # Names that annotations import.
     ("py:class", "Axes|Figure|Optimizer|Reduction|SearchStrategy|SubFigure|Tensor"),
+    # What an annotation says is all that there is to say of them.
+    ("py:class", r"tieopt\.ties\.(Part|SupportsArray)"),
 ]
 
 myst_heading_anchors = 3
@@ -98,9 +100,10 @@ def public_names(module: ModuleType) -> Iterator[str]:
         if name.startswith("_") or not here or not (inspect.isfunction(thing) or inspect.isclass(thing)):
             continue
         yield name
-        for member, value in vars(thing).items():
-            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
-                yield f"{name}.{member}"
+        kinds = (FunctionType, classmethod, staticmethod, property)
+        yield from (
+            f"{name}.{member}" for member, value in vars(thing).items() if member[0] != "_" and isinstance(value, kinds)
+        )
 
 
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
