@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Generator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -39,6 +39,17 @@ class Key(NamedTuple):
     tests: str
 
 
+class Passed(NamedTuple):
+    """What one test that has passed saw of a row."""
+
+    host: str
+    what: str
+    tests: str
+    versions: str
+    compact: bool
+    refusals: list[str]
+
+
 class Seen:
     """What the tests of a row have seen."""
 
@@ -46,6 +57,11 @@ class Seen:
         self.versions = ""
         self.passed = {False: 0, True: 0}
         self.refused: dict[bool, dict[str, None]] = {False: {}, True: {}}
+
+    def add(self, test: Passed) -> None:
+        self.versions = test.versions
+        self.refused[test.compact].update(dict.fromkeys(test.refusals))
+        self.passed[test.compact] += not test.refusals
 
     def cell(self, compact: bool) -> str:
         """How it went in a mode."""
@@ -66,7 +82,7 @@ class Hosts:
         self._write = write
         self._run: set[str] = set()
         self._run_in_part: set[str] = set()
-        self._seen: defaultdict[Key, Seen] = defaultdict(Seen)
+        self._passed: list[Passed] = []
         self._differences: list[str] = []
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
@@ -91,24 +107,37 @@ class Hosts:
         # A machine without CUDA is to see the same table.
         if getattr(params.get("device"), "type", "cpu") != "cpu":
             return
-        seen = self._seen[Key(host, what, self._link(item))]
-        seen.versions = ", ".join(f"{name} {installed(name)}" for name in dict.fromkeys([package, "torch"]))
-        compact = bool(params.get("compact", False))
+        versions = ", ".join(f"{name} {installed(name)}" for name in dict.fromkeys([package, "torch"]))
         refusals = [value for name, value in item.user_properties if name == "refused"]
-        seen.refused[compact].update(dict.fromkeys(refusals))
-        seen.passed[compact] += not refusals
+        compact = bool(params.get("compact", False))
+        self._passed.append(Passed(host, what, self._link(item), versions, compact, refusals))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """What a worker of pytest-xdist has seen is compared where all of it comes together."""
+        told = getattr(node, "workeroutput", {}).get("hosts", ([], [], []))
+        for kept, more in zip((self._run, self._run_in_part), told, strict=False):
+            kept.update(more)
+        self._passed.extend(Passed(*test) for test in told[2])
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if hasattr(session.config, "workeroutput"):
+            told = list(self._run), list(self._run_in_part), list(map(tuple, self._passed))
+            session.config.workeroutput["hosts"] = told
+            return
         # Tests that failed, or were not reached, have seen nothing to be written or to be compared.
         if exitstatus != pytest.ExitCode.OK or any("::" in argument for argument in session.config.args):
             return
         run = self._run - self._run_in_part
-        seen = {key: line_of(key, row) for key, row in self._seen.items() if key.tests in run}
+        rows: defaultdict[Key, Seen] = defaultdict(Seen)
+        for test in self._passed:
+            rows[Key(test.host, test.what, test.tests)].add(test)
+        seen = {key: line_of(key, row) for key, row in rows.items() if key.tests in run}
         text = self._page.read_text(encoding="utf-8")
         page = {key_of(line): line for line in TABLE.search(text)[0].splitlines()[2:]}
         if self._write:
-            rows = [*seen.values(), *(line for key, line in page.items() if key.tests not in run)]
-            table = HEAD + "".join(f"{line}\n" for line in sorted(rows, key=str.casefold))
+            lines = [*seen.values(), *(line for key, line in page.items() if key.tests not in run)]
+            table = HEAD + "".join(f"{line}\n" for line in sorted(lines, key=str.casefold))
             self._page.write_text(TABLE.sub(lambda _: table, text), encoding="utf-8")
             return
         expected = {key: line for key, line in page.items() if key.tests in run and is_of_this_environment(line)}

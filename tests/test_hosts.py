@@ -1,6 +1,7 @@
 """The table of docs/hosts.md has a row for what passed or was refused, and for nothing else."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,10 @@ HEAD = """\
 | host | versions | what was run | default mode | compact mode | tests |
 | --- | --- | --- | --- | --- | --- |
 """
-CONFTEST = """
+CONFTEST = f"""
+    import sys
     import pytest
+    sys.path.append({str(Path(__file__).parent)!r})  # for workers, which are processes of their own
     from hosts import Hosts
 
     def pytest_addoption(parser):
@@ -74,12 +77,13 @@ def run(project, *args):
     return result.ret, result.stdout.str()
 
 
-def test_a_run_writes_what_it_saw_and_the_next_one_compares(project):
-    assert run(project, "--write-page")[0] == 0
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_a_run_writes_what_it_saw_and_the_next_one_compares(project, workers):
+    assert run(project, "--write-page", *workers)[0] == 0
     assert rows(project) == WRITTEN
     assert page(project).startswith("# Hosts\n\n<!-- rows -->\n" + HEAD)
     assert page(project).endswith("|\n<!-- end of rows -->\n\nThe end.\n")
-    assert run(project)[0] == 0
+    assert run(project, *workers)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,9 @@ def test_what_did_not_pass_has_no_row(project, outcome):
     assert rows(project) == ([] if failed else WRITTEN)
 
 
-@pytest.mark.parametrize("args", [["-k", "refused"], ["test_host.py::test_refused"], ["--collect-only"]])
+@pytest.mark.parametrize(
+    "args", [["-k", "refused"], ["-k", "refused", "-n", "2"], ["test_host.py::test_refused"], ["--collect-only"]]
+)
 @pytest.mark.parametrize("write", [[], ["--write-page"]])
 def test_a_run_in_part_is_not_compared_and_writes_nothing(project, args, write):
     run(project, "--write-page")
