@@ -106,7 +106,7 @@ class Compact:
     def twin_of(self, optimizer: Any) -> Optimizer:
         """The twin of the optimizer, the same one each time: a compiled step is that of one object."""
         if self._twin is None or vars(self._twin) is not vars(optimizer):
-            self._twin = make_twin(optimizer, optimizer._tieopt_bases[1])
+            self._twin = make_twin(optimizer)
         return self._twin
 
     def mirror(self, param_groups: ParamGroups) -> None:

@@ -35,7 +35,7 @@ from tieopt.reduction import Reduction
 from tieopt.state import tied_state
 from tieopt.ties import Tie, Ties, shown
 from tieopt.traced import between_graphs
-from tieopt.twin import COMPACT_NAMESPACE
+from tieopt.twin import compact_namespace
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -603,7 +603,7 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool)
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
             **{name: _tied_switch(inner, name) for name in _SWITCHES if callable(getattr(inner, name, None))},
-            **(COMPACT_NAMESPACE if compact else {}),
+            **(compact_namespace(inner) if compact else {}),
         }
         name = f"Tied{inner.__name__}"
         if Optimizer in _laid_out_from(inner):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import new_class
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,32 +17,25 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
-def make_twin(optimizer: Optimizer, inner: type[Optimizer]) -> Optimizer:
-    """A twin of an optimizer in the compact mode, whose class without the ties is the inner one."""
-    twin = object.__new__(_twin_class(inner))
+def make_twin(optimizer: Any) -> Optimizer:
+    """A twin of an optimizer in the compact mode."""
+    twin = cast(Optimizer, object.__new__(optimizer._tieopt_twin))
     twin.__dict__ = vars(optimizer)
     return twin
 
 
-_twin_classes: dict[type, type] = {}
-
-
 def _twin_class(inner: type[Optimizer]) -> type[Optimizer]:
-    """A subclass whose parameter groups are the compact ones, one for all optimizers of a class."""
-    if inner not in _twin_classes:
-        namespace: dict[str, Any] = {
-            "__module__": inner.__module__,
-            "param_groups": property(lambda twin: twin._tieopt.compact.param_groups),
-            "zero_grad": _zero_grad,
-        }
-        if issubclass(inner, torch.optim.LBFGS):
-            # It keeps the parameters, and counts their entries, under names of its own.
-            namespace["_params"] = property(lambda twin: twin._tieopt.compact.param_groups[0]["params"])
-            namespace["_numel_cache"] = property(lambda twin: twin._tieopt.compact.entries, _set_entries)
-        _twin_classes[inner] = new_class(
-            f"Compact{inner.__name__}", (inner,), exec_body=lambda body: body.update(namespace)
-        )
-    return _twin_classes[inner]
+    """A subclass whose parameter groups are the compact ones."""
+    namespace: dict[str, Any] = {
+        "__module__": inner.__module__,
+        "param_groups": property(lambda twin: twin._tieopt.compact.param_groups),
+        "zero_grad": _zero_grad,
+    }
+    if issubclass(inner, torch.optim.LBFGS):
+        # It keeps the parameters, and counts their entries, under names of its own.
+        namespace["_params"] = property(lambda twin: twin._tieopt.compact.param_groups[0]["params"])
+        namespace["_numel_cache"] = property(lambda twin: twin._tieopt.compact.entries, _set_entries)
+    return new_class(f"Compact{inner.__name__}", (inner,), exec_body=lambda body: body.update(namespace))
 
 
 def _zero_grad(twin: Any, set_to_none: bool = True) -> None:
@@ -138,5 +131,11 @@ def _by_compacts(state: Mapping[Any, Any], pairs: Sequence[tuple[Tensor, Paramet
     return defaultdict(dict, {compacts.get(id(key), key): value for key, value in state.items()})
 
 
-# What the class of an optimizer in the compact mode has of its own.
-COMPACT_NAMESPACE = {"state": property(_shown_state, _take_state), "__setstate__": _set_state}
+def compact_namespace(inner: type[Optimizer]) -> dict[str, Any]:
+    """What the class of an optimizer in the compact mode has of its own."""
+    return {
+        "state": property(_shown_state, _take_state),
+        "__setstate__": _set_state,
+        # Made with it, and not by the first step: torch.compile cannot trace the making of a class.
+        "_tieopt_twin": _twin_class(inner),
+    }
