@@ -338,6 +338,26 @@ def test_what_shards_cannot_do_is_refused_by_the_step_that_finds_them(ranks):
         assert "param_groups[0]['params'][0]" in message
 
 
+def sharded_in_part() -> list[str]:
+    """What everything that ties says once a host has sharded one of two joined parameters."""
+    model = mlp()
+    optimizer = TiedOptimizer(SGD(model.parameters(), lr=0.1), TIES["transposed"](model))
+    optimizer.param_groups[0]["params"][2] = fully_shard(model[2], mesh=mesh_of((dist.get_world_size(),))).weight
+    said = []
+    for method in (optimizer.tie_weights, optimizer.tie_drift, optimizer.tie_summary):
+        try:
+            method()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_joined_parameters_of_which_one_is_sharded_later_are_refused(ranks):
+    for said in ranks.run(sharded_in_part):
+        assert len(said) == 3
+        assert all("not sharded over one mesh" in message for message in said)
+
+
 # --- torch.compile ---
 
 

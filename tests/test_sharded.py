@@ -716,11 +716,18 @@ def test_gradients_are_brought_to_where_their_parameters_are(ranks, reduction):
             assert same_bits(weight, wanted)
 
 
-def step_on_a_graph() -> str:
+GRADIENTS = {
+    "with a graph": lambda weight: weight.square().sum().backward(create_graph=True),
+    "sparse": lambda weight: setattr(weight, "grad", randn(8, 4).to_sparse(1)),
+    "whole": lambda weight: setattr(weight, "grad", randn(8, 4)),
+}
+
+
+def step_refused(gradient: str) -> str:
     weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
     optimizer = TiedOptimizer(SGD([weight], lr=0.5), {weight: [[0, 7]]})
     start = weight.to_local().detach().clone()
-    weight.square().sum().backward(create_graph=True)
+    GRADIENTS[gradient](weight)
     try:
         optimizer.step()
     except RuntimeError as error:
@@ -730,9 +737,14 @@ def step_on_a_graph() -> str:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
-def test_gradients_with_a_graph_are_refused(ranks):
-    for message in ranks.run(step_on_a_graph):
-        assert "requires_grad=True" in message
+@pytest.mark.parametrize(
+    ("gradient", "reason"),
+    [("with a graph", "requires_grad=True"), ("sparse", "torch.sparse_coo"), ("whole", "over no mesh")],
+)
+def test_gradients_that_cannot_be_tied_where_they_are_are_refused_by_the_step(ranks, gradient, reason):
+    for message in ranks.run(step_refused, gradient):
+        assert "The gradient of a sharded parameter cannot be tied" in message
+        assert reason in message
 
 
 def signed_state(late: bool) -> list[Tensor]:

@@ -91,7 +91,7 @@ class Binding:
 
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean; of sharded parameters on any rank."""
-        if is_sharded(params[0]):
+        if any(map(is_sharded, params)):
             return shards_for(tie, params, list(map(str, tie.places))).drift(params, self.batches.workspace)
         return drift(params, tie.index_for(params), self.batches.workspace)
 

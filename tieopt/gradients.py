@@ -106,13 +106,14 @@ def _as_sharded(grad: Any, param: Any) -> Any:
     """A gradient where its parameter is.
 
     Raises:
-        RuntimeError: it is sparse, or has a graph.
+        RuntimeError: it is sparse, has a graph, or is not sharded over the mesh of the parameter.
     """
-    if grad.requires_grad or grad.layout != torch.strided:
+    mesh = grad.device_mesh if is_sharded(grad) else "no mesh"
+    if grad.requires_grad or grad.layout != torch.strided or mesh != param.device_mesh:
         raise RuntimeError(
             "The gradient of a sharded parameter cannot be tied.\n"
-            "  Expected: a dense one, without a graph\n"
-            f"  Got:      {grad.layout}, requires_grad={grad.requires_grad}"
+            f"  Expected: a dense one, without a graph, over {param.device_mesh}\n"
+            f"  Got:      {grad.layout}, requires_grad={grad.requires_grad}, over {mesh}"
         )
     # Parts of a sum are added up, as the inner optimizer would have to.
     return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
