@@ -61,12 +61,10 @@ class Ranks:
         Raises:
             AssertionError: it raised something on a rank. Others may still wait for that one: all are started anew.
         """
-        try:
-            for pipe in self._pipes:
+        for pipe in self._pipes:
+            with suppress(OSError):
                 pipe.send((function, args))
-            answers = [pipe.recv() for pipe in self._pipes]
-        except (EOFError, OSError):
-            answers = [(False, "a process has died")]
+        answers = [_answer(pipe) for pipe in self._pipes]
         failures = [f"rank {rank}: {answer}" for rank, (done, answer) in enumerate(answers) if not done]
         if failures:
             self._stop(patience=0)
@@ -79,6 +77,13 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         self._stop(self._timeout.total_seconds())
+
+
+def _answer(pipe: Any) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return False, "the process has died"
 
 
 def _serve(rank: int, count: int, store: str, timeout: timedelta, pipe: Any) -> None:

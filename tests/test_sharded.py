@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -233,6 +235,13 @@ SHARDED = {
     "HSDP": lambda model, count: fsdp(model, count, (2, count // 2)),
     "tensor parallel": tensor_parallel,
 }
+# Which rows of docs/hosts.md these are.
+HOSTS = {
+    "fully_shard": pytest.mark.host("FSDP2", "fully_shard, Shard(0)"),
+    "fully_shard, Shard(1)": pytest.mark.host("FSDP2", "fully_shard, Shard(1)"),
+    "HSDP": pytest.mark.host("FSDP2", "hybrid sharding, mesh of two dimensions"),
+    "tensor parallel": pytest.mark.host("tensor parallelism", "ColwiseParallel, RowwiseParallel"),
+}
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -297,17 +306,7 @@ def tied_after_all(weights: list[Tensor], kind: str) -> bool:
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", TIES)
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param("fully_shard", marks=pytest.mark.host("FSDP2", "fully_shard, Shard(0)")),
-        pytest.param("fully_shard, Shard(1)", marks=pytest.mark.host("FSDP2", "fully_shard, Shard(1)")),
-        pytest.param("HSDP", marks=pytest.mark.host("FSDP2", "hybrid sharding, mesh of two dimensions")),
-        pytest.param(
-            "tensor parallel", marks=pytest.mark.host("tensor parallelism", "ColwiseParallel, RowwiseParallel")
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=host) for how, host in HOSTS.items()])
 def test_the_trajectory_is_that_of_one_process_and_rows_are_tied_across_ranks(ranks, how, kind, reduction, inner):
     expected, _ = trained_alone(kind, inner, reduction, 5)
     answers = ranks.run(trained, how, kind, inner, reduction, 5)
@@ -917,11 +916,20 @@ def zero():
     return weight, ZeroRedundancyOptimizer([weight], optimizer_class=SGD, lr=0.1), {weight: [[0, 7]]}, {"compact": True}
 
 
+def compact(how: str):
+    model = mlp()
+    SHARDED[how](model, dist.get_world_size())
+    return model[0].weight, SGD(model.parameters(), lr=0.1), {model[0].weight: ROWS}, {"compact": True}
+
+
 @pytest.mark.parametrize("compact", [True])
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        pytest.param(compact_shards, "sharded parameters", marks=pytest.mark.host("FSDP2", "fully_shard, Shard(1)")),
+        *(
+            pytest.param(functools.partial(compact, how), "sharded parameters", marks=host, id=how)
+            for how, host in HOSTS.items()
+        ),
         pytest.param(
             zero,
             "an optimizer within the optimizer",
@@ -967,22 +975,77 @@ def test_parameters_that_are_sharded_once_they_are_tied_are_refused_in_the_compa
         assert "compact=False" in message
 
 
-def lagging() -> str:
-    """What the first rank sees when the last one takes no step."""
+def alone() -> TiedOptimizer | None:
+    """An optimizer whose step waits for all ranks; None on the last one, which is to take none."""
     weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
     optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: torch.arange(8) % 2})
     weight.grad = sharded(randn(8, 4), line(), [Shard(0)])
-    if dist.get_rank() == dist.get_world_size() - 1:
-        return ""
+    dist.barrier()
+    return None if dist.get_rank() == dist.get_world_size() - 1 else optimizer
+
+
+def lagging() -> tuple[str, float]:
+    """What a rank sees when the last one takes no step, and after how many seconds."""
+    optimizer = alone()
+    if optimizer is None:
+        return "", 0.0
+    # Not before: to start on a busy machine takes longer.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    begin = time.monotonic()
     try:
         optimizer.step()
     except RuntimeError as error:
-        return str(error)
-    return "nothing"
+        return str(error), time.monotonic() - begin
+    return "nothing", 0.0
 
 
 def test_a_rank_that_does_not_come_is_waited_for_as_long_as_torch_says():
-    with Ranks(2, timeout=timedelta(seconds=5)) as started:
-        first, _ = started.run(lagging)
+    with Ranks(2) as started:
+        (message, seconds), _ = started.run(lagging)
 
-    assert "timeout" in first or "Timed out" in first
+    assert "timeout" in message or "Timed out" in message
+    assert 1 <= seconds < 30
+
+
+def dying() -> None:
+    optimizer = alone()
+    if optimizer is None:
+        os._exit(1)
+    optimizer.step()
+
+
+def test_a_rank_that_is_dead_is_an_error_of_torch_on_the_others():
+    died = r"(?s)rank 0: .*in all_to_all_single.*Connection (closed|reset) by peer.*rank 1: the process has died"
+    with Ranks(2) as started, pytest.raises(AssertionError, match=died):
+        started.run(dying)
+
+
+def failing_alone(everywhere: bool) -> tuple[str, bool]:
+    """What a rank sees when the closure of the last one, or of all, fails; and whether weights are as they were."""
+    weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: torch.arange(8) % 2})
+    start = weight.to_local().detach().clone()
+    weight.grad = sharded(randn(8, 4), line(), [Shard(0)])
+    optimizer.tie_gradients()
+
+    def closure() -> None:
+        if everywhere or dist.get_rank() == dist.get_world_size() - 1:
+            raise KeyError("closure")
+
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    try:
+        optimizer.step(closure)
+    except (KeyError, RuntimeError) as error:
+        return str(error), same_bits(weight.to_local().detach(), start)
+    return "nothing", False
+
+
+def test_a_rank_whose_step_fails_sends_the_others_nothing_that_they_would_take_for_something_else():
+    with Ranks(2) as started:
+        assert started.run(failing_alone, True) == [("'closure'", True)] * 2
+        (waited, kept), failed = started.run(failing_alone, False)
+
+    assert "timeout" in waited or "Timed out" in waited
+    assert kept
+    assert failed == ("'closure'", True)

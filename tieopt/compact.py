@@ -345,7 +345,7 @@ class CompactStep:
             tie.versions = _versions(params)
 
     @untraced
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Puts back the gradients that could not be folded as they were; the model's are not to be written."""
         for param, grad, replacement in self._replaced:
             if param.grad is replacement:

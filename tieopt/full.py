@@ -12,6 +12,7 @@ from torch import Tensor
 from tieopt.binding import Binding
 from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.places import BoundTie
+from tieopt.sharded import is_sharded
 from tieopt.state import with_state
 from tieopt.traced import between_graphs
 
@@ -51,9 +52,12 @@ class FullStep:
         pairs = self._binding.parameters(self._optimizer.param_groups)
         self._took_part = dict(with_state(pairs, self._optimizer.state))
         try:
-            return inner_switch(self._optimizer, *args, **kwargs)
-        finally:
-            self.close()
+            result = inner_switch(self._optimizer, *args, **kwargs)
+        except BaseException:
+            self.close(failed=True)
+            raise
+        self.close()
+        return result
 
     def finish(self) -> None:
         """Pulls relaxed members together, every so many steps."""
@@ -62,10 +66,19 @@ class FullStep:
             if self._binding.steps % self._binding.every == 0:
                 self._tie_weights(self._binding.strength)
 
-    def close(self) -> None:
-        """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights.
+
+        Args:
+            failed: whether there was an error. It may be that of one rank alone: what it sent to others then, they
+                would take for what they wait for. So sharded weights stay as they are.
+        """
         torch.compiler.is_compiling()
         self._restore()
+        if failed:
+            self._took_part = {
+                tie: params for tie, params in self._took_part.items() if not any(map(is_sharded, params))
+            }
         # A closure may have changed the ties.
         if self._binding is self._optimizer._tieopt and not self._binding.relaxed:
             self._tie_weights()

@@ -544,9 +544,11 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
             try:
                 result = mode.step(below, *args, **kwargs)
                 mode.finish()
-                return result
-            finally:
-                mode.close()
+            except BaseException:
+                mode.close(failed=True)
+                raise
+            mode.close()
+            return result
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
