@@ -870,6 +870,18 @@ def descending():
     return weight, SGD([weight], lr=0.1), {weight: [[0, 7]]}, {}
 
 
+def other_groups():
+    weight, optimizer = of_one(Shard(0))
+    return weight, optimizer, {weight: [[0, 7 - dist.get_rank() % 2]]}, {}
+
+
+def other_scales():
+    weight, optimizer = of_one(Shard(0))
+    scale = torch.ones(8)
+    scale[7] = -1 if dist.get_rank() else 1
+    return weight, optimizer, Tie(weight, [[0, 7]], scale=scale), {}
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -882,6 +894,8 @@ def descending():
         (one_replicated, "not sharded over the same dimensions of the mesh"),
         (cut_otherwise, "not cut as torch.chunk cuts"),
         (descending, "ranks do not ascend"),
+        (other_groups, "other ties than some other rank"),
+        (other_scales, "other ties than some other rank"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

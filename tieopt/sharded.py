@@ -10,6 +10,8 @@ All ranks of the mesh have to take part in whatever ties, in the same order.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +38,7 @@ from tieopt.reduction import (
     scatter_add_,
     tied,
 )
-from tieopt.slices import FREE, Slices, in_memory, numbered
+from tieopt.slices import FREE, Slices, described, in_memory, numbered
 from tieopt.traced import untraced
 
 # Where an entry of a tensor is, for each of its dimensions: from which index on, and how many.
@@ -170,11 +172,13 @@ class Shards:
         plan: what this rank exchanges in a projection; None if no group spans ranks.
 
     Raises:
-        ValueError: they are not sharded alike, or a group that spans ranks has scales that round.
+        ValueError: they are not sharded alike, ranks have different ties, or a group that spans ranks has scales that
+            round.
     """
 
     def __init__(self, slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]) -> None:
         self._mesh = _common_mesh(tensors, names)
+        _check_same(slices, tensors, names)
         slices, dims = _exchanged(slices, tensors, names)
         self._sites: dict[Layout, _Site] = {}
         self.plan: Plan | None = None
@@ -387,6 +391,22 @@ def _by_position(values: Tensor, slices: Slices, steps: tuple[int, ...]) -> Tens
     positions = slices.positions(steps).flatten()
     table = values.new_zeros(int(positions.max()) + 1 if len(positions) else 0)
     return table.index_put_((positions,), values.flatten())
+
+
+def _check_same(slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuses ties that differ between ranks: what these exchange would be taken for that of other groups."""
+    digest = hashlib.sha256(repr([(each.dim, tuple(each.labels.shape)) for each in slices]).encode())
+    for numbers in (one.contiguous() for each in slices for one in (each.labels, each.scale) if one is not None):
+        # Their bytes where they are: there may be as many as fit into the memory. An empty tensor is nowhere.
+        digest.update((ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr()) if numbers.nbytes else b"")
+    number = torch.tensor(int.from_bytes(digest.digest()[:7]), device=local(tensors)[0].device)
+    if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
+        raise ValueError(
+            "This rank has other ties than some other rank.\n"
+            f"  Parameters: {', '.join(names)}\n"
+            "  Expected:   the same labels and scales on every rank\n"
+            f"  Got:        {described(slices)} here"
+        )
 
 
 def _check_cut(tensors: Sequence[Any], names: Sequence[str], here: Sequence[int]) -> None:
