@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
 from tieopt.exchange import Holdings, Plan
+from tieopt.slices import Slices, numbered
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 
@@ -360,9 +361,13 @@ def holders(labels: Tensor, count: int) -> Tensor:
 def test_a_step_sends_what_the_groups_that_span_ranks_need(ranks, data):
     labels = torch.tensor(data.draw(st.lists(st.integers(0, 8), min_size=16, max_size=16)))
     width, reduction = data.draw(st.integers(1, 5)), data.draw(st.sampled_from(["mean", "sum"]))
+    shape = (16, width)
+    if data.draw(st.booleans()):
+        # Of single entries.
+        labels, shape, width = labels.view(8, 2), (8, 2), 1
     on = holders(labels, ranks.count)
     spanning = int((on > 1).sum())
-    answers = ranks.run(one_step, labels, (16, width), Shard(0), reduction)
+    answers = ranks.run(one_step, labels, shape, Shard(0), reduction)
 
     assert {name for sent in answers for name, _ in sent} <= {"c10d::alltoall_base_"}
     # Two for the gradients and two for the weights, and none if no group spans.
@@ -371,15 +376,20 @@ def test_a_step_sends_what_the_groups_that_span_ranks_need(ranks, data):
     assert total == 2 * int((2 * (on[on > 1] - 1)).sum()) * width
     # What two all-reduces of [spanning groups, D] send around a ring of all ranks.
     assert total <= 2 * 2 * (ranks.count - 1) * spanning * width
-    if ranks.count == 2:
-        assert [sum(entries for _, entries in sent) for sent in answers] == [2 * spanning * width] * 2
+    # Of two ranks each sends [spanning groups, D] twice; of more, what was planned.
+    holdings = Holdings.of([own.flatten() for own in numbered([Slices(labels)])[0].labels.chunk(ranks.count)])
+    planned = [2 * Plan.of(holdings, rank, ranks.count).rows_moved(rank) * width for rank in range(ranks.count)]
+    assert [sum(entries for _, entries in sent) for sent in answers] == planned
+    assert ranks.count > 2 or planned == [2 * spanning * width] * 2
 
 
 def test_groups_within_a_rank_and_rows_cut_across_communicate_nothing(ranks):
     within = torch.arange(16) // 4
     across = torch.arange(16) % 4
+    entries = torch.arange(16)[:, None] // 4 * 3 + torch.arange(8) % 3
 
     assert ranks.run(one_step, within, (16, 8), Shard(0), "mean") == [[]] * ranks.count
+    assert ranks.run(one_step, entries, (16, 8), Shard(0), "sum") == [[]] * ranks.count
     assert ranks.run(one_step, across, (16, 8), Shard(1), "mean") == [[]] * ranks.count
 
 
@@ -651,7 +661,7 @@ def test_ranks_outside_the_mesh_have_nothing_to_tie(ranks, data, placement, redu
 # --- replicas ---
 
 
-def replicas(kind: str, compact: bool, zero: bool) -> list[Tensor]:
+def replicas(kind: str, reduction: str, compact: bool, zero: bool) -> list[Tensor]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
@@ -661,27 +671,29 @@ def replicas(kind: str, compact: bool, zero: bool) -> list[Tensor]:
         inner = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=0.01)
     else:
         inner = INNER["AdamW"](model.parameters())
-    optimizer = TiedOptimizer(inner, TIES[kind](model), compact=compact)
+    optimizer = TiedOptimizer(inner, TIES[kind](model), reduction=reduction, compact=compact)
     train(replica, optimizer, range(4), share_of("DDP"))
     return whole(model)
 
 
 @pytest.mark.host("DistributedDataParallel", "replicas equal to the last bit")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", TIES)
-def test_replicas_stay_equal_to_the_last_bit(ranks, kind, compact):
-    expected = trained_alone(kind, "AdamW", "mean", 4)[0][-1]
-    answers = ranks.run(replicas, kind, compact, False)
+def test_replicas_stay_equal_to_the_last_bit(ranks, kind, reduction, compact):
+    expected = trained_alone(kind, "AdamW", reduction, 4)[0][-1]
+    answers = ranks.run(replicas, kind, reduction, compact, False)
     for weights in answers:
         assert all(map(same_bits, weights, answers[0]))
         assert tied_after_all(weights, kind)
-        torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.host("ZeroRedundancyOptimizer", "replicas equal to the last bit")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", TIES)
-def test_ties_go_around_a_zero_redundancy_optimizer(ranks, kind):
-    expected = trained_alone(kind, "AdamW", "mean", 4)[0][-1]
-    answers = ranks.run(replicas, kind, False, True)
+def test_ties_go_around_a_zero_redundancy_optimizer(ranks, kind, reduction):
+    expected = trained_alone(kind, "AdamW", reduction, 4)[0][-1]
+    answers = ranks.run(replicas, kind, reduction, False, True)
     for weights in answers:
         assert all(map(same_bits, weights, answers[0]))
         assert tied_after_all(weights, kind)
