@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import REDUCTIONS, parameter, randn
 from torch.nn import Parameter
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, RMSprop
 
 from tieopt import Tie, TiedOptimizer
 from tieopt.testing import assert_tied
@@ -167,6 +167,19 @@ def test_a_traced_step_is_the_step_with_a_graph_for_the_ties_on_either_side(kind
         close = {"rtol": 0, "atol": 16 * torch.finfo(plain.dtype).eps}
         torch.testing.assert_close(other, plain, **close)
         torch.testing.assert_close(other.grad, plain.grad, **close)
+
+
+@MODES
+@pytest.mark.skipif(not WHOLE_GRAPHS, reason="this compiler traces the ties several times over")
+@pytest.mark.parametrize("inner", [AdamW, RMSprop])
+def test_other_optimizers_have_no_more_graph_breaks_either(inner, compact):
+    bare, _ = rows()
+    expected = traced(lambda: inner(bare, lr=0.1), bare)
+    params, ties = rows()
+    found = traced(lambda: TiedOptimizer(inner(params, lr=0.1), ties, compact=compact), params)
+
+    assert found[0] <= expected[0] + (1 if compact else 2)
+    assert found[1] <= expected[1]
 
 
 @MODES

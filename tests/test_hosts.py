@@ -1,9 +1,13 @@
 """The table of docs/hosts.md has a row for what passed or was refused, and for nothing else."""
 
+import re
+import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hosts import TABLE, cells_of
 
 pytest_plugins = ["pytester"]
 
@@ -158,3 +162,32 @@ def test_rows_of_other_versions_are_not_compared_and_written_anew(project):
     assert page(project) == other
     run(project, "--write-page")
     assert rows(project) == WRITTEN
+
+
+# --- the page itself ---
+
+ROOT = Path(__file__).parents[1]
+ROWS = [cells_of(line) for line in TABLE.search((ROOT / "docs" / "hosts.md").read_text("utf-8"))[0].splitlines()[2:]]
+
+
+def test_the_versions_of_the_page_are_those_of_continuous_integration():
+    # Rows of other versions are not compared, and would stay for good.
+    lines = [
+        line for file in (ROOT / "tests").glob("*constraints.txt") for line in file.read_text("utf-8").splitlines()
+    ]
+    pins = {line.replace("==", " ") for line in lines if not line.startswith("#")}
+
+    assert not {version for _, versions, *_ in ROWS for version in versions.split(", ")} - pins
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_continuous_integration_runs_every_module_of_the_page():
+    commands = re.findall(r"^pytest (.*)", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
+    # With all the braces written out.
+    written = subprocess.run(["bash", "-c", f"echo {' '.join(commands)}"], check=True, capture_output=True, text=True)  # noqa: S603, S607
+    named = {word.removeprefix("tests/") for word in written.stdout.split()}
+    modules = {re.search(r"\.\./tests/(.*)\)", tests)[1]: versions for _, versions, *_, tests in ROWS}
+
+    assert all((ROOT / "tests" / module).is_file() for module in modules)
+    # Those that need torch alone are run with all the others.
+    assert {module for module, versions in modules.items() if not re.fullmatch(r"torch \S+", versions)} <= named
