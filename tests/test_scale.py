@@ -1,5 +1,6 @@
 """The simulation of docs/benchmarks: what it says of small cases, where all can be counted."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -53,3 +54,14 @@ def test_what_grows_by_a_power_is_extrapolated_by_it(power, first):
     at = [scale.Cost(*[first * rows**power] * 5) for rows in (10.0, 100.0, 10000.0)]
 
     assert scale.extrapolated(at[0], at[1], 10, 100) == pytest.approx(at[2])
+
+
+def test_the_page_says_what_was_planned():
+    planned = {
+        name: {int(rows): scale.Cost(**cost) for rows, cost in own.items()}
+        for name, own in json.loads((scale.HERE / "scale.json").read_text("utf-8")).items()
+    }
+    table = scale.HEAD + "".join(line for name in planned for line in scale.lines(name, planned[name]))
+
+    assert list(planned) == list(scale.LAYOUTS)
+    assert scale.TABLE.search((scale.HERE / "scale.md").read_text("utf-8"))[0] == table

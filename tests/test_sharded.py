@@ -942,7 +942,7 @@ def zero():
     return weight, ZeroRedundancyOptimizer([weight], optimizer_class=SGD, lr=0.1), {weight: [[0, 7]]}, {"compact": True}
 
 
-def compact(how: str):
+def compact_on(how: str):
     model = mlp()
     SHARDED[how](model, dist.get_world_size())
     return model[0].weight, SGD(model.parameters(), lr=0.1), {model[0].weight: ROWS}, {"compact": True}
@@ -953,7 +953,7 @@ def compact(how: str):
     ("make", "reason"),
     [
         *(
-            pytest.param(functools.partial(compact, how), "sharded parameters", marks=host, id=how)
+            pytest.param(functools.partial(compact_on, how), "sharded parameters", marks=host, id=how)
             for how, host in HOSTS.items()
         ),
         pytest.param(
