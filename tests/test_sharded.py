@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import time
+import unittest.mock
 from datetime import timedelta
 
 import pytest
@@ -171,6 +172,27 @@ def test_joined_slices_are_tied_however_each_is_cut(ranks, seed, cuts):
 
     for answer in ranks.run(kernels_and_slices, kernels, slices, labels, cuts):
         torch.testing.assert_close(answer, [param.detach() for param in alone])
+
+
+def tied_beside_other_groups(mesh_shape: tuple[int, ...], placements: list) -> Tensor:
+    # Ranks are in different numbers of groups from here on, as where one of them has a group to itself for its log.
+    dist.new_group([0])
+    tensor = distribute_tensor(randn(8, 3), init_device_mesh("cpu", mesh_shape), placements)
+    # What waits for a rank that looks elsewhere is to fail soon.
+    patient = functools.partial(dist.new_group, timeout=timedelta(seconds=10))
+    with unittest.mock.patch.object(dist, "new_group", patient):
+        return tie_(tensor, torch.arange(8) % 3).full_tensor()
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_shards_along_several_dimensions_are_tied_however_many_groups_a_rank_is_in(ranks, replicated):
+    # Along two dimensions of the mesh, which are of all ranks or of one half of them.
+    mesh_shape = (2, ranks.count // 2, 1) if replicated else (ranks.count // 2, 2)
+    placements = [Replicate(), Shard(0), Shard(0)] if replicated else [Shard(0), Shard(0)]
+    expected = tie_(randn(8, 3), torch.arange(8) % 3)
+
+    for tensor in ranks.run(tied_beside_other_groups, mesh_shape, placements):
+        torch.testing.assert_close(tensor, expected)
 
 
 # --- training ---

@@ -503,17 +503,31 @@ def _group_along(mesh: Any, dims: Sequence[int], here: list[int]) -> tuple[Any, 
     """
     if not dims:
         return None, [here]
+    chosen = tuple(slice(None) if dim in dims else at for dim, at in enumerate(here))
+    ranks = sorted(mesh.mesh[chosen].flatten().tolist())
     if len(dims) == 1:
         group = mesh.get_group(dims[0])
+    elif len(ranks) == dist.get_world_size():
+        group = dist.group.WORLD
     else:
         # The mesh has groups along one dimension; one along several is made once.
         made = _groups.setdefault(mesh, {})
         if tuple(dims) not in made:
-            chosen = tuple(slice(None) if dim in dims else at for dim, at in enumerate(here))
-            ranks = sorted(mesh.mesh[chosen].flatten().tolist())
-            made[tuple(dims)] = dist.new_group(ranks, use_local_synchronization=True)
+            made[tuple(dims)] = _new_group(mesh, dims, ranks)
         group = made[tuple(dims)]
     return group, [(mesh.mesh == rank).nonzero()[0].tolist() for rank in dist.get_process_group_ranks(group)]
+
+
+def _new_group(mesh: Any, dims: Sequence[int], ranks: list[int]) -> Any:
+    """A process group of some ranks, made while others make those of theirs."""
+    if mesh.size() < dist.get_world_size():
+        # Those outside the mesh are not there to take part.
+        return dist.new_group(ranks, use_local_synchronization=True)
+    # Made by its members alone, a group would have no name in common where one of them is in more groups than others.
+    others = [dim for dim in range(mesh.ndim) if dim not in dims]
+    parts = mesh.mesh.permute(*others, *dims).reshape(-1, len(ranks)).tolist()
+    group, _ = dist.new_subgroups_by_enumeration([sorted(part) for part in parts])  # type: ignore[no-untyped-call]
+    return group
 
 
 def _gathered(value: Tensor, mesh: Any) -> Tensor:
