@@ -1,11 +1,13 @@
 """``torch.compile(optimizer.step)``: the same steps, with graphs for the ties beside that of the bare optimizer."""
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from checks import REDUCTIONS, parameter, randn
+from checks import REDUCTIONS, parameter, randn, same_bits
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, RMSprop
 
@@ -271,3 +273,21 @@ def test_tie_weights_is_traced_as_one_graph():
     assert optimizer.tie_drift() == 0
     for param, end in zip(params, other.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(param, end)
+
+
+def test_optimizers_that_are_stepped_in_several_threads_do_not_disturb_each_other():
+    def weights_after(seed: int, start: threading.Barrier) -> torch.Tensor:
+        weight, labels = parameter(300, 400, seed=seed), torch.arange(300) % 7
+        optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: labels})
+        step = torch.compile(optimizer.step, backend="eager")
+        start.wait()
+        for number in range(30):
+            weight.grad = randn(300, 400, seed=number)
+            step()
+        return weight.detach()
+
+    expected = [weights_after(seed, threading.Barrier(1)) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(weights_after, range(3), [threading.Barrier(3)] * 3))
+
+    assert all(map(same_bits, answers, expected))

@@ -7,6 +7,7 @@ back right away is still in the caches. Everything else is one operation that ru
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -151,7 +152,15 @@ def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
 
 # --- operations that run eagerly within a graph ---
 
-_workspace = Workspace()
+
+class _Kept(threading.local):
+    """What operations keep from call to call; each thread has its own, as optimizers may step in several."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+
+
+_kept = _Kept()
 
 
 def _operation(schema: str, *written: str) -> Callable[[Callable[..., None]], None]:
@@ -168,19 +177,19 @@ def _operation(schema: str, *written: str) -> Callable[[Callable[..., None]], No
 @_operation("project_(Tensor(a!)[] tensors, int number, bool sum) -> ()", "tensors")
 def _project(tensors: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
     ties = Indices.by_number[number]
-    project_(tensors, ties.index_for(tensors), _workspace, "sum" if sum else "mean")
+    project_(tensors, ties.index_for(tensors), _kept.workspace, "sum" if sum else "mean")
 
 
 @_operation("divide_(Tensor(a!)[] tensors, int number) -> ()", "tensors")
 def _divide(tensors: list[Tensor], number: int) -> None:
     ties = Indices.by_number[number]
-    divide_(tensors, ties.index_for(tensors), _workspace)
+    divide_(tensors, ties.index_for(tensors), _kept.workspace)
 
 
 @_operation("relax_(Tensor(a!)[] tensors, int number, float strength) -> ()", "tensors")
 def _relax(tensors: list[Tensor], number: int, strength: float) -> None:
     ties = Indices.by_number[number]
-    relax_(tensors, ties.index_for(tensors), _workspace, strength)
+    relax_(tensors, ties.index_for(tensors), _kept.workspace, strength)
 
 
 @_operation("fold_(Tensor(a!)[] compacts, Tensor[] params, int number) -> ()", "compacts")
@@ -192,10 +201,10 @@ def _fold(compacts: list[Tensor], params: list[Tensor], number: int) -> None:
 @_operation("fold_gradients_(Tensor(a!)[] targets, Tensor[] grads, int number, bool sum) -> ()", "targets")
 def _fold_gradients(targets: list[Tensor], grads: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
     ties = Indices.by_number[number]
-    fold_gradients_(targets, grads, folding_for(ties, grads), _workspace, "sum" if sum else "mean")
+    fold_gradients_(targets, grads, folding_for(ties, grads), _kept.workspace, "sum" if sum else "mean")
 
 
 @_operation("unfold_(Tensor(a!)[] params, Tensor[] compacts, int number) -> ()", "params")
 def _unfold(params: list[Tensor], compacts: list[Tensor], number: int) -> None:
     ties = Indices.by_number[number]
-    unfold_(params, compacts, folding_for(ties, params), _workspace)
+    unfold_(params, compacts, folding_for(ties, params), _kept.workspace)
