@@ -536,12 +536,12 @@ def test_a_tensor_whose_entries_overlap_in_memory_is_refused():
     assert torch.equal(tensor, torch.arange(5.0).unfold(0, 3, 1))
 
 
-@pytest.mark.parametrize("number", ["0", -5, 99])
+@pytest.mark.parametrize("number", ["zero", -5, 99])
 def test_a_fingerprint_of_a_parameter_that_there_is_not_is_refused(number):
     optimizer = trained()
     state = optimizer.state_dict()
     state["tieopt"]["ties"][number] = "1 groups"
-    with pytest.raises(ValueError, match=rf"number {re.escape(repr(number))}\n.*no ties\n.*1 groups"):
+    with pytest.raises(ValueError, match=rf"number {number}\n.*no ties\n.*1 groups"):
         optimizer.load_state_dict(state)
 
 

@@ -329,6 +329,29 @@ def test_distributed_checkpoint_sees_the_schema_of_the_bare_optimizer():
     }
 
 
+@distributed
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoint_writes_and_reads_the_state_dict_itself(compact, tmp_path):
+    from torch.distributed.checkpoint import load, save
+
+    def read_into(optimizer):
+        train(optimizer, 1, seed=900)
+        content = {"optimizer": optimizer.state_dict()}
+        load(content, checkpoint_id=tmp_path)
+        optimizer.load_state_dict(content["optimizer"])
+        return optimizer
+
+    _, optimizer = tied_linear(compact=compact)
+    train(optimizer, 2)
+    save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path)
+
+    assert same_tree(read_into(tied_linear(compact=compact)[1]).state_dict(), optimizer.state_dict())
+    if not compact:
+        other = torch.nn.Linear(5, 7)
+        with pytest.raises(ValueError, match="saved with other ties"):
+            read_into(TiedOptimizer(AdamW(other.parameters()), {other.weight: [[0, 1]]}))
+
+
 def test_a_look_at_a_copy_in_inference_mode_does_not_stop_the_next_step(compact):
     _, optimizer = one_tied(compact=compact)
     again = pickled(optimizer)

@@ -122,14 +122,17 @@ class Binding:
             raise ValueError(
                 f"The state does not say how many steps there were.\n  Expected: an integer\n  Got:      {shown(steps)}"
             )
-        saved = saved["ties"]
-        own = self.fingerprints(param_groups)
-        names = dict(enumerate(name_of(param_groups, place) for place in all_places(param_groups)))
+        # torch.distributed.checkpoint makes numbers strings, and puts what it has loaded beside what was there.
+        own, saved = (
+            {str(number): one for number, one in each.items()}
+            for each in (self.fingerprints(param_groups), saved["ties"])
+        )
+        names = {str(number): name_of(param_groups, place) for number, place in enumerate(all_places(param_groups))}
         for number in {**own, **saved}:
             if own.get(number) != saved.get(number):
                 raise ValueError(
                     "The state was saved with other ties.\n"
-                    f"  Parameter: {names.get(number, f'number {number!r}')}\n"
+                    f"  Parameter: {names.get(number, f'number {number}')}\n"
                     f"  Expected:  {own.get(number, 'no ties')}\n"
                     f"  Got:       {saved.get(number, 'no ties')}"
                 )
