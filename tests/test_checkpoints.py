@@ -330,6 +330,33 @@ def test_distributed_checkpoint_sees_the_schema_of_the_bare_optimizer():
 
 
 @distributed
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_relaxed_ties_go_on_bit_for_bit_once_distributed_checkpoint_has_set_weights_and_then_the_state(lr):
+    from torch.distributed.checkpoint.state_dict import (
+        get_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def relaxed():
+        model = torch.nn.Linear(5, 7)
+        return model, TiedOptimizer(AdamW(model.parameters(), lr=lr), {model.weight: GROUPS}, strength=0.5)
+
+    (model, optimizer), (other, twin) = relaxed(), relaxed()
+    train(optimizer, 3)
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    set_model_state_dict(other, weights)
+    set_optimizer_state_dict(other, twin, state)
+
+    assert same_bits(other.weight, model.weight)
+    optimizer.zero_grad()
+    train(optimizer, 2, seed=700)
+    train(twin, 2, seed=700)
+    assert same_bits(other.weight, model.weight)
+    assert optimizer.tie_drift() > 0
+
+
+@distributed
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_distributed_checkpoint_writes_and_reads_the_state_dict_itself(compact, tmp_path):
     from torch.distributed.checkpoint import load, save

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tieopt.binding import Binding
 from tieopt.gradients import tie_gradients, with_gradients
-from tieopt.places import BoundTie
+from tieopt.places import BoundTie, ParamGroups
 from tieopt.sharded import is_sharded
 from tieopt.state import with_state
-from tieopt.traced import between_graphs
+from tieopt.traced import between_graphs, untraced
 
 
 class FullStep:
@@ -61,7 +61,7 @@ class FullStep:
 
     def finish(self) -> None:
         """Pulls relaxed members together, every so many steps."""
-        if self._binding.relaxed:
+        if self._binding.relaxed and not _is_at_rest(self._optimizer.param_groups):
             self._binding.steps += 1
             if self._binding.steps % self._binding.every == 0:
                 self._tie_weights(self._binding.strength)
@@ -102,6 +102,16 @@ class FullStep:
     def _tie_weights(self, strength: float = 1.0) -> None:
         pairs = list(self._took_part.items())
         self._binding.tie_weights(pairs, differentiable=is_differentiable(self._optimizer), strength=strength)
+
+
+@untraced
+def _is_at_rest(param_groups: ParamGroups) -> bool:
+    """Whether all learning rates are zero, as in the step by which torch.distributed.checkpoint begins a state."""
+    rates = [settings.get("lr") for settings in param_groups]
+    # One on an accelerator would have to be waited for.
+    return all(
+        rate.device.type == "cpu" and not rate.any() if isinstance(rate, Tensor) else rate == 0 for rate in rates
+    )
 
 
 def is_differentiable(optimizer: Any) -> bool:

@@ -87,7 +87,8 @@ class TiedOptimizer(Optimizer):
             scales the sum is :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each
             member.
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
-        every: after every how many steps the weights are projected; 1 or more.
+        every: after every how many steps the weights are projected; 1 or more. Steps with a learning rate of zero,
+            in which nothing moves, do not count.
         compact: trains one entry for each group instead of all its members: the optimizer has the state, and
             takes the time, of what is distinct. See below.
 
