@@ -387,3 +387,27 @@ def test_a_look_at_a_copy_in_inference_mode_does_not_stop_the_next_step(compact)
         again.tie_summary()
     train(again, 1)
     assert tied_bitwise(again.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize("how", ["wrap", "retie", "untie", "load"])
+def test_a_state_that_was_tied_in_inference_mode_is_trained_on_outside_of_it(compact, how):
+    weight = parameter(*SHAPE)
+    optimizer = AdamW([weight])
+    train(optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if how != "wrap":
+        TiedOptimizer(optimizer, {weight: GROUPS}, compact=compact)
+    with torch.inference_mode():
+        if how == "wrap":
+            TiedOptimizer(optimizer, {weight: GROUPS}, compact=compact)
+        elif how == "retie":
+            optimizer.retie({weight: [[0, 1, 2, 3]]})
+        elif how == "untie":
+            optimizer.untie()
+        else:
+            optimizer.load_state_dict(saved)
+    before = weight.detach().clone()
+    train(optimizer, 1)
+
+    assert not same_bits(weight, before)
+    assert optimizer.tie_drift() == 0

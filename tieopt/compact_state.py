@@ -19,6 +19,8 @@ from tieopt.ties import shown
 Pairs = Iterable[tuple[Indices, Sequence[Tensor]]]
 
 
+# Tensors that are made in inference mode could not be written to outside of it, by the next step.
+@torch.inference_mode(False)
 @torch.no_grad()
 def compacted(state: Mapping[Tensor, State], pairs: Pairs, maybe: bool = False) -> dict[Tensor, State]:
     """The state of compact parameters, from that of tied ones.
@@ -57,6 +59,7 @@ def _compact_value(key: str, value: Any, slices: Slices, part: Folded, param: Te
     return _laid_out_as(compact_like(slices, param.detach(), len(part.kept)), values)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def expanded(state: Mapping[Tensor, State], pairs: Pairs) -> dict[Tensor, State]:
     """The state of tied parameters, from that of compact ones.

@@ -26,6 +26,8 @@ def with_state(pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]
     return [(tie, params) for tie, params in pairs if any(param.requires_grad or state.get(param) for param in params)]
 
 
+# Tensors that are made in inference mode could not be written to outside of it, by the next step.
+@torch.inference_mode(False)
 def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> dict[Tensor, State]:
     """Averages per group what an optimizer keeps of each entry of a tied parameter.
 
