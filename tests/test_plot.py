@@ -284,6 +284,15 @@ def test_what_are_no_drifts_is_refused(wrong: Any, error: type[Exception]) -> No
     assert not plt.get_fignums()
 
 
+def test_the_default_device_does_not_matter() -> None:
+    weight = Parameter(torch.zeros(400, 2))
+    with torch.device("meta"):
+        plot.draw_groups(Tie(weight, [[0, 1], [2, 3, 4]]))
+        axes = plot.draw_group_sizes(Tie(weight, [[0, 1], list(range(2, 400))]))
+        plot.draw_drift([0.1, 0.0])
+    assert sum(bar.get_height() for bar in axes.patches) == 2
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 3, 0, 0)])
 def test_what_is_empty_is_drawn_empty(shape: tuple[int, ...]) -> None:
     figure = plot.draw_groups(Tie(torch.zeros(shape), []))

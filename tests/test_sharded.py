@@ -174,6 +174,21 @@ def test_joined_slices_are_tied_however_each_is_cut(ranks, seed, cuts):
         torch.testing.assert_close(answer, [param.detach() for param in alone])
 
 
+def tied_with_another_default_device(placements: list) -> tuple[Tensor, bool]:
+    tensor = sharded(randn(8, 3), line(), placements)
+    with torch.device("meta"):
+        tied = is_tied(tie_(tensor, torch.arange(8, device="cpu") % 3), torch.arange(8, device="cpu") % 3)
+    return tensor.full_tensor(), tied
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_the_default_device_does_not_matter(ranks, placement):
+    expected = tie_(randn(8, 3), torch.arange(8) % 3)
+    for tensor, tied in ranks.run(tied_with_another_default_device, [placement]):
+        torch.testing.assert_close(tensor, expected)
+        assert tied
+
+
 def tied_beside_other_groups(mesh_shape: tuple[int, ...], placements: list) -> Tensor:
     # Ranks are in different numbers of groups from here on, as where one of them has a group to itself for its log.
     dist.new_group([0])

@@ -101,8 +101,12 @@ class Encoded(NamedTuple):
     def labels(self) -> list[tuple[Tensor, Tensor | None]]:
         """For each tensor its labels, -1 for a free slice, and its scale, as :class:`~tieopt.Tie` takes them."""
         symbols = self._symbols()
-        groups = torch.cat([self.groups, torch.tensor([FREE])])[symbols]
-        scales = None if self.scales is None else torch.cat([self.scales, torch.ones(1, dtype=torch.float64)])[symbols]
+        groups = torch.cat([self.groups, torch.tensor([FREE], device="cpu")])[symbols]
+        scales = (
+            None
+            if self.scales is None
+            else torch.cat([self.scales, torch.ones(1, dtype=torch.float64, device="cpu")])[symbols]
+        )
         parts = [None] * len(self.shapes) if scales is None else torch.split(scales, self._counts)
         return [
             (own.view(shape), None if scale is None else scale.view(shape))
@@ -156,12 +160,14 @@ def _encoded(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequenc
     (entries,) = numbered([Slices(torch.where(labels == FREE, FREE, labels * len(multiples) + which))])
     count = int(entries.labels.max()) + 1 if len(labels) else 0
     symbols = torch.where(entries.labels == FREE, count, entries.labels)
-    first = torch.full((count + 1,), len(labels)).scatter_reduce_(0, symbols, torch.arange(len(labels)), "amin")[:count]
+    first = torch.full((count + 1,), len(labels), device="cpu").scatter_reduce_(
+        0, symbols, torch.arange(len(labels), device="cpu"), "amin"
+    )[:count]
     kept = torch.cat([first, (labels == FREE).nonzero().squeeze(1)])
     rows = torch.cat([_slices_of(each, tensor) for each, tensor in zip(slices, tensors, strict=True)])
     encoded = Encoded(
         bits(rows).index_select(0, kept).view(rows.dtype),
-        torch.empty(0, dtype=torch.uint8),
+        torch.empty(0, dtype=torch.uint8, device="cpu"),
         labels[first],
         None if bool((scales == 1).all()) else scales[first],
         [list(tensor.shape) for tensor in tensors],
@@ -430,22 +436,29 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _packed(numbers: Tensor, width: int) -> Tensor:
     """Numbers of so many bits, without gaps; the lowest bit first, uint8."""
     return torch.cat(
-        [torch.empty(0, dtype=torch.uint8), *(_pack(each, width) for each in torch.split(numbers, _CHUNK))]
+        [
+            torch.empty(0, dtype=torch.uint8, device="cpu"),
+            *(_pack(each, width) for each in torch.split(numbers, _CHUNK)),
+        ]
     )
 
 
 def _pack(numbers: Tensor, width: int) -> Tensor:
-    each = (numbers[:, None] >> torch.arange(width)) & 1
-    return (torch.nn.functional.pad(each.view(-1), (0, -each.numel() % 8)).view(-1, 8) << torch.arange(8)).sum(1).byte()
+    each = (numbers[:, None] >> torch.arange(width, device="cpu")) & 1
+    return (
+        (torch.nn.functional.pad(each.view(-1), (0, -each.numel() % 8)).view(-1, 8) << torch.arange(8, device="cpu"))
+        .sum(1)
+        .byte()
+    )
 
 
 def _unpacked(packed: Tensor, width: int, count: int) -> Tensor:
     """So many numbers, int64."""
-    numbers = torch.zeros(count, dtype=torch.int64)
+    numbers = torch.zeros(count, dtype=torch.int64, device="cpu")
     for start, own in enumerate(torch.split(packed, _CHUNK // 8 * width)) if width else ():
-        each = ((own[:, None].long() >> torch.arange(8)) & 1).view(-1)
+        each = ((own[:, None].long() >> torch.arange(8, device="cpu")) & 1).view(-1)
         part = numbers[start * _CHUNK : (start + 1) * _CHUNK]
-        part.copy_((each[: len(part) * width].view(-1, width) << torch.arange(width)).sum(1))
+        part.copy_((each[: len(part) * width].view(-1, width) << torch.arange(width, device="cpu")).sum(1))
     return numbers
 
 

@@ -137,11 +137,11 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
     if last - first < _BARS:
         axes.bar(values.tolist(), counts.tolist(), width=0.8)
     else:
-        edges = torch.logspace(math.log10(first), math.log10(last + 1), _BARS + 1, dtype=torch.float64)
+        edges = torch.logspace(math.log10(first), math.log10(last + 1), _BARS + 1, dtype=torch.float64, device="cpu")
         # Halfway between sizes, so that each is in one bin.
         edges = torch.unique(edges.round()) - 0.5
         bins = torch.bucketize(values.double(), edges) - 1
-        heights = torch.zeros(len(edges) - 1).index_add_(0, bins, counts.float())
+        heights = torch.zeros(len(edges) - 1, device="cpu").index_add_(0, bins, counts.float())
         axes.bar(edges[:-1].tolist(), heights.tolist(), width=edges.diff().tolist(), align="edge")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -185,7 +185,7 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
         raise ValueError(f"These are no drifts.\n{expected}  Got:      {shown(drifts)}")
     axes = _axes(axes)
     axes.plot(range(1, len(values) + 1), values.tolist(), marker="." if len(values) <= _BARS else None)
-    drawn = torch.cat([torch.as_tensor(line.get_ydata(), dtype=torch.float64) for line in axes.lines])
+    drawn = torch.cat([torch.as_tensor(line.get_ydata(), dtype=torch.float64, device="cpu") for line in axes.lines])
     positive = drawn[(drawn > 0) & drawn.isfinite()]
     if len(positive) and float(positive.max()) > 100 * float(positive.min()):
         axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(float(positive.min()))))
@@ -362,9 +362,9 @@ def _color(number: int) -> Tensor:
     """The colour of a group: after the first ones, hues as far apart as the golden ratio keeps them."""
     colors = _matplotlib("colors")
     if number < len(_FIRST_COLORS):
-        return torch.tensor(colors.to_rgb(_FIRST_COLORS[number]), dtype=torch.float64)
+        return torch.tensor(colors.to_rgb(_FIRST_COLORS[number]), dtype=torch.float64, device="cpu")
     rgb = colors.hsv_to_rgb((number * _GOLDEN % 1, 0.65, 0.85))
-    return torch.tensor(rgb.tolist(), dtype=torch.float64)
+    return torch.tensor(rgb.tolist(), dtype=torch.float64, device="cpu")
 
 
 def _faded(color: Tensor, paper: Tensor) -> Tensor:
@@ -376,7 +376,7 @@ def _rgb(color: Any) -> Tensor:
     matplotlib = _matplotlib()
     if isinstance(color, str) and color in matplotlib.rcParams:
         color = matplotlib.rcParams[color]
-    return torch.tensor(_matplotlib("colors").to_rgb(color), dtype=torch.float64)
+    return torch.tensor(_matplotlib("colors").to_rgb(color), dtype=torch.float64, device="cpu")
 
 
 def _sizes(tie: Tie) -> Tensor:

@@ -273,7 +273,9 @@ class Shards:
         scaled = any(each.scale is not None for each in self._spanning)
         runs, rows, signs = [], {}, {}
         for run in index.runs:
-            row, sign = torch.empty(len(run.norms), dtype=torch.int64), torch.empty(len(run.norms), dtype=torch.float64)
+            row, sign = (
+                torch.empty(len(run.norms), dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64)
+            )
             for part, positions, slots in run.leads:
                 row[slots.cpu()], sign[slots.cpu()] = sent[part][positions.cpu()], scales[part][positions.cpu()]
             # The sum is that over the members on all ranks.
