@@ -189,25 +189,34 @@ def test_the_default_device_does_not_matter(ranks, placement):
         assert tied
 
 
-def tied_beside_other_groups(mesh_shape: tuple[int, ...], placements: list) -> Tensor:
+def tied_beside_other_groups(ranks_of_mesh: list, placements: list) -> Tensor | None:
+    mesh = DeviceMesh("cpu", ranks_of_mesh)
     # Ranks are in different numbers of groups from here on, as where one of them has a group to itself for its log.
     dist.new_group([0])
-    tensor = distribute_tensor(randn(8, 3), init_device_mesh("cpu", mesh_shape), placements)
+    if mesh.get_coordinate() is None:
+        return None
+    tensor = distribute_tensor(randn(8, 3), mesh, placements)
     # What waits for a rank that looks elsewhere is to fail soon.
     patient = functools.partial(dist.new_group, timeout=timedelta(seconds=10))
     with unittest.mock.patch.object(dist, "new_group", patient):
         return tie_(tensor, torch.arange(8) % 3).full_tensor()
 
 
-@pytest.mark.parametrize("replicated", [False, True])
-def test_shards_along_several_dimensions_are_tied_however_many_groups_a_rank_is_in(ranks, replicated):
-    # Along two dimensions of the mesh, which are of all ranks or of one half of them.
-    mesh_shape = (2, ranks.count // 2, 1) if replicated else (ranks.count // 2, 2)
-    placements = [Replicate(), Shard(0), Shard(0)] if replicated else [Shard(0), Shard(0)]
+@pytest.mark.parametrize("where", ["all", "halves", "some"])
+def test_shards_along_several_dimensions_are_tied_however_many_groups_a_rank_is_in(ranks, where):
+    """Along two dimensions of a mesh, which are of all ranks, of each half of them, or of some."""
+    numbers, half = torch.arange(ranks.count), ranks.count // 2
+    ranks_of_mesh = {"all": numbers.view(2, half), "halves": numbers.view(2, half, 1), "some": numbers[::2, None]}[
+        where
+    ]
     expected = tie_(randn(8, 3), torch.arange(8) % 3)
+    placements = [Replicate()] * (where == "halves") + [Shard(0), Shard(0)]
 
-    for tensor in ranks.run(tied_beside_other_groups, mesh_shape, placements):
-        torch.testing.assert_close(tensor, expected)
+    answers = ranks.run(tied_beside_other_groups, ranks_of_mesh.tolist(), placements)
+
+    for rank, tensor in enumerate(answers):
+        if rank in ranks_of_mesh:
+            torch.testing.assert_close(tensor, expected)
 
 
 # --- training ---

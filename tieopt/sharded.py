@@ -523,9 +523,13 @@ def _group_along(mesh: Any, dims: Sequence[int], here: list[int]) -> tuple[Any, 
 def _new_group(mesh: Any, dims: Sequence[int], ranks: list[int]) -> Any:
     """A process group of some ranks, made while others make those of theirs."""
     if mesh.size() < dist.get_world_size():
-        # Those outside the mesh are not there to take part.
+        # Those outside the mesh are not there to take part. Made by its members alone, a group is named by how many
+        # groups a member is in, and found by those alone that call it so: groups of one make up for what is missing.
+        count = len(dist.distributed_c10d._world.pg_names)
+        most = _gathered(torch.tensor(count, device=mesh.device_type), mesh).max()
+        for _ in range(count, int(most)):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
         return dist.new_group(ranks, use_local_synchronization=True)
-    # Made by its members alone, a group would have no name in common where one of them is in more groups than others.
     others = [dim for dim in range(mesh.ndim) if dim not in dims]
     parts = mesh.mesh.permute(*others, *dims).reshape(-1, len(ranks)).tolist()
     group, _ = dist.new_subgroups_by_enumeration([sorted(part) for part in parts])  # type: ignore[no-untyped-call]
