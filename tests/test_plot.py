@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import matplotlib as mpl
@@ -112,7 +112,7 @@ def test_an_optimizer_is_drawn_as_its_ties_under_the_names_of_its_parameters(
     assert [axes.get_title() for axes in figure.axes] == list(titles)
     for axes, other in zip(figure.axes, same.axes, strict=True):
         assert torch.equal(image_of(axes), image_of(other))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])
@@ -141,6 +141,57 @@ def test_multiples_are_written_where_there_is_room() -> None:
 
     assert texts(4) == ["2.5·0", "\N{MINUS SIGN}0.5·0", "1", "1"]
     assert texts(13) == []
+
+
+TEN = torch.tensor([1.0, -1.0, 0.0, 2.5, -0.5, 1.0, 1.0, 1.0, -12.25, 1.0])
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 4), (10, 12), (10, 2, 2, 2)])
+@pytest.mark.parametrize("size", [None, (4, 4), (9, 4)])
+def test_what_is_written_in_a_figure_stays_in_its_place(
+    shape: tuple[int, ...], size: tuple[float, float] | None
+) -> None:
+    tie = Tie(torch.zeros(shape), torch.tensor([0, 0, 0, 1, 1, 2, 2, 10, 10, -1]), scale=TEN)
+    figure = plot.draw_groups(tie, figure=size and plt.figure(figsize=size, layout="constrained"))
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    whole, outer = figure.bbox, legend.get_window_extent()
+    assert whole.x0 <= outer.x0 <= outer.x1 <= whole.x1
+    assert whole.y0 <= outer.y0 <= outer.y1 < axes.get_window_extent().y0
+    for text in axes.texts:
+        assert text.get_fontsize() >= 3.5
+        box = text.get_window_extent()
+        (left, _), (right, _) = axes.transData.transform([(text.get_position()[0] + half, 0) for half in (-0.5, 0.5)])
+        assert left <= box.x0 <= box.x1 <= right
+
+
+@pytest.mark.parametrize("shape", [(50_000, 128), (128, 50_000), (1000, 1000), (300,), (7, 300), (64, 3, 7, 7)])
+@pytest.mark.parametrize("style", ["default", {"xtick.labelsize": 14, "ytick.labelsize": "large"}])
+def test_ticks_do_not_overlap(shape: tuple[int, ...], style: Any) -> None:
+    whole = torch.empty(1).expand(shape)
+    with plt.style.context(style):
+        figure = plot.draw_groups([Tie(whole, torch.arange(shape[0])), Tie(torch.zeros(3), [[0, 1]])])
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        for axis, low, high in ((axes.xaxis, "x0", "x1"), (axes.yaxis, "y0", "y1")):
+            boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+            spans = sorted((getattr(box, low), getattr(box, high)) for box in boxes)
+            assert all(end < start for (_, end), (start, _) in pairwise(spans))
+
+
+# How colours look to those who do not see green: Machado, Oliveira and Fernandes, "A Physiologically-based Model for
+# Simulation of Color Vision Deficiency", 2009.
+DEUTERANOPIA = torch.tensor(
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    dtype=torch.float64,
+)
+
+
+def test_groups_that_follow_each_other_have_colours_that_everybody_tells_apart() -> None:
+    colours = image_of(plot.draw_groups(Tie(torch.zeros(130), torch.arange(130))).axes[0])[0, 7:, :3]
+    for seen, least in ((colours, 0.4), (colours @ DEUTERANOPIA.T, 0.12)):
+        for step in range(1, 6):
+            assert float((seen[step:] - seen[:-step]).norm(dim=1).min()) > least
 
 
 @pytest.mark.parametrize(
@@ -241,7 +292,7 @@ def test_drifts_are_drawn_as_they_are(drifts: list[float], tensor: bool) -> None
     much = bool(positive) and max(positive) > 100 * min(positive)
     assert axes.get_yscale() == ("symlog" if much else "linear")
     assert axes.get_ylim()[0] == 0
-    axes.figure.canvas.draw()
+    axes.figure.draw_without_rendering()
 
 
 def test_drifts_of_several_runs_share_an_axis_and_what_is_not_finite_is_left_out() -> None:
@@ -250,7 +301,7 @@ def test_drifts_of_several_runs_share_an_axis_and_what_is_not_finite_is_left_out
     assert plot.draw_drift([1e-5, 0.0], axes=axes) is axes
     assert len(axes.lines) == 2
     assert axes.get_yscale() == "symlog"
-    axes.figure.canvas.draw()
+    axes.figure.draw_without_rendering()
 
 
 @pytest.mark.parametrize("draw", [plot.draw_groups, plot.draw_group_sizes])
@@ -296,7 +347,7 @@ def test_the_default_device_does_not_matter() -> None:
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 3, 0, 0)])
 def test_what_is_empty_is_drawn_empty(shape: tuple[int, ...]) -> None:
     figure = plot.draw_groups(Tie(torch.zeros(shape), []))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert len(figure.axes) == 1
 
 

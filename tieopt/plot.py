@@ -36,6 +36,15 @@ _SLENDER = 4
 _PANELS_IN_A_LINE = 3
 _TICKS = 8
 
+# How much of its place in a figure the longer side of a panel takes, about; and the points of a legend of one line.
+_SIDE = 0.55
+_LEGEND = 420
+
+# In points: the numbers in cells, and those that can hardly be read any more. And of both fonts the width of a
+# character, as a part of its size.
+_LARGEST, _SMALLEST = 7.0, 3.5
+_CHARACTER = 0.62
+
 # Characters of a name that fit above a panel; its end says more than its beginning.
 _NAME = 36
 
@@ -43,6 +52,9 @@ _BARS = 40
 
 # Of Okabe and Ito, which also the colour-blind tell apart; without black.
 _FIRST_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# The saturation and value of further ones, in turn. Of those tried they keep six groups that follow each other farthest
+# apart, also for those who do not see green.
+_SHADES = ((1.0, 0.85), (0.45, 1.0), (0.75, 0.8), (1.0, 0.45))
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 # Between the kernels of a convolution.
@@ -57,8 +69,9 @@ def draw_groups(
     A matrix is drawn as it is printed, a vector as one line, and a convolution's weight ``[out, in, height, width]`` as
     the matrix of its kernels. What has the same colour in two panels is joined. Members that are negative multiples
     of what they share are faded; free entries and those that are pinned at zero have the colours of the legend.
-    In small panels the groups have numbers, too, with what multiple a member is: colours of many groups are alike.
-    Of large dimensions evenly spaced indices are drawn, as the axes say, so that large parameters take no longer.
+    In small panels the groups have numbers, too, with what multiple a member is, where there is room for them: colours
+    of many groups are alike. Of large dimensions evenly spaced indices are drawn, as the axes say, so that large
+    parameters take no longer; what repeats within a few indices cannot be seen then.
 
     Args:
         ties: an optimizer, all of whose ties are drawn, or those to draw.
@@ -89,10 +102,11 @@ def draw_groups(
     if figure is None:
         figure = pyplot.figure(figsize=(1 + 3 * columns, 0.5 + 3 * lines), layout="constrained")
     assert figure is not None
+    wide, high = (72 * pixels / figure.dpi for pixels in (figure.bbox.width, figure.bbox.height))
     legend = {}
     for number, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, number)
-        legend.update(_draw(axes, panel))
+        legend.update(_draw(axes, panel, _SIDE * min(wide / columns, high / lines)))
         name = names.get(id(panel.param), "parameter")
         shape = f"{tuple(panel.param.shape)}"
         short = name if len(name) <= _NAME else f"{name[: _NAME // 3]}...{name[3 + _NAME // 3 - _NAME :]}"
@@ -101,7 +115,8 @@ def draw_groups(
     if legend:
         patch, edge = _matplotlib("patches").Patch, _rgb("text.color").tolist()
         handles = [patch(facecolor=color, edgecolor=edge, linewidth=0.5, label=text) for text, color in legend.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        beside = len(handles) if wide > _LEGEND else 1
+        figure.legend(handles=handles, loc="outside lower center", ncols=beside, frameon=False)
     return figure
 
 
@@ -299,8 +314,8 @@ def _image(entries: Tensor, outside: int) -> Tensor:
     return image[: -1 if len(down) > 1 else None, : -1 if len(across) > 1 else None]
 
 
-def _draw(axes: Axes, panel: _Panel) -> dict[str, Any]:
-    """Draws a parameter; returns what is to be in the legend, and its colour."""
+def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, Any]:
+    """Draws a parameter, so many points high or wide; returns what is to be in the legend, and its colour."""
     numbers, scales = _image(panel.numbers, _GAP), _image(panel.scales, 1)
     paper, ink = _rgb(axes.get_facecolor()), _rgb("text.color")
     tied, pinned = (numbers >= 0) & (scales != 0), (numbers >= 0) & (scales == 0)
@@ -316,14 +331,19 @@ def _draw(axes: Axes, panel: _Panel) -> dict[str, Any]:
     height, width = numbers.shape
     if image.numel():
         axes.imshow(image.numpy(), interpolation="nearest", aspect="auto")
-    axes.set_box_aspect(min(max(height / max(width, 1), 1 / _SLENDER), _SLENDER))
+    aspect = min(max(height / max(width, 1), 1 / _SLENDER), _SLENDER)
+    axes.set_box_aspect(aspect)
+    down, across = side * min(aspect, 1), side / max(aspect, 1)
     if max(height, width) <= _NUMBERED_CELLS:
-        for row, column in tied.nonzero().tolist():
-            text = _multiple(float(scales[row, column]), int(numbers[row, column]))
+        texts = {(i, j): _multiple(float(scales[i, j]), int(numbers[i, j])) for i, j in tied.nonzero().tolist()}
+        for (row, column), text in texts.items():
+            size = min(across / width / (len(text) + 0.5) / _CHARACTER, _LARGEST)
+            if size < _SMALLEST:
+                continue
             color = "black" if float(image[row, column, :3] @ _LUMINANCE) > 0.4 else "white"
-            axes.text(column, row, text, color=color, fontsize="x-small", ha="center", va="center")
-    for axis, side in zip((axes.yaxis, axes.xaxis), _sides(panel.param.shape), strict=True):
-        _label(axis, side, panel)
+            axes.text(column, row, text, color=color, fontsize=size, ha="center", va="center")
+    for axis, dims, room in zip((axes.yaxis, axes.xaxis), _sides(panel.param.shape), (down, across), strict=True):
+        _label(axis, dims, panel, room)
     legend = {
         "free": (free, numbers == FREE),
         "pinned at zero": (ink, pinned),
@@ -341,8 +361,8 @@ def _multiple(scale: float, number: int) -> str:
     return f"{scale:.3g}·{number}".replace("-", "\N{MINUS SIGN}")
 
 
-def _label(axis: Any, side: Sequence[int], panel: _Panel) -> None:
-    """Says which dimensions run along an axis, and which of their indices are drawn."""
+def _label(axis: Any, side: Sequence[int], panel: _Panel, room: float) -> None:
+    """Says which dimensions run along an axis, and which of their indices are drawn; so many as there is room for."""
     if not side:
         axis.set_ticks([])
         return
@@ -352,18 +372,25 @@ def _label(axis: Any, side: Sequence[int], panel: _Panel) -> None:
     outer = panel.kept[side[0]]
     block = math.prod(len(panel.kept[dim]) for dim in side[1:-1])
     block *= len(panel.kept[side[-1]]) + 1 if len(side) > 1 else 1
+    font = _font_size(f"{axis.axis_name}tick.labelsize")
+    # Across, a label is as wide as its digits are, and a blank.
+    taken = font * (_CHARACTER * (len(str(panel.param.shape[side[0]])) + 1) if axis.axis_name == "x" else 1.2)
+    count = max(min(_TICKS, int(room / taken)), 1)
     steps = (digit * 10**power for power in range(3) for digit in (1, 2, 5))
-    step = next(step for step in steps if step * _TICKS >= len(outer))
+    step = next(step for step in steps if step * count >= len(outer))
     places = [number * block + max(block - 2, 0) / 2 for number in range(0, len(outer), step)]
     axis.set_ticks(places, [str(index) for index in outer[::step].tolist()])
 
 
 def _color(number: int) -> Tensor:
-    """The colour of a group: after the first ones, hues as far apart as the golden ratio keeps them."""
+    """The colour of a group: after the first ones, hues as far apart as the golden ratio keeps them.
+
+    Those that follow each other differ in how light they are, too.
+    """
     colors = _matplotlib("colors")
     if number < len(_FIRST_COLORS):
         return torch.tensor(colors.to_rgb(_FIRST_COLORS[number]), dtype=torch.float64, device="cpu")
-    rgb = colors.hsv_to_rgb((number * _GOLDEN % 1, 0.65, 0.85))
+    rgb = colors.hsv_to_rgb((number * _GOLDEN % 1, *_SHADES[number % len(_SHADES)]))
     return torch.tensor(rgb.tolist(), dtype=torch.float64, device="cpu")
 
 
@@ -377,6 +404,12 @@ def _rgb(color: Any) -> Tensor:
     if isinstance(color, str) and color in matplotlib.rcParams:
         color = matplotlib.rcParams[color]
     return torch.tensor(_matplotlib("colors").to_rgb(color), dtype=torch.float64, device="cpu")
+
+
+def _font_size(setting: str) -> float:
+    """What the style has for it, in points."""
+    properties = _matplotlib("font_manager").FontProperties(size=_matplotlib().rcParams[setting])
+    return float(properties.get_size_in_points())
 
 
 def _sizes(tie: Tie) -> Tensor:
