@@ -1,205 +1,107 @@
 """Tied weights as a codebook and indices, in memory and in a file.
 
 What is tied need not be written down for each member. A codebook has what there is once, and an index says for each
-slice which entry it is: `Deep Compression <https://arxiv.org/abs/1510.00149>`_ stores k-means clusters in this way. An
-index takes as many bits as it needs: one with two shared values, five with thirty-two.
+slice which entry it is: `Deep Compression <https://arxiv.org/abs/1510.00149>`_ stores k-means clusters in this way. In
+a file an index takes as many bits as it needs: one with two shared values, five with thirty-two.
 
-Files are of the safetensors format. They have the ties and what was written, by its hash, in their metadata.
+Files are of the `safetensors <https://github.com/huggingface/safetensors>`_ format. Their metadata has the ties, and
+the hash of everything. Of a parameter ``weight`` there are, instead of its entries,
+
+- ``weight.codebook``: what the members of each group are, ``[entries, *slice]``;
+- ``weight.indices``: which entry each slice is, and one more for a free one; packed, the lowest bit first, uint8;
+- ``weight.free``: the entries that are in no group, if there are any, in the order of the parameter;
+- ``weight.groups`` and ``weight.scales``, with scales: of which group each entry of the codebook is, and what multiple
+  of its shared value.
+
+Parameters that are joined have one codebook, under the name of the first of them. Where a parameter has several ties,
+a second one is that of ``weight.1``.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
-from tieopt.components import components
+from tieopt.codebook import codebook_of, entries_of, fill_, is_of, packed, unpacked
 from tieopt.optimizer import TiedOptimizer
 from tieopt.places import found, parameters_of
 from tieopt.reduction import bits
 from tieopt.sharded import is_sharded
 from tieopt.slices import FREE, Slices, numbered
-from tieopt.ties import Tie, slices_for
+from tieopt.tensor_file import Reader, Writer
+from tieopt.ties import Tie, shown, slices_for
 
-# Indices are packed and unpacked so many at a time; a multiple of 8.
-_CHUNK = 2**20
 _FORMAT = "1"
-# The tensors of which a file has one for each tie.
-_STORED = ("codebook", "indices", "groups", "scales")
 
 
-class Encoded(NamedTuple):
-    """Tied slices as a codebook and indices.
+def encode(param: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> tuple[Tensor, Tensor]:
+    """A tied tensor as a codebook and indices: ``codebook[indices]`` is the tensor again, bit for bit.
 
-    Attributes:
-        codebook: what there is, ``[entries, *slice]``: first an entry for each group, or for each multiple of its
-            shared value that occurs; then all free slices, in their order.
-        indices: for each slice the number of its entry, and one more for a free slice. So many bits for each as the
-            largest takes, the lowest first, the slices of all tensors one after the other; uint8.
-        groups: for each entry that is no free slice, which group it is of, int64.
-        scales: which multiple of the shared value it is, float64; None if all are 1.
-        shapes: the shape of each tensor.
-        labelled: the shape of the labels of each.
-        dims: along which dimension the slices of each lie.
-    """
-
-    codebook: Tensor
-    indices: Tensor
-    groups: Tensor
-    scales: Tensor | None
-    shapes: list[list[int]]
-    labelled: list[list[int]]
-    dims: list[int]
-
-    @property
-    def bits(self) -> int:
-        """How many bits an index has."""
-        count = len(self.groups) + (len(self.codebook) > len(self.groups))
-        return max(count - 1, 0).bit_length()
-
-    def decode(self) -> list[Tensor]:
-        """The tensors, bit for bit, and contiguous.
-
-        Raises:
-            ValueError: the numbers of entries and indices do not fit each other.
-
-        Example:
-            >>> import torch
-            >>> from tieopt import export, tie_
-            >>> weight = torch.randn(6, 4)
-            >>> _ = tie_(weight, [[0, 5], [1, 2, 3]])
-            >>> (decoded,) = export.encode(weight, [[0, 5], [1, 2, 3]]).decode()
-            >>> torch.equal(decoded, weight)
-            True
-        """
-        symbols, count = self._symbols(), len(self.groups)
-        # The free slices follow each other.
-        at = torch.where(symbols < count, symbols, count - 1 + (symbols >= count).cumsum(0))
-        if len(at) and int(at.max()) >= len(self.codebook):
-            raise ValueError(
-                "Indices lead out of the codebook.\n"
-                f"  Expected: numbers below {len(self.codebook)}, one for each entry\n"
-                f"  Got:      {int(at.max())}"
-            )
-        slices = bits(self.codebook).index_select(0, at).view(self.codebook.dtype)
-        return [
-            part.view(*labelled, *self.codebook.shape[1:]).movedim(0, dim).reshape(shape).contiguous()
-            for part, labelled, shape, dim in zip(
-                torch.split(slices, self._counts), self.labelled, self.shapes, self.dims, strict=True
-            )
-        ]
-
-    def labels(self) -> list[tuple[Tensor, Tensor | None]]:
-        """For each tensor its labels, -1 for a free slice, and its scale, as :class:`~tieopt.Tie` takes them."""
-        symbols = self._symbols()
-        groups = torch.cat([self.groups, torch.tensor([FREE], device="cpu")])[symbols]
-        scales = (
-            None
-            if self.scales is None
-            else torch.cat([self.scales, torch.ones(1, dtype=torch.float64, device="cpu")])[symbols]
-        )
-        parts = [None] * len(self.shapes) if scales is None else torch.split(scales, self._counts)
-        return [
-            (own.view(shape), None if scale is None else scale.view(shape))
-            for own, scale, shape in zip(torch.split(groups, self._counts), parts, self.labelled, strict=True)
-        ]
-
-    @property
-    def _counts(self) -> list[int]:
-        return [torch.Size(shape).numel() for shape in self.labelled]
-
-    def _symbols(self) -> Tensor:
-        return _unpacked(self.indices, self.bits, sum(self._counts))
-
-
-def encode(param: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> Encoded:
-    """A tied tensor as a codebook and indices.
+    Along another dimension it is ``codebook[indices].movedim(0, dim)``.
 
     Args:
-        param: the tensor, tied; any dtype and layout that :class:`~tieopt.Tie` takes.
+        param: the tensor, tied; of any dtype and layout that :class:`~tieopt.Tie` takes.
         groups: as in :class:`~tieopt.Tie`.
         dim: as in :class:`~tieopt.Tie`.
         scale: as in :class:`~tieopt.Tie`.
 
     Returns:
-        Both, on the CPU. :meth:`Encoded.decode` gives the tensor back.
+        The codebook, ``[entries, *slice]``, of the dtype of the tensor: an entry for each group, or for each multiple
+        of its shared value that occurs, and for each free slice, in the order in which they occur. And the indices,
+        which entry each slice is, int64, of the shape of the labels. Both on the device of the tensor.
 
     Raises:
-        TypeError, IndexError, ValueError: as :class:`~tieopt.Tie` says; or the tensor is not tied.
+        TypeError, IndexError, ValueError: as :class:`~tieopt.Tie` says; or the tensor is sharded, or is not tied.
 
     Example:
-        Sixteen values for a matrix, each with both signs: an index has five bits.
+        Sixteen values for a matrix, each with both signs:
 
         >>> import torch
         >>> from tieopt import export, patterns, tie_
         >>> weight = torch.randn(64, 64)
         >>> labels, signs = patterns.hashed(weight.shape, 16)
         >>> _ = tie_(weight, labels, scale=signs)
-        >>> encoded = export.encode(weight, labels, scale=signs)
-        >>> encoded.codebook.shape, encoded.bits, encoded.indices.nbytes
-        (torch.Size([32]), 5, 2560)
+        >>> codebook, indices = export.encode(weight, labels, scale=signs)
+        >>> codebook.shape, indices.shape
+        (torch.Size([32]), torch.Size([64, 64]))
+        >>> torch.equal(codebook[indices], weight)
+        True
     """
-    return _encoded([slices_for(param, groups, dim, scale, "the tensor")], [param], ["the tensor"])
+    (slices,) = numbered([slices_for(param, groups, dim, scale, "the tensor")])
+    tensor = _stored("the tensor", param).detach().cpu().resolve_conj().resolve_neg()
+    # Each free slice is a group of its own.
+    labels = slices.labels
+    alone = torch.arange(labels.numel(), device="cpu").view(labels.shape) + labels.numel()
+    entries = entries_of(numbered([slices._replace(labels=torch.where(labels == FREE, alone, labels))]))
+    codebook, (indices,) = codebook_of(entries, [slices], [tensor]), entries.symbols
+    _check_tied(codebook, tensor, slices.dim, indices, "the tensor")
+    return codebook.to(param.device), indices.to(param.device)
 
 
-def _encoded(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequence[str]) -> Encoded:
-    tensors = [tensor.detach().cpu() for tensor in tensors]
-    labels = torch.cat([each.labels.flatten() for each in slices])
-    scales = torch.cat([each.scales.flatten() for each in slices])
-    multiples, which = torch.unique(scales, return_inverse=True)
-    # An entry for each multiple of each group that occurs.
-    (entries,) = numbered([Slices(torch.where(labels == FREE, FREE, labels * len(multiples) + which))])
-    count = int(entries.labels.max()) + 1 if len(labels) else 0
-    symbols = torch.where(entries.labels == FREE, count, entries.labels)
-    first = torch.full((count + 1,), len(labels), device="cpu").scatter_reduce_(
-        0, symbols, torch.arange(len(labels), device="cpu"), "amin"
-    )[:count]
-    kept = torch.cat([first, (labels == FREE).nonzero().squeeze(1)])
-    rows = torch.cat([_slices_of(each, tensor) for each, tensor in zip(slices, tensors, strict=True)])
-    encoded = Encoded(
-        bits(rows).index_select(0, kept).view(rows.dtype),
-        torch.empty(0, dtype=torch.uint8, device="cpu"),
-        labels[first],
-        None if bool((scales == 1).all()) else scales[first],
-        [list(tensor.shape) for tensor in tensors],
-        [list(each.labels.shape) for each in slices],
-        [each.dim for each in slices],
-    )
-    encoded = encoded._replace(indices=_packed(symbols, encoded.bits))
-    for tensor, decoded, name in zip(tensors, encoded.decode(), names, strict=True):
-        if not torch.equal(_bytes(tensor), _bytes(decoded)):
-            raise ValueError(
-                "What is not tied cannot be written as a codebook.\n"
-                f"  Parameter: {name} of shape {tuple(tensor.shape)}\n"
-                "  Expected:  members that are equal bit for bit, as after tie_weights()\n"
-                "  Got:       others"
-            )
-    return encoded
-
-
-def save(file: str | os.PathLike[str], model: Module, ties: Any) -> None:
+def save(model: Module, ties: Any, file: str | os.PathLike[str]) -> None:
     """Writes the state of a model to a safetensors file, its tied parameters as codebooks and indices.
 
-    The file is there as a whole, or not at all.
+    The file is there as a whole, or not at all. One parameter is worked on at a time; a folder beside which the file
+    is to be has to have room for it twice.
 
     Args:
-        file: where to.
-        model: whose ``state_dict()`` is written: parameters and buffers.
+        model: whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
         ties: the tied optimizer; or what it takes, with parameters of the model or their names.
+        file: where to. What is there is replaced.
 
     Raises:
-        ImportError: safetensors is missing.
-        TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or
-            sharded, or not the model's, or of a dtype that the format has not.
+        TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or not
+            the model's; or something in the state is no dense tensor, is sharded, or is of a dtype that the format
+            has not.
+        OSError: the file cannot be written.
 
     Example:
         >>> import tempfile, torch
@@ -207,29 +109,36 @@ def save(file: str | os.PathLike[str], model: Module, ties: Any) -> None:
         >>> model = torch.nn.Linear(8, 6)
         >>> optimizer = TiedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), {model.weight: [[0, 5], [1, 2, 3]]})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     export.save(f"{folder}/model.safetensors", model, optimizer)
+        ...     export.save(model, optimizer, f"{folder}/model.safetensors")
         ...     state = export.load(f"{folder}/model.safetensors")
-        ...     ties = export.ties(f"{folder}/model.safetensors")
-        >>> torch.equal(state["weight"], model.weight), ties
-        (True, [Tie('weight', a tensor of shape (6,) and torch.int64)])
+        >>> torch.equal(state["weight"], model.weight)
+        True
     """
-    safetensors = _optional("safetensors.torch")
-    tensors, stated = _contents(model, ties)
-    contents = json.dumps(
-        {"format": _FORMAT, **stated, "sha256": {key: _digest(key, tensor) for key, tensor in tensors.items()}}
-    )
-    metadata = {"format": "pt", "tieopt": contents, "tieopt.sha256": hashlib.sha256(contents.encode()).hexdigest()}
-    partial = f"{os.fspath(file)}.partial"
-    try:
-        safetensors.save_file(tensors, partial, metadata)
-        os.replace(partial, file)
-    except KeyError as error:
-        raise TypeError(
-            f"The safetensors format has not every dtype.\n  Expected: another one\n  Got:      {error}"
-        ) from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    if not isinstance(model, Module):
+        raise TypeError(f"This cannot be written.\n  Expected: a torch.nn.Module\n  Got:      {shown(model)}")
+    state = {name: _stored(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    names: dict[Any, str] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        first = names.setdefault(_place(tensor), name)
+        if first != name:
+            aliases.setdefault(first, []).append(name)
+    with Writer(file) as writer:
+        tied: dict[str, list[Slices]] = {}
+        stated = []
+        times: Counter[str] = Counter()
+        for slices, params in _tied(model, ties):
+            own = [_name_of(param, names, state) for param in params]
+            stated.append(_write_tie(writer, slices, params, own, times))
+            for name, each in zip(own, slices, strict=True):
+                tied.setdefault(name, []).append(each)
+        for name, every in tied.items():
+            _write_free(writer, name, state[name], every)
+        whole = [name for name in names.values() if name not in tied]
+        for name in whole:
+            writer.add(name, state[name])
+        sizes = {name: list(state[name].shape) for name in tied}
+        writer.finish({"format": _FORMAT, "ties": stated, "tied": sizes, "whole": whole, "aliases": aliases})
 
 
 def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -239,19 +148,31 @@ def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         file: where it is.
 
     Returns:
-        For each name the tensor, contiguous, on the CPU.
+        For each name the tensor, contiguous, on the CPU. What was one tensor in the model is one tensor here.
 
     Raises:
         ImportError, OSError, ValueError: as :func:`stream`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tieopt import export
+        >>> model = torch.nn.Linear(8, 6)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export.save(model, {}, f"{folder}/model.safetensors")
+        ...     model.load_state_dict(export.load(f"{folder}/model.safetensors"))
+        <All keys matched successfully>
     """
     return dict(stream(file))
 
 
 def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors of a file, one after the other: only those that are tied to each other are held at once.
+    """The names and tensors of a file, one after the other: only one of them is held at a time.
 
     Args:
         file: where it is.
+
+    Yields:
+        What :func:`load` returns, in another order.
 
     Raises:
         ImportError: safetensors is missing.
@@ -261,211 +182,297 @@ def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
 
     Example:
         >>> import tempfile, torch
-        >>> from tieopt import export
-        >>> model = torch.nn.Linear(8, 6)
+        >>> from tieopt import export, tie_
+        >>> model, groups = torch.nn.Linear(8, 6), [[0, 5], [1, 2, 3]]
+        >>> _ = tie_(model.weight, groups)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     export.save(f"{folder}/model.safetensors", model, {})
+        ...     export.save(model, {"weight": groups}, f"{folder}/model.safetensors")
         ...     for name, tensor in export.stream(f"{folder}/model.safetensors"):
         ...         print(name, tuple(tensor.shape))
         bias (6,)
         weight (6, 8)
     """
-    with _opened(file) as written:
-        for name in written.stated["free"]:
-            yield from written.named(name, written.read(name))
-        for tie in written.stated["ties"]:
-            for name, tensor in zip(tie["names"], written.encoded(tie).decode(), strict=True):
-                yield from written.named(name, tensor)
+    with Reader(file) as reader:
+        contents = _contents_of(reader)
+        for name in contents.whole:
+            yield from _by_names(contents, name, reader.read(name))
+        for name, shape in contents.tied.items():
+            yield from _by_names(contents, name, _read_tied(reader, contents, name, shape))
 
 
-def ties(file: str | os.PathLike[str]) -> list[Tie]:
+def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
     """The ties of a file, by the names of the parameters, to go on training.
 
     Args:
         file: where it is.
 
     Returns:
-        What :class:`~tieopt.TiedOptimizer` takes, if the optimizer was built from ``named_parameters()``.
+        What :class:`~tieopt.TiedOptimizer` takes, if the optimizer was built from ``named_parameters()``. It loads the
+        ``state_dict`` of the one that was saved.
 
     Raises:
         ImportError, OSError, ValueError: as :func:`stream`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tieopt import TiedOptimizer, export, tie_
+        >>> model, groups = torch.nn.Linear(8, 6), [[0, 5], [1, 2, 3]]
+        >>> _ = tie_(model.weight, groups)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export.save(model, {"weight": groups}, f"{folder}/model.safetensors")
+        ...     ties = export.load_ties(f"{folder}/model.safetensors")
+        >>> ties
+        [Tie('weight', a tensor of shape (6,) and torch.int64)]
+        >>> optimizer = TiedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), ties)
     """
-    with _opened(file) as written:
-        return [_tie(tie["names"], written.encoded(tie)) for tie in written.stated["ties"]]
+    with Reader(file) as reader:
+        return [_read_tie(reader, parts) for parts in _contents_of(reader).ties]
 
 
-def _tie(names: Sequence[str], encoded: Encoded) -> Tie:
-    parts = zip(names, encoded.labels(), encoded.dims, strict=True)
-    each = [Tie(name, labels, dim=dim, scale=scale) for name, (labels, scale), dim in parts]
-    return each[0] if len(each) == 1 else Tie.join(*each)
+# --- writing ---
 
 
-def _contents(model: Module, ties: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and what its metadata says of them."""
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or is_sharded(tensor):
-            raise TypeError(
-                f"{name} cannot be written to a file.\n"
-                "  Expected: a tensor that is whole on this rank\n"
-                f"  Got:      {type(tensor).__name__}"
-            )
-    names: dict[Any, str] = {}
-    aliases: dict[str, list[str]] = {}
-    for name, tensor in state.items():
-        first = names.setdefault(_memory(tensor), name)
-        if first != name:
-            aliases.setdefault(first, []).append(name)
-    tensors: dict[str, Tensor] = {}
-    stated, written = [], {name for others in aliases.values() for name in others}
-    for slices, params in _tied(model, ties):
-        own = []
-        for param in params:
-            if _memory(param) not in names:
-                raise ValueError(
-                    "A tied parameter is not in the state of the model.\n"
-                    f"  Expected: one of {', '.join(state)}\n"
-                    f"  Got:      a parameter of shape {tuple(param.shape)}"
-                )
-            own.append(names[_memory(param)])
-        encoded = _encoded(slices, params, own)
-        described = {"names": own, **{field: getattr(encoded, field) for field in ("shapes", "labelled", "dims")}}
-        for field in _STORED:
-            if (tensor := getattr(encoded, field)) is not None:
-                tensors[f"{own[0]}.{field}"] = tensor
-        stated.append(described)
-        written.update(own)
-    free = sorted(state.keys() - written)
-    if clash := tensors.keys() & set(free):
-        raise ValueError(
-            "Names of the model are those of codebooks.\n"
-            f"  Expected: none that ends in {', '.join(_STORED)} after that of a tied parameter\n"
-            f"  Got:      {', '.join(sorted(clash))}"
+def _stored(name: str, tensor: Any) -> Tensor:
+    """Refuses what has no memory of its own that could be written."""
+    dense = isinstance(tensor, Tensor) and not is_lazy(tensor) and not is_sharded(tensor) and not tensor.is_nested
+    dense = dense and tensor.layout == torch.strided and not tensor.is_quantized
+    # Those that are made of others, or are on the meta device, say that they are nowhere.
+    if not dense or (tensor.numel() and not tensor.data_ptr()):
+        raise TypeError(
+            f"{name} cannot be written as it is.\n"
+            "  Expected: a dense tensor that is whole in the memory of this process\n"
+            f"  Got:      {_described(tensor)}"
         )
-    # Views of one memory are written out: the format has no two tensors in one place.
-    tensors.update((name, state[name].detach().cpu().contiguous().clone()) for name in free)
-    return tensors, {"free": free, "ties": stated, "aliases": aliases}
+    stored: Tensor = tensor
+    return stored
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return shown(value)
+    return f"{type(value).__name__} of {value.dtype}, {value.layout}, device {value.device}"
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What is the same for two tensors if they are one."""
+    place = tensor.data_ptr() if tensor.numel() else id(tensor)
+    kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return place, *kind, tensor.is_conj(), tensor.is_neg()
+
+
+def _name_of(param: Tensor, names: dict[Any, str], state: dict[str, Tensor]) -> str:
+    name = names.get(_place(_stored("A tied parameter", param)))
+    if name is None:
+        raise ValueError(
+            "A tied parameter is not in the state of the model.\n"
+            f"  Expected: one of {', '.join(state)}\n"
+            f"  Got:      a parameter of shape {tuple(param.shape)}"
+        )
+    return name
 
 
 def _tied(model: Module, ties: Any) -> list[tuple[Sequence[Slices], list[Tensor]]]:
-    """The slices of ties, each parameter in one of them, and the parameters."""
+    """The slices of each tie, and its parameters."""
     if isinstance(ties, TiedOptimizer):
         bound, param_groups = ties._tieopt.ties, ties.param_groups
     else:
-        names, params = zip(*model.named_parameters(), strict=True)
-        param_groups = [{"params": list(params), "param_names": list(names)}]
+        names, params = [], []
+        for name, param in model.named_parameters():
+            names.append(name)
+            params.append(param)
+        param_groups = [{"params": params, "param_names": names}]
         bound = found(param_groups, ties)
-    return [(tie.slices, params) for tie, params in parameters_of(components(bound, param_groups), param_groups)]
+    return [(tie.slices, params) for tie, params in parameters_of(bound, param_groups)]
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """What is the same for a parameter and for what a state has of it."""
-    place = tensor.data_ptr() if tensor.numel() else id(tensor)
-    return place, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+def _write_tie(
+    writer: Writer, slices: Sequence[Slices], params: Sequence[Tensor], names: Sequence[str], times: Counter[str]
+) -> list[dict[str, Any]]:
+    """Writes a tie, and returns what the metadata says of its parts."""
+    entries = entries_of(slices)
+    tensors = [param.detach().cpu().resolve_conj().resolve_neg() for param in params]
+    codebook = codebook_of(entries, slices, tensors)
+    parts, keys = [], []
+    for each, tensor, name, symbols in zip(slices, tensors, names, entries.symbols, strict=True):
+        _check_tied(codebook, tensor, each.dim, symbols, name)
+        width = int(symbols.max()).bit_length() if symbols.numel() else 0
+        keys.append(f"{name}.{times[name]}" if times[name] else name)
+        times[name] += 1
+        writer.add(f"{keys[-1]}.indices", packed(symbols, width))
+        shape = list(each.labels.shape)
+        parts.append({"name": name, "key": keys[-1], "dim": each.dim, "shape": shape, "bits": width})
+    key = keys[0]
+    writer.add(f"{key}.codebook", codebook)
+    if any(each.scale is not None for each in slices):
+        writer.add(f"{key}.groups", _narrow(entries.groups, torch.uint8, torch.int16, torch.int32))
+        writer.add(f"{key}.scales", _narrow(entries.scales, torch.int8, torch.float32))
+    return parts
 
 
-class _Written:
-    """An open file, of which nothing is given that is not as it was written."""
-
-    def __init__(self, file: str | os.PathLike[str], handle: Any) -> None:
-        self._file, self._handle = file, handle
-        metadata = handle.metadata() or {}
-        contents = metadata.get("tieopt", "")
-        if not contents:
-            raise self.error("a file that tieopt.export.save has written", "one without its metadata")
-        if hashlib.sha256(contents.encode()).hexdigest() != metadata.get("tieopt.sha256"):
-            raise self.error("metadata as they were written", "others")
-        self.stated = json.loads(contents)
-        if self.stated["format"] != _FORMAT:
-            raise self.error(f"format {_FORMAT}", f"{self.stated['format']}, of another version of tieopt")
-        if (found := set(handle.keys())) != self.stated["sha256"].keys():
-            differing = sorted(found ^ self.stated["sha256"].keys())
-            raise self.error("the tensors that were written", f"others: {', '.join(differing)}")
-
-    def error(self, expected: str, got: str) -> ValueError:
-        return ValueError(f"{os.fspath(self._file)} cannot be read.\n  Expected: {expected}\n  Got:      {got}")
-
-    def read(self, key: str) -> Tensor:
-        tensor: Tensor = self._handle.get_tensor(key)
-        if _digest(key, tensor) != self.stated["sha256"][key]:
-            raise self.error(f"{key} as it was written", "other values")
-        return tensor
-
-    def encoded(self, tie: dict[str, Any]) -> Encoded:
-        first = tie["names"][0]
-        keys = {field: f"{first}.{field}" for field in _STORED}
-        tensors: dict[str, Any] = {
-            field: self.read(key) if key in self.stated["sha256"] else None for field, key in keys.items()
-        }
-        return Encoded(**tensors, **{field: tie[field] for field in ("shapes", "labelled", "dims")})
-
-    def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for each in (name, *self.stated["aliases"].get(name, ())):
-            yield each, tensor
+def _write_free(writer: Writer, name: str, param: Tensor, slices: Sequence[Slices]) -> None:
+    """Writes the entries of a parameter that are in no group."""
+    free = torch.ones(param.shape, dtype=torch.bool, device="cpu")
+    for each in slices:
+        free.movedim(each.dim, 0)[each.labels != FREE] = False
+    if bool(free.any()):
+        tensor = param.detach().cpu().resolve_conj().resolve_neg()
+        writer.add(f"{name}.free", bits(tensor)[free].view(tensor.dtype))
 
 
-@contextmanager
-def _opened(file: str | os.PathLike[str]) -> Iterator[_Written]:
-    safetensors = _optional("safetensors")
-    try:
-        with safetensors.safe_open(os.fspath(file), framework="pt", device="cpu") as handle:
-            yield _Written(file, handle)
-    except safetensors.SafetensorError as error:
+def _check_tied(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor, name: str) -> None:
+    if not is_of(codebook, tensor, dim, symbols):
         raise ValueError(
-            f"{os.fspath(file)} cannot be read.\n  Expected: a whole safetensors file\n  Got:      {error}"
-        ) from None
+            "What is not tied cannot be written as a codebook.\n"
+            f"  Parameter: {name} of shape {tuple(tensor.shape)}\n"
+            "  Expected:  members that are equal bit for bit, as after tie_weights()\n"
+            "  Got:       others"
+        )
 
 
-def _digest(key: str, tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.nbytes:
-        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-    return digest.hexdigest()
+def _narrow(numbers: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """Numbers in the first dtype that has them all exactly, or as they are."""
+    casts = (numbers.to(dtype) for dtype in dtypes)
+    return next((cast for cast in casts if torch.equal(cast.to(numbers.dtype), numbers)), numbers)
 
 
-def _slices_of(slices: Slices, tensor: Tensor) -> Tensor:
-    """The slices of a tensor, in the order of their labels."""
-    front = tensor.movedim(slices.dim, 0)
-    return front.reshape(slices.labels.numel(), *front.shape[slices.labels.dim() :])
+# --- reading ---
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+class _Part(NamedTuple):
+    """What a tie has in one parameter: the labels' shape, and how its indices are stored, and where."""
+
+    name: str
+    key: str
+    dim: int
+    shape: torch.Size
+    bits: int
 
 
-def _packed(numbers: Tensor, width: int) -> Tensor:
-    """Numbers of so many bits, without gaps; the lowest bit first, uint8."""
-    return torch.cat(
-        [
-            torch.empty(0, dtype=torch.uint8, device="cpu"),
-            *(_pack(each, width) for each in torch.split(numbers, _CHUNK)),
-        ]
-    )
+class _Contents(NamedTuple):
+    """What the metadata say: the ties, the shapes of tied parameters, and what else there is."""
+
+    ties: list[list[_Part]]
+    tied: dict[str, torch.Size]
+    whole: list[str]
+    aliases: dict[str, list[str]]
 
 
-def _pack(numbers: Tensor, width: int) -> Tensor:
-    each = (numbers[:, None] >> torch.arange(width, device="cpu")) & 1
-    return (
-        (torch.nn.functional.pad(each.view(-1), (0, -each.numel() % 8)).view(-1, 8) << torch.arange(8, device="cpu"))
-        .sum(1)
-        .byte()
-    )
-
-
-def _unpacked(packed: Tensor, width: int, count: int) -> Tensor:
-    """So many numbers, int64."""
-    numbers = torch.zeros(count, dtype=torch.int64, device="cpu")
-    for start, own in enumerate(torch.split(packed, _CHUNK // 8 * width)) if width else ():
-        each = ((own[:, None].long() >> torch.arange(8, device="cpu")) & 1).view(-1)
-        part = numbers[start * _CHUNK : (start + 1) * _CHUNK]
-        part.copy_((each[: len(part) * width].view(-1, width) << torch.arange(width, device="cpu")).sum(1))
-    return numbers
-
-
-def _optional(module: str) -> Any:
+def _contents_of(reader: Reader) -> _Contents:
+    """The metadata, so far as they are what :func:`save` writes."""
+    stated = reader.contents
+    if stated.get("format") != _FORMAT:
+        raise reader.error(f"format {_FORMAT}", f"{shown(stated.get('format'))}, of another version of tieopt")
     try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"Files need safetensors.\n  Expected: pip install 'tieopt[export]'\n  Got:      {error}"
-        ) from None
+        contents = _Contents(
+            [
+                [_Part(part["name"], part["key"], part["dim"], _size(part["shape"]), part["bits"]) for part in parts]
+                for parts in stated["ties"]
+            ],
+            {name: _size(shape) for name, shape in stated["tied"].items()},
+            list(stated["whole"]),
+            dict(stated["aliases"]),
+        )
+        parts = [part for parts in contents.ties for part in parts]
+        sound = set(contents.whole) <= reader.names
+        for part in parts:
+            moved = _moved(contents.tied[part.name], part.dim)
+            sound = sound and moved[: len(part.shape)] == part.shape and part.dim >= 0 < len(part.shape)
+            sound = sound and 0 <= part.bits < 64 and type(part.dim) is type(part.bits) is int
+            sound = sound and f"{part.key}.indices" in reader.names
+        sound = sound and all(f"{parts[0].key}.codebook" in reader.names for parts in contents.ties)
+        sound = sound and {part.name for part in parts} == contents.tied.keys()
+        every = [*contents.tied, *contents.whole, *(name for own in contents.aliases.values() for name in own)]
+        sound = sound and all(isinstance(name, str) for name in every) and len(set(every)) == len(every)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
+        sound = False
+    if not sound:
+        raise reader.error("metadata that tieopt.export.save has written", "others")
+    return contents
+
+
+def _moved(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    """The shape with a dimension moved to the front."""
+    return (shape[dim], *shape[:dim], *shape[dim + 1 :])
+
+
+def _size(shape: list[int]) -> torch.Size:
+    size = torch.Size(shape)
+    if any(not 0 <= length < 2**63 for length in size) or math.prod(size) >= 2**63:
+        raise OverflowError
+    return size
+
+
+def _by_names(contents: _Contents, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for each in (name, *contents.aliases.get(name, ())):
+        yield each, tensor
+
+
+def _read_tied(reader: Reader, contents: _Contents, name: str, shape: torch.Size) -> Tensor:
+    """A tied parameter, from the codebooks of its ties."""
+    tensor = free = torch.empty(0, device="cpu")
+    begun = False
+    for parts, part in ((own, part) for own in contents.ties for part in own if part.name == name):
+        codebook = _read_codebook(reader, parts)
+        fits = codebook.shape[1:] == _moved(shape, part.dim)[len(part.shape) :]
+        if not fits or (begun and codebook.dtype != tensor.dtype):
+            raise _unfit(reader, f"{parts[0].key}.codebook", name)
+        symbols = _read_symbols(reader, part, len(codebook))
+        if not begun:
+            tensor = torch.empty(shape, dtype=codebook.dtype, device="cpu")
+            free, begun = torch.ones(shape, dtype=torch.bool, device="cpu"), True
+        fill_(tensor, codebook, part.dim, symbols)
+        free.movedim(part.dim, 0)[symbols < len(codebook)] = False
+    count, key = int(free.sum()), f"{name}.free"
+    if count:
+        rest = reader.read(key) if key in reader.names else torch.empty(0, device="cpu")
+        if rest.shape != (count,) or rest.dtype != tensor.dtype:
+            raise _unfit(reader, key, name)
+        bits(tensor)[free] = bits(rest)
+    return tensor
+
+
+def _read_tie(reader: Reader, parts: Sequence[_Part]) -> Tie:
+    key = parts[0].key
+    count = len(_read_codebook(reader, parts))
+    groups, scales = torch.arange(count, device="cpu"), None
+    if f"{key}.scales" in reader.names:
+        groups, scales = (_read_numbers(reader, f"{key}.{what}", parts[0], count) for what in ("groups", "scales"))
+    ties = []
+    for part in parts:
+        symbols = _read_symbols(reader, part, count)
+        labels = torch.cat([groups, torch.tensor([FREE], device="cpu")])[symbols]
+        scale = None if scales is None else torch.cat([scales, scales.new_ones(1)])[symbols]
+        ties.append(Tie(part.name, labels, dim=part.dim, scale=scale))
+    return Tie.join(*ties)
+
+
+def _read_codebook(reader: Reader, parts: Sequence[_Part]) -> Tensor:
+    key = f"{parts[0].key}.codebook"
+    codebook = reader.read(key)
+    if not codebook.dim():
+        raise _unfit(reader, key, parts[0].name)
+    return codebook
+
+
+def _read_numbers(reader: Reader, key: str, part: _Part, count: int) -> Tensor:
+    """What is said of each entry of a codebook: int64, or float64."""
+    numbers = reader.read(key) if key in reader.names else torch.empty(0, device="cpu")
+    wanted = torch.float64 if key.endswith("scales") else torch.int64
+    if numbers.shape != (count,) or not torch.can_cast(numbers.dtype, wanted):
+        raise _unfit(reader, key, part.name)
+    return numbers.to(wanted)
+
+
+def _read_symbols(reader: Reader, part: _Part, count: int) -> Tensor:
+    key = f"{part.key}.indices"
+    octets = reader.read(key)
+    if octets.dtype != torch.uint8 or octets.shape != (-(-part.bits * part.shape.numel() // 8),):
+        raise _unfit(reader, key, part.name)
+    symbols = unpacked(octets, part.bits, part.shape)
+    if symbols.numel() and not 0 <= int(symbols.min()) <= int(symbols.max()) <= count:
+        raise _unfit(reader, key, part.name)
+    return symbols
+
+
+def _unfit(reader: Reader, key: str, name: str) -> ValueError:
+    return reader.error(f"tensors that make up {name}", f"{key} that does not fit the others")

@@ -142,7 +142,7 @@ def file_size(model: nn.Sequential, optimizer: TiedOptimizer, count: int) -> int
     """The bytes of the file with codebooks and indices, once it was read back bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.safetensors"
-        export.save(file, model, optimizer)
+        export.save(model, optimizer, file)
         state = export.load(file)
         for name, tensor in model.state_dict().items():
             assert torch.equal(state[name], tensor), f"{name} was read back with other bits"
