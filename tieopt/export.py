@@ -89,8 +89,8 @@ def encode(param: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> tu
 def save(model: Module, ties: Any, file: str | os.PathLike[str]) -> None:
     """Writes the state of a model to a safetensors file, its tied parameters as codebooks and indices.
 
-    The file is there as a whole, or not at all. One parameter is worked on at a time; a folder beside which the file
-    is to be has to have room for it twice.
+    The file is there as a whole, or not at all. The tensors are written one after the other, so that memory is needed
+    for one tie at a time, and for a moment room for two files in the folder.
 
     Args:
         model: whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
