@@ -82,20 +82,6 @@ def test_labels_may_be_as_large_as_integers_are():
     assert len(entries) == 4
 
 
-def test_the_default_device_does_not_matter(tmp_path):
-    weight, names = tie_(randn(6, 4), [[0, 5], [1, 2, 3]]), torch.tensor([0, 1, 1, 1, -1, 0])
-    model = nn.Linear(4, 6)
-    with torch.no_grad():
-        model.weight.copy_(weight)
-    with torch.device("meta"):
-        encoded = export.encode(weight, names)
-        assert same_bits(encoded.decode()[0], weight)
-        assert encoded.labels()[0][0].tolist() == names.tolist()
-        export.save(tmp_path / "model.safetensors", model, Tie(model.weight, names))
-        loaded = export.load(tmp_path / "model.safetensors")
-        assert all(same_bits(loaded[name], value) for name, value in model.state_dict().items())
-
-
 @given(width=st.integers(0, 20), count=st.integers(0, 50), seed=seeds)
 def test_packed_numbers_are_unpacked(width, count, seed):
     numbers = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(seed))

@@ -657,7 +657,7 @@ def test_a_block_that_does_not_divide_is_refused(block):
         (ValueError, "The number of clusters", "1 to 4", "5", patterns.clusters, (torch.ones(4, 3), 5)),
         (TypeError, "The number of clusters", "1 to 4", "None (NoneType)", patterns.clusters, (torch.ones(4, 3), None)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_numbers_out_of_range_are_refused(error, wrong, expected, got, function, args):
     what = "is out of range" if error is ValueError else "is not an integer"

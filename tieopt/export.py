@@ -37,12 +37,16 @@ from tieopt.reduction import bits
 from tieopt.sharded import is_sharded
 from tieopt.slices import FREE, Slices, numbered
 from tieopt.tensor_file import Reader, Writer
-from tieopt.ties import Tie, shown, slices_for
+from tieopt.ties import Groups, SupportsArray, Tie, Ties, shown, slices_for
+
+__all__ = ["encode", "load", "load_ties", "save", "stream"]
 
 _FORMAT = "1"
 
 
-def encode(param: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> tuple[Tensor, Tensor]:
+def encode(
+    param: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None
+) -> tuple[Tensor, Tensor]:
     """A tied tensor as a codebook and indices: ``codebook[indices]`` is the tensor again, bit for bit.
 
     Along another dimension it is ``codebook[indices].movedim(0, dim)``.
@@ -54,9 +58,9 @@ def encode(param: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> tu
         scale: as in :class:`~tieopt.Tie`.
 
     Returns:
-        The codebook, ``[entries, *slice]``, of the dtype of the tensor: an entry for each group, or for each multiple
-        of its shared value that occurs, and for each free slice, in the order in which they occur. And the indices,
-        which entry each slice is, int64, of the shape of the labels. Both on the device of the tensor.
+        The codebook, ``[entries, *slice]``, of the dtype of the tensor. It has an entry for each group, or for each
+        multiple of its shared value that occurs, and for each free slice, in the order in which they occur. And the
+        indices, which entry each slice is, int64, of the shape of the labels. Both on the device of the tensor.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.Tie` says; or the tensor is sharded, or is not tied.
@@ -86,7 +90,7 @@ def encode(param: Tensor, groups: Any, *, dim: int = 0, scale: Any = None) -> tu
     return codebook.to(param.device), indices.to(param.device)
 
 
-def save(model: Module, ties: Any, file: str | os.PathLike[str]) -> None:
+def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]) -> None:
     """Writes the state of a model to a safetensors file, its tied parameters as codebooks and indices.
 
     The file is there as a whole, or not at all. The tensors are written one after the other, so that memory is needed
@@ -101,6 +105,7 @@ def save(model: Module, ties: Any, file: str | os.PathLike[str]) -> None:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or not
             the model's; or something in the state is no dense tensor, is sharded, or is of a dtype that the format
             has not.
+        RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
         OSError: the file cannot be written.
 
     Example:
@@ -383,7 +388,7 @@ def _contents_of(reader: Reader) -> _Contents:
         sound = sound and {part.name for part in parts} == contents.tied.keys()
         every = [*contents.tied, *contents.whole, *(name for own in contents.aliases.values() for name in own)]
         sound = sound and all(isinstance(name, str) for name in every) and len(set(every)) == len(every)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         sound = False
     if not sound:
         raise reader.error("metadata that tieopt.export.save has written", "others")
@@ -398,7 +403,7 @@ def _moved(shape: torch.Size, dim: int) -> tuple[int, ...]:
 def _size(shape: list[int]) -> torch.Size:
     size = torch.Size(shape)
     if any(not 0 <= length < 2**63 for length in size) or math.prod(size) >= 2**63:
-        raise OverflowError
+        raise ValueError
     return size
 
 

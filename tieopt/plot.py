@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+__all__ = ["draw_drift", "draw_group_sizes", "draw_groups"]
+
 # Cells along each side of a panel, and those that have room for a number.
 _CELLS = 256
 _NUMBERED_CELLS = 12
@@ -84,6 +86,7 @@ def draw_groups(
     Raises:
         TypeError: ``ties`` are none, or are for names instead of parameters.
         ValueError: there are no ties.
+        RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -134,6 +137,7 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
     Raises:
         TypeError: ``ties`` are none, or are for names instead of parameters.
         ValueError: there are no groups.
+        RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
         ImportError: matplotlib is not installed.
 
     Example:
