@@ -2,6 +2,8 @@ r"""
 Mean or sum of the gradients: when it matters
 =============================================
 
+With groups of one size, stepping on the mean of the members' gradients is stepping on their sum with other settings.
+
 The gradient of a shared value is the *sum* of its members' gradients; autograd gives that where a parameter is used
 several times. tieopt's default is their *mean*. For groups of :math:`m` members the one is :math:`m` times the other,
 and what that does depends on the optimizer:
@@ -33,16 +35,21 @@ Two statements are checked, on a perceptron 64-30-10 whose hidden neurons are ti
 1. *With these settings the two are one*: after 200 steps in float64 the weights differ by rounding.
 2. *With equal settings they are not*, but for Adam and AdamW, where they differ by what :math:`\epsilon` does.
 
-The table needs groups of one size. With others no learning rate turns the mean into the sum: with the sum large groups
-learn faster, with the mean all learn alike. The last line of the figure has groups of 1, 3, 10 and 16, with the
-learning rate that makes up for their average.
+The table needs groups of one size. With others no learning rate turns the mean into the sum: the sum's steps are the
+longer the larger a group is, the mean's are not. The last line of the figure has groups of 1, 3, 10 and 16; nine
+learning rates up to 16 times as large are tried for the mean, and the one that comes closest to the sum is shown.
 
-It takes some seconds on one core and needs scikit-learn, matplotlib and tqdm. Run it as
+Only the hidden layer is trained: the gradients of what is not tied are the same with the mean and the sum, and no one
+learning rate would suit both. There are no published figures to compare with; all of this is arithmetic.
+
+It takes about a minute on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_mean_or_sum.py``; ``--seeds 1`` is a quicker try.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +96,12 @@ class Comparison(NamedTuple):
     equivalent: Callable[[float], dict[str, float]]
     groups: list[list[int]] = EVEN
 
+    @property
+    def factors(self) -> list[float]:
+        """By how much the sum may be larger than the mean: the size of the groups, or nine from 1 to 16 to try."""
+        sizes = {len(group) for group in self.groups}
+        return [*map(float, sizes)] if len(sizes) == 1 else [2 ** (step / 2) for step in range(9)]
+
 
 SGD, ADAM = {"lr": 0.02}, {"lr": 1e-3, "eps": 1e-8}
 COMPARISONS = {
@@ -117,11 +130,17 @@ class Run(NamedTuple):
     losses: list[float]
 
 
+@cache
+def load_images() -> tuple[Tensor, Tensor]:
+    """All images ``[n, 64]`` with pixels from -1 to 1, and their digits ``[n]``."""
+    images, digits = map(torch.as_tensor, load_digits(return_X_y=True))
+    return images.double() / 8 - 1, digits
+
+
 def train(comparison: Comparison, reduction: str, settings: dict[str, Any], seed: int) -> Run:
     """Trains the hidden layer in float64; a seed gives the same start and batches to all."""
     torch.manual_seed(seed)
-    images, digits = map(torch.as_tensor, load_digits(return_X_y=True))
-    images = images.double() / 8 - 1
+    images, digits = load_images()
     model = nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
     # The last layer is no part of it: its gradients are those of no group.
     hidden, last = model[0], model[2].requires_grad_(False)
@@ -150,19 +169,19 @@ class Result(NamedTuple):
     equivalent: Run
 
     def distance(self, kind: str) -> float:
-        """How far the weights of the mean are from those of the sum, relative to how far these went at all."""
+        """How far the weights of the mean are from those of the sum, relative to these."""
         other: Run = getattr(self, kind)
         return ((other.weight - self.sum.weight).norm() / self.sum.weight.norm()).item()
 
 
 def compare(comparison: Comparison, seed: int) -> Result:
-    """Trains with the sum, and twice with the mean."""
-    members = sum(map(len, comparison.groups)) / len(comparison.groups)
-    return Result(
-        train(comparison, "sum", {}, seed),
-        train(comparison, "mean", {}, seed),
-        train(comparison, "mean", comparison.equivalent(members), seed),
-    )
+    """Trains with the sum, and with the mean; of the settings that may be equivalent, those that come closest."""
+    summed, equal = train(comparison, "sum", {}, seed), train(comparison, "mean", {}, seed)
+    results = [
+        Result(summed, equal, train(comparison, "mean", comparison.equivalent(factor), seed))
+        for factor in comparison.factors
+    ]
+    return min(results, key=lambda result: result.distance("equivalent"))
 
 
 Results = dict[str, list[Result]]
@@ -176,9 +195,7 @@ def check(results: Results) -> None:
             if COMPARISONS[name].groups is EVEN:
                 assert equivalent < ROUNDING, f"{name}: equivalent settings differ by {equivalent}"
             else:
-                assert equivalent > DIFFERENCE, (
-                    f"{name}: no learning rate should do, but the difference is {equivalent}"
-                )
+                assert equivalent > DIFFERENCE, f"{name}: one learning rate comes as close as {equivalent}"
             if name in SCALE_FREE:
                 assert equal < DIFFERENCE, f"{name}: equal settings differ by {equal}"
             else:
@@ -192,13 +209,12 @@ def print_table(results: Results) -> None:
     for name, own in results.items():
         equal, equivalent = (max(result.distance(kind) for result in own) for kind in ("equal", "equivalent"))
         print(f"{name:30s} {equal:15.1e} {equivalent:16.1e}")
+    print("\nOf groups of several sizes: the learning rate that comes closest")
 
 
 # %%
 # The figure
 # ----------
-# Left, how far the weights that were trained with the mean are from those trained with the sum. Right, what equal
-# settings do to SGD.
 
 EQUAL, EQUIVALENT = "#D55E00", "#0072B2"
 
@@ -211,7 +227,7 @@ def draw_differences(axes: Axes, results: Results) -> None:
             distances = [max(result.distance(kind), 1e-17) for result in own]
             axes.plot(distances, [at] * len(own), "o", color=color, alpha=0.6, markeredgewidth=0, markersize=8)
     axes.plot([], [], "o", color=EQUAL, label="equal settings")
-    axes.plot([], [], "o", color=EQUIVALENT, label="equivalent settings")
+    axes.plot([], [], "o", color=EQUIVALENT, label="equivalent settings, or the closest")
     axes.axvspan(1e-18, ROUNDING, color="#eeeeee", zorder=0)
     axes.text(ROUNDING, -0.75, "rounding ", ha="right", va="center", color="#777777")
     axes.set_yticks(range(len(results)), list(results))
@@ -245,19 +261,32 @@ def draw_figure(results: Results) -> Figure:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     draw_differences(left, results)
     draw_losses(right, results["SGD"][0])
-    figure.suptitle("Mean or sum is a matter of the learning rate, and none for Adam", fontweight="bold")
+    apart = max(result.distance("equal") for result in results["SGD"])
+    figure.suptitle(
+        f"Mean and sum: SGD ends {100 * apart:.0f} % apart; with {len(EVEN[0])} times the learning rate, "
+        "or with Adam, they agree",
+        fontweight="bold",
+    )
     return figure
+
+
+# %%
+# The result
+# ----------
+# In the figure left, how far the weights that were trained with the mean are from those trained with the sum, a mark
+# for each seed. Right, what equal settings do to SGD: with the mean it is slower by the size of the groups.
 
 
 def parse_arguments() -> argparse.Namespace:
     """How many seeds, and where the figure goes."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
-    figure = Path(script or "plot_mean_or_sum.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Compare the mean of the members' gradients with their sum.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    return parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    return parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
@@ -274,8 +303,10 @@ def main() -> None:
 
     print_table(results)
     check(results)
-    draw_figure(results).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(results)
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":
