@@ -2,6 +2,8 @@ r"""
 Kernels that do not mind a quarter turn
 =======================================
 
+A network whose kernels equal themselves rotated reads turned digits as it reads upright ones.
+
 Rotate an image and convolve it: in general you do not get the rotated feature map, because the kernel has a
 direction of its own. If the kernel :math:`k` equals itself rotated, :math:`R k = k`, then it has none, and
 
@@ -30,6 +32,7 @@ It takes about two minutes on one core and needs scikit-learn, matplotlib and tq
 """
 
 import argparse
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -216,11 +219,6 @@ def print_table(runs: Runs) -> None:
 # %%
 # The figure
 # ----------
-# Left, kernels of the first layer, purple for negative and green for positive weights, each scaled to its
-# largest. In the middle, what the first layer makes of a digit, and of the same digit turned, where the maps are
-# turned back to be compared: with tied kernels they are the same. Right, the
-# accuracy at all angles. Between quarter turns the pixels are interpolated, and no kernel on a grid is quite
-# symmetric.
 
 COLORS = {"not tied": "#D55E00", "C4": "#0072B2", "D4": "#009E73"}
 SHOWN = 4
@@ -310,15 +308,25 @@ def draw_figure(runs: Runs, image: Tensor) -> Figure:
     return figure
 
 
+# %%
+# The result
+# ----------
+# In the figure left, kernels of the first layer, purple for negative and green for positive weights, each scaled to its
+# largest. In the middle, what the first layer makes of a digit, and of the same digit turned, where the maps are
+# turned back to be compared: with tied kernels they are the same. Right, the accuracy at all angles. Between quarter
+# turns the pixels are interpolated, and no kernel on a grid is quite symmetric.
+
+
 def parse_arguments() -> argparse.Namespace:
     """How many seeds, and where the figure goes."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
-    figure = Path(script or "plot_rotated_kernels.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Tie kernels that equal themselves rotated.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    return parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    return parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
@@ -335,8 +343,10 @@ def main() -> None:
     print_table(runs)
     digits = split_digits(0)
     four = digits.test_images[digits.test_digits == 4][:1]
-    draw_figure(runs, four).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(runs, four)
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@ r"""
 An autoencoder whose decoder is its encoder transposed
 ======================================================
 
+One tie over two layers keeps a decoder the transpose of its encoder, and halves the number of weights.
+
 An autoencoder squeezes an image through a short code and draws it again from the code. Here it has two layers:
 
 .. math::
@@ -29,6 +31,7 @@ It takes about a minute on one core and needs scikit-learn, matplotlib and tqdm.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,9 +157,10 @@ def check_equivalence(digits: Digits) -> float:
 # components, which reconstruct best of all linear codes of a size, are there for comparison; a code that cannot
 # be negative falls short of them.
 #
-# The tied autoencoder misses about as much as the one without ties and has half of its values. So at equal
-# numbers of values the tied one is far ahead: its code is almost twice as long. The other comes close to the tie
-# by itself, but only close: the cosine of an encoder row and its decoder column is about 0.9.
+# The tied autoencoder misses about as much as the one without ties, a little more with the longest codes, and has
+# half of its values. So at equal numbers of values the tied one is far ahead: its code is almost twice as long. The
+# other comes close to the tie by itself, but only close: the cosine of an encoder row and its decoder column is about
+# 0.9.
 
 
 class Run(NamedTuple):
@@ -248,9 +252,6 @@ def print_table(results: Results, difference: float) -> None:
 # %%
 # The figure
 # ----------
-# Left, held-out digits and what comes out. In the middle, the filters: with the tie one image says what a code
-# number looks for and what it draws; without, two images do. Purple is negative and green positive, each image
-# scaled to its largest weight. Right, the error against the number of distinct values: the tied curve lies to the left.
 
 TIED_COLOR, UNTIED_COLOR, PRINCIPAL_COLOR = "#0072B2", "#D55E00", "#555555"
 SHOWN_CODE = 16
@@ -351,15 +352,24 @@ def draw_figure(results: Results, digits: Digits) -> Figure:
     return figure
 
 
+# %%
+# The result
+# ----------
+# In the figure left, held-out digits and what comes out. In the middle, the filters: with the tie one image says what a
+# code number looks for and what it draws; without, two images do. Purple is negative and green positive, each image
+# scaled to its largest weight. Right, the error against the number of distinct values: the tied curve lies to the left.
+
+
 def parse_arguments() -> argparse.Namespace:
     """How many seeds, and where the figure goes."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
-    figure = Path(script or "plot_transposed_autoencoder.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Tie a decoder to its encoder transposed.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    return parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    return parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
@@ -378,8 +388,10 @@ def main() -> None:
                 errors.append(principal_components_error(code, digits))
 
     print_table(results, difference)
-    draw_figure(results, split_digits(0)).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(results, split_digits(0))
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":
