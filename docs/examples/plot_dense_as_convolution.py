@@ -2,6 +2,8 @@ r"""
 A dense network that is a convolutional one
 ===========================================
 
+A stack of linear layers under ties is a convolutional network, and learns what one learns.
+
 A convolution is a dense layer with two restrictions. Its weight matrix is zero wherever an output does
 not see an input, and the entries that are left repeat: each output position applies the same kernel. This
 example takes a plain stack of :class:`torch.nn.Linear` layers, 40 -> 475 -> 250 -> 125 -> 10, and imposes
@@ -27,13 +29,15 @@ Two statements are checked.
    "Scaling Down Deep Learning with MNIST-1D" (ICML 2024), report 94 % test accuracy for this convolutional
    network and 68 % for a smaller dense one. The tied dense network is compared with the same network without ties,
    once from PyTorch's usual start and once from the very values that the tied one starts from. All are trained
-   for as many steps, each with the learning rate that suits it.
+   for as many steps. Each has the learning rate, of four, that suits it best on the very signals it is tested
+   on, so that all accuracies are a little too good.
 
 It takes about three minutes on one core and needs mnist1d, matplotlib and tqdm; the data are generated, not
 downloaded. Run it as ``python plot_dense_as_convolution.py``; ``--seeds 1`` is a quicker try.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,9 +285,6 @@ def print_table(runs: Runs, difference: float) -> None:
 # %%
 # The figure
 # ----------
-# Left, the accuracy on the held-out signals. Right, a part of the first layer's weights before and after
-# training: the 19 outputs of each of the first channels, one below the other. Tied, each channel is a band.
-# Purple is negative and green positive, each matrix scaled to its largest entry.
 
 COLORS = {"tied": "#0072B2", "untied": "#D55E00", "same start": "#555555"}
 SHOWN_CHANNELS = 5
@@ -347,15 +348,24 @@ def draw_figure(runs: Runs) -> Figure:
     return figure
 
 
+# %%
+# The result
+# ----------
+# In the figure left, the accuracy on the held-out signals. Right, a part of the first layer's weights before and after
+# training: the 19 outputs of each of the first channels, one below the other. Tied, each channel is a band.
+# Purple is negative and green positive, each matrix scaled to its largest entry.
+
+
 def parse_arguments() -> argparse.Namespace:
     """How many seeds, and where the figure goes."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
-    figure = Path(script or "plot_dense_as_convolution.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Tie a dense network into a convolutional one.")
     parser.add_argument("--seeds", type=int, default=3, help="how many repetitions (default: 3)")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    return parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    return parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
@@ -369,12 +379,14 @@ def main() -> None:
     with tqdm(desc="training", total=args.seeds * len(VARIANTS) * STEPS, unit="step", disable=None) as progress:
         runs = {variant: [train(variant, seed, single, progress) for seed in range(args.seeds)] for variant in VARIANTS}
 
+    print_table(runs, difference)
     worst_tied = min(run.accuracy[-1] for run in runs["tied"])
     best_untied = max(run.accuracy[-1] for run in runs["untied"] + runs["same start"])
     assert worst_tied > best_untied + 10, f"tied {worst_tied} %, not tied {best_untied} %"
-    print_table(runs, difference)
-    draw_figure(runs).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(runs)
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":
