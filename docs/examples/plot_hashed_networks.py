@@ -2,9 +2,11 @@ r"""
 A large network in the memory of a small one
 ============================================
 
+A hash function sorts the weights of a wide network into a few buckets, each with one value for all that are in it.
+
 HashedNets (Chen et al., "Compressing Neural Networks with the Hashing Trick", ICML 2015) keep a network's width and
-give up on its weights: a hash function sorts the entries of each matrix into a few buckets, and all in a bucket share
-one value, with a sign from a second hash. The paper finds that such a network is better than a plain one with as
+give up on its weights: all entries of a matrix that fall into the same bucket share one value, with a sign from a
+second hash. The paper finds that such a network is better than a plain one with as
 many weights, and the more so the fewer there are.
 
 Here a perceptron 64-200-10 learns to read digits, in full and with 1/2 to 1/64 of its weights:
@@ -15,22 +17,27 @@ Here a perceptron 64-200-10 learns to read digits, in full and with 1/2 to 1/64 
     tie = Tie(layer.weight, labels, scale=signs)
     optimizer = TiedOptimizer(Adam(model.parameters()), tie, reduction="sum", compact=True)
 
-Its rival for each size is a plain perceptron with fewer hidden neurons, so that both have about as many values to
-learn. Hidden neurons have no biases, which would be half of what the smallest hashed network learns; pixels that are
+Its rival for each size is a plain perceptron with fewer hidden neurons, but so many that it has at least as many values
+to learn. Hidden neurons have no biases, which would be half of what the smallest hashed network learns; pixels that are
 always blank take their place.
 
-Published on MNIST, for three layers, errors in % of a plain network of equal size and of the hashed one: 1.69 and
-1.45 with 1/8 of the weights, 6.28 and 2.79 with 1/64. What differs here: scikit-learn's 1797 digits of 8 x 8 pixels,
-200 hidden neurons instead of 1000, and no dropout. So the percentages are not to be compared; the statement that is
-checked is the paper's:
+Published on MNIST, for three layers: with 1/8 of the weights a plain network of equal size errs in 1.69 % and the
+hashed one in 1.45 %, with 1/64 in 6.28 % and 2.79 %. What differs here: scikit-learn's 1797 digits of 8 x 8 pixels, 200
+hidden neurons instead of 1000, no dropout, and one learning rate for all networks, where the paper tunes each; it is
+the one that suited the plain networks best on other splits. So the percentages are not to be compared; the statement
+that is checked is the paper's:
 
 *With 1/64 of the weights the hashed network errs less than the plain one of equal size*, for every seed.
 
-It takes about a minute on one core and needs scikit-learn, matplotlib and tqdm. Run it as
+RESULT
+
+It takes about three minutes on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_hashed_networks.py``; ``--seeds 1`` is a quicker try.
 """
 
 import argparse
+import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +57,8 @@ HIDDEN = 200
 COMPRESSIONS = (2, 4, 8, 16, 32, 64)
 EPOCHS = 60
 BATCH = 64
-RATE = 3e-3
+# Of 1e-3, 3e-3, 1e-2 and 3e-2 the best for plain networks (all weights, 1/8 and 1/64), over seeds 100 to 102.
+RATE = 1e-2
 
 # Errors in % on MNIST of a plain network of equal size and of the hashed one.
 PUBLISHED = {8: (1.69, 1.45), 64: (6.28, 2.79)}
@@ -116,8 +124,8 @@ def count_values(optimizer: torch.optim.Optimizer) -> int:
 
 
 def hidden_for(values: int) -> int:
-    """The hidden neurons of a plain network with about so many values."""
-    return round((values - 10) / (64 + 10))
+    """The hidden neurons of a plain network with at least so many values."""
+    return math.ceil((values - 10) / (64 + 10))
 
 
 class Run(NamedTuple):
@@ -184,7 +192,7 @@ def print_table(seeds: list[Seed]) -> None:
     """A line for each size."""
     full = spread([seed.full.error for seed in seeds])
     print(f"Held-out errors in % (mean ± standard deviation); seeds: {len(seeds)}\n")
-    print(f"{'weights':>8s} {'plain':>22s} {'hashed':>22s}   published on MNIST")
+    print(f"{'weights':>8s} {'plain':>22s} {'hashed':>22s}   hashed better   published on MNIST")
     print(f"{'all':>8s} {full[0]:7.2f} ± {full[1]:4.2f} ({seeds[0].full.values:5d})")
     for compression in COMPRESSIONS:
         columns = []
@@ -193,15 +201,14 @@ def print_table(seeds: list[Seed]) -> None:
             mean, deviation = spread([run.error for run in runs])
             columns.append(f"{mean:7.2f} ± {deviation:4.2f} ({runs[0].values:5d})")
         published = "{} and {}".format(*PUBLISHED[compression]) if compression in PUBLISHED else ""
-        print(f"{f'1/{compression}':>8s} {columns[0]} {columns[1]}   {published}")
+        better = sum(seed.hashed[compression].error < seed.plain[compression].error for seed in seeds)
+        print(f"{f'1/{compression}':>8s} {columns[0]} {columns[1]} {better:6d} of {len(seeds):3d}   {published}")
     print("\nIn brackets: values that are trained, biases included")
 
 
 # %%
 # The figure
 # ----------
-# Left, the errors. Right, some rows of the first layer with 1/64 of the weights: a wide layer of few values, with both
-# signs.
 
 COLORS = {"plain": "#D55E00", "hashed": "#0072B2"}
 LABELS = {"plain": "plain, fewer hidden neurons", "hashed": f"hashed, {HIDDEN} hidden neurons"}
@@ -211,12 +218,18 @@ def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
     """Errors over the share of weights."""
     full, _ = spread([seed.full.error for seed in seeds])
     axes.axhline(full, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(COMPRESSIONS[0], full * 0.94, f"all weights: {full:.1f} %", va="top")
+    axes.text(COMPRESSIONS[-1], full * 0.94, f"all weights: {full:.1f} %", ha="right", va="top")
     for kind, color in COLORS.items():
-        errors = [spread([getattr(seed, kind)[k].error for seed in seeds]) for k in COMPRESSIONS]
-        means, deviations = torch.tensor(errors).T
-        axes.fill_between(COMPRESSIONS, means - deviations, means + deviations, color=color, alpha=0.2, linewidth=0)
-        axes.plot(COMPRESSIONS, means, color=color, marker="o", label=f"{LABELS[kind]}: {means[-1]:.1f} % at 1/64")
+        errors = torch.tensor([[getattr(seed, kind)[k].error for seed in seeds] for k in COMPRESSIONS])
+        means = errors.mean(dim=1)
+        axes.plot(COMPRESSIONS, errors, "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+        label = f"{LABELS[kind]}: {means[-1]:.1f} % at 1/64"
+        axes.plot(COMPRESSIONS, means, color=color, marker="o", markersize=7, label=label)
+        published = [pair[kind == "hashed"] for pair in PUBLISHED.values()]
+        # Beside the marks of this example.
+        at = [1.1 * k for k in PUBLISHED]
+        axes.plot(at, published, "D", color=color, markerfacecolor="none", markersize=7)
+    axes.plot([], [], "D", color="black", markerfacecolor="none", label="published, on MNIST")
     axes.set(
         xscale="log", yscale="log", xlabel="weights, beside those of the full network", ylabel="held-out error (%)"
     )
@@ -239,21 +252,33 @@ def draw_figure(seeds: list[Seed]) -> Figure:
     right.set_title(f"1/64: {len(rows.abs().unique())} values and their negatives", fontsize=11)
     plain, hashed = (spread([getattr(seed, kind)[64].error for seed in seeds])[0] for kind in ("plain", "hashed"))
     figure.suptitle(
-        f"With as many values to learn, a hashed network errs in {hashed:.1f} %, a plain one in {plain:.1f} %",
+        f"With 1/64 of the weights a hashed network errs in {hashed:.1f} %, a plain one of equal size in {plain:.1f} %",
         fontweight="bold",
     )
     return figure
 
 
+# %%
+# The result
+# ----------
+# With 1/32 and 1/64 of the weights the hashed network errs less for each of ten seeds, although the plain one has some
+# values more. With 1/8 it does so on average, by half a point, but not for every seed; with more weights the two are
+# not to be told apart.
+#
+# In the figure left, the errors: a mark for each seed, and lines through their means. Right, some rows of the first
+# layer with 1/64 of the weights: a wide layer of few values, with both signs.
+
+
 def parse_arguments() -> argparse.Namespace:
     """How many seeds, and where the figure goes."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
-    figure = Path(script or "plot_hashed_networks.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Compare hashed networks with plain ones of equal size.")
-    parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
+    parser.add_argument("--seeds", type=int, default=10, help="how many repetitions (default: 10)")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    return parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    return parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
@@ -267,8 +292,10 @@ def main() -> None:
     print_table(seeds)
     for seed in seeds:
         assert seed.hashed[64].error < seed.plain[64].error, f"hashed {seed.hashed[64]}, plain {seed.plain[64]}"
-    draw_figure(seeds).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(seeds)
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":
