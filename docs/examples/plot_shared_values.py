@@ -320,7 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
     # Those of a notebook are its kernel's.
-    return parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
+    return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:

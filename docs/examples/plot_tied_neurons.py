@@ -62,7 +62,7 @@ parser.add_argument(
     help="where the figure goes (default: beside this script)",
 )
 # Those of a notebook are its kernel's.
-args = parser.parse_args([] if "kernel" in Path(sys.argv[0]).name else None)
+args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 # The matrices are small: more threads would spend their time waiting for each other.
 torch.set_num_threads(1)
