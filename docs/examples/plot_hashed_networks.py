@@ -6,8 +6,8 @@ A hash function sorts the weights of a wide network into a few buckets, each wit
 
 HashedNets (Chen et al., "Compressing Neural Networks with the Hashing Trick", ICML 2015) keep a network's width and
 give up on its weights: all entries of a matrix that fall into the same bucket share one value, with a sign from a
-second hash. The paper finds that such a network is better than a plain one with as
-many weights, and the more so the fewer there are.
+second hash. The paper finds that such a network is better than a plain one with as many weights, and the more so the
+fewer there are.
 
 Here a perceptron 64-200-10 learns to read digits, in full and with 1/2 to 1/64 of its weights:
 
@@ -28,8 +28,6 @@ the one that suited the plain networks best on other splits. So the percentages 
 that is checked is the paper's:
 
 *With 1/64 of the weights the hashed network errs less than the plain one of equal size*, for every seed.
-
-RESULT
 
 It takes about three minutes on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_hashed_networks.py``; ``--seeds 1`` is a quicker try.

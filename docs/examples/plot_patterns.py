@@ -17,6 +17,7 @@ It takes seconds and needs scikit-learn and matplotlib. Run it as ``python plot_
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -111,12 +112,13 @@ def draw_figure(listed: dict[str, Pattern]) -> Figure:
 
 def main() -> None:
     """Trains, checks, prints and draws."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Train a layer under each of eight patterns, and draw them.")
-    figure = Path(script or "plot_patterns.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    args = parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
     torch.manual_seed(0)
     listed = list_patterns()
@@ -126,8 +128,10 @@ def main() -> None:
         assert pattern.holds(weight.detach()), f"{name} does not hold"
         distinct = len(weight.detach().abs().unique())
         print(f"{name:15s} {weight.numel():8d} {distinct:9d}  holds in every bit")
-    draw_figure(listed).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(listed)
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":

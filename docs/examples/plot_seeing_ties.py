@@ -14,6 +14,7 @@ It takes seconds and needs scikit-learn and matplotlib. Run it as ``python plot_
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -84,12 +85,13 @@ def draw_figure(autoencoder: TiedOptimizer, clusters: TiedOptimizer, drifts: lis
 
 def main() -> None:
     """Ties, checks, prints and draws."""
-    # Galleries and notebooks run this without a file, in its folder, with arguments of their own.
+    # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Draw ties, the sizes of their groups, and their drift.")
-    figure = Path(script or "plot_seeing_ties.py").resolve().with_suffix(".png")
+    figure = script and Path(script).resolve().with_suffix(".png")
     parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    args = parser.parse_args(None if script else [])
+    # Those of a notebook are its kernel's.
+    args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
     torch.manual_seed(0)
     autoencoder, clusters = tie_autoencoder(), tie_clusters()
@@ -97,8 +99,10 @@ def main() -> None:
     assert set(measure_drift(every=1)) == {0.0}
     drifts = measure_drift(every=20)
     print(f"the largest drift of relaxed ties in {STEPS} steps: {max(drifts):.3f}; of others: 0")
-    draw_figure(autoencoder, clusters, drifts).savefig(args.output, dpi=130)
-    print(f"\nFigure written to {args.output}")
+    figure = draw_figure(autoencoder, clusters, drifts)
+    if args.output:
+        figure.savefig(args.output, dpi=130)
+        print(f"\nFigure written to {args.output}")
 
 
 if __name__ == "__main__":
