@@ -29,7 +29,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "examples", "gallery/README.rst"]
+exclude_patterns = ["_build", "examples", "gallery/GALLERY_HEADER.rst"]
 nitpicky = True
 # Their documentation is elsewhere.
 nitpick_ignore_regex = [
