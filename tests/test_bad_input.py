@@ -206,6 +206,20 @@ def test_of_very_many_parameters_only_some_are_listed():
     assert "480 more" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("named", "key", "hint"),
+    [
+        (False, "good", r"names need an optimizer that was built from model\.named_parameters\(\)"),
+        (True, "goood", "a parameter that several modules share has one name"),
+        (False, torch.zeros(SHAPE), r"copies, \.data and buffers are other tensors"),
+        (False, torch.nn.Linear(5, 7), r"tie its parameters, such as its \.weight"),
+    ],
+    ids=["name", "wrong name", "tensor", "module"],
+)
+def test_a_key_that_is_not_held_gets_a_hint(named, key, hint):
+    Setting(named=named).refused(ValueError, "does not hold", hint, ties={key: GROUPS})
+
+
 @pytest.mark.parametrize("key", [None, 3, ("good",), 1.5, torch.nn.Linear], ids=str)
 def test_a_key_that_is_neither_a_parameter_nor_a_name_is_refused(setting, key):
     setting.refused((TypeError, ValueError), r"\(7, 5\)", "Got:", ties={setting.good: GROUPS, key: GROUPS})

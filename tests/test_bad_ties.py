@@ -164,10 +164,10 @@ def test_whatever_is_an_integer_is_a_dimension(dim):
 # --- labels of a wrong shape ---
 
 PREFIXES = [
-    ((7, 5, 3), 0, (5,), r"\(7,\), one label for each slice along dimension 0, or a longer beginning of \(7, 5, 3\)"),
+    ((7, 5, 3), 0, (5,), r"\(7,\), one label for each slice along dimension 0, or more of the leading .* \(7, 5, 3\)"),
     ((7, 5, 3), 0, (7, 3), r"\(7,\), .* dimension 0, .* \(7, 5, 3\)"),
     ((7, 5, 3), 0, (7, 5, 3, 1), r"\(7,\), .* dimension 0, .* \(7, 5, 3\)"),
-    ((7, 5, 3), 1, (7,), r"\(5,\), .* dimension 1, or a longer beginning of \(5, 7, 3\)"),
+    ((7, 5, 3), 1, (7,), r"\(5,\), .* dimension 1, or more of the leading dimensions of \(5, 7, 3\)"),
     ((7, 5, 3), 1, (7, 5), r"\(5,\), .* dimension 1, .* \(5, 7, 3\)"),
     ((7, 5, 3), -1, (7, 5, 3), r"\(3,\), .* dimension 2, .* \(3, 7, 5\)"),
     ((7, 5, 3), 2, (), r"\(3,\), .* dimension 2, .* \(3, 7, 5\)"),
@@ -528,7 +528,7 @@ WHOLE = {
         lambda: Tie(torch.zeros(3, 2), numpy.zeros(2, dtype="int64")),
         "Labels for the parameter have the wrong shape.\n"
         "  Parameter: (3, 2)\n"
-        "  Expected:  (3,), one label for each slice along dimension 0, or a longer beginning of (3, 2)\n"
+        "  Expected:  (3,), one label for each slice along dimension 0, or more of the leading dimensions of (3, 2)\n"
         "  Got:       (2,)",
     ),
     "labels and a scale": (

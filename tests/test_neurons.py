@@ -254,7 +254,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         f"Labels for the weight of {LINEAR} have the wrong shape.\n"
         "  Parameter: (5, 3)\n"
-        "  Expected:  (5,), one label for each slice along dimension 0, or a longer beginning of (5, 3)\n"
+        "  Expected:  (5,), one label for each slice along dimension 0, or more of the leading dimensions of (5, 3)\n"
         "  Got:       (4,)",
     ),
     "a unit that there is not": (

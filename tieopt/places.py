@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from tieopt.index import Indices
 from tieopt.sharded import check_sharding
@@ -261,8 +262,16 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
 def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
     held = [f"{name_of(param_groups, place)} {tuple(place.shape)}" for place in all_places(param_groups)]
     more = f" and {len(held) - limit} more" if len(held) > limit else ""
-    nameless = isinstance(key, str) and not any("param_names" in settings for settings in param_groups)
-    hint = " (names need an optimizer that was built from model.named_parameters())" if nameless else ""
+    nameless = not any("param_names" in settings for settings in param_groups)
+    hint = ""
+    if isinstance(key, str) and nameless:
+        hint = " (names need an optimizer that was built from model.named_parameters())"
+    elif isinstance(key, str):
+        hint = " (a parameter that several modules share has one name, the first)"
+    elif isinstance(key, Tensor):
+        hint = " (in no parameter group; copies, .data and buffers are other tensors than the parameter)"
+    elif isinstance(key, Module):
+        hint = " (tie its parameters, such as its .weight)"
     return (
         "A tie is for a parameter that the optimizer does not hold.\n"
         f"  Expected: one of {', '.join(held[:limit])}{more}\n"

@@ -384,7 +384,7 @@ def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: st
             f"  Got:      {labels.dtype}"
         )
     if not labels.dim() or labels.shape != shape[: labels.dim()]:
-        deeper = f", or a longer beginning of {tuple(shape)}" if len(shape) > 1 else ""
+        deeper = f", or more of the leading dimensions of {tuple(shape)}" if len(shape) > 1 else ""
         raise ValueError(
             f"Labels for {name} have the wrong shape.\n"
             f"  Parameter: {tuple(tensor.shape)}\n"
