@@ -1,6 +1,6 @@
 """Tied weights as a codebook and indices, in memory and in a file.
 
-What is tied need not be written down for each member. A codebook has what there is once, and an index says for each
+What is tied need not be written down for each member. A codebook has each value once, and an index says for each
 slice which entry it is: `Deep Compression <https://arxiv.org/abs/1510.00149>`_ stores k-means clusters in this way. In
 a file an index takes as many bits as it needs: one with two shared values, five with thirty-two.
 

@@ -17,7 +17,7 @@ def neurons(module: nn.Module, groups: Groups, *, following: nn.Module | None = 
 
     A unit is a row of a linear layer, an output channel of a convolution, the vector of an embedding's
     entry. Tied units compute the same. With ``following``, the weights by which the next layer reads them
-    are tied, too: its input columns, or after flattening those of a channel, position by position. For
+    are tied, too: its input columns or, after flattening, the columns of a channel, position by position. For
     linear layers :math:`h = W x + b` and :math:`y = V h + c`, units :math:`i` and :math:`j` of one group have
 
     .. math:: W_{i,:} = W_{j,:}, \qquad b_i = b_j, \qquad V_{:,i} = V_{:,j}

@@ -89,12 +89,12 @@ class TiedOptimizer(Optimizer):
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
         every: after every how many steps the weights are projected; 1 or more. Steps with a learning rate of zero,
             in which nothing moves, do not count.
-        compact: trains one entry for each group instead of all its members: the optimizer has the state, and
-            takes the time, of what is distinct. See below.
+        compact: trains one entry for each group instead of all its members: the optimizer has state, and does
+            arithmetic, for what is distinct alone. See below.
 
-    With ``compact=True`` the inner optimizer steps on compact parameters, which have the shared value of a
-    group once, first those of all groups and then the free slices. To everybody else it looks the same:
-    ``param_groups`` has the model's parameters, whose gradients are read and not written. The state is that of
+    With ``compact=True`` the inner optimizer steps on compact parameters, which have the shared value of each
+    group once, and after these the free slices. To everything else it looks the same: ``param_groups`` has the
+    parameters of the model, whose gradients are read and not written. The state is that of
     the compact parameters. So every optimizer trains the shared values exactly, those that couple entries
     (LBFGS, Adafactor, Muon, LAMB) as well. What is written to the weights between steps counts; where it was
     written through ``.data`` and is not tied, call :meth:`tie_weights` first.
@@ -113,7 +113,7 @@ class TiedOptimizer(Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, is tied already, or its ``step`` was replaced on the instance;
-            ``ties`` are none; groups hold something other than integers; a parameter has a dtype or layout that
+            ``ties`` are not ties; groups hold something other than integers; a parameter has a dtype or layout that
             cannot be tied; or ``strength``, ``every`` or ``compact`` is of the wrong type.
         IndexError: an index, or a dimension, is out of range.
         ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
@@ -184,7 +184,7 @@ class TiedOptimizer(Optimizer):
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """What is tied, one :class:`Tie` for each that was given, with the parameters that stand there now.
+        """What is tied, one :class:`Tie` for each that was given, with the parameters that the optimizer has now.
 
         Labels are numbered anew, in the order of first members. The ties can be given to another optimizer of these
         parameters, or to :meth:`retie`.
@@ -280,7 +280,8 @@ class TiedOptimizer(Optimizer):
                 among them.
 
         Raises:
-            TypeError: as for :class:`TiedOptimizer`; or this is what a framework has put in the optimizer's place.
+            TypeError: as for :class:`TiedOptimizer`; or it is called on what a framework has put in the place of the
+                optimizer.
             IndexError: an index, or a dimension, is out of range.
             ValueError: as for :class:`TiedOptimizer`; or in the compact mode there is state that cannot be
                 converted, as the history of LBFGS.
@@ -317,10 +318,10 @@ class TiedOptimizer(Optimizer):
     def untie(self) -> None:
         """Ends all ties: from here on every entry is trained for itself.
 
-        Weights stay as they are, and the state as well, of which every member gets that of its group.
+        The weights stay as they are, and so does the state; after the compact mode each member gets that of its group.
 
         Raises:
-            TypeError: this is what a framework has put in the optimizer's place.
+            TypeError: it is called on what a framework has put in the optimizer's place.
             ValueError: in the compact mode there is state that cannot be converted, as the history of LBFGS.
             RuntimeError: in the compact mode, a tied parameter has another shape than when it was tied, or is gone.
 

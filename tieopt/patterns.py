@@ -12,8 +12,8 @@ layer and whole kernels of the weight of a convolution are tied::
     labels, scale = patterns.antisymmetric(layer.weight.shape)
     ties = Tie(layer.weight, labels, scale=scale)
 
-Nothing is drawn at random but by a seed, and no argument is written to. A pattern is not looked up in a
-parameter but made for a shape; only :func:`clusters` reads weights. :func:`orbits` needs scipy, and
+What is drawn at random depends on a seed alone, and no argument is written to. A pattern is made for a shape,
+whatever the weights are; only :func:`clusters` reads them. :func:`orbits` needs scipy, and
 :func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
 """
 

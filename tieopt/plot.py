@@ -84,7 +84,7 @@ def draw_groups(
         The figure, of which each tied parameter has one of the ``axes``.
 
     Raises:
-        TypeError: ``ties`` are none, or are for names instead of parameters.
+        TypeError: ``ties`` are not ties, or are for names instead of parameters.
         ValueError: there are no ties.
         RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
         ImportError: matplotlib is not installed.
@@ -135,7 +135,7 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
         The axes.
 
     Raises:
-        TypeError: ``ties`` are none, or are for names instead of parameters.
+        TypeError: ``ties`` are not ties, or are for names instead of parameters.
         ValueError: there are no groups.
         RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
         ImportError: matplotlib is not installed.
@@ -186,7 +186,7 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
 
     Raises:
         TypeError: ``drifts`` are no numbers.
-        ValueError: there are none, or they have not one dimension.
+        ValueError: there are no drifts, or they have not exactly one dimension.
         ImportError: matplotlib is not installed.
 
     Example:

@@ -49,7 +49,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
 
     Raises:
         AssertionError: a member is not what another of its group says; which, and what it is.
-        TypeError: this is neither a model nor a tensor, or ``ties`` are none.
+        TypeError: this is neither a model nor a tensor, or ``ties`` are not ties.
         IndexError: an index, or a dimension, is out of range.
         ValueError: ``ties`` do not fit, or are joined and for a tensor.
 
