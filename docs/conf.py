@@ -67,6 +67,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "download_all_examples": False,
     "write_computation_times": False,
+    "thumbnail_size": (640, 360),
     # As many at a time as there are cores here and in continuous integration: each has one thread.
     "parallel": 2,
 }
