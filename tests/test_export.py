@@ -298,6 +298,16 @@ def test_weights_that_two_layers_share_are_written_once_and_shared_again(tmp_pat
     assert same_bits(state["encoder.weight"], model["encoder"].weight.detach())
 
 
+def test_a_tied_parameter_that_is_a_buffer_too_has_the_name_of_the_parameter(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4))
+    model.register_buffer("view", model[0].weight.data)
+    tie_(model[0].weight, [[0, 1]])
+    export.save(model, {"0.weight": [[0, 1]]}, tmp_path / "model")
+    TiedOptimizer(SGD(model.named_parameters()), export.load_ties(tmp_path / "model"))
+    state = export.load(tmp_path / "model")
+    assert state["view"] is state["0.weight"]
+
+
 def test_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
     written: list[weakref.ref[Tensor]] = []

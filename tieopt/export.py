@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from tieopt.codebook import codebook_of, entries_of, fill_, is_of, packed, unpacked
@@ -124,7 +124,8 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
     state = {name: _stored(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     names: dict[Any, str] = {}
     aliases: dict[str, list[str]] = {}
-    for name, tensor in state.items():
+    # What is a buffer, too, has the name that an optimizer knows.
+    for name, tensor in sorted(state.items(), key=lambda item: not isinstance(item[1], Parameter)):
         first = names.setdefault(_place(tensor), name)
         if first != name:
             aliases.setdefault(first, []).append(name)
