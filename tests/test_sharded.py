@@ -940,6 +940,16 @@ def other_scales():
     return weight, optimizer, Tie(weight, [[0, 7]], scale=scale), {}
 
 
+def other_parameter_pinned():
+    weight, other = (Parameter(sharded(randn(8, 4), line(), [Shard(0)])) for _ in range(2))
+    # The same zeros in the same order; of which tie they are the scales is what differs.
+    labels = torch.zeros(8, dtype=torch.int64)
+    first, second = Tie(weight, labels, scale=labels), Tie(other, labels)
+    if dist.get_rank():
+        first, second = Tie(weight, labels), Tie(other, labels, scale=labels)
+    return weight, SGD([weight, other], lr=0.1), Tie.join(first, second), {}
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -954,6 +964,7 @@ def other_scales():
         (descending, "ranks do not ascend"),
         (other_groups, "other ties than some other rank"),
         (other_scales, "other ties than some other rank"),
+        (other_parameter_pinned, "other ties than some other rank"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

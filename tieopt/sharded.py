@@ -10,7 +10,6 @@ All ranks of the mesh have to take part in whatever ties, in the same order.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from tieopt.reduction import (
     scatter_add_,
     tied,
 )
-from tieopt.slices import FREE, Slices, described, in_memory, numbered
+from tieopt.slices import FREE, Slices, described, in_memory, numbered, octets
 from tieopt.traced import untraced
 
 # Where an entry of a tensor is, for each of its dimensions: from which index on, and how many.
@@ -397,10 +396,10 @@ def _by_position(values: Tensor, slices: Slices, steps: tuple[int, ...]) -> Tens
 
 def _check_same(slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]) -> None:
     """Refuses ties that differ between ranks: what these exchange would be taken for that of other groups."""
-    digest = hashlib.sha256(repr([(each.dim, tuple(each.labels.shape)) for each in slices]).encode())
+    known = [(each.dim, tuple(each.labels.shape), each.scale is None) for each in slices]
+    digest = hashlib.sha256(repr(known).encode())
     for numbers in (one.contiguous() for each in slices for one in (each.labels, each.scale) if one is not None):
-        # Their bytes where they are: there may be as many as fit into the memory. An empty tensor is nowhere.
-        digest.update((ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr()) if numbers.nbytes else b"")
+        digest.update(octets(numbers))
     number = torch.tensor(int.from_bytes(digest.digest()[:7]), device=local(tensors)[0].device)
     if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
         raise ValueError(

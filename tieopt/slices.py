@@ -105,6 +105,15 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.conj() if tensor.is_conj() else tensor
 
 
+def octets(tensor: Tensor) -> memoryview | bytes:
+    """The memory of a contiguous tensor on the CPU, while there is the tensor.
+
+    Nothing is copied, and NumPy, which torch does not need to have, is not needed.
+    """
+    # That of no entries is nowhere.
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
+
+
 def real(tensor: Tensor) -> Tensor:
     """A view of real entries: a complex one is two."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -161,8 +170,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     places = [(number, one.dim, tuple(one.labels.shape)) for number, one in zip(numbers, slices, strict=True)]
     digest = hashlib.sha256(repr(places).encode())
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
-        # Their bytes without NumPy, which torch does not need to have.
-        digest.update(ctypes.string_at(column.data_ptr(), column.nbytes))
+        digest.update(octets(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
     return f"{described([canonical])}{zeros}, sha256 {digest.hexdigest()}"
 

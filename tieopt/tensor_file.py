@@ -7,7 +7,6 @@ tensors go into temporary files first, beside what they are to become, and are p
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
+
+from tieopt.slices import octets
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -88,13 +89,13 @@ class Writer:
                 "  Expected: names that are no others followed by .codebook, .indices, .groups, .scales or .free, and "
                 f"not {_METADATA}\n  Got:      {name}"
             )
-        tensor = _plain(tensor)
+        tensor = plain(tensor).contiguous()
         size = tensor.dtype.itemsize
         if size not in self._data:
             beside = TemporaryFile(dir=os.path.dirname(self._file))  # noqa: SIM115 - the stack closes it
             self._data[size] = self._stack.enter_context(beside)
         start = self._data[size].tell()
-        self._data[size].write(_bytes(tensor))
+        self._data[size].write(octets(tensor))
         self._header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -195,21 +196,14 @@ class Reader:
         return tensor
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor as it stands in a file: what torch negates or conjugates on reading is written out."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-
-
-def _bytes(tensor: Tensor) -> memoryview | bytes:
-    """The memory of a contiguous tensor, without NumPy, which torch does not need to have."""
-    if not tensor.nbytes:
-        return b""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, without a graph; what torch negates or conjugates on reading is written out."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg()
 
 
 def _hash(name: str, tensor: Tensor) -> str:
     found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(_bytes(tensor))
+    found.update(octets(tensor))
     return found.hexdigest()
 
 
