@@ -480,10 +480,10 @@ def test_metadata_that_are_others_are_refused(text, tmp_path):
         export.load(tmp_path / "other")
 
 
-def test_shapes_beyond_all_memory_are_refused(tmp_path):
+def test_shapes_that_no_tensor_has_are_refused(tmp_path):
     file = tmp_path / "model"
     export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 2))}), {"w": torch.zeros(3, 2).long()}, file)
-    for shape, labelled in (([2**40, 2**40], [2**40, 2**40]), ([3, 2**62], [3])):
+    for shape, labelled in (([2**40, 2**40], [2**40, 2**40]), ([3, 2**62], [3]), ([-1, 2], [-1, 2])):
 
         def change(contents: dict[str, Any], _: dict[str, Tensor]) -> None:
             contents["tied"]["w"] = shape  # noqa: B023 - called at once
@@ -494,10 +494,19 @@ def test_shapes_beyond_all_memory_are_refused(tmp_path):
             export.load(file)
 
 
-@pytest.mark.parametrize(("key", "value"), [("dim", -1), ("dim", 2), ("shape", []), ("shape", [4])])
+@pytest.mark.parametrize(("key", "value"), [("dim", -1), ("dim", 2), ("dim", True), ("shape", []), ("shape", [4])])
 def test_labels_of_what_is_not_there_are_refused(key, value, tmp_path):
     export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 3))}), {"w": [[0, 1, 2]]}, tmp_path / "model")
     forged(tmp_path / "model", lambda contents, _: contents["ties"][0][0].update({key: value}))
+    for read in (export.load, export.load_ties):
+        with pytest.raises(ValueError, match="metadata that"):
+            read(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("key", "value"), [("ties", [[]]), ("aliases", {"w": ["w"]})])
+def test_a_tie_of_nothing_and_a_name_of_two_tensors_are_refused(key, value, tmp_path):
+    export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(3))}), {}, tmp_path / "model")
+    forged(tmp_path / "model", lambda contents, _: contents.update({key: value}))
     for read in (export.load, export.load_ties):
         with pytest.raises(ValueError, match="metadata that"):
             read(tmp_path / "model")

@@ -114,7 +114,7 @@ def unpacked(octets: Tensor, width: int, shape: torch.Size) -> Tensor:
     numbers = torch.zeros(shape.numel(), dtype=torch.int64, device="cpu")
     if width:
         chunks = torch.split(octets, _CHUNK // 8 * width)
-        for chunk, target in zip(chunks, torch.split(numbers, _CHUNK), strict=False):
+        for chunk, target in zip(chunks, torch.split(numbers, _CHUNK), strict=True):
             each = (chunk[:, None].long() >> torch.arange(8, device="cpu")) & 1
             each = each.view(-1)[: len(target) * width].view(-1, width)
             target.copy_((each << torch.arange(width, device="cpu")).sum(1))

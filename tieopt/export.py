@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,11 +32,11 @@ from torch.nn.parameter import is_lazy
 
 from tieopt.codebook import codebook_of, entries_of, fill_, is_of, packed, unpacked
 from tieopt.optimizer import TiedOptimizer
-from tieopt.places import found, parameters_of
+from tieopt.places import BoundTie, found, parameters_of
 from tieopt.reduction import bits
 from tieopt.sharded import is_sharded
 from tieopt.slices import FREE, Slices, numbered
-from tieopt.tensor_file import Reader, Writer
+from tieopt.tensor_file import Reader, Writer, plain
 from tieopt.ties import Groups, SupportsArray, Tie, Ties, shown, slices_for
 
 __all__ = ["encode", "load", "load_ties", "save", "stream"]
@@ -80,7 +80,7 @@ def encode(
         True
     """
     (slices,) = numbered([slices_for(param, groups, dim, scale, "the tensor")])
-    tensor = _stored("the tensor", param).detach().cpu().resolve_conj().resolve_neg()
+    tensor = plain(_stored("the tensor", param))
     # Each free slice is a group of its own.
     labels = slices.labels
     alone = torch.arange(labels.numel(), device="cpu").view(labels.shape) + labels.numel()
@@ -123,27 +123,24 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
         raise TypeError(f"This cannot be written.\n  Expected: a torch.nn.Module\n  Got:      {shown(model)}")
     state = {name: _stored(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     names: dict[Any, str] = {}
-    aliases: dict[str, list[str]] = {}
+    aliases: defaultdict[str, list[str]] = defaultdict(list)
     # What is a buffer, too, has the name that an optimizer knows.
     for name, tensor in sorted(state.items(), key=lambda item: not isinstance(item[1], Parameter)):
         first = names.setdefault(_place(tensor), name)
         if first != name:
-            aliases.setdefault(first, []).append(name)
+            aliases[first].append(name)
     with Writer(file) as writer:
-        tied: dict[str, list[Slices]] = {}
-        stated = []
-        times: Counter[str] = Counter()
-        for slices, params in _tied(model, ties):
-            own = [_name_of(param, names, state) for param in params]
-            stated.append(_write_tie(writer, slices, params, own, times))
-            for name, each in zip(own, slices, strict=True):
-                tied.setdefault(name, []).append(each)
+        tied: defaultdict[str, list[Slices]] = defaultdict(list)
+        stated = [
+            _write_tie(writer, tie.slices, params, [_name_of(param, names, state) for param in params], tied)
+            for tie, params in _tied(model, ties)
+        ]
         for name, every in tied.items():
             _write_free(writer, name, state[name], every)
         whole = [name for name in names.values() if name not in tied]
         for name in whole:
             writer.add(name, state[name])
-        sizes = {name: list(state[name].shape) for name in tied}
+        sizes = {name: state[name].shape for name in tied}
         writer.finish({"format": _FORMAT, "ties": stated, "tied": sizes, "whole": whole, "aliases": aliases})
 
 
@@ -202,8 +199,8 @@ def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
         contents = _contents_of(reader)
         for name in contents.whole:
             yield from _by_names(contents, name, reader.read(name))
-        for name, shape in contents.tied.items():
-            yield from _by_names(contents, name, _read_tied(reader, contents, name, shape))
+        for name in contents.tied:
+            yield from _by_names(contents, name, _read_tied(reader, contents, name))
 
 
 def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
@@ -235,28 +232,42 @@ def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
         return [_read_tie(reader, parts) for parts in _contents_of(reader).ties]
 
 
+class _Part(NamedTuple):
+    """What the metadata says of what a tie labels in one parameter.
+
+    Attributes:
+        name: of the parameter.
+        key: under which its indices are, and for the first part of a tie the codebook.
+        dim: the dimension along which the slices lie.
+        shape: that of the labels.
+        bits: how many each index takes.
+    """
+
+    name: str
+    key: str
+    dim: int
+    shape: torch.Size
+    bits: int
+
+
 # --- writing ---
 
 
-def _stored(name: str, tensor: Any) -> Tensor:
+def _stored(name: str, value: Any) -> Tensor:
     """Refuses what has no memory of its own that could be written."""
-    dense = isinstance(tensor, Tensor) and not is_lazy(tensor) and not is_sharded(tensor) and not tensor.is_nested
-    dense = dense and tensor.layout == torch.strided and not tensor.is_quantized
-    # Those that are made of others, or are on the meta device, say that they are nowhere.
-    if not dense or (tensor.numel() and not tensor.data_ptr()):
-        raise TypeError(
-            f"{name} cannot be written as it is.\n"
-            "  Expected: a dense tensor that is whole in the memory of this process\n"
-            f"  Got:      {_described(tensor)}"
-        )
-    stored: Tensor = tensor
-    return stored
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return shown(value)
-    return f"{type(value).__name__} of {value.dtype}, {value.layout}, device {value.device}"
+    if isinstance(value, Tensor):
+        unlike = is_lazy(value) or is_sharded(value) or value.is_nested or value.is_quantized
+        # Those that are made of others, or are on the meta device, say that they are nowhere.
+        if not unlike and value.layout == torch.strided and (not value.numel() or value.data_ptr()):
+            return value
+        got = f"{type(value).__name__} of {value.dtype}, {value.layout}, device {value.device}"
+    else:
+        got = shown(value)
+    raise TypeError(
+        f"{name} cannot be written as it is.\n"
+        "  Expected: a dense tensor that is whole in the memory of this process\n"
+        f"  Got:      {got}"
+    )
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -277,42 +288,42 @@ def _name_of(param: Tensor, names: dict[Any, str], state: dict[str, Tensor]) -> 
     return name
 
 
-def _tied(model: Module, ties: Any) -> list[tuple[Sequence[Slices], list[Tensor]]]:
-    """The slices of each tie, and its parameters."""
+def _tied(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
+    """The ties, and the parameters of each."""
     if isinstance(ties, TiedOptimizer):
         bound, param_groups = ties._tieopt.ties, ties.param_groups
     else:
-        names, params = [], []
-        for name, param in model.named_parameters():
-            names.append(name)
-            params.append(param)
-        param_groups = [{"params": params, "param_names": names}]
+        named = dict(model.named_parameters())
+        param_groups = [{"params": list(named.values()), "param_names": list(named)}]
         bound = found(param_groups, ties)
-    return [(tie.slices, params) for tie, params in parameters_of(bound, param_groups)]
+    return parameters_of(bound, param_groups)
 
 
 def _write_tie(
-    writer: Writer, slices: Sequence[Slices], params: Sequence[Tensor], names: Sequence[str], times: Counter[str]
+    writer: Writer,
+    slices: Sequence[Slices],
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    tied: defaultdict[str, list[Slices]],
 ) -> list[dict[str, Any]]:
-    """Writes a tie, and returns what the metadata says of its parts."""
+    """Writes a tie, adds its slices to those of each parameter, and returns what the metadata says of its parts."""
     entries = entries_of(slices)
-    tensors = [param.detach().cpu().resolve_conj().resolve_neg() for param in params]
+    tensors = [plain(param) for param in params]
     codebook = codebook_of(entries, slices, tensors)
-    parts, keys = [], []
+    parts = []
     for each, tensor, name, symbols in zip(slices, tensors, names, entries.symbols, strict=True):
         _check_tied(codebook, tensor, each.dim, symbols, name)
+        key = f"{name}.{len(tied[name])}" if tied[name] else name
         width = int(symbols.max()).bit_length() if symbols.numel() else 0
-        keys.append(f"{name}.{times[name]}" if times[name] else name)
-        times[name] += 1
-        writer.add(f"{keys[-1]}.indices", packed(symbols, width))
-        shape = list(each.labels.shape)
-        parts.append({"name": name, "key": keys[-1], "dim": each.dim, "shape": shape, "bits": width})
-    key = keys[0]
+        writer.add(f"{key}.indices", packed(symbols, width))
+        parts.append(_Part(name, key, each.dim, each.labels.shape, width))
+        tied[name].append(each)
+    key = parts[0].key
     writer.add(f"{key}.codebook", codebook)
     if any(each.scale is not None for each in slices):
         writer.add(f"{key}.groups", _narrow(entries.groups, torch.uint8, torch.int16, torch.int32))
         writer.add(f"{key}.scales", _narrow(entries.scales, torch.int8, torch.float32))
-    return parts
+    return [part._asdict() for part in parts]
 
 
 def _write_free(writer: Writer, name: str, param: Tensor, slices: Sequence[Slices]) -> None:
@@ -321,8 +332,7 @@ def _write_free(writer: Writer, name: str, param: Tensor, slices: Sequence[Slice
     for each in slices:
         free.movedim(each.dim, 0)[each.labels != FREE] = False
     if bool(free.any()):
-        tensor = param.detach().cpu().resolve_conj().resolve_neg()
-        writer.add(f"{name}.free", bits(tensor)[free].view(tensor.dtype))
+        writer.add(f"{name}.free", bits(plain(param))[free].view(param.dtype))
 
 
 def _check_tied(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor, name: str) -> None:
@@ -344,18 +354,8 @@ def _narrow(numbers: Tensor, *dtypes: torch.dtype) -> Tensor:
 # --- reading ---
 
 
-class _Part(NamedTuple):
-    """What a tie has in one parameter: the labels' shape, and how its indices are stored, and where."""
-
-    name: str
-    key: str
-    dim: int
-    shape: torch.Size
-    bits: int
-
-
 class _Contents(NamedTuple):
-    """What the metadata say: the ties, the shapes of tied parameters, and what else there is."""
+    """What the metadata has: the ties, the shapes of tied parameters, and what else there is."""
 
     ties: list[list[_Part]]
     tied: dict[str, torch.Size]
@@ -370,30 +370,31 @@ def _contents_of(reader: Reader) -> _Contents:
         raise reader.error(f"format {_FORMAT}", f"{shown(stated.get('format'))}, of another version of tieopt")
     try:
         contents = _Contents(
-            [
-                [_Part(part["name"], part["key"], part["dim"], _size(part["shape"]), part["bits"]) for part in parts]
-                for parts in stated["ties"]
-            ],
-            {name: _size(shape) for name, shape in stated["tied"].items()},
+            [[_Part(**{**part, "shape": torch.Size(part["shape"])}) for part in parts] for parts in stated["ties"]],
+            {name: torch.Size(shape) for name, shape in stated["tied"].items()},
             list(stated["whole"]),
             dict(stated["aliases"]),
         )
-        parts = [part for parts in contents.ties for part in parts]
-        sound = set(contents.whole) <= reader.names
-        for part in parts:
-            moved = _moved(contents.tied[part.name], part.dim)
-            sound = sound and moved[: len(part.shape)] == part.shape and part.dim >= 0 < len(part.shape)
-            sound = sound and 0 <= part.bits < 64 and type(part.dim) is type(part.bits) is int
-            sound = sound and f"{part.key}.indices" in reader.names
-        sound = sound and all(f"{parts[0].key}.codebook" in reader.names for parts in contents.ties)
-        sound = sound and {part.name for part in parts} == contents.tied.keys()
-        every = [*contents.tied, *contents.whole, *(name for own in contents.aliases.values() for name in own)]
-        sound = sound and all(isinstance(name, str) for name in every) and len(set(every)) == len(every)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        sound = all(_conditions(contents))
+    except (LookupError, TypeError, ValueError, AttributeError):
         sound = False
     if not sound:
         raise reader.error("metadata that tieopt.export.save has written", "others")
     return contents
+
+
+def _conditions(contents: _Contents) -> Iterator[bool]:
+    """What reading relies on; each may be looked at once those before it hold."""
+    for shape in contents.tied.values():
+        yield all(length >= 0 for length in shape) and math.prod(shape) < 2**63
+    for part in (part for parts in contents.ties for part in parts):
+        yield type(part.dim) is type(part.bits) is int
+        yield part.dim >= 0 and 0 <= part.bits < 64
+        yield len(part.shape) > 0 and part.shape == _moved(contents.tied[part.name], part.dim)[: len(part.shape)]
+    yield all(contents.ties)
+    yield contents.tied.keys() == {part.name for parts in contents.ties for part in parts}
+    every = [*contents.tied, *contents.whole, *(name for own in contents.aliases.values() for name in own)]
+    yield all(isinstance(name, str) for name in every) and len(set(every)) == len(every)
 
 
 def _moved(shape: torch.Size, dim: int) -> tuple[int, ...]:
@@ -401,38 +402,32 @@ def _moved(shape: torch.Size, dim: int) -> tuple[int, ...]:
     return (shape[dim], *shape[:dim], *shape[dim + 1 :])
 
 
-def _size(shape: list[int]) -> torch.Size:
-    size = torch.Size(shape)
-    if any(not 0 <= length < 2**63 for length in size) or math.prod(size) >= 2**63:
-        raise ValueError
-    return size
-
-
 def _by_names(contents: _Contents, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     for each in (name, *contents.aliases.get(name, ())):
         yield each, tensor
 
 
-def _read_tied(reader: Reader, contents: _Contents, name: str, shape: torch.Size) -> Tensor:
+def _read_tied(reader: Reader, contents: _Contents, name: str) -> Tensor:
     """A tied parameter, from the codebooks of its ties."""
-    tensor = free = torch.empty(0, device="cpu")
-    begun = False
+    shape = contents.tied[name]
+    tensor = free = None
     for parts, part in ((own, part) for own in contents.ties for part in own if part.name == name):
         codebook = _read_codebook(reader, parts)
-        fits = codebook.shape[1:] == _moved(shape, part.dim)[len(part.shape) :]
-        if not fits or (begun and codebook.dtype != tensor.dtype):
+        fits = tensor is None or codebook.dtype == tensor.dtype
+        if not fits or codebook.shape[1:] != _moved(shape, part.dim)[len(part.shape) :]:
             raise _unfit(reader, f"{parts[0].key}.codebook", name)
         symbols = _read_symbols(reader, part, len(codebook))
-        if not begun:
+        if tensor is None or free is None:
             tensor = torch.empty(shape, dtype=codebook.dtype, device="cpu")
-            free, begun = torch.ones(shape, dtype=torch.bool, device="cpu"), True
+            free = torch.ones(shape, dtype=torch.bool, device="cpu")
         fill_(tensor, codebook, part.dim, symbols)
         free.movedim(part.dim, 0)[symbols < len(codebook)] = False
-    count, key = int(free.sum()), f"{name}.free"
-    if count:
-        rest = reader.read(key) if key in reader.names else torch.empty(0, device="cpu")
-        if rest.shape != (count,) or rest.dtype != tensor.dtype:
-            raise _unfit(reader, key, name)
+    assert tensor is not None
+    assert free is not None
+    if bool(free.any()):
+        rest = reader.read(f"{name}.free")
+        if rest.shape != (int(free.sum()),) or rest.dtype != tensor.dtype:
+            raise _unfit(reader, f"{name}.free", name)
         bits(tensor)[free] = bits(rest)
     return tensor
 
@@ -442,11 +437,12 @@ def _read_tie(reader: Reader, parts: Sequence[_Part]) -> Tie:
     count = len(_read_codebook(reader, parts))
     groups, scales = torch.arange(count, device="cpu"), None
     if f"{key}.scales" in reader.names:
-        groups, scales = (_read_numbers(reader, f"{key}.{what}", parts[0], count) for what in ("groups", "scales"))
+        groups = _read_numbers(reader, f"{key}.groups", parts[0], count, torch.int64)
+        scales = _read_numbers(reader, f"{key}.scales", parts[0], count, torch.float64)
     ties = []
     for part in parts:
         symbols = _read_symbols(reader, part, count)
-        labels = torch.cat([groups, torch.tensor([FREE], device="cpu")])[symbols]
+        labels = torch.cat([groups, groups.new_full((1,), FREE)])[symbols]
         scale = None if scales is None else torch.cat([scales, scales.new_ones(1)])[symbols]
         ties.append(Tie(part.name, labels, dim=part.dim, scale=scale))
     return Tie.join(*ties)
@@ -460,13 +456,12 @@ def _read_codebook(reader: Reader, parts: Sequence[_Part]) -> Tensor:
     return codebook
 
 
-def _read_numbers(reader: Reader, key: str, part: _Part, count: int) -> Tensor:
-    """What is said of each entry of a codebook: int64, or float64."""
-    numbers = reader.read(key) if key in reader.names else torch.empty(0, device="cpu")
-    wanted = torch.float64 if key.endswith("scales") else torch.int64
-    if numbers.shape != (count,) or not torch.can_cast(numbers.dtype, wanted):
+def _read_numbers(reader: Reader, key: str, part: _Part, count: int, dtype: torch.dtype) -> Tensor:
+    """What is said of each entry of a codebook."""
+    numbers = reader.read(key)
+    if numbers.shape != (count,) or not torch.can_cast(numbers.dtype, dtype):
         raise _unfit(reader, key, part.name)
-    return numbers.to(wanted)
+    return numbers.to(dtype)
 
 
 def _read_symbols(reader: Reader, part: _Part, count: int) -> Tensor:
