@@ -56,17 +56,17 @@ class Seen:
     def __init__(self) -> None:
         self.versions = ""
         self.passed = {False: 0, True: 0}
-        self.refused: dict[bool, dict[str, None]] = {False: {}, True: {}}
+        self.refused: dict[bool, set[str]] = {False: set(), True: set()}
 
     def add(self, test: Passed) -> None:
         self.versions = test.versions
-        self.refused[test.compact].update(dict.fromkeys(test.refusals))
+        self.refused[test.compact].update(test.refusals)
         self.passed[test.compact] += not test.refusals
 
     def cell(self, compact: bool) -> str:
         """How it went in a mode."""
         passed = [f"{self.passed[compact]} passed"] if self.passed[compact] else []
-        return "; ".join(passed + [f"refused: {reason}" for reason in self.refused[compact]]) or "—"
+        return "; ".join(passed + [f"refused: {reason}" for reason in sorted(self.refused[compact])]) or "—"
 
 
 class Hosts:
@@ -115,13 +115,14 @@ class Hosts:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """What a worker of pytest-xdist has seen is compared where all of it comes together."""
-        told = getattr(node, "workeroutput", {}).get("hosts", ([], [], []))
-        for kept, more in zip((self._run, self._run_in_part), told, strict=False):
-            kept.update(more)
-        self._passed.extend(Passed(*test) for test in told[2])
+        run, run_in_part, passed = getattr(node, "workeroutput", {}).get("hosts", ([], [], []))
+        self._run.update(run)
+        self._run_in_part.update(run_in_part)
+        self._passed.extend(Passed(*test) for test in passed)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if hasattr(session.config, "workeroutput"):
+            # Of types that can be sent to another process.
             told = list(self._run), list(self._run_in_part), list(map(tuple, self._passed))
             session.config.workeroutput["hosts"] = told
             return
