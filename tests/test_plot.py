@@ -368,7 +368,7 @@ def test_matplotlib_is_not_needed_until_something_is_drawn() -> None:
         try:
             plot.draw_groups(Tie(torch.zeros(2), [[0, 1]]))
         except ImportError as error:
-            assert "pip install 'tieopt[plot]'" in str(error), error
+            assert "Expected: pip install 'tieopt[plot]'\\n  Got: " in str(error), error
         else:
             sys.exit("no error")
     """

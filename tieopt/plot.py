@@ -270,12 +270,11 @@ def _panels(ties: Sequence[Tie]) -> list[_Panel]:
 def _sampled(part: Part) -> Slices:
     """The labels of the entries that are drawn, of the shape that is drawn."""
     assert isinstance(part.param, Tensor)
-    shape, kept = part.param.shape, _kept(part.param.shape)
-    # A view: what is not drawn takes no memory.
-    moved = (shape[part.dim], *shape[: part.dim], *shape[part.dim + 1 :])
+    moved, kept = part.param.movedim(part.dim, 0).shape, _kept(part.param.shape)
 
     def drawn(column: Tensor) -> Tensor:
-        within = [1] * (len(shape) - column.dim())
+        within = [1] * (len(moved) - column.dim())
+        # A view: what is not drawn takes no memory.
         whole = column.reshape(*column.shape, *within).expand(moved).movedim(0, part.dim)
         return whole[torch.meshgrid(kept, indexing="ij")]
 
@@ -339,8 +338,8 @@ def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, Any]:
     axes.set_box_aspect(aspect)
     down, across = side * min(aspect, 1), side / max(aspect, 1)
     if max(height, width) <= _NUMBERED_CELLS:
-        texts = {(i, j): _multiple(float(scales[i, j]), int(numbers[i, j])) for i, j in tied.nonzero().tolist()}
-        for (row, column), text in texts.items():
+        for row, column in tied.nonzero().tolist():
+            text = _multiple(float(scales[row, column]), int(numbers[row, column]))
             size = min(across / width / (len(text) + 0.5) / _CHARACTER, _LARGEST)
             if size < _SMALLEST:
                 continue
@@ -360,9 +359,8 @@ _LUMINANCE = torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64, device=
 
 
 def _multiple(scale: float, number: int) -> str:
-    if abs(scale) == 1:
-        return f"{'-' * (scale < 0)}{number}".replace("-", "\N{MINUS SIGN}")
-    return f"{scale:.3g}·{number}".replace("-", "\N{MINUS SIGN}")
+    text = f"{'-' * (scale < 0)}{number}" if abs(scale) == 1 else f"{scale:.3g}·{number}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _label(axis: Any, side: Sequence[int], panel: _Panel, room: float) -> None:
@@ -433,4 +431,6 @@ def _matplotlib(name: str = "") -> Any:
     try:
         return import_module(f"matplotlib.{name}" if name else "matplotlib")
     except ImportError as error:
-        raise ImportError("This needs matplotlib: pip install 'tieopt[plot]'") from error
+        raise ImportError(
+            f"Figures are drawn with matplotlib.\n  Expected: pip install 'tieopt[plot]'\n  Got:      {error}"
+        ) from None
