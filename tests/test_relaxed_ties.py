@@ -292,6 +292,22 @@ def test_a_frozen_parameter_is_not_pulled():
     assert same_bits(weight, before)
 
 
+@pytest.mark.parametrize("at_rest", [0, 0.0, torch.tensor(0.0)])
+def test_steps_in_which_no_parameter_moves_are_not_counted(at_rest):
+    first, second = parameter(*SHAPE), parameter(*SHAPE, seed=1)
+    groups = [{"params": [first], "lr": at_rest}, {"params": [second], "lr": at_rest}]
+    optimizer = TiedOptimizer(SGD(groups), {first: GROUPS}, strength=0.5, every=2)
+    before, drift = first.detach().clone(), optimizer.tie_drift()
+    train(optimizer, 3)
+    assert same_bits(first.detach(), before)
+
+    optimizer.param_groups[1]["lr"] = 0.1
+    train(optimizer, 1)
+    assert same_bits(first.detach(), before)
+    train(optimizer, 1)
+    assert optimizer.tie_drift() == pytest.approx(drift / 2)
+
+
 def test_tie_gradients_ties_gradients_also_where_a_step_does_not():
     weight = parameter(*SHAPE)
     optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: GROUPS}, strength=0.5)

@@ -1103,10 +1103,17 @@ def test_a_rank_that_is_dead_is_an_error_of_torch_on_the_others():
         started.run(dying)
 
 
-def failing_alone(everywhere: bool) -> tuple[str, bool]:
-    """What a rank sees when the closure of the last one, or of all, fails; and whether weights are as they were."""
+class Switching(SGD):
+    """As those that exchange the weights."""
+
+    def eval(self, exchange):
+        exchange()
+
+
+def failing_alone(method: str, everywhere: bool) -> tuple[str, bool]:
+    """What a rank sees when what the last one, or all, call fails; and whether weights are as they were."""
     weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
-    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: torch.arange(8) % 2})
+    optimizer = TiedOptimizer(Switching([weight], lr=0.1), {weight: torch.arange(8) % 2})
     start = weight.to_local().detach().clone()
     weight.grad = sharded(randn(8, 4), line(), [Shard(0)])
     optimizer.tie_gradients()
@@ -1118,16 +1125,17 @@ def failing_alone(everywhere: bool) -> tuple[str, bool]:
     dist.barrier()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     try:
-        optimizer.step(closure)
+        getattr(optimizer, method)(closure)
     except (KeyError, RuntimeError) as error:
         return str(error), same_bits(weight.to_local().detach(), start)
     return "nothing", False
 
 
-def test_a_rank_whose_step_fails_sends_the_others_nothing_that_they_would_take_for_something_else():
+@pytest.mark.parametrize("method", ["step", "eval"])
+def test_a_rank_that_fails_sends_the_others_nothing_that_they_would_take_for_something_else(method):
     with Ranks(2) as started:
-        assert started.run(failing_alone, True) == [("'closure'", True)] * 2
-        (waited, kept), failed = started.run(failing_alone, False)
+        assert started.run(failing_alone, method, True) == [("'closure'", True)] * 2
+        (waited, kept), failed = started.run(failing_alone, method, False)
 
     assert "timeout" in waited or "Timed out" in waited
     assert kept
