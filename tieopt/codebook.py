@@ -55,7 +55,7 @@ def entries_of(slices: Sequence[Slices]) -> Entries:
 
 
 def codebook_of(entries: Entries, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Tensor:
-    """The first slices that are each entry, ``[entries, *slice]``; see :func:`is_of` for the others."""
+    """The first slices that are each entry, ``[entries, *slice]``; see :func:`differing` for the others."""
     found, start = [], 0
     for each, tensor in zip(slices, tensors, strict=True):
         end = start + each.labels.numel()
@@ -74,12 +74,13 @@ def _unravelled(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def is_of(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor) -> bool:
-    """Whether the members in a tensor are what the codebook says they are, bit for bit."""
-    return all(
-        torch.equal(part[members].flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
-        for part, members, expected in _members(codebook, tensor, dim, symbols)
-    )
+def differing(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor) -> int:
+    """How many members in a tensor are not what the codebook says they are, bit for bit."""
+    found = 0
+    for part, members, expected in _members(codebook, tensor, dim, symbols):
+        own, wanted = (one.unsqueeze(-1).contiguous().view(torch.uint8) for one in (part[members], expected))
+        found += int((own != wanted).flatten(1).any(1).sum())
+    return found
 
 
 def fill_(tensor: Tensor, codebook: Tensor, dim: int, symbols: Tensor) -> None:

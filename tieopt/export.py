@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from tieopt.codebook import codebook_of, entries_of, fill_, is_of, packed, unpacked
+from tieopt.codebook import codebook_of, differing, entries_of, fill_, packed, unpacked
 from tieopt.optimizer import TiedOptimizer
 from tieopt.places import BoundTie, found, parameters_of
 from tieopt.reduction import bits
@@ -336,12 +336,12 @@ def _write_free(writer: Writer, name: str, param: Tensor, slices: Sequence[Slice
 
 
 def _check_tied(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor, name: str) -> None:
-    if not is_of(codebook, tensor, dim, symbols):
+    if count := differing(codebook, tensor, dim, symbols):
         raise ValueError(
             "What is not tied cannot be written as a codebook.\n"
             f"  Parameter: {name} of shape {tuple(tensor.shape)}\n"
             "  Expected:  members that are equal bit for bit, as after tie_weights()\n"
-            "  Got:       others"
+            f"  Got:       {count} that differ from the first one of their group"
         )
 
 
