@@ -96,15 +96,12 @@ def adapt_page(app: Sphinx, page: str, source: list[str]) -> None:
 
 def public_names(module: ModuleType) -> Iterator[str]:
     """What a module offers, and the methods and properties of its classes."""
-    for name, thing in vars(module).items():
-        here = getattr(thing, "__module__", None) == module.__name__ or name in getattr(module, "__all__", ())
-        if name.startswith("_") or not here or not (inspect.isfunction(thing) or inspect.isclass(thing)):
-            continue
+    for name in module.__all__:
         yield name
+        thing = getattr(module, name)
+        members = vars(thing).items() if inspect.isclass(thing) else ()
         kinds = (FunctionType, classmethod, staticmethod, property)
-        yield from (
-            f"{name}.{member}" for member, value in vars(thing).items() if member[0] != "_" and isinstance(value, kinds)
-        )
+        yield from (f"{name}.{member}" for member, value in members if member[0] != "_" and isinstance(value, kinds))
 
 
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import requires, version
 from importlib.resources import files
 from pathlib import Path
@@ -139,14 +139,10 @@ def without_markup(line: str) -> str:
 
 @documented
 def test_docstrings_render_as_they_read(name: str) -> None:
-    # What stands before a colon here is rendered as a type, below the text.
-    def lines() -> Iterator[str]:
-        if isinstance(DOCUMENTED[name], property):
-            yield sections(name)[""].splitlines()[0]
-        if "Returns" in sections(name):
-            yield sections(name)["Returns"].splitlines()[0]
-
-    assert not [line for line in lines() if re.search(r":(\s|$)", without_markup(line))]
+    # What stands before a colon in their first line is rendered as a type, below the text.
+    headings = ["", "Returns"] if isinstance(DOCUMENTED[name], property) else ["Returns"]
+    lines = [sections(name)[heading].splitlines()[0] for heading in headings if heading in sections(name)]
+    assert not [line for line in lines if re.search(r":(\s|$)", without_markup(line))]
 
 
 def test_every_public_name_stands_in_the_pages() -> None:
@@ -191,10 +187,8 @@ def test_numpy_is_not_needed() -> None:
 
 
 def test_continuous_integration_pins_what_it_requires() -> None:
-    files = [
-        ROOT / "tests" / name for name in ("constraints.txt", "hosts-constraints.txt", "frameworks-constraints.txt")
-    ]
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    names = ("constraints.txt", "hosts-constraints.txt", "frameworks-constraints.txt")
+    lines = [line for name in names for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines()]
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    names = {re.split(r"[^\w.-]", line)[0].lower() for line in requires("tieopt") or []}
-    assert names <= {name.lower() for name in pins}
+    required = {re.split(r"[^\w.-]", line)[0].lower() for line in requires("tieopt") or []}
+    assert required <= {name.lower() for name in pins}

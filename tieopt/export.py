@@ -132,7 +132,7 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
     with Writer(file) as writer:
         tied: defaultdict[str, list[Slices]] = defaultdict(list)
         stated = [
-            _write_tie(writer, tie.slices, params, [_name_of(param, names, state) for param in params], tied)
+            _write_tie(writer, tie.slices, params, [_name_of(param, names) for param in params], tied)
             for tie, params in _tied(model, ties)
         ]
         for name, every in tied.items():
@@ -277,12 +277,12 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return place, *kind, tensor.is_conj(), tensor.is_neg()
 
 
-def _name_of(param: Tensor, names: dict[Any, str], state: dict[str, Tensor]) -> str:
+def _name_of(param: Tensor, names: dict[Any, str]) -> str:
     name = names.get(_place(_stored("A tied parameter", param)))
     if name is None:
         raise ValueError(
             "A tied parameter is not in the state of the model.\n"
-            f"  Expected: one of {', '.join(state)}\n"
+            "  Expected: a parameter that model.state_dict() has\n"
             f"  Got:      a parameter of shape {tuple(param.shape)}"
         )
     return name
