@@ -60,18 +60,9 @@ def codebook_of(entries: Entries, slices: Sequence[Slices], tensors: Sequence[Te
     for each, tensor in zip(slices, tensors, strict=True):
         end = start + each.labels.numel()
         own = entries.firsts[(entries.firsts >= start) & (entries.firsts < end)] - start
-        found.append(bits(tensor).movedim(each.dim, 0)[_unravelled(own, each.labels.shape)])
+        found.append(bits(tensor).movedim(each.dim, 0)[torch.unravel_index(own, each.labels.shape)])
         start = end
     return torch.cat(found).view(tensors[0].dtype)
-
-
-def _unravelled(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    """For each dimension of a shape the indices of so numbered places."""
-    found: list[Tensor] = []
-    for size in reversed(shape):
-        found.insert(0, places % size)
-        places = places // size
-    return tuple(found)
 
 
 def differing(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor) -> int:

@@ -346,7 +346,11 @@ class CompactStep:
 
     @untraced
     def close(self, *, failed: bool = False) -> None:
-        """Puts back the gradients that could not be folded as they were; the model's are not to be written."""
+        """Puts back the gradients that could not be folded as they were; the model's are not to be written.
+
+        Args:
+            failed: whether there was an error, which makes no difference here.
+        """
         for param, grad, replacement in self._replaced:
             if param.grad is replacement:
                 param.grad = grad

@@ -226,7 +226,7 @@ class TiedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone; or the gradient of a
-                sharded one is sparse, or has a graph.
+                sharded one is sparse, has a graph, or is not sharded over its mesh.
             ValueError: joined parameters have come to differ in dtype, device or settings.
 
         Example:
