@@ -326,11 +326,13 @@ def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, Any]:
 
     image = torch.zeros(*numbers.shape, 4, dtype=torch.float64, device="cpu")
     image[..., 3] = (numbers != _GAP).double()
+    # A view: torch 2.6 takes no mask beside a slice.
+    colors = image[..., :3]
     names, which = torch.unique(numbers[tied], return_inverse=True)
-    image[tied, :3] = torch.stack([_color(number) for number in names.tolist()])[which] if len(names) else paper
-    image[faded, :3] = _faded(image[faded, :3], paper)
-    image[pinned, :3] = ink
-    image[numbers == FREE, :3] = free
+    colors[tied] = torch.stack([_color(number) for number in names.tolist()])[which] if len(names) else paper
+    colors[faded] = _faded(colors[faded], paper)
+    colors[pinned] = ink
+    colors[numbers == FREE] = free
     height, width = numbers.shape
     if image.numel():
         axes.imshow(image.numpy(), interpolation="nearest", aspect="auto")
@@ -343,7 +345,7 @@ def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, Any]:
             size = min(across / width / (len(text) + 0.5) / _CHARACTER, _LARGEST)
             if size < _SMALLEST:
                 continue
-            color = "black" if float(image[row, column, :3] @ _LUMINANCE) > 0.4 else "white"
+            color = "black" if float(colors[row, column] @ _LUMINANCE) > 0.4 else "white"
             axes.text(column, row, text, color=color, fontsize=size, ha="center", va="center")
     for axis, dims, room in zip((axes.yaxis, axes.xaxis), _sides(panel.param.shape), (down, across), strict=True):
         _label(axis, dims, panel, room)
