@@ -638,6 +638,41 @@ def test_the_state_that_is_there_is_tied_as_in_one_process(ranks, ties, trained,
         torch.testing.assert_close(answer, expected, rtol=1e-12, atol=1e-12)
 
 
+def started_from_first(weights: list[Tensor], ties: list[list[tuple]], placement) -> list[Tensor]:
+    """Weights, and a state of the same entries, that start from the first members, gathered."""
+
+    def placed(full: Tensor) -> Tensor:
+        return full.clone() if placement is None else sharded(full, line(), [placement])
+
+    params = [Parameter(placed(weight)) for weight in weights]
+    optimizer = SGD(params, lr=0.1, momentum=0.9)
+    for param in params:
+        optimizer.state[param] = {"momentum_buffer": param.detach().clone()}
+    joined = [
+        Tie.join(*(Tie(params[number], labels, dim=dim, scale=scale) for number, labels, dim, scale in tie[::-1]))
+        for tie in ties
+    ]
+    optimizer = TiedOptimizer(optimizer, joined, start="first")
+    started = [param.detach().clone() for param in params]
+    optimizer.tie_weights()
+    assert all(torch.equal(one, param) for one, param in zip(started, params, strict=True))
+    entries = [*started, *(optimizer.state[param]["momentum_buffer"] for param in params)]
+    return [one.full_tensor() if placement is not None else one for one in entries]
+
+
+MULTIPLES = torch.tensor([1.0, 0.3, 0.0, -2.0, 1.0, 7.0])
+
+
+@example(ties=[[(0, torch.tensor([0, 0, 1, 1, -1, 1]), 0, MULTIPLES)]], placement=Shard(1))
+@given(ties=ties_of_two(), placement=st.sampled_from([Shard(0), Shard(1), Replicate()]))
+def test_sharded_groups_start_from_their_first_members_as_in_one_process(ranks, ties, placement):
+    weights = [randn(6, 6, seed=seed) for seed in (0, 1)]
+    expected = started_from_first(weights, ties, None)
+
+    for answer in ranks.run(started_from_first, weights, ties, placement):
+        assert all(map(same_bits, answer, expected))
+
+
 def relaxed() -> list[Tensor]:
     model = mlp()
     if dist.is_initialized():

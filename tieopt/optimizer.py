@@ -32,6 +32,7 @@ from tieopt.full import FullStep, is_differentiable
 from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.places import parameters_of
 from tieopt.reduction import Reduction
+from tieopt.start import Start, check_start, start_from_first_
 from tieopt.state import tied_state
 from tieopt.ties import Tie, Ties, shown
 from tieopt.traced import between_graphs
@@ -91,6 +92,11 @@ class TiedOptimizer(Optimizer):
             in which nothing moves, do not count.
         compact: trains one entry for each group instead of all its members: the optimizer has state, and does
             arithmetic, for what is distinct alone. See below.
+        start: what the shared values start from: ``"mean"`` is the mean of the members, ``"first"`` the first member,
+            as it is where modules share a Parameter. It is the slice with the lowest index or, of parameters
+            that are joined, that in the one which was given first to :meth:`Tie.join`; with scales the first one that
+            is not pinned. Take it for weights that were just initialised: the mean of K independent random numbers has
+            their standard deviation divided by the square root of K.
 
     With ``compact=True`` the inner optimizer steps on compact parameters, which have the shared value of each
     group once, and after these the free slices. To everything else it looks the same: ``param_groups`` has the
@@ -109,7 +115,8 @@ class TiedOptimizer(Optimizer):
     :meth:`tie_weights` ties them exactly.
 
     An optimizer that has state already is made to look as if its weights had been tied all along: what it
-    keeps of each entry is averaged per group, too, unless the ties are relaxed.
+    keeps of each entry is averaged per group, too, or is that of the first member with ``start="first"``, unless the
+    ties are relaxed.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, is tied already, or its ``step`` was replaced on the instance;
@@ -118,7 +125,7 @@ class TiedOptimizer(Optimizer):
         IndexError: an index, or a dimension, is out of range.
         ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
             share an entry; joined parameters differ in dtype, device or settings, or only some of them
-            are frozen; ``reduction``, ``strength`` or ``every`` is out of range, or they exclude each other;
+            are frozen; ``reduction``, ``strength``, ``every`` or ``start`` is out of range, or they exclude each other;
             entries of a parameter share memory, or it is sharded in a way that cannot be tied; the compact mode
             cannot serve the ties, the optimizer, or what it has in its state. Nothing was written in any of
             these cases.
@@ -152,11 +159,13 @@ class TiedOptimizer(Optimizer):
         strength: float = 1.0,
         every: int = 1,
         compact: bool = False,
+        start: Start = "mean",
     ) -> Self:
         _check_wrappable(optimizer)
         binding = Binding(optimizer.param_groups, ties, reduction, strength, every, compact)
+        check_start(start, relaxed=binding.relaxed)
         tied_class = _tied_class(cls, type(optimizer), compact)
-        state = _tie_all(optimizer, optimizer.state, binding)
+        state = _tie_all(optimizer, optimizer.state, binding, start)
 
         # Nothing fails from here on.
         vars(optimizer).pop("step", None)
@@ -178,6 +187,7 @@ class TiedOptimizer(Optimizer):
         strength: float = 1.0,
         every: int = 1,
         compact: bool = False,
+        start: Start = "mean",
     ) -> None:
         # __new__ did it all; Optimizer.__init__ would begin a second state.
         pass
@@ -267,17 +277,19 @@ class TiedOptimizer(Optimizer):
         """
         self._tieopt.tie_weights(_trained(self, self._tieopt), differentiable=is_differentiable(self))
 
-    def retie(self, ties: Ties) -> None:
+    def retie(self, ties: Ties, *, start: Start = "mean") -> None:
         """Replaces all ties by others, in the middle of a training.
 
         The weights are tied at once, and the state of the optimizer is made to look as if they had been
-        tied all along: what it keeps of each entry is averaged per group. What has not the shape of its
-        parameter is left alone: joined parameters that were trained for different numbers of steps keep their
-        step counts.
+        tied all along: what it keeps of each entry is averaged per group or, with ``start="first"``, is that of the
+        first member. What has not the shape of its parameter is left alone: joined parameters that were trained for
+        different numbers of steps keep their step counts.
 
         Args:
             ties: as for :class:`TiedOptimizer`, all that there are to be. Parameters that were added since may be
                 among them.
+            start: as for :class:`TiedOptimizer`, for this change of the ties alone. Groups that are tied already, and
+                get no other members, stay as they are.
 
         Raises:
             TypeError: as for :class:`TiedOptimizer`; or it is called on what a framework has put in the place of the
@@ -301,11 +313,12 @@ class TiedOptimizer(Optimizer):
         kept = self._tieopt
         compact = kept.compact is not None
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
+        check_start(start, relaxed=binding.relaxed)
         binding.steps = kept.steps
         state = dict(self.state)
         if kept.compact is not None:
             state.update(expanded(state, parameters_of(kept.compact.components, self.param_groups)))
-        state = _tie_all(self, state, binding)
+        state = _tie_all(self, state, binding, start)
         self._tieopt = binding
         self._replace_state(state)
 
@@ -649,16 +662,20 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
     return optimizer
 
 
-def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding) -> dict[Any, Any]:
+def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding, start: Start) -> dict[Any, Any]:
     """Ties the weights, and returns what takes the place of the state that an optimizer has already."""
     pairs = _trained(optimizer, binding)
-    changed = {} if binding.relaxed else tied_state(state, pairs)
+    changed = {} if binding.relaxed else tied_state(state, pairs, start)
     if binding.compact is not None:
         check_served(optimizer, binding.compact)
         binding.compact.attach(optimizer.param_groups)
         whole = {**state, **changed}
         changed = {**whole, **compacted(whole, parameters_of(binding.compact.components, optimizer.param_groups))}
         changed = {key: value for key, value in changed.items() if value}
+    if start == "first":
+        for tie, params in pairs:
+            start_from_first_(tie, params, tie.order)
+    # What starts from the first members is tied already, and keeps its bits.
     binding.tie_weights(pairs, differentiable=is_differentiable(optimizer), strength=binding.strength)
     return changed
 

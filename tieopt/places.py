@@ -49,14 +49,17 @@ class BoundTie(Indices):
     Attributes:
         places: of the parameters.
         slices: of each parameter; groups are numbered in the order of their first members.
+        order: the numbers of the parameters in the order in which they were joined.
         is_of_rows: whether it is of rows of one parameter, so that sparse gradients can be tied as they are.
     """
 
     def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
         # In the order of the parameters, however they were joined: sums depend on it.
-        parts = sorted(zip(places, slices, strict=True), key=lambda part: (*part[0][:2], part[1].dim))
-        super().__init__(numbered([each for _, each in parts]))
-        self.places = tuple(place for place, _ in parts)
+        joined = list(zip(range(len(places)), places, slices, strict=True))
+        parts = sorted(joined, key=lambda part: (*part[1][:2], part[2].dim))
+        super().__init__(numbered([each for *_, each in parts]))
+        self.places = tuple(place for _, place, _ in parts)
+        self.order = tuple(sorted(range(len(parts)), key=lambda number: parts[number][0]))
         self.is_of_rows = len(parts) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
         self._fingerprints: dict[tuple[int, ...], str] = {}
 

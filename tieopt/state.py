@@ -14,6 +14,7 @@ from tieopt.places import BoundTie, T
 from tieopt.reduction import Workspace, projected, tied
 from tieopt.sharded import is_sharded, is_sharded_as, local, on_any_rank, sharded_as, shards_for
 from tieopt.slices import FREE, Slices, real
+from tieopt.start import Start, started_from_first
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
@@ -28,8 +29,10 @@ def with_state(pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]
 
 # Tensors that are made in inference mode could not be written to outside of it, by the next step.
 @torch.inference_mode(False)
-def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> dict[Tensor, State]:
-    """Averages per group what an optimizer keeps of each entry of a tied parameter.
+def tied_state(
+    state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]], start: Start = "mean"
+) -> dict[Tensor, State]:
+    """Averages per group what an optimizer keeps of each entry of a tied parameter, or takes that of the first member.
 
     Whatever has not the shape of its parameter is left alone, and so is what is tied already. A parameter
     that has no state yet, and no free entry, goes on with the state of those that it is joined with.
@@ -43,6 +46,7 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
     Args:
         state: of the optimizer, by parameter.
         pairs: ties and their parameters.
+        start: what the shared values start from; the first member is that of the parameters that have state.
 
     Returns:
         What takes the place of the state of each parameter for which it changes.
@@ -68,7 +72,11 @@ def tied_state(state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list
             if not linear and any(each.scale is not None for each in own.slices):
                 own = Indices(_scaled(own.slices, key, values))
             if not linear and not _is_tied(own, values):
-                values = _projected(own, values)
+                if start == "first":
+                    order = [parts.index(part) for part in tie.order if part in parts]
+                    values = started_from_first(own, values, order)
+                else:
+                    values = _projected(own, values)
                 for part, value in zip(parts, values, strict=True):
                     changed.setdefault(params[part], dict(states[part]))[key] = value
             for part, one in begun.items():

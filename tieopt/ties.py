@@ -168,6 +168,10 @@ class Tie:
         Sharing between two layers is most often done by assigning one Parameter to both modules; this also
         does it for a part of a parameter, or across a transposition.
 
+        A group starts from the mean of its members, which of independent random weights is smaller than they are. With
+        ``TiedOptimizer(..., start="first")`` it starts from the first of them, as where modules share a Parameter:
+        that of the tie which is given first.
+
         Args:
             *ties: those to join, at least one.
 
@@ -188,9 +192,10 @@ class Tie:
             >>> rows = Tie(encoder.weight, torch.arange(3))
             >>> columns = Tie(decoder.weight, torch.arange(3), dim=1)
             >>> inner = torch.optim.Adam([encoder.weight, decoder.weight])
-            >>> optimizer = TiedOptimizer(inner, Tie.join(rows, columns))
-            >>> torch.equal(encoder.weight, decoder.weight.T)
-            True
+            >>> before = encoder.weight.detach().clone()
+            >>> optimizer = TiedOptimizer(inner, Tie.join(rows, columns), start="first")
+            >>> torch.equal(encoder.weight, decoder.weight.T), torch.equal(encoder.weight, before)
+            (True, True)
         """
         for tie in ties or (None,):
             if not isinstance(tie, Tie):
