@@ -596,3 +596,61 @@ def test_the_state_of_relaxed_ties_is_averaged_where_exact_ones_load_it():
     assert torch.equal(momentum["new"][0], momentum["new"][1])
     assert_close(momentum["new"][0], momentum["old"][:3].mean(dim=0), rtol=1e-12, atol=1e-12)
     assert torch.equal(momentum["new"][3], momentum["old"][3])
+
+
+# --- changes in the middle of a step ---
+
+
+class CallsBack(SGD):
+    """Calls what it holds in the middle of its step and of its switches."""
+
+    def step(self, closure: Any = None) -> None:
+        self.callback()
+        super().step()
+
+    def train(self) -> None:
+        self.callback()
+
+    eval = train
+
+
+CHANGES = {"retie": lambda optimizer, weight: optimizer.retie({weight: [[0, 1]]}), "untie": lambda one, _: one.untie()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("within", ["closure", "step", "train", "eval"])
+def test_ties_cannot_change_in_the_middle_of_a_step(compact, change, within):
+    weight, optimizer = one_tied(SGD if within == "closure" else CallsBack, compact=compact)
+    weight.grad = randn(*SHAPE)
+    copies = []
+
+    def closure() -> None:
+        del optimizer.callback
+        copies.extend([copy.deepcopy((weight, optimizer)), pickled((weight, optimizer))])
+        CHANGES[change](optimizer, weight)
+
+    before, shown = bits(weight), optimizer.tie_summary()
+    optimizer.callback = closure
+    run, args = (optimizer.step, [closure]) if within == "closure" else (getattr(optimizer, within), [])
+    with pytest.raises(RuntimeError, match=r"(?s)in the middle of a step.*Expected: retie\(\) or untie\(\) between"):
+        run(*args)
+    assert torch.equal(bits(weight), before)
+    assert optimizer.tie_summary() == shown
+
+    # The error does not stay, and a copy that was made in the step is in none.
+    for own, one in [(weight, optimizer), *copies]:
+        CHANGES[change](one, own)
+        assert len(one.ties) == (change == "retie")
+
+
+def test_ties_can_change_in_the_hooks_around_a_step(compact):
+    weight, optimizer = one_tied(compact=compact)
+    before = optimizer.register_step_pre_hook(lambda *_: optimizer.retie({weight: [[0, 1]]}))
+    after = optimizer.register_step_post_hook(lambda *_: optimizer.retie({weight: [[2, 3]]}))
+    train(optimizer, 1)
+    assert tied_bitwise(weight, [[0, 1], [2, 3]])
+    before.remove()
+    after.remove()
+    train(optimizer, 1)
+    assert tied_bitwise(weight, [[2, 3]])
+    assert not tied_bitwise(weight, [[0, 1]])

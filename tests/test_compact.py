@@ -850,18 +850,6 @@ def test_a_closure_is_evaluated_where_the_optimizer_climbed_to(data: st.DataObje
         _assert_close(parameters, shared.weights(), 1e-11)
 
 
-def test_a_closure_that_changes_the_ties_is_refused():
-    weight, optimizer = one_tied(SGD, compact=True)
-
-    def closure():
-        weight.grad = randn(*SHAPE, seed=1)
-        optimizer.untie()
-
-    before = bits(weight)
-    _refused(lambda: optimizer.step(closure), RuntimeError, "a closure cannot change the ties")
-    assert torch.equal(bits(weight), before)
-
-
 # --- what optimizers do to gradients and weights within a step ---
 
 

@@ -5,7 +5,8 @@ Every method takes the parameter groups as they are at the moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -31,9 +32,14 @@ class Binding:
         every: they are projected after every so many steps.
         compact: whether the inner optimizer trains one entry for each group.
 
+    Attributes:
+        running: whether a step, or a switch between training and evaluation, is running.
+
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
+
+    running = False
 
     def __init__(
         self,
@@ -60,6 +66,19 @@ class Binding:
         pairs = [pair for pair in pairs if not any(map(is_sharded, pair[1]))]
         for ties, params in (*pairs, *self.batches.of(pairs)):
             ties.index_for(params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made in the middle of a step takes no part in it.
+        return {key: value for key, value in vars(self).items() if key != "running"}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Marks that a step is running; a step may run within another one."""
+        before, self.running = self.running, True
+        try:
+            yield
+        finally:
+            self.running = before
 
     @property
     def relaxed(self) -> bool:

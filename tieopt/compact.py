@@ -364,12 +364,6 @@ class CompactStep:
             self.close()
             self.finish()
             loss = closure(*args, **kwargs)
-            if self._tied._tieopt is not self._binding:
-                raise RuntimeError(
-                    "In the compact mode a closure cannot change the ties: the step goes on with the old ones.\n"
-                    "  Expected: retie() or untie() between steps\n"
-                    "  Got:      other ties after the closure"
-                )
             self._fold(self._prepared())
             return loss
 

@@ -79,8 +79,7 @@ class FullStep:
             self._took_part = {
                 tie: params for tie, params in self._took_part.items() if not any(map(is_sharded, params))
             }
-        # A closure may have changed the ties.
-        if self._binding is self._optimizer._tieopt and not self._binding.relaxed:
+        if not self._binding.relaxed:
             self._tie_weights()
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:

@@ -297,8 +297,8 @@ class TiedOptimizer(Optimizer):
             IndexError: an index, or a dimension, is out of range.
             ValueError: as for :class:`TiedOptimizer`; or in the compact mode there is state that cannot be
                 converted, as the history of LBFGS.
-            RuntimeError: in the compact mode, a tied parameter has another shape than when it was tied, or is gone.
-                Everything stays as it is in any of these cases.
+            RuntimeError: a step is running, as it is in a closure; or in the compact mode, a tied parameter has another
+                shape than when it was tied, or is gone. Everything stays as it is in any of these cases.
 
         Example:
             >>> import torch
@@ -311,6 +311,12 @@ class TiedOptimizer(Optimizer):
         """
         _check_itself(self)
         kept = self._tieopt
+        if kept.running:
+            raise RuntimeError(
+                "Ties cannot change in the middle of a step, which goes on with the old ones.\n"
+                "  Expected: retie() or untie() between steps\n"
+                "  Got:      a call from within step(), its closure, train() or eval()"
+            )
         compact = kept.compact is not None
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
         check_start(start, relaxed=binding.relaxed)
@@ -336,7 +342,8 @@ class TiedOptimizer(Optimizer):
         Raises:
             TypeError: it is called on what a framework has put in the optimizer's place.
             ValueError: in the compact mode there is state that cannot be converted, as the history of LBFGS.
-            RuntimeError: in the compact mode, a tied parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a step is running, as it is in a closure; or in the compact mode, a tied parameter has another
+                shape than when it was tied, or is gone.
 
         Example:
             >>> import torch
@@ -555,7 +562,7 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
             args = (mode.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = mode.around(kwargs["closure"])
-        with torch.set_grad_enabled(grad):
+        with self._tieopt.step(), torch.set_grad_enabled(grad):
             try:
                 result = mode.step(below, *args, **kwargs)
                 mode.finish()
@@ -581,11 +588,12 @@ def _tied_switch(inner: type[Optimizer], name: str) -> Callable[..., Any]:
 
     @wraps(inner_switch)
     def switch(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        if self._tieopt.compact is None:
-            return FullStep(self).switch(inner_switch, *args, **kwargs)
-        # The twin has the attributes of the optimizer.
-        _check_itself(self)
-        return CompactStep(self).switch(inner_switch, *args, **kwargs)
+        with self._tieopt.step():
+            if self._tieopt.compact is None:
+                return FullStep(self).switch(inner_switch, *args, **kwargs)
+            # The twin has the attributes of the optimizer.
+            _check_itself(self)
+            return CompactStep(self).switch(inner_switch, *args, **kwargs)
 
     return switch
 
