@@ -1022,16 +1022,38 @@ def test_a_step_is_captured_in_a_cuda_graph_and_keeps_the_ties_when_it_is_replay
 # --- weak references, and step as a bound method that can be replaced ---
 
 
-def test_the_optimizer_is_weakly_referenceable_and_dies_with_its_last_reference(compact):
-    _, optimizer = one_tied(AdamW, compact=compact)
+def _untied(weight, optimizer):
+    optimizer.untie()
     train(optimizer, 1)
-    reference = weakref.ref(optimizer)
-    assert reference() is optimizer
 
+
+def _retied_and_scheduled(weight, optimizer):
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step(lambda: weight.square().sum())
+    scheduler.step()
+    optimizer.retie({weight: [[0, 1]]})
+    train(optimizer, 1)
+
+
+LIVES = {
+    "after a step": lambda weight, optimizer: None,
+    "after closures, a scheduler and other ties": _retied_and_scheduled,
+    "after the ties": _untied,
+}
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_the_optimizer_and_its_state_die_with_the_last_reference_and_not_when_garbage_is_collected(compact, life):
     gc.disable()
     try:
+        weight, optimizer = one_tied(AdamW, compact=compact)
+        train(optimizer, 1)
+        LIVES[life](weight, optimizer)
+        references = [weakref.ref(optimizer), *map(weakref.ref, optimizer.state[weight].values())]
+        assert len(references) == 4
+        assert references[0]() is optimizer
         del optimizer
-        assert reference() is None
+        assert [reference() for reference in references] == [None] * 4
     finally:
         gc.enable()
 

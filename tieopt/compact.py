@@ -34,7 +34,7 @@ from tieopt.reduction import Reduction
 from tieopt.sharded import is_sharded
 from tieopt.state import with_state
 from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
-from tieopt.twin import make_twin
+from tieopt.twin import twin_of
 
 Components = Sequence[tuple[Component, list[Tensor]]]
 
@@ -66,7 +66,6 @@ class Compact:
         self.entries: int | None = None
         self._parameters: dict[tuple[int, int], Parameter] = {}
         self._gradients: dict[int, Tensor] = {}
-        self._twin: Optimizer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"components": self.components}
@@ -102,12 +101,6 @@ class Compact:
     def counterparts(self, param_groups: ParamGroups) -> list[tuple[Tensor, Parameter]]:
         """The parameters that are tied, and the compact one of each."""
         return [(param_groups[group]["params"][at], compact) for (group, at), compact in self._parameters.items()]
-
-    def twin_of(self, optimizer: Any) -> Optimizer:
-        """The twin of the optimizer, the same one each time: a compiled step is that of one object."""
-        if self._twin is None or vars(self._twin) is not vars(optimizer):
-            self._twin = make_twin(optimizer)
-        return self._twin
 
     def mirror(self, param_groups: ParamGroups) -> None:
         """Makes the parameter groups of the twin those of the optimizer, with the compact parameters."""
@@ -291,7 +284,7 @@ class CompactStep:
         self._compact: Compact = self._binding.compact
         self._took_part: dict[Component, list[Tensor]] = {}
         self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-        self._twin = self._compact.twin_of(optimizer)
+        self._twin = twin_of(optimizer)
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

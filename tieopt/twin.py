@@ -10,17 +10,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import new_class
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tieopt.traced import untraced
 
-def make_twin(optimizer: Any) -> Optimizer:
-    """A twin of an optimizer in the compact mode."""
-    twin = cast(Optimizer, object.__new__(optimizer._tieopt_twin))
-    twin.__dict__ = vars(optimizer)
+# A twin holds the attributes of its optimizer. If these held the twin in turn, the state of a discarded optimizer would
+# stay until the garbage collector runs.
+_twins: WeakKeyDictionary[Optimizer, Optimizer] = WeakKeyDictionary()
+
+
+@untraced
+def twin_of(optimizer: Any) -> Optimizer:
+    """The twin of an optimizer in the compact mode, the same one each time: a compiled step is that of one object."""
+    twin = _twins.get(optimizer)
+    if twin is None or vars(twin) is not vars(optimizer):
+        twin = cast(Optimizer, object.__new__(optimizer._tieopt_twin))
+        twin.__dict__ = vars(optimizer)
+        _twins[optimizer] = twin
     return twin
 
 
