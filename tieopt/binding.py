@@ -5,7 +5,8 @@ Every method takes the parameter groups as they are at the moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from tieopt.batches import Batches, Pairs
 from tieopt.compact import Compact
-from tieopt.places import BoundTie, ParamGroups, all_places, found, name_of, parameters_of
-from tieopt.reduction import Reduction, drift, projected
+from tieopt.memory import traces
+from tieopt.places import BoundTie, ParamGroups, T, all_places, check_apart, found, name_of, parameters_of
+from tieopt.reduction import Reduction, Workspace, drift, projected, tied
 from tieopt.sharded import is_sharded, shards_for
-from tieopt.ties import shown
+from tieopt.ties import check_writable, shown
+from tieopt.traced import is_capturing, untraced
 
 
 class Binding:
@@ -58,6 +61,9 @@ class Binding:
         self.ties = found(param_groups, ties)
         self.compact = Compact(self.ties, param_groups) if compact else None
         self.batches = Batches()
+        self._captured = False
+        self._replaced: Binding | None = None
+        self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
         # Compiled now, and not while a step is traced, which works on each by itself, or captured.
         pairs = self.parameters(param_groups)
         for tie, params in pairs:
@@ -69,16 +75,26 @@ class Binding:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made in the middle of a step takes no part in it.
-        return {key: value for key, value in vars(self).items() if key != "running"}
+        kept = {key: value for key, value in vars(self).items() if key != "running"}
+        return {**kept, "_seen": {}, "_captured": False, "_replaced": None}
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Marks that a step is running; a step may run within another one."""
         before, self.running = self.running, True
+        self._captured = self._captured or is_capturing()
         try:
             yield
         finally:
             self.running = before
+
+    def replace(self, other: Binding) -> None:
+        """Takes the place of the ties that an optimizer had.
+
+        A CUDA graph that has captured one of their steps goes on to use their tensors, which therefore stay.
+        """
+        self.steps = other.steps
+        self._replaced = other if other._captured else other._replaced
 
     @property
     def relaxed(self) -> bool:
@@ -108,11 +124,53 @@ class Binding:
         elif strength > 0:
             self.batches.relax_(pairs, strength)
 
+    @untraced
+    def note(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> None:
+        """Remembers ties whose parameters are tied now."""
+        self._seen.update((tie, traces(params)) for tie, params in pairs)
+
+    def note_all(self, param_groups: ParamGroups) -> None:
+        """Remembers that all parameters that are not frozen are tied now."""
+        ties = self.ties if self.compact is None else self.compact.components
+        self.note(pair for pair in parameters_of(ties, param_groups) if pair[1][0].requires_grad)
+
+    @untraced
+    def written(
+        self, pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGroups
+    ) -> list[tuple[T, list[Tensor]]]:
+        """The ties whose parameters were replaced, moved or written to since they were noted.
+
+        Warns if the members of a group are not equal any more.
+
+        Raises:
+            ValueError: entries of a parameter share memory now, with each other or with those of another parameter.
+        """
+        now = {tie: traces(params) for tie, params in pairs}
+        changed = [(tie, params) for tie, params in pairs if now[tie] != self._seen.get(tie)]
+        moved = [(tie, params) for tie, params in changed if _places(now[tie]) != _places(self._seen.get(tie, []))]
+        for tie, params in moved:
+            for place, param in zip(tie.places, params, strict=True):
+                check_writable(param, name_of(param_groups, place))
+        if moved:
+            check_apart(param_groups, self.ties)
+        for tie, params in changed:
+            if tie in self._seen and not self.relaxed and not _is_still_tied(tie, params):
+                names = ", ".join(name_of(param_groups, place) for place in tie.places)
+                warnings.warn(
+                    f"Tied weights were written to between two steps, and their members differ now: {names}. "
+                    "They go on from their mean. Write what is tied to all members, or call tie_weights() afterwards. "
+                    "A lookup in an embedding with max_norm writes to the rows that it looks up.",
+                    stacklevel=2,
+                )
+        return changed
+
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean; of sharded parameters on any rank."""
+        # Not in the buffers of the steps: this may be asked in another thread, or after a step was captured.
+        workspace = Workspace()
         if any(map(is_sharded, params)):
-            return shards_for(tie, params, list(map(str, tie.places))).drift(params, self.batches.workspace)
-        return drift(params, tie.index_for(params), self.batches.workspace)
+            return shards_for(tie, params, list(map(str, tie.places))).drift(params, workspace)
+        return drift(params, tie.index_for(params), workspace)
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """The fingerprints of its ties, for each parameter by the number that it has in a ``state_dict``."""
@@ -155,6 +213,18 @@ class Binding:
                     f"  Expected:  {own.get(number, 'no ties')}\n"
                     f"  Got:       {saved.get(number, 'no ties')}"
                 )
+
+
+def _places(seen: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Traces without what counts writes."""
+    return [trace[:-1] for trace in seen]
+
+
+def _is_still_tied(tie: BoundTie, params: list[Tensor]) -> bool:
+    """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
+    if any(param.grad_fn is not None or is_sharded(param) for param in params) or is_capturing():
+        return True
+    return tied([param.detach() for param in params], tie.index_for(params), Workspace())
 
 
 def _check_options(reduction: Any, strength: Any, every: Any, compact: Any) -> None:

@@ -14,8 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.nn import Module, Parameter
 
 from tieopt.batches import Batches
 from tieopt.components import Component, components
@@ -34,7 +33,7 @@ from tieopt.reduction import Reduction
 from tieopt.sharded import is_sharded
 from tieopt.state import with_state
 from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
-from tieopt.twin import twin_of
+from tieopt.twin import compact_within, held_optimizers, twin_of
 
 Components = Sequence[tuple[Component, list[Tensor]]]
 
@@ -123,16 +122,15 @@ class Compact:
         for own, settings in zip(self.param_groups, param_groups, strict=True):
             _copy_settings(own, settings)
 
-    def prepare(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
+    def prepare(self, pairs: Components, written: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Makes ready what is to be folded.
 
         Args:
             pairs: components, and their parameters.
+            written: those whose weights were written from outside, and may not be tied.
             batches: to work in.
             param_groups: of the optimizer.
         """
-        # Also those that have taken the places of whole ones.
-        _check_whole(pairs)
         trained = {id(param) for _, params in pairs for param in params if param.grad is not None}
         for param, compact in self.counterparts(param_groups):
             other_kind = compact.dtype != param.dtype or compact.device != param.device
@@ -145,8 +143,7 @@ class Compact:
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
             if id(param) in trained and compact.grad is None and compact.numel() and not _is_sparse(param.grad):
                 compact.grad = self._gradient_of(compact)
-        # What was written from outside may not be tied.
-        batches.project_([(tie, params) for tie, params in pairs if not _is_as_written(tie, params)])
+        batches.project_(written)
 
     def fold(self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups) -> None:
         """Reads the compact parameters from the weights, and their gradients from the gradients.
@@ -244,16 +241,6 @@ def _is_sparse(grad: Tensor | None) -> bool:
     return grad is not None and grad.layout == torch.sparse_coo
 
 
-def _is_as_written(tie: Component, params: Sequence[Tensor]) -> bool:
-    """Whether nothing but this mode has written to parameters; of inference tensors nobody knows."""
-    return tie.versions == _versions(params) and not any(param.is_inference() for param in params)
-
-
-def _versions(params: Sequence[Tensor]) -> list[tuple[int, int, int | None]]:
-    """What changes when parameters are replaced or written to; not through ``.data``, which leaves no trace."""
-    return [(id(param), param.data_ptr(), None if param.is_inference() else param._version) for param in params]
-
-
 def _copy_settings(source: Mapping[str, Any], target: dict[str, Any]) -> None:
     """Copies settings that differ: a traced step is traced again where something was written."""
     for key, value in source.items():
@@ -289,7 +276,13 @@ class CompactStep:
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Steps on the gradients that are there."""
-        return self._folded_step(self._prepared(), inner_step, *args, **kwargs)
+        return self._stepped(self._prepared(), inner_step, *args, **kwargs)
+
+    def _stepped(self, pairs: Components, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not held_optimizers(self._tied):
+            return self._folded_step(pairs, inner_step, *args, **kwargs)
+        with compact_within(self._tied):
+            return self._folded_step(pairs, inner_step, *args, **kwargs)
 
     def _folded_step(self, pairs: Components, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         torch.compiler.is_compiling()
@@ -300,27 +293,36 @@ class CompactStep:
         self._compact.fold(pairs, self._binding.batches, self._binding.reduction, self._tied.param_groups)
 
     @untraced
-    def _prepared(self) -> Components:
+    def _prepared(self, pairs: Components | None = None) -> Components:
+        """Makes parameters ready to be folded, by default those that have gradients, and returns these."""
         param_groups = self._tied.param_groups
-        pairs = with_gradients(parameters_of(self._compact.components, param_groups))
+        if pairs is None:
+            pairs = with_gradients(parameters_of(self._compact.components, param_groups))
         # What a closure has left without a gradient is not trained any more.
         self._took_part = dict(pairs)
+        written = self._written(pairs)
         given = [(param, param.grad) for _, params in pairs for param in params]
         prepare_gradients(pairs)
         self._compact.mirror(param_groups)
-        self._compact.prepare(pairs, self._binding.batches, param_groups)
+        self._compact.prepare(pairs, written, self._binding.batches, param_groups)
         self._replaced = [(param, grad, param.grad) for param, grad in given if param.grad is not grad]
-        return pairs
+        return with_gradients(pairs)
 
-    def switch(self, inner_switch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls what exchanges the weights, as ``train()`` and ``eval()`` of some optimizers do."""
+    def _written(self, pairs: Components) -> Components:
+        # Shards may have taken the places of whole parameters.
+        _check_whole(pairs)
+        written: Components = self._binding.written(pairs, self._tied.param_groups)
+        return written
+
+    @between_graphs
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls another method than ``step()``, which may write weights that have no gradients."""
         param_groups = self._tied.param_groups
         pairs = with_state(parameters_of(self._compact.components, param_groups), self._tied.state)
-        self._took_part = dict(pairs)
-        self._compact.mirror(param_groups)
-        self._compact.prepare(pairs, self._binding.batches, param_groups)
-        self._compact.fold_weights(pairs, self._binding.batches, param_groups)
-        result = inner_switch(self._twin, *args, **kwargs)
+        trained = self._prepared(pairs)
+        rest = [pair for pair in pairs if pair not in trained]
+        self._compact.fold_weights(rest, self._binding.batches, param_groups)
+        result = self._stepped(trained, method, *args, **kwargs)
         self.finish()
         return self._tied if result is self._twin else result
 
@@ -334,16 +336,14 @@ class CompactStep:
     @untraced
     def _settle(self, pairs: Components) -> None:
         self._compact.settle(self._tied.param_groups)
-        for tie, params in pairs:
-            tie.versions = _versions(params)
+        self._binding.note(pairs)
+
+    def __enter__(self) -> None:
+        pass
 
     @untraced
-    def close(self, *, failed: bool = False) -> None:
-        """Puts back the gradients that could not be folded as they were; the model's are not to be written.
-
-        Args:
-            failed: whether there was an error, which makes no difference here.
-        """
+    def __exit__(self, *_: object) -> None:
+        """Puts back the gradients that could not be folded as they were; the model's are not to be written."""
         for param, grad, replacement in self._replaced:
             if param.grad is replacement:
                 param.grad = grad
@@ -354,7 +354,7 @@ class CompactStep:
 
         @wraps(closure)
         def unfolded_closure(*args: Any, **kwargs: Any) -> Any:
-            self.close()
+            self.__exit__()
             self.finish()
             loss = closure(*args, **kwargs)
             self._fold(self._prepared())
@@ -370,18 +370,19 @@ def check_served(optimizer: Any, compact: Compact) -> None:
         ValueError: the optimizer is differentiable, or has another one write to the parameters; or it takes matrices
             where a compact parameter is none, or a parameter is lazily negated or conjugated.
     """
-    # Some hold several of them in a list.
-    held = [
-        (name, type(one).__name__)
-        for name, value in vars(optimizer).items()
-        for one in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(one, Optimizer)
-    ]
-    if held:
+    within = [type(one).__name__ for one in held_optimizers(optimizer)]
+    if within and not {"param_groups", "state"} <= vars(optimizer).keys():
         raise ValueError(
-            "The compact mode has no compact parameters for an optimizer within the optimizer.\n"
-            "  Expected: an optimizer that steps itself, or compact=False\n"
-            f"  Got:      {type(optimizer).__name__} with {held[0][1]} as {held[0][0]}"
+            "The compact mode has no compact parameters for an optimizer that another one only hands its gradients.\n"
+            "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
+            f"  Got:      {type(optimizer).__name__} around {within[0]}"
+        )
+    models = [name for name, value in vars(optimizer).items() if isinstance(value, Module)]
+    if within and models:
+        raise ValueError(
+            "The compact mode has no compact parameters in a model that the optimizer runs itself.\n"
+            "  Expected: an optimizer that runs the model in a closure alone, or compact=False\n"
+            f"  Got:      {type(optimizer).__name__} with a model as {models[0]}"
         )
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
         raise ValueError(

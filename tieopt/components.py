@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,18 +11,7 @@ from tieopt.slices import FREE, Slices, told_apart
 
 
 class Component(BoundTie):
-    """All the ties of parameters that have to be folded together, each parameter once.
-
-    Attributes:
-        versions: of the parameters when the compact mode last wrote them; None if it did not.
-    """
-
-    def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
-        super().__init__(places, slices)
-        self.versions: list[tuple[int, int, int | None]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "versions": None}
+    """All the ties of parameters that have to be folded together, each parameter once."""
 
 
 def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[Component]:

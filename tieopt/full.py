@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tieopt.binding import Binding
-from tieopt.gradients import tie_gradients, with_gradients
+from tieopt.gradients import gradients_of, tie_gradients, with_gradients
+from tieopt.memory import traces
 from tieopt.places import BoundTie, ParamGroups
 from tieopt.sharded import is_sharded
 from tieopt.state import with_state
-from tieopt.traced import between_graphs, untraced
+from tieopt.traced import between_graphs, is_capturing, untraced
+from tieopt.twin import held_optimizers
 
 
 class FullStep:
@@ -25,39 +29,68 @@ class FullStep:
 
     Args:
         optimizer: the tied one.
+        gradients: whether gradients are tied, too.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, *, gradients: bool = True) -> None:
         self._optimizer = optimizer
         self._binding: Binding = optimizer._tieopt
+        self._ties_gradients = gradients and not self._binding.relaxed
         self._undo: list[Callable[[], None]] = []
         self._took_part: dict[BoundTie, list[Tensor]] = {}
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Steps on the gradients that are there, tied."""
+        self._check_weights()
         self._begin()
-        return inner_step(self._optimizer, *args, **kwargs)
+        held = held_optimizers(self._optimizer)
+        if not held:
+            return inner_step(self._optimizer, *args, **kwargs)
+        with self._tied_within(held):
+            return inner_step(self._optimizer, *args, **kwargs)
+
+    @contextmanager
+    def _tied_within(self, held: Sequence[Optimizer]) -> Iterator[None]:
+        """Ties gradients once more where an optimizer has replaced them before one that it holds steps on them."""
+        tied = self._gradient_traces()
+
+        def tie_again(*_: object) -> None:
+            if self._gradient_traces() != tied:
+                self._restore()
+                self._begin()
+
+        hooks = [one.register_step_pre_hook(tie_again) for one in held if hasattr(one, "_optimizer_step_pre_hooks")]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _gradient_traces(self) -> list[tuple[object, ...]]:
+        pairs = self._binding.parameters(self._optimizer.param_groups)
+        return [trace for _, params in pairs for trace in traces(gradients_of(params))]
+
+    @untraced
+    def _check_weights(self) -> None:
+        """Says so where the weights that a step begins with are not those that the last one left."""
+        param_groups = self._optimizer.param_groups
+        pairs = self._binding.parameters(param_groups)
+        self._binding.written([pair for pair in pairs if pair[1][0].requires_grad], param_groups)
 
     def _begin(self) -> None:
-        """Ties the gradients that are there, and remembers whose they are; relaxed ties leave them alone."""
+        """Ties the gradients that are there, and remembers whose they are."""
         torch.compiler.is_compiling()
         pairs = with_gradients(self._binding.parameters(self._optimizer.param_groups))
         self._took_part.update(pairs)
-        if not self._binding.relaxed:
+        if self._ties_gradients:
             tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
 
-    def switch(self, inner_switch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls what exchanges the weights, as ``train()`` and ``eval()`` of some optimizers do."""
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls another method than ``step()``, which may write weights that have no gradients."""
         pairs = self._binding.parameters(self._optimizer.param_groups)
         self._took_part = dict(with_state(pairs, self._optimizer.state))
-        try:
-            result = inner_switch(self._optimizer, *args, **kwargs)
-        except BaseException:
-            self.close(failed=True)
-            raise
-        self.close()
-        return result
+        return self.step(method, *args, **kwargs)
 
     def finish(self) -> None:
         """Pulls relaxed members together, every so many steps."""
@@ -66,16 +99,21 @@ class FullStep:
             if self._binding.steps % self._binding.every == 0:
                 self._tie_weights(self._binding.strength)
 
-    def close(self, *, failed: bool = False) -> None:
-        """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights.
+    def __enter__(self) -> None:
+        pass
 
-        Args:
-            failed: whether there was an error. It may be that of one rank alone: what it sent to others then, they
-                would take for what they wait for. So sharded weights stay as they are.
-        """
+    @between_graphs
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights."""
+        self._close(failed=kind is not None)
+        self._binding.note(self._took_part.items())
+
+    def _close(self, *, failed: bool) -> None:
         torch.compiler.is_compiling()
         self._restore()
         if failed:
+            # The error may be that of one rank alone: what it sent to others now, they would take for what they wait
+            # for. So sharded weights stay as they are.
             self._took_part = {
                 tie: params for tie, params in self._took_part.items() if not any(map(is_sharded, params))
             }
@@ -106,11 +144,13 @@ class FullStep:
 @untraced
 def _is_at_rest(param_groups: ParamGroups) -> bool:
     """Whether all learning rates are zero, as in the step by which torch.distributed.checkpoint begins a state."""
-    rates = [settings.get("lr") for settings in param_groups]
-    # One on an accelerator would have to be waited for.
-    return all(
-        rate.device.type == "cpu" and not rate.any() if isinstance(rate, Tensor) else rate == 0 for rate in rates
-    )
+    return all(_is_zero(settings.get("lr")) for settings in param_groups)
+
+
+def _is_zero(rate: Any) -> bool:
+    if not isinstance(rate, Tensor):
+        return bool(rate == 0)
+    return not is_capturing() and not bool(rate.any())
 
 
 def is_differentiable(optimizer: Any) -> bool:

@@ -276,6 +276,7 @@ class TiedOptimizer(Optimizer):
             True
         """
         self._tieopt.tie_weights(_trained(self, self._tieopt), differentiable=is_differentiable(self))
+        self._tieopt.note_all(self.param_groups)
 
     def retie(self, ties: Ties, *, start: Start = "mean") -> None:
         """Replaces all ties by others, in the middle of a training.
@@ -320,7 +321,7 @@ class TiedOptimizer(Optimizer):
         compact = kept.compact is not None
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
         check_start(start, relaxed=binding.relaxed)
-        binding.steps = kept.steps
+        binding.replace(kept)
         state = dict(self.state)
         if kept.compact is not None:
             state.update(expanded(state, parameters_of(kept.compact.components, self.param_groups)))
@@ -562,14 +563,9 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
             args = (mode.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = mode.around(kwargs["closure"])
-        with self._tieopt.step(), torch.set_grad_enabled(grad):
-            try:
-                result = mode.step(below, *args, **kwargs)
-                mode.finish()
-            except BaseException:
-                mode.close(failed=True)
-                raise
-            mode.close()
+        with self._tieopt.step(), torch.set_grad_enabled(grad), mode:
+            result = mode.step(below, *args, **kwargs)
+            mode.finish()
             return result
 
     step.__doc__ = inner.step.__doc__
@@ -582,24 +578,45 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     return hooked
 
 
-def _tied_switch(inner: type[Optimizer], name: str) -> Callable[..., Any]:
-    """A method by which an optimizer exchanges the weights that it trains and those that are evaluated."""
-    inner_switch = getattr(inner, name)
+def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
+    """A method other than ``step()``, such as ``first_step()`` or ``eval()``, with the gradients and weights tied.
 
-    @wraps(inner_switch)
-    def switch(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        with self._tieopt.step():
-            if self._tieopt.compact is None:
-                return FullStep(self).switch(inner_switch, *args, **kwargs)
+    It may read gradients and write weights as ``step()`` does, and whether it does cannot be seen.
+    """
+    inner_method = getattr(inner, name)
+    # Those of schedule-free and other optimizers, which exchange the weights that are trained and those to evaluate.
+    reads = name not in ("train", "eval")
+    names = list(inspect.signature(inner_method).parameters)
+    closure_at = names.index("closure") - 1 if "closure" in names else len(names)
+
+    @wraps(inner_method)
+    def method(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if self._tieopt.running:
+            # The step that calls it ties.
+            return inner_method(self, *args, **kwargs)
+        if self._tieopt.compact is not None:
             # The twin has the attributes of the optimizer.
             _check_itself(self)
-            return CompactStep(self).switch(inner_switch, *args, **kwargs)
+        mode = FullStep(self, gradients=reads) if self._tieopt.compact is None else CompactStep(self)
+        if callable(kwargs.get("closure")):
+            kwargs["closure"] = mode.around(kwargs["closure"])
+        elif closure_at < len(args) and callable(args[closure_at]):
+            args = (*args[:closure_at], mode.around(args[closure_at]), *args[closure_at + 1 :])
+        with self._tieopt.step(), mode:
+            return mode.call(inner_method, *args, **kwargs)
 
-    return switch
+    return method
 
 
-# What schedule-free and some other optimizers have beside step() that writes to the weights.
-_SWITCHES = ("train", "eval")
+def _methods(inner: type[Optimizer]) -> set[str]:
+    """The names of the public methods that an optimizer's classes add to those of ``Optimizer``."""
+    return {
+        name
+        for kind in inner.__mro__
+        if not issubclass(Optimizer, kind)
+        for name, value in vars(kind).items()
+        if inspect.isfunction(value) and not name.startswith("_") and not hasattr(Optimizer, name)
+    }
 
 
 # What torch puts around the step of every optimizer, to fire the hooks and mark the profile, and around those of its
@@ -627,7 +644,7 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool)
             "__module__": inner.__module__,
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
-            **{name: _tied_switch(inner, name) for name in _SWITCHES if callable(getattr(inner, name, None))},
+            **{name: _tied_method(inner, name) for name in _methods(inner) if not hasattr(cls, name)},
             **(compact_namespace(inner) if compact else {}),
         }
         name = f"Tied{inner.__name__}"
@@ -685,6 +702,7 @@ def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding, s
             start_from_first_(tie, params, tie.order)
     # What starts from the first members is tied already, and keeps its bits.
     binding.tie_weights(pairs, differentiable=is_differentiable(optimizer), strength=binding.strength)
+    binding.note_all(optimizer.param_groups)
     return changed
 
 

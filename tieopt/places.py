@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from tieopt.index import Indices
-from tieopt.sharded import check_sharding
+from tieopt.memory import sharing
+from tieopt.sharded import check_sharding, is_sharded, local
 from tieopt.slices import FREE, Slices, fingerprint, numbered
 from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
 
@@ -174,6 +175,7 @@ def found(param_groups: ParamGroups, ties: Any) -> list[BoundTie]:
         check_joined(param_groups, held, params, tensors=True)
         bound.append(BoundTie(held, slices))
     _check_disjoint(param_groups, bound)
+    check_apart(param_groups, bound)
     return bound
 
 
@@ -260,6 +262,30 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
                     f"  Got:      entry {entry} in {several[int(owner[entry[: owner.dim()]])]}, and in {slices}"
                 )
             owner[labelled] = number
+
+
+def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
+    """Refuses a tied parameter that has an entry in the memory of another parameter.
+
+    A step would move this entry once for each of them.
+
+    Raises:
+        ValueError: there is one.
+    """
+    tied = {place[:2] for tie in ties for place in tie.places}
+    places = {id(parameter_at(param_groups, place)): place for place in reversed(all_places(param_groups))}
+    held = sorted(places.values())
+    params = [parameter_at(param_groups, place) for place in held]
+    shards = local([param for param in params if is_sharded(param)])
+    tensors = [shards.pop(0) if is_sharded(param) else param for param in params]
+    for pair in sharing(tensors):
+        if any(held[number][:2] in tied for number in pair):
+            first, second = (f"{name_of(param_groups, held[n])} {tuple(held[n].shape)}" for n in sorted(pair))
+            raise ValueError(
+                "A tied parameter shares memory with another parameter, so that each step would move it twice.\n"
+                "  Expected: memory of its own for each parameter, as after clone(); or one Parameter in both modules\n"
+                f"  Got:      {first} and {second}"
+            )
 
 
 def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:

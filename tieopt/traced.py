@@ -31,6 +31,11 @@ def untraced(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be waited for."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 # Sums of more are not written out: it takes too long to compile them.
 _WRITTEN_OUT = 64
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from types import new_class
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -33,6 +34,42 @@ def twin_of(optimizer: Any) -> Optimizer:
         twin.__dict__ = vars(optimizer)
         _twins[optimizer] = twin
     return twin
+
+
+def held_optimizers(optimizer: Any) -> list[Optimizer]:
+    """The optimizers that an optimizer has as attributes, or in lists, and that step in its place."""
+    values = [value if isinstance(value, (list, tuple)) else [value] for value in vars(optimizer).values()]
+    return [one for several in values for one in several if isinstance(one, Optimizer)]
+
+
+@contextmanager
+def compact_within(optimizer: Any) -> Iterator[None]:
+    """Has the optimizers that an optimizer in the compact mode holds step on the compact parameters, too."""
+    compact, state = optimizer._tieopt.compact, vars(optimizer)["state"]
+    pairs = compact.counterparts(optimizer.param_groups)
+    compacts = {id(param): parameter for param, parameter in pairs}
+    held = [(one, one.param_groups, one.state) for one in held_optimizers(optimizer)]
+    own = dict(zip(map(id, optimizer.param_groups), compact.param_groups, strict=True))
+    for one, param_groups, kept in held:
+        one.param_groups = [
+            own.get(id(settings)) or {**settings, "params": [compacts.get(id(p), p) for p in settings["params"]]}
+            for settings in param_groups
+        ]
+        # Some share the state of the optimizer that holds them.
+        shared = kept is state or isinstance(kept, StateView)
+        one.state = state if shared else _by_compacts(kept, pairs)
+    try:
+        yield
+    finally:
+        for one, param_groups, kept in held:
+            for settings, stepped in zip(param_groups, one.param_groups, strict=True):
+                settings.update((key, value) for key, value in stepped.items() if key != "params")
+            if one.state is not state:
+                params = {id(parameter): param for param, parameter in pairs}
+                new = {params.get(id(key), key): value for key, value in one.state.items()}
+                kept.clear()
+                kept.update(new)
+            one.param_groups, one.state = param_groups, kept
 
 
 def _twin_class(inner: type[Optimizer]) -> type[Optimizer]:

@@ -1,0 +1,236 @@
+"""Methods other than ``step()`` that read gradients or write weights, and optimizers that hold another one."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import GROUPS, SHAPE, parameter, randn, same_bits, tied_bitwise
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
+from torch.testing import assert_close
+
+from tieopt import TiedOptimizer, tie_
+
+LEADS = [group[0] for group in GROUPS] + [
+    row for row in range(SHAPE[0]) if row not in itertools.chain.from_iterable(GROUPS)
+]
+# Which of the shared and free rows each row is.
+PLACES = torch.tensor(
+    [
+        next(n for n, lead in enumerate(LEADS) if row == lead or any(lead in g and row in g for g in GROUPS))
+        for row in range(SHAPE[0])
+    ]
+)
+
+
+class SAM(Optimizer):
+    """Foret et al., "Sharpness-Aware Minimization", 2021: climbs, and steps by the gradient that is there."""
+
+    def __init__(self, params: list[Parameter], inner: type[Optimizer] = SGD, shared: bool = False, **kwargs: Any):
+        super().__init__(params, {"rho": 0.05, **kwargs})
+        self.inner = inner(self.param_groups, **kwargs)
+        self.param_groups = self.inner.param_groups
+        if shared:
+            self.state = self.inner.state
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        norm = torch.stack([param.grad.norm() for param in params]).norm()
+        for param in params:
+            self.state[param]["old"] = param.clone()
+            param.add_(param.grad, alpha=float(self.param_groups[0]["rho"] / norm))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "old" in self.state[param]:
+                    param.data = self.state[param].pop("old")
+        self.inner.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> None:
+        closure = torch.enable_grad()(closure)
+        closure()
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step()
+
+
+class Averaging(SGD):
+    """Keeps an average of the weights, and exchanges it with them."""
+
+    def average(self, decay: float = 0.5) -> None:
+        for param in self._params():
+            average = self.state[param].setdefault("average", param.detach().clone())
+            average.lerp_(param.detach(), 1 - decay)
+
+    def swap(self) -> None:
+        for n, param in enumerate(self._params()):
+            average = self.state[param]["average"].clone()
+            self.state[param]["average"].copy_(param.detach())
+            # Noise that no two members share, and that is written without a trace.
+            param.data.copy_(average + 1e-4 * randn(*param.shape, seed=n))
+
+    def descend(self, closure: Callable[[], Tensor], lr: float) -> Tensor:
+        loss = closure()
+        for param in self._params():
+            param.data.sub_(param.grad, alpha=lr)
+        return loss
+
+    def fail(self) -> None:
+        for param in self._params():
+            param.data.add_(randn(*param.shape, seed=7))
+        raise RuntimeError("failed halfway")
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+
+def loss_of(rows: Tensor, step: int) -> Tensor:
+    return (rows.sin() * randn(*SHAPE, seed=100 + step)).sum() + rows.prod(1).sum()
+
+
+def made(build: Callable[[list[Parameter]], Optimizer], **options: Any) -> tuple[Parameter, Any]:
+    weight = parameter(*SHAPE, seed=1)
+    return weight, TiedOptimizer(build([weight]), {weight: GROUPS}, **options)
+
+
+def two_steps(optimizer: Any, closure: Callable[[], Tensor]) -> None:
+    closure()
+    optimizer.first_step(zero_grad=True)
+    closure()
+    optimizer.second_step(zero_grad=True)
+
+
+def one_step(optimizer: Any, closure: Callable[[], Tensor]) -> None:
+    optimizer.step(closure)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("stepped", [two_steps, one_step])
+def test_sam_in_two_calls_or_in_one_keeps_the_ties_and_trains_the_shared_rows(
+    stepped: Callable[..., None], shared: bool, compact: bool
+) -> None:
+    settings = {"lr": 0.05, "momentum": 0.9}
+    weight, optimizer = made(lambda params: SAM(params, shared=shared, **settings), reduction="sum", compact=compact)
+    rows = Parameter(tie_(randn(*SHAPE, seed=1), GROUPS)[LEADS])
+    bare = SAM([rows], **settings)
+    for step in range(10):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(weight, step)
+            loss.backward()
+            return loss
+
+        def shared_closure(step: int = step) -> Tensor:
+            bare.zero_grad()
+            loss = loss_of(rows[PLACES], step)
+            loss.backward()
+            return loss
+
+        stepped(optimizer, closure)
+        one_step(bare, shared_closure)
+        assert tied_bitwise(weight)
+        if compact:
+            # In the full mode the norm of the gradient counts every member.
+            assert_close(weight.detach(), rows.detach()[PLACES], rtol=1e-5, atol=1e-6)
+
+
+def test_any_public_method_leaves_weights_that_are_tied(compact: bool) -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
+    for step in range(3):
+        loss_of(weight, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.average()
+        assert tied_bitwise(weight)
+    trained = weight.detach().clone()
+    optimizer.swap()
+    assert tied_bitwise(weight)
+    assert not torch.equal(weight, trained)
+    with pytest.raises(RuntimeError, match="failed halfway"):
+        optimizer.fail()
+    assert tied_bitwise(weight)
+
+
+@pytest.mark.parametrize("given", ["position", "name"])
+def test_a_closure_of_another_method_leaves_tied_gradients(given: str, compact: bool) -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
+    start = weight.detach().clone()
+    mean = tie_(torch.autograd.grad(loss_of(weight, 0), weight)[0], GROUPS)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(weight, 0)
+        loss.backward()
+        return loss
+
+    arguments, named = ((closure, 0.1), {}) if given == "position" else ((), {"closure": closure, "lr": 0.1})
+    loss = optimizer.descend(*arguments, **named)
+    assert_close(loss, loss_of(start, 0))
+    assert tied_bitwise(weight)
+    assert_close(weight.detach(), start - 0.1 * mean)
+
+
+class Private(Optimizer):
+    """Makes the gradient of each parameter within the step, and hands it on, as optimizers for privacy do."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = param.samples.sum(0)
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("inner", [SGD, torch.optim.Adam])
+def test_gradients_that_are_made_within_the_step_are_tied(inner: type[Optimizer], reduction: str) -> None:
+    weights = [parameter(*SHAPE, seed=1, dtype=torch.float64) for _ in range(2)]
+    within = TiedOptimizer(Private(inner([weights[0]], lr=0.1)), {weights[0]: GROUPS}, reduction=reduction)
+    before = Private(TiedOptimizer(inner([weights[1]], lr=0.1), {weights[1]: GROUPS}, reduction=reduction))
+    for step in range(5):
+        for weight, optimizer in zip(weights, (within, before), strict=True):
+            weight.grad = randn(*SHAPE, seed=50, dtype=torch.float64)
+            weight.samples = randn(3, *SHAPE, seed=step, dtype=torch.float64)
+            optimizer.step()
+            assert tied_bitwise(weight)
+        assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_compact_mode_asks_for_the_optimizer_within_to_be_tied_first() -> None:
+    weight = parameter(*SHAPE, seed=1)
+    private = Private(SGD([weight], lr=0.1))
+    with pytest.raises(ValueError, match="ties of the optimizer within, before it is wrapped"):
+        TiedOptimizer(private, {weight: GROUPS}, compact=True)
+    tied = TiedOptimizer(private.inner, {weight: GROUPS}, compact=True)
+    weight.samples = randn(3, *SHAPE, seed=2)
+    Private(tied).step()
+    assert tied_bitwise(weight)
+
+
+def test_methods_keep_their_signatures_and_what_they_return() -> None:
+    _, optimizer = made(lambda params: Averaging(params, lr=0.1))
+    assert optimizer.average.__name__ == "average"
+    assert Averaging.average.__doc__ == type(optimizer).average.__doc__
+    assert same_bits(optimizer.param_groups[0]["params"][0], optimizer._params()[0])
