@@ -327,6 +327,11 @@ def recipes_for(*parameters: Tensor, entrywise: bool = False, closure: bool = Tr
     )
 
 
+def reductions_for(recipe: Recipe, compact: bool = False) -> st.SearchStrategy[str]:
+    """The reductions that an optimizer takes: a line search needs the gradient of what it trains."""
+    return st.just("sum" if compact else "mean") if recipe.closure else reductions
+
+
 # -- training --------------------------------------------------------------------------------------------------
 
 

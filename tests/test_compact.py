@@ -24,6 +24,7 @@ from strategies import (
     normal,
     recipes_for,
     reductions,
+    reductions_for,
     seeds,
 )
 from torch import Tensor
@@ -137,7 +138,7 @@ def test_the_trajectory_is_that_of_the_compact_parameter(recipe: Recipe, data: s
     dtype = data.draw(st.sampled_from([dtype for dtype in (torch.float64, torch.complex128) if dtype in recipe.dtypes]))
     of_any_kind = not recipe.matrices and data.draw(st.booleans())
     parameters, drawn = _drawn(data, recipe, dtype) if of_any_kind else _of_matrices(data, dtype, (*EXACT, "any"))
-    reduction = data.draw(reductions)
+    reduction = data.draw(reductions_for(recipe, compact=True))
     _tied_start(parameters, drawn)
     shared = CompactTraining(parameters, drawn, recipe, reduction)
     assume(not recipe.filled or any(one.numel() for one in shared.compact))
@@ -704,7 +705,8 @@ def _coupled(inner: str, compact: bool | None) -> tuple[Parameter, Optimizer]:
     weight = parameter(*SHAPE)
     optimizer = COUPLED[inner]([weight])
     if compact is not None:
-        optimizer = TiedOptimizer(optimizer, {weight: GROUPS}, compact=compact)
+        reduction = "sum" if compact else "mean"
+        optimizer = TiedOptimizer(optimizer, {weight: GROUPS}, reduction=reduction, compact=compact)
     _train(optimizer, [weight], [1, 2])
     return weight, optimizer
 
@@ -961,7 +963,7 @@ def test_a_copy_of_any_optimizer_goes_on_bit_for_bit(copied: Callable[[Any], Any
     # Copies of a bare LBFGS cannot step; here its parameters are found.
     recipe = data.draw(st.sampled_from(ENTRYWISE + COUPLING))
     parameters, drawn = _drawn(data, recipe, torch.float64)
-    optimizer = tied_of(recipe(parameters), drawn, reduction=data.draw(reductions))
+    optimizer = tied_of(recipe(parameters), drawn, reduction=data.draw(reductions_for(recipe, compact=True)))
     _train(optimizer, parameters, data.draw(some_seeds))
     twins, twin = copied((parameters, optimizer))
     assert all(map(same_bits, parameters, twins))

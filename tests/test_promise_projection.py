@@ -6,7 +6,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import entries_of, slowly_tied
-from strategies import generator, labels, laid_out, layouts, normal, recipes_for, seeds, shapes, small_shapes, spelled
+from strategies import (
+    generator,
+    labels,
+    laid_out,
+    layouts,
+    normal,
+    recipes_for,
+    reductions_for,
+    seeds,
+    shapes,
+    small_shapes,
+    spelled,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -73,7 +85,8 @@ def test_gradients_are_projected(device: torch.device, compact: bool, data: st.D
     parameter = Parameter(torch.zeros_like(grad, memory_format=torch.contiguous_format))
     recipe = data.draw(recipes_for(parameter))
     parameter.grad = grad.resolve_conj().resolve_neg().clone()
-    TiedOptimizer(recipe([parameter]), {parameter: groups}, compact=compact).tie_gradients()
+    reduction = data.draw(reductions_for(recipe, compact))
+    TiedOptimizer(recipe([parameter]), {parameter: groups}, reduction=reduction, compact=compact).tie_gradients()
     assert is_tied(parameter.grad, groups)
     assert abs(_dot(grad - parameter.grad, parameter.grad)) <= 1e-12 * float(grad.norm()) ** 2
 

@@ -17,7 +17,7 @@ from strategies import (
     layouts,
     normal,
     recipes_for,
-    reductions,
+    reductions_for,
     seeds,
     shapes,
     spelled,
@@ -64,7 +64,7 @@ def _drawn(
     starts[0] = laid_out(starts[0], data.draw(layouts(starts[0])))
     names = [data.draw(labels(len(start))) for start in starts]
     recipe = data.draw(recipes_for(*starts, closure=closure).filter(lambda recipe: _resumable(recipe, dtype)))
-    reduction = data.draw(reductions)
+    reduction = data.draw(reductions_for(recipe, compact))
     ways = data.draw(st.lists(spelled(names[0]), min_size=2, max_size=2))
 
     def build(weights: list[torch.Tensor], way: int = 0) -> tuple[TiedOptimizer, list[Parameter]]:

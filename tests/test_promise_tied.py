@@ -20,6 +20,7 @@ from strategies import (
     normal,
     recipes_for,
     reductions,
+    reductions_for,
     seeds,
     shapes,
     small_shapes,
@@ -87,7 +88,8 @@ def test_members_are_equal_after_construction_and_after_every_step(
     drawn = [_parameter(data, device, recipe) for _ in range(data.draw(st.integers(1, 2)))]
     parameters, names = [p for p, _ in drawn], [each for _, each in drawn]
     inner = recipe([(f"weight.{i}", parameter) for i, parameter in enumerate(parameters)])
-    optimizer = TiedOptimizer(inner, _ties(data, parameters, names), reduction=data.draw(reductions), compact=compact)
+    reduction = data.draw(reductions_for(recipe, compact))
+    optimizer = TiedOptimizer(inner, _ties(data, parameters, names), reduction=reduction, compact=compact)
     pointers = [parameter.data_ptr() for parameter in parameters]
     assert all(map(all_tied, parameters, names))
 

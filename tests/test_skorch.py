@@ -29,6 +29,11 @@ class Network(Module):
         return self.head(self.tanh(self.hidden(x)))
 
 
+def reduction_for(optimizer, compact):
+    """The reduction that an optimizer takes: LBFGS compares the loss with the gradient of what it trains."""
+    return "sum" if compact and isinstance(optimizer, LBFGS) else "mean"
+
+
 class TiedNet(NeuralNet):
     """Ties rows of a weight whenever its optimizer is made."""
 
@@ -38,7 +43,10 @@ class TiedNet(NeuralNet):
 
     def initialize_optimizer(self, *args):
         super().initialize_optimizer(*args)
-        self.optimizer_ = TiedOptimizer(self.optimizer_, {self.module_.hidden.weight: GROUPS}, compact=self.compact)
+        ties, compact = {self.module_.hidden.weight: GROUPS}, self.compact
+        self.optimizer_ = TiedOptimizer(
+            self.optimizer_, ties, reduction=reduction_for(self.optimizer_, compact), compact=compact
+        )
         return self
 
 
@@ -65,7 +73,8 @@ def plain_loop(compact, inner=AdamW, epochs=2):
     """What a net does to the same module, without skorch."""
     torch.manual_seed(0)
     module = Network()
-    optimizer = TiedOptimizer(inner(module.parameters(), lr=0.05), {module.hidden.weight: GROUPS}, compact=compact)
+    optimizer, ties = inner(module.parameters(), lr=0.05), {module.hidden.weight: GROUPS}
+    optimizer = TiedOptimizer(optimizer, ties, reduction=reduction_for(optimizer, compact), compact=compact)
     for _ in range(epochs):
         for x, y in zip(X.split(4), Y.split(4), strict=True):
 

@@ -7,7 +7,7 @@ import torch
 from checks import GROUPS, randn, tied_bitwise
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Optimizer
 
 from tieopt import TiedOptimizer
 from tieopt.reduction import Reduction
@@ -38,6 +38,9 @@ def tied_optimizer(
 ) -> Optimizer:
     """An optimizer of the model that ties some neurons of its first layer."""
     kwargs.setdefault("lr", 0.05)
+    if compact and inner is LBFGS:
+        # It compares the loss with the gradient of the shared values.
+        reduction = "sum"
     ties = {model[0].weight: GROUPS, model[0].bias: GROUPS}
     return TiedOptimizer(inner(model.parameters(), **kwargs), ties, reduction=reduction, compact=compact)
 

@@ -36,7 +36,7 @@ from tieopt.start import Start, check_start, start_from_first_
 from tieopt.state import tied_state
 from tieopt.ties import Tie, Ties, shown
 from tieopt.traced import between_graphs
-from tieopt.twin import compact_namespace
+from tieopt.twin import compact_namespace, held_optimizers
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -689,6 +689,7 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
 
 def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding, start: Start) -> dict[Any, Any]:
     """Ties the weights, and returns what takes the place of the state that an optimizer has already."""
+    _check_reduction(optimizer, binding)
     pairs = _trained(optimizer, binding)
     changed = {} if binding.relaxed else tied_state(state, pairs, start)
     if binding.compact is not None:
@@ -734,6 +735,27 @@ def _check_itself(optimizer: Any) -> None:
             "  Expected: the tied optimizer, for example `self.optimizers().optimizer` in Lightning\n"
             f"  Got:      {type(optimizer).__name__}"
         )
+
+
+# Optimizers that compare how the loss changes with what the gradient says, by their names: a line search of LBFGS, the
+# step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
+_COMPARES_LOSS = {"LBFGS", "AliG"}
+
+
+def _check_reduction(optimizer: Optimizer, binding: Binding) -> None:
+    """Refuses gradients that are not those of what the optimizer trains, where it compares them with the loss.
+
+    The mean is the gradient along tied weights, and the sum that of the shared values.
+    """
+    right = "mean" if binding.compact is None else "sum"
+    for one in [optimizer, *held_optimizers(optimizer)]:
+        named = [kind.__name__ for kind in type(one).__mro__ if kind.__name__ in _COMPARES_LOSS]
+        if named and binding.ties and not binding.relaxed and binding.reduction != right:
+            raise ValueError(
+                f"{named[0]} compares the loss with its gradient, which has to be that of what it trains.\n"
+                "  Expected: reduction='mean' with compact=False, or reduction='sum' with compact=True\n"
+                f"  Got:      reduction={binding.reduction!r}, compact={binding.compact is not None}"
+            )
 
 
 def _check_wrappable(optimizer: Any) -> None:
