@@ -15,7 +15,7 @@ from strategies import ENTRYWISE, labels, normal, recipes_for, reductions, seeds
 from test_bad_input import assert_clear
 from torch import Tensor, nn
 
-from tieopt import Tie, TiedOptimizer, is_tied, neurons
+from tieopt import Tie, TiedOptimizer, is_tied, neurons, tie_
 from tieopt.testing import assert_tied
 
 UNITS = 5
@@ -202,19 +202,205 @@ def test_neurons_of_a_model_by_hand():
     assert not torch.equal(model[3].weight[:, 0:4], model[3].weight[:, 4:8])
 
 
+# --- norms between ---
+
+# As many units as fill the vectors of a processor, so that a kernel treats all alike, and outputs agree in every bit.
+WIDE = torch.tensor([0, 1, 0, 2, 1, 0, -1, 3, 4, 3, 4, -1, 5, 5, 6, 6])
+PARTS = members_of(WIDE)
+# The first member of each unit's group.
+LEADS = torch.tensor([next((group[0] for group in PARTS if unit in group), unit) for unit in range(len(WIDE))])
+
+# For each norm: the layer before it, and the norm; the shape that it is given, of which dimension 1 are the units.
+NORMS: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
+    "1-d batch norm": lambda: (nn.Linear(3, 16), nn.BatchNorm1d(16), (6, 16)),
+    "2-d batch norm": lambda: (nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), (4, 16, 2, 3)),
+    "3-d batch norm": lambda: (nn.Conv3d(3, 16, 1), nn.BatchNorm3d(16), (4, 16, 2, 1, 2)),
+    "1-d instance norm": lambda: (nn.Conv1d(3, 16, 1), nn.InstanceNorm1d(16, affine=True), (4, 16, 5)),
+    "2-d instance norm": lambda: (nn.Conv2d(3, 16, 1), nn.InstanceNorm2d(16, 1e-5, 0.1, True, True), (4, 16, 2, 3)),
+    "3-d instance norm": lambda: (nn.Conv3d(3, 16, 1), nn.InstanceNorm3d(16, 1e-5, 0.1, True, True), (2, 16, 2, 1, 2)),
+    "layer norm": lambda: (nn.Linear(3, 16), nn.LayerNorm(16), (6, 16)),
+    "layer norm of an image": lambda: (nn.Conv2d(3, 16, 1), nn.LayerNorm((16, 2, 3)), (4, 16, 2, 3)),
+    "layer norm of channels": lambda: (nn.Conv2d(3, 16, 1), nn.LayerNorm(16), (6, 16)),
+    "RMS norm": lambda: (nn.Linear(3, 16), nn.RMSNorm(16), (6, 16)),
+    "group norm": lambda: (nn.Conv1d(3, 16, 1), nn.GroupNorm(1, 16), (4, 16, 3)),
+    "PReLU": lambda: (nn.Linear(3, 16), nn.PReLU(16), (6, 16)),
+    "depthwise convolution": lambda: (nn.Conv1d(3, 16, 1), nn.Conv1d(16, 16, 2, groups=16), (4, 16, 3)),
+    "batch norm without parameters": lambda: (nn.Linear(3, 16), nn.BatchNorm1d(16, affine=False), (6, 16)),
+    "batch norm without statistics": lambda: (
+        nn.Linear(3, 16),
+        nn.BatchNorm1d(16, track_running_stats=False),
+        (6, 16),
+    ),
+}
+
+
+def _randomised(module: nn.Module) -> nn.Module:
+    """The module with parameters and statistics that all differ."""
+    tensors = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+    with torch.no_grad():
+        for seed, tensor in enumerate(tensors):
+            tensor.copy_(0.5 + normal(tensor.shape, torch.float32, seed).abs())
+    return module
+
+
+def _statistics(norm: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in norm.buffers() if buffer.is_floating_point()]
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_tied_units_are_equal_after_a_norm(kind: str, compact: bool) -> None:
+    layer, norm, shape = NORMS[kind]()
+    model = nn.ModuleList([_randomised(layer), _randomised(norm)])
+    before = copy.deepcopy(norm)
+    optimizer = TiedOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=0.1), neurons(layer, WIDE, following=norm), compact=compact
+    )
+    for statistic, old in zip(_statistics(norm), _statistics(before), strict=True):
+        assert same_bits(statistic, statistic[LEADS])
+        assert same_bits(statistic, tie_(old.clone(), WIDE))
+
+    for step in range(3):
+        for param in norm.parameters():
+            assert same_bits(param, param[LEADS])
+            assert not torch.equal(*param[WIDE == -1])
+        equal = normal(shape, torch.float32, step)[:, LEADS]
+        for training in (True, False):
+            outputs = norm.train(training)(equal)
+            assert torch.equal(outputs, outputs[:, LEADS])
+        for param in model.parameters():
+            param.grad = normal(param.shape, torch.float32, step)
+        optimizer.step()
+    assert all(torch.equal(statistic, statistic[LEADS]) for statistic in _statistics(norm))
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
+def test_tied_units_agree_after_a_norm_whose_weights_differed(compact: bool) -> None:
+    torch.manual_seed(0)
+    conv, norm, head = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Linear(12, 2)
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), head)
+    images = normal((8, 2, 5), torch.float32, 0)
+    model(images)  # So that the statistics differ, too.
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 1.0, 1.0]))
+    ties = neurons(conv, [[0, 1], [2, 3]], following=[norm, head])
+    optimizer = TiedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ties, compact=compact)
+    for seed in range(4):
+        assert norm.weight[0] == norm.weight[1]
+        for training in (False, True):
+            units = model[:3].train(training)(images)
+            torch.testing.assert_close(units[:, [0, 2]], units[:, [1, 3]])
+        optimizer.zero_grad()
+        (model(images) - normal((8, 2), torch.float32, seed)).square().mean().backward()
+        optimizer.step()
+    assert_tied(model, ties)
+    assert not torch.equal(norm.weight[0], norm.weight[2])
+
+
+def test_free_statistics_are_not_touched() -> None:
+    layer, norm = nn.Linear(3, UNITS), _randomised(nn.BatchNorm1d(UNITS))
+    before = copy.deepcopy(norm)
+    neurons(layer, [[0, 3]], following=norm)
+    for statistic, old in zip(_statistics(norm), _statistics(before), strict=True):
+        assert same_bits(statistic[[1, 2, 4]], old[[1, 2, 4]])
+        assert statistic[0] == statistic[3] == (old[0] + old[3]) / 2
+    # The optimizer ties the parameters, when there is one.
+    assert all(map(same_bits, norm.parameters(), before.parameters()))
+
+
+def _labels_of(ties: Sequence[Tie]) -> list[tuple[tuple[int, ...], int, list[int]]]:
+    return [(tuple(part.param.shape), part.dim, part.groups.tolist()) for tie in ties for part in tie.parts]
+
+
+def test_a_norm_after_a_flattening_has_each_unit_once_for_each_position() -> None:
+    conv = nn.Conv1d(1, 3, 2, bias=False)
+    spread = [0, 1, -1, -1, 0, 1]
+    following = [nn.BatchNorm1d(3), nn.Flatten(), nn.BatchNorm1d(6), nn.SyncBatchNorm(6), nn.PReLU(6), nn.Linear(6, 2)]
+    assert _labels_of(neurons(conv, [[0, 2]], following=following)) == [
+        ((3, 1, 2), 0, [0, -1, 0]),
+        *[((3,), 0, [0, -1, 0])] * 2,
+        *[((6,), 0, spread)] * 5,
+        ((2, 6), 1, spread),
+    ]
+
+
+def test_a_layer_norm_has_the_units_in_its_first_or_last_dimension() -> None:
+    labels = [0, -1, 0]
+    shapes = [(3,), (4, 3), (2, 3, 3)]
+    for shape in shapes:
+        *_, tie = neurons(nn.Linear(2, 3), [[0, 2]], following=nn.RMSNorm(shape))
+        assert _labels_of([tie]) == [(shape, len(shape) - 1, labels)]
+    *_, tie = neurons(nn.Conv2d(2, 3, 1), [[0, 2]], following=nn.RMSNorm((3, 3, 5)))
+    assert _labels_of([tie]) == [((3, 3, 5), 0, labels)]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [[[0, 1, 2]], [[0, 2], [3, 5]], [[0, 3], [1, 5], [2, 4]], [[0, 1, 3, 4], [2, 5]], []],
+    ids=["in one norm group", "in each", "across, all tied", "across, all tied, in other numbers", "none"],
+)
+def test_a_group_norm_takes_units_that_have_equal_statistics(groups: list[list[int]]) -> None:
+    conv, norm = nn.Conv1d(2, 6, 1), _randomised(nn.GroupNorm(2, 6))
+    ties = neurons(conv, groups, following=norm)
+    TiedOptimizer(torch.optim.SGD([*conv.parameters(), *norm.parameters()]), ties)
+    outputs = norm(conv(normal((3, 2, 4), torch.float32, 0)))
+    for group in groups:
+        torch.testing.assert_close(outputs[:, group], outputs[:, group[:1]].expand(-1, len(group), -1))
+
+
+@pytest.mark.parametrize("groups", [[[0, 3]], [[0, 3], [1, 4]], [[0, 1, 3], [4, 5, 2]]])
+def test_a_group_norm_that_treats_tied_units_differently_is_refused(groups: list[list[int]]) -> None:
+    statistics = (norm := _randomised(nn.BatchNorm1d(6))).running_mean.clone()
+    with pytest.raises(ValueError, match="different statistics") as caught:
+        neurons(nn.Conv1d(2, 6, 1), groups, following=[norm, nn.GroupNorm(2, 6)])
+    assert_clear(caught.value, re.escape(f"at position 1 of following, with {sorted(groups[0])} as one group"))
+    assert same_bits(norm.running_mean, statistics)
+
+
+def test_each_channel_with_statistics_of_its_own_is_an_instance_norm() -> None:
+    assert len(neurons(nn.Conv1d(2, 6, 1), [[0, 3]], following=nn.GroupNorm(6, 6))) == 4
+
+
+def test_a_part_of_a_model_is_given_as_it_is() -> None:
+    conv, norm, head = nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.Linear(12, 2)
+    model = nn.Sequential(
+        conv, nn.Sequential(norm, nn.ReLU(), nn.PReLU()), nn.MaxPool1d(2), nn.Dropout(), nn.Flatten(), head
+    )
+    expected = _labels_of(neurons(conv, [[0, 2]], following=[norm, head]))
+    for following in (model[1:], nn.ModuleList(model[1:]), list(model)[1:], iter(model[1:]), ((norm,), [head])):
+        assert _labels_of(neurons(conv, [[0, 2]], following=following)) == expected
+    assert _labels_of(neurons(conv, [[0, 2]], following=[])) == _labels_of(neurons(conv, [[0, 2]]))
+
+
+def test_nothing_is_written_if_a_later_layer_is_refused() -> None:
+    norm = _randomised(nn.BatchNorm1d(6))
+    before = [same.clone() for same in _statistics(norm)]
+    with pytest.raises(ValueError, match="does not read"):
+        neurons(nn.Linear(2, 6), [[0, 3]], following=[norm, nn.Linear(5, 2)])
+    unwritable = nn.BatchNorm1d(6)
+    unwritable.running_var = torch.ones(1).expand(6)
+    with pytest.raises(ValueError, match="cannot be written"):
+        neurons(nn.Linear(2, 6), [[0, 3]], following=[norm, unwritable])
+    assert all(map(same_bits, _statistics(norm), before))
+
+
 # --- errors ---
 
 LINEAR = "Linear(in_features=3, out_features=5, bias=True)"
 NO_LAYER = "This layer has no neurons to tie.\n  Expected: Linear, Conv1d, Conv2d, Conv3d, Embedding\n  Got:      {got}"
 NO_READER = (
     "No layer follows so that it reads these neurons.\n"
-    "  Expected: a linear layer or a convolution with a shape, after one\n"
+    "  Expected: norms, then a linear layer or a convolution, all with a shape, after a linear layer or a convolution "
+    "(leave out other layers without weights)\n"
     "  Got:      {got}"
 )
 OTHER_READER = (
     "The following layer does not read these neurons.\n"
     "  Expected: a layer without groups and with 5 inputs{more}\n"
     "  Got:      {got}"
+)
+NO_FIT = (
+    "The following layer does not fit these neurons.\n  Expected: an entry for each of 5 units{more}\n  Got:      {got}"
 )
 
 
@@ -323,14 +509,91 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         OTHER_READER.format(more="", got="Conv1d(10, 2, kernel_size=(1,), stride=(1,))"),
     ),
     "a convolution in groups": (
-        lambda: neurons(nn.Conv1d(2, 5, 3), [[0, 1]], following=nn.Conv1d(5, 5, 1, groups=5)),
+        lambda: neurons(nn.Conv1d(2, 5, 3), [[0, 1]], following=nn.Conv1d(5, 10, 1, groups=5)),
         ValueError,
-        OTHER_READER.format(more="", got="Conv1d(5, 5, kernel_size=(1,), stride=(1,), groups=5)"),
+        OTHER_READER.format(more="", got="Conv1d(5, 10, kernel_size=(1,), stride=(1,), groups=5)"),
     ),
     "a convolution in groups with as many inputs each": (
         lambda: neurons(linear(), [[0, 1]], following=nn.Conv1d(10, 4, 1, groups=2)),
         ValueError,
         OTHER_READER.format(more="", got="Conv1d(10, 4, kernel_size=(1,), stride=(1,), groups=2)"),
+    ),
+    "a transposed convolution that reads": (
+        lambda: neurons(nn.Conv1d(2, 5, 3), [[0, 1]], following=[nn.ConvTranspose1d(5, 2, 1)]),
+        TypeError,
+        NO_READER.format(got="ConvTranspose1d(5, 2, kernel_size=(1,), stride=(1,)), at position 0 of following"),
+    ),
+    "a layer that may mix units": (
+        lambda: neurons(linear(), [[0, 1]], following=[nn.Tanh(), nn.Sequential(nn.Tanh(), nn.GLU())]),
+        TypeError,
+        NO_READER.format(got="GLU(dim=-1), at position 1.1 of following"),
+    ),
+    "layers without weights alone": (
+        lambda: neurons(linear(), [[0, 1]], following=[nn.Tanh(), nn.Dropout(0.1)]),
+        TypeError,
+        NO_READER.format(got="Tanh(), at position 0 of following"),
+    ),
+    "a norm that does not know its units yet": (
+        lambda: neurons(linear(), [[0, 1]], following=nn.LazyBatchNorm1d(affine=False, track_running_stats=False)),
+        TypeError,
+        NO_READER.format(got=repr(nn.LazyBatchNorm1d(affine=False, track_running_stats=False))),
+    ),
+    "a norm after an embedding": (
+        lambda: neurons(nn.Embedding(5, 3), [[0, 1]], following=[nn.LayerNorm(5)]),
+        TypeError,
+        NO_READER.format(got=f"{nn.LayerNorm(5)}, at position 0 of following"),
+    ),
+    "names of layers": (
+        lambda: neurons(linear(), [[0, 1]], following="bn"),
+        TypeError,
+        NO_READER.format(got="'bn' (str)"),
+    ),
+    "a dict of layers": (
+        lambda: neurons(linear(), [[0, 1]], following={"bn": nn.BatchNorm1d(5)}),
+        TypeError,
+        NO_READER.format(got="'bn' (str), at position 0 of following"),
+    ),
+    "nothing in a list": (
+        lambda: neurons(linear(), [[0, 1]], following=[nn.BatchNorm1d(5), None]),
+        TypeError,
+        NO_READER.format(got="None (NoneType), at position 1 of following"),
+    ),
+    "a layer after the reader": (
+        lambda: neurons(linear(), [[0, 1]], following=[nn.Linear(5, 5), nn.Tanh(), nn.PReLU(5)]),
+        ValueError,
+        "A layer comes after the one that reads these neurons.\n"
+        "  Expected: nothing after Linear(in_features=5, out_features=5, bias=True), at position 0 of following\n"
+        "  Got:      PReLU(num_parameters=5), at position 2 of following",
+    ),
+    "a norm of other units": (
+        lambda: neurons(linear(), [[0, 1]], following=nn.PReLU(10)),
+        ValueError,
+        NO_FIT.format(more="", got="PReLU(num_parameters=10)"),
+    ),
+    "a norm of other channels": (
+        lambda: neurons(nn.Conv2d(2, 5, 3), [[0, 1]], following=[nn.Identity(), nn.BatchNorm2d(10)]),
+        ValueError,
+        NO_FIT.format(more="", got=f"{nn.BatchNorm2d(10)}, at position 1 of following"),
+    ),
+    "a norm of no multiple of the channels": (
+        lambda: neurons(nn.Conv2d(2, 5, 3), [[0, 1]], following=nn.BatchNorm1d(12)),
+        ValueError,
+        NO_FIT.format(more=", or for each of their positions", got=nn.BatchNorm1d(12)),
+    ),
+    "a layer norm of other units": (
+        lambda: neurons(linear(), [[0, 1]], following=nn.LayerNorm((5, 4))),
+        ValueError,
+        NO_FIT.format(more=", in the last dimension", got=nn.LayerNorm((5, 4))),
+    ),
+    "a layer norm of an image without its channels": (
+        lambda: neurons(nn.Conv2d(2, 5, 3), [[0, 1]], following=nn.LayerNorm((5, 4))),
+        ValueError,
+        NO_FIT.format(more=", in the first of 3 dimensions, or in the only one", got=nn.LayerNorm((5, 4))),
+    ),
+    "a layer norm of nothing": (
+        lambda: neurons(linear(), [[0, 1]], following=nn.LayerNorm(())),
+        ValueError,
+        NO_FIT.format(more=", in the last dimension", got=nn.LayerNorm(())),
     ),
 }
 

@@ -2,44 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tieopt.functional import tie_
 from tieopt.slices import FREE, numbered
-from tieopt.ties import Groups, Tie, shown, slices_for
+from tieopt.ties import Groups, Tie, check_writable, shown, slices_for
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_READERS = (nn.Linear, *_CONVOLUTIONS)
+_LAYERS = (*_READERS, nn.Embedding)
+
+# Layers with entries for each unit.
+_SHAPED_NORMS = (nn.LayerNorm, nn.RMSNorm)
+_READ_FLATTENED = (*_SHAPED_NORMS, nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.GroupNorm, nn.PReLU)
+_NORMS = (*_READ_FLATTENED, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# Layers without weights that do the same to each unit. A positive list: others may mix units.
+_PASSED_OVER = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
+    *(nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus),
+    *(nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Flatten, nn.Identity, nn.Upsample),
+)
+
+_NO_READER = "No layer follows so that it reads these neurons."
+_FOLLOWING = (
+    "norms, then a linear layer or a convolution, all with a shape, after a linear layer or a convolution "
+    "(leave out other layers without weights)"
+)
 
 
-def neurons(module: nn.Module, groups: Groups, *, following: nn.Module | None = None) -> list[Tie]:
+def neurons(
+    module: nn.Module, groups: Groups, *, following: nn.Module | Iterable[nn.Module] | None = None
+) -> list[Tie]:
     r"""Ties whole units of a layer: the slices of its weight, and the entries of its bias.
 
     A unit is a row of a linear layer, an output channel of a convolution, the vector of an embedding's
-    entry. Tied units compute the same. With ``following``, the weights by which the next layer reads them
-    are tied, too: its input columns or, after flattening, the columns of a channel, position by position. For
-    linear layers :math:`h = W x + b` and :math:`y = V h + c`, units :math:`i` and :math:`j` of one group have
+    entry. With ``following``, what the next layers have for each unit is tied, too: its entries in the norms that
+    come next, and the weights by which a layer then reads it. Those are its input columns or, after flattening, the
+    columns of a channel, position by position. For linear layers :math:`h = W x + b` and :math:`y = V h + c`, units
+    :math:`i` and :math:`j` of one group have
 
     .. math:: W_{i,:} = W_{j,:}, \qquad b_i = b_j, \qquad V_{:,i} = V_{:,j}
+
+    What is exact are the weights: those of tied units are equal bit for bit. Their outputs for one input are equal up
+    to the order in which a kernel adds, and stay so through pointwise functions, pooling over positions, flattening,
+    dropout in ``eval()`` mode, and the norms in ``following``, in either mode. After dropout in ``train()`` mode, or
+    after a norm that is not in ``following``, they may differ.
+
+    Running statistics of the norms are buffers, which no optimizer holds. ``neurons`` itself replaces them by the
+    mean of each group: at once, in place, and before the optimizer ties the weights. Forward passes in ``train()`` mode
+    then update them by the statistics of tied units, which are equal up to the order in which a kernel adds;
+    :func:`~tieopt.tie_` makes them equal to the bit again.
+
+    A :class:`~tieopt.TiedOptimizer` starts from the mean of each group. For :math:`n` independent random units, as in a
+    freshly initialised layer, this is about :math:`\sqrt n` times smaller than each of them.
 
     Args:
         module: ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Embedding``, whose weight has
             shape ``[units, ...]``; any dtype that :class:`~tieopt.Tie` takes.
         groups: of units, as for :class:`~tieopt.Tie`: lists of indices, or labels of shape ``[units]``.
-        following: the linear layer, or the convolution without groups, that reads the outputs of
-            ``module``, with a weight of shape ``[out, units, ...]`` or, after flattening,
-            ``[out, units * positions]``; not for an embedding. None leaves it untied.
+        following: the layers that come next, one or several in their order; not for an embedding. None leaves them
+            untied. ``nn.Sequential`` and ``nn.ModuleList`` stand for the layers in them, so a part of a model,
+            ``model[1:4]``, can be given as it is.
+
+            - Batch, instance, group, layer and RMS norms, and ``nn.PReLU``, with an entry for each unit or, after
+              flattening, for each of its positions. A ``GroupNorm`` has to normalise the units of one group by
+              equal statistics. The shape of a ``LayerNorm`` or ``RMSNorm`` ends in the units after a linear
+              layer; after a convolution it is ``(units, height, width)``, or ``(units,)`` where channels were moved
+              last. A depthwise convolution, with one kernel for each unit, counts as a norm.
+            - Then at most one layer that reads the units: a linear layer, or a convolution without groups, with a
+              weight of shape ``[out, units, ...]`` or, after flattening, ``[out, units * positions]``.
+            - The pointwise functions, pooling, dropout and flattening of ``torch.nn`` are passed over.
 
     Returns:
         One tie for each parameter, to be given to :class:`~tieopt.TiedOptimizer`. First that of the weight, then
-        that of the bias, if there is one, and that of the weight of ``following``, if that is given.
+        that of the bias, if there is one, and then those of the layers in ``following``, in the same order.
 
     Raises:
-        TypeError: ``module`` or ``following`` is another kind of layer, or is lazy and has no weight yet; or
-            ``groups`` are no groups.
+        TypeError: ``module`` or a layer in ``following`` is another kind of layer, or is lazy and has no weight yet;
+            ``following`` holds nothing but layers that are passed over; or ``groups`` are no groups.
         IndexError: an index is out of range.
-        ValueError: an index occurs twice, labels are not of shape ``[units]``, or ``following`` does not read
-            the outputs of ``module``.
+        ValueError: an index occurs twice, labels are not of shape ``[units]``, a layer in ``following`` does not
+            fit the outputs of ``module`` or comes after the one that reads them, or a ``GroupNorm`` normalises
+            units of one group by different statistics. Nothing is written in any of these cases.
 
     Example:
         >>> import torch
@@ -51,6 +105,14 @@ def neurons(module: nn.Module, groups: Groups, *, following: nn.Module | None = 
         (True, True)
         >>> is_tied(head.weight, [[0, 2]], dim=1)
         True
+
+        With a norm between:
+
+        >>> model = torch.nn.Sequential(hidden, torch.nn.BatchNorm1d(4), torch.nn.ReLU(), head)
+        >>> inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = TiedOptimizer(inner, neurons(model[0], [[0, 2]], following=model[1:]))
+        >>> is_tied(model[1].weight, [[0, 2]]), is_tied(model[1].running_var, [[0, 2]])
+        (True, True)
     """
     if not isinstance(module, _LAYERS):
         raise TypeError(_wrong("This layer has no neurons to tie.", [layer.__name__ for layer in _LAYERS], module))
@@ -60,31 +122,152 @@ def neurons(module: nn.Module, groups: Groups, *, following: nn.Module | None = 
         raise ValueError(
             _wrong("Neurons are tied whole.", f"labels of shape {tuple(module.weight.shape[:1])}", tuple(labels.shape))
         )
-    ties = [Tie(module.weight, labels)]
-    if getattr(module, "bias", None) is not None:
-        ties.append(Tie(module.bias, labels))  # type: ignore[arg-type]
-    if following is not None:
-        ties.append(_readers(module, labels, following))
+    ties = _ties_of(module, labels)
+    statistics: list[tuple[Tensor, Tensor]] = []
+    reader = ""
+    for layer, place in _layers(module, following):
+        if reader:
+            what = "A layer comes after the one that reads these neurons."
+            raise ValueError(_wrong(what, f"nothing after {reader}", layer, place))
+        if isinstance(layer, _NORMS) or _is_depthwise(layer, len(labels)):
+            entries, dim = _entries(module, labels, layer, place)
+            ties += _ties_of(layer, entries, dim)
+            statistics += [(statistic, entries) for statistic in _statistics_of(layer, entries)]
+        else:
+            ties.append(_readers(module, labels, layer, place))
+            reader = f"{layer}{place}"
+    for statistic, entries in statistics:
+        tie_(statistic, entries)
     return ties
 
 
-def _readers(module: nn.Module, labels: Tensor, following: nn.Module) -> Tie:
-    """The tie of the weights by which the next layer reads the units."""
-    readers = _LAYERS[:-1]
-    if isinstance(module, nn.Embedding) or not isinstance(following, readers) or is_lazy(following.weight):
-        expected = "a linear layer or a convolution with a shape, after one"
-        raise TypeError(_wrong("No layer follows so that it reads these neurons.", expected, following))
-    units, inputs = len(labels), following.weight.shape[1]
-    # A channel that was flattened is read once at each of its positions.
+def _ties_of(layer: nn.Module, labels: Tensor, dim: int = 0) -> list[Tie]:
+    """The ties of the weight and the bias, where a layer has them."""
+    parameters = [getattr(layer, name, None) for name in ("weight", "bias")]
+    return [Tie(param, labels, dim=dim) for param in parameters if param is not None]
+
+
+def _statistics_of(norm: nn.Module, entries: Tensor) -> list[Tensor]:
+    """The running statistics, where a norm has them; checked, so that all of them can be tied."""
+    buffers = [getattr(norm, name, None) for name in ("running_mean", "running_var")]
+    statistics = [buffer for buffer in buffers if buffer is not None]
+    for statistic in statistics:
+        slices_for(statistic, entries, 0, None, f"a running statistic of {norm}")
+        check_writable(statistic, f"a running statistic of {norm}")
+    return statistics
+
+
+def _layers(module: nn.Module, following: Any) -> list[tuple[Any, str]]:
+    """The layers that follow and are not passed over, each with its position in words."""
+    given = [(layer, place and f", at position {place} of following") for layer, place in _unpacked(following)]
+    layers = [(layer, place) for layer, place in given if not _is_passed_over(layer)]
+    if isinstance(module, nn.Embedding) or not layers:
+        for layer, place in given:
+            raise TypeError(_wrong(_NO_READER, _FOLLOWING, layer, place))
+    return layers
+
+
+def _unpacked(following: Any, place: str = "") -> Iterator[tuple[Any, str]]:
+    """Single layers with their positions: 2, or 2.0 for the first in a Sequential at 2; none for one given alone."""
+    if following is None and not place:
+        return
+    if isinstance(following, nn.Module | Tensor | str):
+        single = not isinstance(following, nn.Sequential | nn.ModuleList)
+    else:
+        single = not isinstance(following, Iterable)
+    if single:
+        yield following, place
+        return
+    for number, layer in enumerate(following):
+        yield from _unpacked(layer, f"{place}.{number}" if place else str(number))
+
+
+def _is_passed_over(layer: Any) -> bool:
+    return isinstance(layer, _PASSED_OVER) or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1)
+
+
+def _is_depthwise(layer: Any, units: int) -> bool:
+    """Whether it is a convolution with one kernel for each unit, which makes one channel of it."""
+    return isinstance(layer, _CONVOLUTIONS) and layer.in_channels == layer.out_channels == layer.groups == units > 1
+
+
+def _entries(module: nn.Module, labels: Tensor, layer: nn.Module, place: str) -> tuple[Tensor, int]:
+    """The labels of what a norm or a depthwise convolution has for the units, and the dimension along which it lies."""
+    shape, after_linear = _features(layer), isinstance(module, nn.Linear)
+    # (channels, height, width), and so on: as many dimensions as an output has without its batch.
+    channels_first = module.weight.dim() - 1  # type: ignore[operator]
+    known = len(shape) > 0 if after_linear else len(shape) in (1, channels_first)
+    flattened = not after_linear and len(shape) == 1 and isinstance(layer, _READ_FLATTENED)
+    dim = len(shape) - 1 if after_linear else 0
+    entries = _spread(labels, shape[dim], flattened) if known else None
+    if entries is None:
+        expected = f"an entry for each of {len(labels)} units{', or for each of their positions' * flattened}"
+        if isinstance(layer, _SHAPED_NORMS):
+            where = "last dimension" if after_linear else f"first of {channels_first} dimensions, or in the only one"
+            expected = f"{expected}, in the {where}"
+        raise ValueError(_wrong("The following layer does not fit these neurons.", expected, layer, place))
+    if isinstance(layer, nn.GroupNorm):
+        _check_statistics(layer, labels, entries, place)
+    return entries, dim
+
+
+def _features(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the entries that a norm or a depthwise convolution has, whether or not it has parameters."""
+    if isinstance(layer, _SHAPED_NORMS):
+        return tuple(layer.normalized_shape)
+    names = ("num_features", "num_channels", "num_parameters", "out_channels")
+    return (next(getattr(layer, name) for name in names if hasattr(layer, name)),)
+
+
+def _check_statistics(norm: nn.GroupNorm, labels: Tensor, entries: Tensor, place: str) -> None:
+    """Refuses a norm whose statistics differ for tied units.
+
+    Two norm groups have equal statistics if they hold the same tied units.
+    """
+    told_apart = torch.where(entries == FREE, FREE - torch.arange(len(entries), device="cpu") - 1, entries)
+    held = told_apart.view(norm.num_groups, -1).sort(dim=1).values
+    _, kinds = torch.unique(held, dim=0, return_inverse=True)
+    units = _parted(entries, kinds.repeat_interleave(held.shape[1]))
+    if units:
+        positions = len(entries) // len(labels)
+        got = f"{place}, with {sorted({unit // positions for unit in units})} as one group"
+        expected = "tied units in one norm group, or in norm groups of the same tied units"
+        raise ValueError(_wrong("The following norm has different statistics for tied neurons.", expected, norm, got))
+
+
+def _parted(labels: Tensor, kinds: Tensor) -> list[int]:
+    """The members of the first group that are not all of one kind; empty if there is no such group."""
+    pairs = torch.unique(torch.stack([labels, kinds])[:, labels != FREE], dim=1)
+    repeated = pairs[0, 1:][pairs[0, 1:] == pairs[0, :-1]]
+    return (labels == repeated[0]).nonzero().flatten().tolist() if len(repeated) else []
+
+
+def _readers(module: nn.Module, labels: Tensor, following: nn.Module, place: str) -> Tie:
+    """The tie of the weights by which a layer reads the units."""
+    if not isinstance(following, _READERS) or is_lazy(following.weight):
+        raise TypeError(_wrong(_NO_READER, _FOLLOWING, following, place))
     flattened = isinstance(following, nn.Linear) and not isinstance(module, nn.Linear)
-    positions = inputs // units if flattened and units else 1
-    if units * positions != inputs or getattr(following, "groups", 1) != 1:
-        expected = f"a layer without groups and with {units} inputs{', or a multiple' * flattened}"
-        raise ValueError(_wrong("The following layer does not read these neurons.", expected, following))
+    entries = _spread(labels, following.weight.shape[1], flattened)
+    if entries is None or getattr(following, "groups", 1) != 1:
+        expected = f"a layer without groups and with {len(labels)} inputs{', or a multiple' * flattened}"
+        raise ValueError(_wrong("The following layer does not read these neurons.", expected, following, place))
+    return Tie(following.weight, entries, dim=1)
+
+
+def _spread(labels: Tensor, count: int, flattened: bool) -> Tensor | None:
+    """The labels of ``count`` entries, one for each unit or, where a channel is flattened, for each position of it.
+
+    None if that does not come out even.
+    """
+    units = len(labels)
+    positions = count // units if flattened and units else 1
+    if units * positions != count:
+        return None
     spread = labels[:, None] * positions + torch.arange(positions, device="cpu")
-    return Tie(following.weight, torch.where(labels[:, None] == FREE, FREE, spread).flatten(), dim=1)
+    return torch.where(labels[:, None] == FREE, FREE, spread).flatten()
 
 
-def _wrong(what: str, expected: object, got: object) -> str:
+def _wrong(what: str, expected: object, got: object, place: str = "") -> str:
     listed = ", ".join(map(str, expected)) if isinstance(expected, list) else expected
-    return f"{what}\n  Expected: {listed}\n  Got:      {got if isinstance(got, nn.Module | tuple) else shown(got)}"
+    got = got if isinstance(got, nn.Module | tuple) else shown(got)
+    return f"{what}\n  Expected: {listed}\n  Got:      {got}{place}"
