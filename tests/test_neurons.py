@@ -372,16 +372,58 @@ def test_a_part_of_a_model_is_given_as_it_is() -> None:
     assert _labels_of(neurons(conv, [[0, 2]], following=[])) == _labels_of(neurons(conv, [[0, 2]]))
 
 
-def test_nothing_is_written_if_a_later_layer_is_refused() -> None:
+def test_nothing_is_written_if_a_later_layer_is_refused_or_a_warning_is_an_error() -> None:
     norm = _randomised(nn.BatchNorm1d(6))
     before = [same.clone() for same in _statistics(norm)]
     with pytest.raises(ValueError, match="does not read"):
         neurons(nn.Linear(2, 6), [[0, 3]], following=[norm, nn.Linear(5, 2)])
+    with pytest.raises(UserWarning, match="read different inputs"):
+        neurons(nn.Conv1d(2, 6, 1, groups=2), [[0, 3]], following=norm)
     unwritable = nn.BatchNorm1d(6)
     unwritable.running_var = torch.ones(1).expand(6)
     with pytest.raises(ValueError, match="cannot be written"):
         neurons(nn.Linear(2, 6), [[0, 3]], following=[norm, unwritable])
     assert all(map(same_bits, _statistics(norm), before))
+
+
+# --- tied units that differ for a reason in the layer itself ---
+
+
+def test_units_of_a_convolution_that_read_different_inputs_are_warned_of() -> None:
+    conv = nn.Conv1d(4, 6, 1, groups=2)
+    neurons(conv, [[0, 2], [3, 4]])
+    with pytest.warns(UserWarning, match="read different inputs") as caught:
+        ties = neurons(conv, [[0, 2], [1, 5]])
+    assert "Conv1d(4, 6, kernel_size=(1,), stride=(1,), groups=2), with [1, 5] as one group" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert len(ties) == 2
+
+
+def test_an_embedding_that_lookups_write_to_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="max_norm") as caught:
+        neurons(nn.Embedding(10, 4, max_norm=1.0), [[3, 7]])
+    assert "weight.renorm_()" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
+def test_norms_of_tied_rows_can_be_limited_after_each_step(compact: bool) -> None:
+    embedding = nn.Embedding(10, 4)
+    nn.init.ones_(embedding.weight)
+    inner = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    optimizer = TiedOptimizer(inner, neurons(embedding, [[3, 7]]), compact=compact)
+
+    def limit_norms(*_: object) -> None:
+        with torch.no_grad():
+            embedding.weight.renorm_(2, 0, 1.0)
+        optimizer.tie_weights()
+
+    optimizer.register_step_post_hook(limit_norms)
+    for factor in (0, -100):
+        (factor * embedding(torch.tensor([3])).sum()).backward()
+        optimizer.step()
+        assert is_tied(embedding.weight, [[3, 7]])
+        torch.testing.assert_close(embedding.weight[[3, 7]].norm(dim=1), torch.ones(2))
 
 
 # --- errors ---

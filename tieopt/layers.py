@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -95,6 +96,10 @@ def neurons(
             fit the outputs of ``module`` or comes after the one that reads them, or a ``GroupNorm`` normalises
             units of one group by different statistics. Nothing is written in any of these cases.
 
+    Warns:
+        UserWarning: ``module`` is an embedding with ``max_norm``, whose lookups write to some members of a group and
+            not to others; or a convolution with groups, in which units that are to be tied read different inputs.
+
     Example:
         >>> import torch
         >>> from tieopt import TiedOptimizer, is_tied, neurons
@@ -136,6 +141,7 @@ def neurons(
         else:
             ties.append(_readers(module, labels, layer, place))
             reader = f"{layer}{place}"
+    _warn(module, labels)
     for statistic, entries in statistics:
         tie_(statistic, entries)
     return ties
@@ -265,6 +271,20 @@ def _spread(labels: Tensor, count: int, flattened: bool) -> Tensor | None:
         return None
     spread = labels[:, None] * positions + torch.arange(positions, device="cpu")
     return torch.where(labels[:, None] == FREE, FREE, spread).flatten()
+
+
+def _warn(module: nn.Module, labels: Tensor) -> None:
+    """Warns if tied units do not compute the same for a reason that lies in the layer itself."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        what = "A lookup with max_norm writes to the rows that it looks up, but not to the rows that are tied to them."
+        expected = "an embedding without max_norm; limit the norms of all rows after each step, with weight.renorm_()"
+        warnings.warn(_wrong(what, expected, module), stacklevel=3)
+    if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
+        units = _parted(labels, torch.arange(len(labels), device="cpu") // (len(labels) // module.groups))
+        if units:
+            what = "Tied units of a convolution with groups read different inputs."
+            expected = "units in one of its groups, or a depthwise convolution in following of the layer before it"
+            warnings.warn(_wrong(what, expected, module, f", with {units} as one group"), stacklevel=3)
 
 
 def _wrong(what: str, expected: object, got: object, place: str = "") -> str:
