@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 import weakref
@@ -28,11 +29,12 @@ from safetensors.torch import load_file, save_file
 from strategies import labels, laid_out, layouts, normal, seeds, shapes, spelled, tied_tensors
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieopt.testing
 from tieopt import Tie, TiedOptimizer, codebook, export, tie_
 from tieopt.reduction import bits
-from tieopt.tensor_file import Writer
+from tieopt.tensor_file import Reader, Writer
 
 # --- in memory ---
 
@@ -482,6 +484,122 @@ def test_metadata_that_are_others_are_refused(text, tmp_path):
         export.load(tmp_path / "other")
 
 
+READERS = [export.load, lambda file: list(export.stream(file)), export.load_ties]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def one_group(file: Path, shape: tuple[int, ...] = (3, 2)) -> None:
+    export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(shape))}), {"w": torch.zeros(shape[0]).long()}, file)
+
+
+@pytest.mark.parametrize(("rows", "bits_each"), [(2**25, 0), (2**40, 0), (2**40, 1), (2**40, 40)])
+@pytest.mark.parametrize(
+    ("codebook", "columns"), [((1, 2), 2), ((0, 2), 2), ((1, 0), 0)], ids=["one entry", "none", "without numbers"]
+)
+def test_sizes_that_the_file_does_not_hold_are_refused_before_anything_is_made(
+    rows, bits_each, codebook, columns, tmp_path
+):
+    file = tmp_path / "model"
+    one_group(file)
+
+    def change(contents: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        contents["tied"]["w"] = [rows, columns]
+        contents["ties"][0][0].update(shape=[rows], bits=bits_each)
+        tensors["w.codebook"] = torch.zeros(codebook)
+        tensors["w.indices"] = torch.zeros(0 if bits_each == 0 else 64, dtype=torch.uint8)
+
+    forged(file, change)
+    for read in READERS:
+        with Largest() as largest, pytest.raises(ValueError, match=r"(?s)cannot be read.*does not fit"):
+            read(file)
+        assert largest.bytes <= 4096
+
+
+def test_entries_that_take_no_room_are_not_more_than_labels(tmp_path):
+    file = tmp_path / "model"
+    one_group(file, (3, 0))
+    forged(file, lambda _, tensors: tensors.update({"w.codebook": torch.zeros(2**40, 0)}))
+    for read in READERS:
+        with Largest() as largest, pytest.raises(ValueError, match=r"w\.codebook that does not fit"):
+            read(file)
+        assert largest.bytes <= 4096
+
+
+def test_indices_are_not_read_for_several_parameters(tmp_path):
+    file = tmp_path / "model"
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(3, 2)) for name in "vw"})
+    export.save(model, {"v": [[0, 1]], "w": [[0, 1]]}, file)
+    forged(file, lambda contents, _: contents["ties"][1][0].update(key=contents["ties"][0][0]["key"]))
+    for read in READERS:
+        with pytest.raises(ValueError, match="metadata that"):
+            read(file)
+
+
+@pytest.mark.parametrize("columns", [2, 0])
+def test_indices_of_no_bits_as_version_1_0_0_wrote_those_of_one_group_are_read(columns, tmp_path):
+    file = tmp_path / "model"
+    one_group(file, (3, columns))
+
+    def change(contents: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        contents["ties"][0][0]["bits"] = 0
+        tensors["w.indices"] = torch.zeros(0, dtype=torch.uint8)
+
+    forged(file, change)
+    assert same_bits(export.load(file)["w"], torch.zeros(3, columns))
+    assert torch.equal(export.load_ties(file)[0].parts[0].groups, torch.zeros(3).long())
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("scales", torch.tensor([1.0, math.nan])), ("groups", torch.tensor([0, -2])), ("groups", torch.ones(2).bool())],
+)
+def test_groups_and_scales_that_no_tie_has_are_refused(key, values, tmp_path):
+    file = tmp_path / "model"
+    tie = Tie("w", torch.zeros(4).long(), scale=torch.tensor([1.0, 2, 1, 2]))
+    export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(4))}), tie, file)
+    forged(file, lambda _, tensors: tensors.update({f"w.{key}": values}))
+    with pytest.raises(ValueError, match=rf"w\.{key} that does not fit"):
+        export.load_ties(file)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "size"), [("F8_E8M0", [4], 4), ("F4", [4], 2), ("U8", [0, 2**63], 0)])
+def test_tensors_that_torch_cannot_have_are_refused(dtype, shape, size, tmp_path):
+    contents = {"format": "1", "ties": [], "tied": {}, "whole": ["a"], "aliases": {}, "sha256": {"a": ""}}
+    text = json.dumps(contents)
+    metadata = {"tieopt": text, "tieopt.sha256": hashlib.sha256(text.encode()).hexdigest()}
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": metadata, "a": entry}).encode()
+    (tmp_path / "model").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(ValueError, match="cannot be read"):
+        export.load(tmp_path / "model")
+
+
+def test_a_tensor_that_is_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "model"
+    one_group(file)
+
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(ValueError, match=r"(?s)fit into memory.*w of shape \(3, 2\)"):
+        export._made(Reader(file), "w", torch.Size([3, 2]), torch.float32)
+
+
 def test_shapes_that_no_tensor_has_are_refused(tmp_path):
     file = tmp_path / "model"
     export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 2))}), {"w": torch.zeros(3, 2).long()}, file)
@@ -567,6 +685,46 @@ def test_a_file_has_the_permissions_of_others_and_is_written_behind_a_link(tmp_p
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model", "plain"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such permissions")
+@pytest.mark.parametrize("behind", [False, True], ids=["plain", "link"])
+def test_a_file_that_is_replaced_keeps_its_permissions(behind, tmp_path):
+    file, target = tmp_path / "model", tmp_path / ("target" if behind else "model")
+    for mode in (0o600, 0o664, 0o440):
+        target.unlink(missing_ok=True)
+        target.write_text("")
+        target.chmod(mode)
+        if behind and not file.is_symlink():
+            file.symlink_to(target)
+        export.save(nn.Linear(2, 2), {}, file)
+        assert export.load(file).keys() == {"weight", "bias"}
+        assert stat.S_IMODE(target.stat().st_mode) == mode
+        assert file.is_symlink() == behind
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such permissions")
+def test_what_is_to_replace_a_private_file_is_private_all_along_and_gone_when_it_fails(tmp_path, monkeypatch):
+    file = tmp_path / "model"
+    file.write_text("before")
+    file.chmod(0o600)
+    seen = []
+
+    def fail(source: str, target: str) -> None:
+        seen.append(stat.S_IMODE(os.stat(source).st_mode))
+        raise OSError("no room")
+
+    def copied(source: Any, whole: Any, length: int) -> None:
+        seen.append(stat.S_IMODE(os.fstat(whole.fileno()).st_mode))
+
+    monkeypatch.setattr("tieopt.tensor_file.os.replace", fail)
+    monkeypatch.setattr("tieopt.tensor_file.shutil.copyfileobj", copied)
+    with pytest.raises(OSError, match="no room"):
+        export.save(nn.Linear(2, 2), {}, file)
+    assert seen == [0o600, 0o600]
+    assert file.read_text() == "before"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_file_is_written_to_any_kind_of_path(tmp_path, monkeypatch):

@@ -103,11 +103,11 @@ def _packed(numbers: Tensor, width: int) -> Tensor:
 
 def unpacked(octets: Tensor, width: int, shape: torch.Size) -> Tensor:
     """The numbers that were packed, int64; of so many octets as these numbers take."""
-    numbers = torch.zeros(shape.numel(), dtype=torch.int64, device="cpu")
-    if width:
-        chunks = torch.split(octets, _CHUNK // 8 * width)
-        for chunk, target in zip(chunks, torch.split(numbers, _CHUNK), strict=True):
-            each = (chunk[:, None].long() >> torch.arange(8, device="cpu")) & 1
-            each = each.view(-1)[: len(target) * width].view(-1, width)
-            target.copy_((each << torch.arange(width, device="cpu")).sum(1))
+    if not width:
+        return torch.zeros((), dtype=torch.int64, device="cpu").expand(shape)
+    numbers = torch.empty(shape.numel(), dtype=torch.int64, device="cpu")
+    for chunk, target in zip(torch.split(octets, _CHUNK // 8 * width), torch.split(numbers, _CHUNK), strict=True):
+        each = (chunk[:, None].long() >> torch.arange(8, device="cpu")) & 1
+        each = each.view(-1)[: len(target) * width].view(-1, width)
+        target.copy_((each << torch.arange(width, device="cpu")).sum(1))
     return numbers.view(shape)

@@ -8,7 +8,8 @@ Files are of the `safetensors <https://github.com/huggingface/safetensors>`_ for
 the hash of everything. Of a parameter ``weight`` there are, instead of its entries,
 
 - ``weight.codebook``: what the members of each group are, ``[entries, *slice]``;
-- ``weight.indices``: which entry each slice is, and one more for a free one; packed, the lowest bit first, uint8;
+- ``weight.indices``: which entry each slice is, and one more for a free one; packed, one bit or more for each, the
+  lowest bit first, uint8;
 - ``weight.free``: the entries that are in no group, if there are any, in the order of the parameter;
 - ``weight.groups`` and ``weight.scales``, with scales: of which group each entry of the codebook is, and what multiple
   of its shared value.
@@ -42,6 +43,14 @@ from tieopt.ties import Groups, SupportsArray, Tie, Ties, shown, slices_for
 __all__ = ["encode", "load", "load_ties", "save", "stream"]
 
 _FORMAT = "1"
+
+# The most labels that are read of indices without bits, which version 1.0.0 wrote where all slices are one entry: the
+# file does not show that there are so many.
+_LABELS_WITHOUT_BITS = 2**24
+
+# What the groups and the scales of the entries of a codebook are written as, whichever has them all exactly first.
+_GROUPS = torch.uint8, torch.int16, torch.int32, torch.int64
+_SCALES = torch.int8, torch.float32, torch.float64
 
 
 def encode(
@@ -99,7 +108,7 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
     Args:
         model: whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
         ties: the tied optimizer; or what it takes, with parameters of the model or their names.
-        file: where to. What is there is replaced.
+        file: where to. What is there is replaced, and its permissions are kept.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or not
@@ -171,6 +180,10 @@ def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """The names and tensors of a file, one after the other: only one of them is held at a time.
 
+    The sizes of all tensors are checked against the file before one is made. The number of slices is limited by the
+    indices in the file, and the size of a slice by the codebook. Their product is not, because that is what a codebook
+    saves: a small file may well have a large tensor.
+
     Args:
         file: where it is.
 
@@ -180,8 +193,8 @@ def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ImportError: safetensors is missing.
         OSError: the file cannot be opened.
-        ValueError: it was cut off or altered, or was not written by :func:`save`. What was given before is as it was
-            written.
+        ValueError: it was cut off or altered, or was not written by :func:`save`; or a tensor is larger than the
+            memory. What was given before is as it was written.
 
     Example:
         >>> import tempfile, torch
@@ -314,15 +327,16 @@ def _write_tie(
     for each, tensor, name, symbols in zip(slices, tensors, names, entries.symbols, strict=True):
         _check_tied(codebook, tensor, each.dim, symbols, name)
         key = f"{name}.{len(tied[name])}" if tied[name] else name
-        width = int(symbols.max()).bit_length() if symbols.numel() else 0
+        # One bit, even where all are equal: a reader can tell from the file how many there are.
+        width = max(int(symbols.max()).bit_length(), 1) if symbols.numel() else 0
         writer.add(f"{key}.indices", packed(symbols, width))
         parts.append(_Part(name, key, each.dim, each.labels.shape, width))
         tied[name].append(each)
     key = parts[0].key
     writer.add(f"{key}.codebook", codebook)
     if any(each.scale is not None for each in slices):
-        writer.add(f"{key}.groups", _narrow(entries.groups, torch.uint8, torch.int16, torch.int32))
-        writer.add(f"{key}.scales", _narrow(entries.scales, torch.int8, torch.float32))
+        writer.add(f"{key}.groups", _narrow(entries.groups, _GROUPS))
+        writer.add(f"{key}.scales", _narrow(entries.scales, _SCALES))
     return [part._asdict() for part in parts]
 
 
@@ -345,10 +359,10 @@ def _check_tied(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor, nam
         )
 
 
-def _narrow(numbers: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """Numbers in the first dtype that has them all exactly, or as they are."""
+def _narrow(numbers: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """Numbers in the first dtype that has them all exactly."""
     casts = (numbers.to(dtype) for dtype in dtypes)
-    return next((cast for cast in casts if torch.equal(cast.to(numbers.dtype), numbers)), numbers)
+    return next(cast for cast in casts if torch.equal(cast.to(numbers.dtype), numbers))
 
 
 # --- reading ---
@@ -380,21 +394,63 @@ def _contents_of(reader: Reader) -> _Contents:
         sound = False
     if not sound:
         raise reader.error("metadata that tieopt.export.save has written", "others")
+    _check_sizes(reader, contents)
     return contents
 
 
 def _conditions(contents: _Contents) -> Iterator[bool]:
     """What reading relies on; each may be looked at once those before it hold."""
     for shape in contents.tied.values():
-        yield all(length >= 0 for length in shape) and math.prod(shape) < 2**63
-    for part in (part for parts in contents.ties for part in parts):
-        yield type(part.dim) is type(part.bits) is int
+        # The strides of a tensor without entries are those of one that has an entry in each dimension.
+        yield all(length >= 0 for length in shape) and math.prod(max(length, 1) for length in shape) < 2**59
+    every_part = [part for parts in contents.ties for part in parts]
+    for part in every_part:
+        yield type(part.dim) is type(part.bits) is int and isinstance(part.key, str)
         yield part.dim >= 0 and 0 <= part.bits < 64
         yield len(part.shape) > 0 and part.shape == _moved(contents.tied[part.name], part.dim)[: len(part.shape)]
     yield all(contents.ties)
-    yield contents.tied.keys() == {part.name for parts in contents.ties for part in parts}
+    yield contents.tied.keys() == {part.name for part in every_part}
+    # Each has indices of its own, so that many cannot be made of a few.
+    yield len({part.key for part in every_part}) == len(every_part)
     every = [*contents.tied, *contents.whole, *(name for own in contents.aliases.values() for name in own)]
     yield all(isinstance(name, str) for name in every) and len(set(every)) == len(every)
+
+
+def _check_sizes(reader: Reader, contents: _Contents) -> None:
+    """Refuses tensors that do not fit each other, before one is read, or made as large as the metadata say it is."""
+    dtypes: dict[str, torch.dtype] = {}
+    with_entries = set()
+    for parts in contents.ties:
+        key = parts[0].key
+        dtype, shape = reader.described(f"{key}.codebook")
+        # Entries of no numbers take no room: there are no more of them than labels.
+        fits = (dtype.is_floating_point or dtype.is_complex) and len(shape) > 0
+        fits = fits and shape[0] <= sum(part.shape.numel() for part in parts)
+        for part in parts:
+            inner = _moved(contents.tied[part.name], part.dim)[len(part.shape) :]
+            if not fits or shape[1:] != inner or dtypes.setdefault(part.name, dtype) != dtype:
+                raise _unfit(reader, f"{key}.codebook", part.name)
+            _check_indices(reader, part, shape[0])
+            if shape[0]:
+                with_entries.add(part.name)
+        if f"{key}.scales" in reader.names:
+            for name, allowed in ((f"{key}.groups", _GROUPS), (f"{key}.scales", _SCALES)):
+                if reader.described(name)[1] != shape[:1] or reader.described(name)[0] not in allowed:
+                    raise _unfit(reader, name, parts[0].name)
+    for name, shape in contents.tied.items():
+        # What has no entry of a codebook is free as a whole.
+        if shape.numel() and name not in with_entries and reader.described(f"{name}.free")[1] != (shape.numel(),):
+            raise _unfit(reader, f"{name}.free", name)
+
+
+def _check_indices(reader: Reader, part: _Part, count: int) -> None:
+    key, labels = f"{part.key}.indices", part.shape.numel()
+    if (
+        reader.described(key) != (torch.uint8, (-(-part.bits * labels // 8),))
+        or part.bits > max(count.bit_length(), 1)
+        or (not part.bits and labels > _LABELS_WITHOUT_BITS)
+    ):
+        raise _unfit(reader, key, part.name)
 
 
 def _moved(shape: torch.Size, dim: int) -> tuple[int, ...]:
@@ -409,17 +465,12 @@ def _by_names(contents: _Contents, name: str, tensor: Tensor) -> Iterator[tuple[
 
 def _read_tied(reader: Reader, contents: _Contents, name: str) -> Tensor:
     """A tied parameter, from the codebooks of its ties."""
-    shape = contents.tied[name]
     tensor = free = None
     for parts, part in ((own, part) for own in contents.ties for part in own if part.name == name):
-        codebook = _read_codebook(reader, parts)
-        fits = tensor is None or codebook.dtype == tensor.dtype
-        if not fits or codebook.shape[1:] != _moved(shape, part.dim)[len(part.shape) :]:
-            raise _unfit(reader, f"{parts[0].key}.codebook", name)
+        codebook = reader.read(f"{parts[0].key}.codebook")
         symbols = _read_symbols(reader, part, len(codebook))
         if tensor is None or free is None:
-            tensor = torch.empty(shape, dtype=codebook.dtype, device="cpu")
-            free = torch.ones(shape, dtype=torch.bool, device="cpu")
+            tensor, free = _made(reader, name, contents.tied[name], codebook.dtype)
         fill_(tensor, codebook, part.dim, symbols)
         free.movedim(part.dim, 0)[symbols < len(codebook)] = False
     assert tensor is not None
@@ -432,13 +483,25 @@ def _read_tied(reader: Reader, contents: _Contents, name: str) -> Tensor:
     return tensor
 
 
+def _made(reader: Reader, name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A tensor to be filled, and which of its entries are free: all of them."""
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu"), torch.ones(shape, dtype=torch.bool, device="cpu")
+    except RuntimeError:
+        got = f"{name} of shape {tuple(shape)} and {dtype}"
+        raise reader.error("tensors that fit into memory", got) from None
+
+
 def _read_tie(reader: Reader, parts: Sequence[_Part]) -> Tie:
     key = parts[0].key
-    count = len(_read_codebook(reader, parts))
+    count = len(reader.read(f"{key}.codebook"))
     groups, scales = torch.arange(count, device="cpu"), None
     if f"{key}.scales" in reader.names:
-        groups = _read_numbers(reader, f"{key}.groups", parts[0], count, torch.int64)
-        scales = _read_numbers(reader, f"{key}.scales", parts[0], count, torch.float64)
+        groups, scales = reader.read(f"{key}.groups").long(), reader.read(f"{key}.scales").double()
+        if bool((groups < 0).any()):
+            raise _unfit(reader, f"{key}.groups", parts[0].name)
+        if not bool(scales.isfinite().all()):
+            raise _unfit(reader, f"{key}.scales", parts[0].name)
     ties = []
     for part in parts:
         symbols = _read_symbols(reader, part, count)
@@ -448,29 +511,10 @@ def _read_tie(reader: Reader, parts: Sequence[_Part]) -> Tie:
     return Tie.join(*ties)
 
 
-def _read_codebook(reader: Reader, parts: Sequence[_Part]) -> Tensor:
-    key = f"{parts[0].key}.codebook"
-    codebook = reader.read(key)
-    if not codebook.dim():
-        raise _unfit(reader, key, parts[0].name)
-    return codebook
-
-
-def _read_numbers(reader: Reader, key: str, part: _Part, count: int, dtype: torch.dtype) -> Tensor:
-    """What is said of each entry of a codebook."""
-    numbers = reader.read(key)
-    if numbers.shape != (count,) or not torch.can_cast(numbers.dtype, dtype):
-        raise _unfit(reader, key, part.name)
-    return numbers.to(dtype)
-
-
 def _read_symbols(reader: Reader, part: _Part, count: int) -> Tensor:
     key = f"{part.key}.indices"
-    octets = reader.read(key)
-    if octets.dtype != torch.uint8 or octets.shape != (-(-part.bits * part.shape.numel() // 8),):
-        raise _unfit(reader, key, part.name)
-    symbols = unpacked(octets, part.bits, part.shape)
-    if symbols.numel() and not 0 <= int(symbols.min()) <= int(symbols.max()) <= count:
+    symbols = unpacked(reader.read(key), part.bits, part.shape)
+    if symbols.numel() and int(symbols.max()) > count:
         raise _unfit(reader, key, part.name)
     return symbols
 

@@ -12,7 +12,9 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from tempfile import TemporaryFile
 from typing import IO, Any, Self
@@ -52,7 +54,7 @@ class Writer:
     """Writes a file that is there as a whole in the end, or not at all; a context.
 
     Args:
-        file: where to. What is there is replaced.
+        file: where to. What is there is replaced, and its permissions are kept.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
@@ -117,17 +119,22 @@ class Writer:
             end += part.tell()
         written = json.dumps(header, ensure_ascii=False).encode()
         written += b" " * (-len(written) % 8)
-        partial = os.path.join(os.path.dirname(self._file), f".{secrets.token_hex(8)}.partial")
+        mode = _permissions(self._file)
+        # Until it is complete, nobody else can read what may replace a private file.
+        private = None if mode is None else partial(os.open, mode=0o600)
+        beside = os.path.join(os.path.dirname(self._file), f".{secrets.token_hex(8)}.partial")
         try:
-            with open(partial, "xb") as whole:
+            with open(beside, "xb", opener=private) as whole:
                 whole.write(len(written).to_bytes(8, "little") + written)
                 for _, part in data:
                     part.seek(0)
                     shutil.copyfileobj(part, whole, 2**20)
-            os.replace(partial, self._file)
+            if mode is not None:
+                os.chmod(beside, mode)
+            os.replace(beside, self._file)
         finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+            if os.path.exists(beside):
+                os.remove(beside)
 
 
 class Reader:
@@ -168,6 +175,9 @@ class Reader:
             raise self.error("metadata that tieopt.export.save has written", "others") from None
         if differing := sorted(self.names ^ set(self._handle.keys())):
             raise self.error("the tensors that were written", f"others: {', '.join(differing)}")
+        for name in self.names:
+            if (dtype := self._handle.get_slice(name).get_dtype()) not in _DTYPES:
+                raise self.error("dtypes that tieopt.export.save writes", f"{name} of {dtype}")
 
     def __enter__(self) -> Self:
         self._handle.__enter__()
@@ -180,6 +190,17 @@ class Reader:
         """What is raised where a file is not as it should be."""
         return ValueError(f"{self._file} cannot be read.\n  Expected: {expected}\n  Got:      {got}")
 
+    def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
+        """The dtype and the shape of a tensor, which is not read.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self.names:
+            raise self.error(f"{name} as it was written", "no tensor of that name")
+        entry = self._handle.get_slice(name)
+        return _DTYPES[entry.get_dtype()], torch.Size(entry.get_shape())
+
     def read(self, name: str) -> Tensor:
         """A tensor of the file, with memory of its own.
 
@@ -189,7 +210,8 @@ class Reader:
         try:
             # What comes from the file is mapped, and changes with it.
             tensor: Tensor = self._handle.get_tensor(name).clone()
-        except self._failure as error:
+        # Of a shape that no tensor can have, torch raises one of the others.
+        except (self._failure, TypeError, RuntimeError) as error:
             raise self.error(f"{name} as it was written", str(error)) from None
         if _hash(name, tensor) != self._hashes[name]:
             raise self.error(f"{name} as it was written", "other values")
@@ -199,6 +221,14 @@ class Reader:
 def plain(tensor: Tensor) -> Tensor:
     """A tensor on the CPU, without a graph; what torch negates or conjugates on reading is written out."""
     return tensor.detach().cpu().resolve_conj().resolve_neg()
+
+
+def _permissions(file: str) -> int | None:
+    """Those of a file that is there."""
+    try:
+        return stat.S_IMODE(os.stat(file).st_mode)
+    except FileNotFoundError:
+        return None
 
 
 def _hash(name: str, tensor: Tensor) -> str:
