@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt import index as index_module
-from tieopt.reduction import Workspace, divide_, drift, project_
+from tieopt.reduction import Workspace, divide_, drift, project_, rounded
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 ENTRIES = [1, 7, 64]
@@ -166,6 +166,81 @@ def test_the_drift_is_found_in_any_piece(entries, monkeypatch):
 
         assert drift([tensor], index, Workspace()) == 3.0
     assert drift([torch.zeros(len(labels), 2)], index, Workspace()) == 0.0
+
+
+# --- rounded once ---
+
+NARROW = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_what_lies_near_the_middle_of_two_numbers_is_rounded_to_the_nearer(dtype):
+    patterns = torch.arange(2 ** (8 * dtype.itemsize)).to(torch.int16 if dtype.itemsize == 2 else torch.uint8)
+    numbers = patterns.view(dtype).double()
+    finite, order = numbers[numbers.isfinite()].unique(return_inverse=True)
+    below, above = finite[:-1], finite[1:]
+    middles, infinity = (below + above) / 2, torch.full_like(below, math.inf)
+    is_even = torch.zeros(len(finite), dtype=torch.bool)
+    is_even[order] = patterns[numbers.isfinite()] % 2 == 0
+    is_even[finite == 0] = True
+
+    assert torch.equal(rounded(middles, dtype).double(), torch.where(is_even[:-1], below, above))
+    assert torch.equal(rounded(torch.nextafter(middles, -infinity), dtype).double(), below)
+    assert torch.equal(rounded(torch.nextafter(middles, infinity), dtype).double(), above)
+    assert torch.equal(rounded(finite, dtype).double(), finite)
+    special = torch.tensor([math.inf, -math.inf, 1e300, -1e300, 1e-310, -1e-310, 0.0, -0.0], dtype=torch.float64)
+    assert same_bits(rounded(special, dtype), special.to(dtype))
+    assert rounded(torch.full((20,), math.nan, dtype=torch.float64), dtype).isnan().all()
+
+
+# The mean of four is a little more than the middle of 1 and the next number, by less than float32 can tell.
+JUST_ABOVE = {torch.float16: [2.0, 2.0, 2**-9, 2**-23], torch.bfloat16: [2.0, 2.0, 2**-6, 2**-26]}
+halves = pytest.mark.parametrize("dtype", JUST_ABOVE, ids=str)
+
+
+@halves
+def test_a_mean_is_rounded_once(dtype):
+    above = 1 + torch.finfo(dtype).eps
+    tensor = torch.tensor(JUST_ABOVE[dtype], dtype=dtype)
+    assert tie_(tensor.clone(), [[0, 1, 2, 3]]).tolist() == [above] * 4
+    # As rows, and of complex numbers.
+    assert tie_(tensor[:, None].repeat(1, 20), [[0, 1, 2, 3]]).unique().tolist() == [above]
+    if dtype == torch.float16:
+        paired = torch.view_as_complex(torch.stack([tensor, tensor], dim=1))
+        assert torch.view_as_real(tie_(paired, [[0, 1, 2, 3]])).unique().tolist() == [above]
+    # Three members whose squared scales add up to four.
+    scale = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5])
+    members = torch.cat([tensor[:3], torch.full((4,), 2 * tensor[3].item() / 4, dtype=dtype)])
+    assert tie_(members, torch.zeros(7).long(), scale=scale).tolist()[:3] == [above] * 3
+
+
+@halves
+def test_a_multiple_is_rounded_once(dtype):
+    above = 1 + torch.finfo(dtype).eps
+    scale = torch.tensor([1.0, (1 + above) / 2 + 2.0**-30], dtype=torch.float64)
+    # The shared value is a little more than 1, which it is rounded to.
+    assert tie_(torch.tensor([1.0, above], dtype=dtype), torch.zeros(2).long(), scale=scale).tolist() == [1.0, above]
+
+
+@halves
+@reductions
+def test_a_step_rounds_the_gradient_once(dtype, reduction, compact):
+    weight = parameter(4, dtype=dtype)
+    with torch.no_grad():
+        weight.zero_()
+    inner = SGD([weight], lr=1.0, maximize=True)
+    TiedOptimizer(inner, {weight: [[0, 1, 2, 3]]}, reduction=reduction, compact=compact)
+    weight.grad = torch.tensor(JUST_ABOVE[dtype], dtype=dtype)
+    inner.step()
+    above = 1 + torch.finfo(dtype).eps
+    assert weight.tolist() == [above * (4 if reduction == "sum" else 1)] * 4
 
 
 # --- one result ---

@@ -29,7 +29,7 @@ from tieopt.folding import (
 )
 from tieopt.gradients import gradients_of, prepare_gradients, with_gradients
 from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
-from tieopt.reduction import Reduction
+from tieopt.reduction import Reduction, calculable
 from tieopt.sharded import is_sharded
 from tieopt.state import with_state
 from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
@@ -219,7 +219,7 @@ def _check_range(component: Component, params: Sequence[Tensor], compacts: Seque
     if all(slices.scale is None for slices in component.slices):
         return
     for slices, param, compact in zip(component.slices, params, compacts, strict=True):
-        if bool(param.isfinite().all()) and not bool(compact.isfinite().all()):
+        if bool(calculable(param).isfinite().all()) and not bool(calculable(compact).isfinite().all()):
             raise ValueError(
                 "The compact mode trains shared values, and one is beyond the range of the weights.\n"
                 f"  Expected: weights divided by their scales within {param.dtype}, or compact=False\n"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tieopt.folding import Folded, compact_like, compact_slices, folded_for
 from tieopt.index import Indices
+from tieopt.reduction import bits, times
 from tieopt.slices import FREE, Slices
 from tieopt.state import State, is_plain, scales_for
 from tieopt.ties import shown
@@ -53,9 +54,9 @@ def _compact_value(key: str, value: Any, slices: Slices, part: Folded, param: Te
             return value
         check_shapeless(key, value, param.shape)
         return value
-    rows = _rows(slices, value)[part.kept.to(value.device)]
+    rows = bits(_rows(slices, value))[part.kept.to(value.device)].view(value.dtype)
     scales = scales_for(key, [value], part.scale[part.kept])
-    values = _in_place(compact_slices(slices), _times(rows, 1 / scales))
+    values = _in_place(compact_slices(slices), times(rows, 1 / scales))
     return _laid_out_as(compact_like(slices, param.detach(), len(part.kept)), values)
 
 
@@ -125,7 +126,8 @@ def _expanded_value(
     full = rows.new_zeros((len(own.rows), *rows.shape[1:]))
     shown = [value for value, one in zip(values, plain, strict=True) if one]
     scales = scales_for(key, shown, own.scale[known])
-    full[known.to(rows.device)] = _times(rows[own.rows[known].to(rows.device)], scales)
+    chosen = bits(rows)[own.rows[known].to(rows.device)].view(rows.dtype)
+    bits(full)[known.to(rows.device)] = bits(times(chosen, scales))
     return _in_place(slices, full)
 
 
@@ -175,9 +177,3 @@ def _in_place(slices: Slices, rows: Tensor) -> Tensor:
 def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
     """The value in the memory layout of the parameter that it belongs to: fused kernels walk both side by side."""
     return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def _times(rows: Tensor, scales: Tensor) -> Tensor:
-    if bool((scales == 1).all()):
-        return rows
-    return rows * scales.view(-1, *[1] * (rows.dim() - 1)).to(rows.device, rows.dtype.to_real())

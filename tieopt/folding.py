@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tieopt.index import Index, Indices, Layout, Run, consecutive, in_one_order, sorted_members, wide_dtype
-from tieopt.reduction import Reduction, Workspace, bits, column, group_means, pin_, projected, write_values
+from tieopt.reduction import Reduction, Workspace, bits, column, group_means, pin_, projected, rounded, write_values
 from tieopt.slices import FREE, Slices, in_memory
 
 
@@ -218,7 +218,8 @@ def fold_(compacts: Sequence[Tensor], tensors: Sequence[Tensor], folding: Foldin
             for home in homes:
                 compact = compact_rows[home.part][home.place]
                 # torch promotes no 8-bit floats.
-                compact.copy_(compact.to(scales.dtype) / column(scales[home.slots], compact))
+                values = compact.to(scales.dtype) / column(scales[home.slots], compact)
+                compact.copy_(rounded(values, compact.dtype))
 
 
 @torch.no_grad()
@@ -240,13 +241,14 @@ def fold_gradients_(
     """
     rows, compact_rows = folding.rows(grads, compacts)
     for run, homes, scales in zip(folding.index.runs, folding.homes, folding.scales, strict=True):
-        values = group_means(rows, run, workspace).to(rows[0].dtype)
+        values = rounded(group_means(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
             # Of the mean as it is stored, so that tying the gradients before changes nothing.
             values = values.to(wide_dtype(values.device)) * column(run.counts, values)
         if scales is not None:
             values = values.to(scales.dtype) / column(scales, values)
         targets = [compact_rows[home.part][home.place] for home in homes]
+        values = rounded(values, targets[0].dtype)
         torch._foreach_copy_(targets, [values[home.slots] for home in homes])
     for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
         if groups < len(kept) and own.dtype == compact.dtype:
@@ -272,7 +274,7 @@ def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Re
         if own is not None:
             for home in homes:
                 scales[home.place] = own[home.slots]
-    values = (values / column(scales[rows], values)).to(values.dtype)
+    values = rounded(values / column(scales[rows], values), values.dtype)
     indices = torch.cat([rows[None], indices[1:, chosen]])
     return torch.sparse_coo_tensor(indices, values, compact.shape, check_invariants=False)
 
@@ -313,4 +315,5 @@ def _leads(
     kept = folding.kept[home.part][home.place]
     leads = bits(rows[home.part])[kept].view(values.dtype).to(own.dtype)
     wide = values.to(own.dtype)
-    return torch.where((leads / own).to(values.dtype).to(own.dtype) == wide, leads, wide * own).to(values.dtype)
+    folded_again = rounded(leads / own, values.dtype).to(own.dtype)
+    return rounded(torch.where(folded_again == wide, leads, wide * own), values.dtype)

@@ -106,9 +106,9 @@ def project_(
     """
     rows, means_of = index.rows(tensors), means_of or group_means
     for run in index.runs:
-        values = means_of(rows, run, workspace).to(rows[0].dtype)
+        values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
-            values = (values.to(wide_dtype(values.device)) * column(run.counts, values)).to(values.dtype)
+            values = rounded(values.to(wide_dtype(values.device)) * column(run.counts, values), values.dtype)
         write_values(rows, run, values, workspace)
     pin_(rows, index)
 
@@ -130,7 +130,7 @@ def relax_(
     for part, positions, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
-        moved = torch.where(members == expected, members, moved).to(rows[part].dtype)
+        moved = rounded(torch.where(members == expected, members, moved), rows[part].dtype)
         _put(rows[part], positions, moved)
 
 
@@ -146,7 +146,7 @@ def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> No
     rows = index.rows(tensors)
     for run in index.runs:
         sums = _leads(rows, run, workspace)
-        write_values(rows, run, (sums / column(run.counts, sums)).to(rows[0].dtype), workspace)
+        write_values(rows, run, rounded(sums / column(run.counts, sums), rows[0].dtype), workspace)
 
 
 class _Projection(torch.autograd.Function):
@@ -438,7 +438,7 @@ def _expected(values: Tensor, each: Round, stored: torch.dtype, workspace: Works
     # A multiple of what is finite is finite, too.
     largest = torch.finfo(stored).max
     multiples = torch.where(wide.isfinite(), multiples.clamp(-largest, largest), multiples)
-    return spread.copy_(multiples.to(stored))
+    return spread.copy_(rounded(multiples, stored))
 
 
 def _spread(values: Tensor, each: Round, members: Tensor) -> None:
@@ -521,6 +521,41 @@ def pin_(rows: list[Tensor], index: Index) -> None:
     """What is pinned is zero."""
     for part, pins in index.pinned.items():
         bits(rows[part]).index_fill_(0, pins, 0)
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another dtype, rounded once.
+
+    torch takes float64 to 8 and 16 bits by way of float32. What it rounds to the middle between two numbers there, it
+    may then round to the wrong one. In float32 an inexact value is therefore rounded to the neighbour with an odd last
+    bit, which is no such middle (Boldo and Melquiond, "When double rounding is odd", 2005).
+    """
+    if values.is_complex():
+        return torch.view_as_complex(rounded(torch.view_as_real(values), dtype.to_real()))
+    if values.dtype != torch.float64 or dtype.itemsize > 2:
+        return values.to(dtype)
+    narrow = values.float()
+    size, exact = narrow.abs(), values.abs()
+    too_large, too_small = size > exact, size < exact
+    # The pattern of a number is one less than that of its neighbour away from zero.
+    narrow.view(torch.int32).sub_(too_large.int()).bitwise_or_(too_large | too_small)
+    return narrow.to(dtype)
+
+
+def times(slices: Tensor, factors: Tensor) -> Tensor:
+    """Slices times a factor each, rounded once."""
+    if bool((factors == 1).all()):
+        return slices
+    wide = wide_dtype(slices.device)
+    factors = factors.to(slices.device, wide)
+    return rounded(
+        slices.to(wide.to_complex() if slices.is_complex() else wide) * column(factors, slices), slices.dtype
+    )
+
+
+def calculable(tensor: Tensor) -> Tensor:
+    """8-bit floats as float32: torch calculates with those, but not with them."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from tieopt.reduction import (
     group_means,
     project_,
     relax_,
+    rounded,
     scatter_add_,
     tied,
 )
@@ -306,7 +307,7 @@ class Shards:
         received = workspace.take("received", (len(plan.slots), *shape), wire, device)
         self._send(received, means, plan.received, plan.sent)
 
-        own = _weighted_means(received, plan).to(stored)
+        own = rounded(_weighted_means(received, plan), stored)
         replies = workspace.take("replies", received.shape, stored, device)
         torch.index_select(bits(own), 0, plan.slots, out=bits(replies))
         shared = workspace.take("shared", means.shape, stored, device)

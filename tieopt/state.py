@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tieopt.index import Indices
+from tieopt.index import Indices, wide_dtype
 from tieopt.places import BoundTie, T
-from tieopt.reduction import Workspace, projected, tied
+from tieopt.reduction import Workspace, bits, calculable, projected, rounded, tied
 from tieopt.sharded import is_sharded, is_sharded_as, local, on_any_rank, sharded_as, shards_for
 from tieopt.slices import FREE, Slices, real
 from tieopt.start import Start, started_from_first
@@ -136,7 +136,7 @@ def scales_for(key: str, values: Sequence[Tensor], scale: Tensor) -> Tensor:
 def _has_negative(value: Tensor) -> bool:
     if is_sharded(value):
         return on_any_rank(_has_negative(*local([value])), value)
-    return bool((real(value.resolve_conj()) < 0).any())
+    return bool((calculable(real(value.resolve_conj())) < 0).any())
 
 
 @torch.no_grad()
@@ -150,10 +150,13 @@ def _multiples(slices: Sequence[Slices], values: Sequence[Tensor], joined: Slice
         like = torch.empty(param.shape, dtype=param.dtype, device=param.device)
         return sharded_as(param, _multiples(slices, whole, joined, like))
     numbers, scale = joined.entries(param)
-    shared = values[0].new_zeros(int(numbers.max()) + 1 if numbers.numel() else 0)
+    wide = wide_dtype(values[0].device)
+    wide = wide.to_complex() if values[0].is_complex() else wide
+    shared = values[0].new_zeros(int(numbers.max()) + 1 if numbers.numel() else 0, dtype=wide)
     for each, value in zip(slices, values, strict=True):
         known, scales = each.entries(value)
         led = (known != FREE) & (known < len(shared)) & (scales != 0)
-        shared[known[led].to(shared.device)] = value[led.to(value.device)] / scales[led].to(value.device, shared.dtype)
-    result = torch.zeros_like(param, dtype=shared.dtype)
-    return result.copy_(shared[numbers.to(shared.device)] * scale.to(shared.device, shared.dtype))
+        members = bits(value)[led.to(value.device)].view(value.dtype)
+        shared[known[led].to(shared.device)] = members.to(wide) / scales[led].to(value.device, wide)
+    multiples = shared[numbers.to(shared.device)] * scale.to(shared.device, wide)
+    return torch.empty_like(param, dtype=values[0].dtype).copy_(rounded(multiples, values[0].dtype))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tieopt.folding import fold_, fold_gradients_, folding_for, unfold_
 from tieopt.index import Index, Indices, Run
-from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
+from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_, rounded
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -151,8 +151,8 @@ def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
     total = rows[first].to(torch.float64)
     for each in others:
         total = total + rows[each].to(torch.float64)
-    values = (total / members.shape[1]).to(rows.dtype)
-    return (values.to(torch.float64) * members.shape[1]).to(rows.dtype) if reduction == "sum" else values
+    values = rounded(total / members.shape[1], rows.dtype)
+    return rounded(values.to(torch.float64) * members.shape[1], rows.dtype) if reduction == "sum" else values
 
 
 # --- operations that run eagerly within a graph ---
