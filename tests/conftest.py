@@ -10,6 +10,8 @@ The profile is chosen with pytest's ``--hypothesis-profile``:
 None has a deadline: the first call of a torch operator takes longer than the next thousand.
 """
 
+import os
+
 import pytest
 import torch
 from hosts import Hosts
@@ -30,6 +32,23 @@ torch.sparse.check_sparse_tensor_invariants.enable()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-page", action="store_true", help="write the page of docs/ that says what the tests saw")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run whole folders on all cores, where pytest-xdist is installed and ``-n`` does not say otherwise.
+
+    A debugger and ``-s`` need the one process, and so does mutmut. Each worker imports torch, which takes several
+    hundred megabytes: hence a limit. Neighbouring tests stay together, because they share ranks and what is compiled.
+    """
+    option = config.option
+    if getattr(option, "numprocesses", 0) is not None or option.tx or hasattr(config, "workerinput"):
+        return
+    if option.usepdb or option.capture == "no" or option.hypothesis_profile == "mutants":
+        return
+    if any(map(os.path.isdir, config.args)):
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
+        option.dist = "worksteal" if option.dist == "no" else option.dist
 
 
 def pytest_configure(config: pytest.Config) -> None:
