@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from itertools import product
@@ -61,12 +62,14 @@ def all_tied(tensor: Tensor, labels: Tensor) -> bool:
     return all(same_bits(tensor[member], tensor[group[0]]) for group in members_of(labels) for member in group[1:])
 
 
-def entries_of(tensor: Tensor) -> list[list[float]]:
+def entries_of(tensor: Tensor) -> list[tuple[float, ...]]:
     """The entries of each slice as Python floats, which hold every dtype exactly; complex ones as two."""
     tensor = tensor.detach().resolve_conj().cpu()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    return tensor.double().reshape(len(tensor), math.prod(tensor.shape[1:])).tolist()
+    entries, width = tensor.double().flatten().tolist(), math.prod(tensor.shape[1:])
+    # To make lists within a list takes several times as long.
+    return list(zip(*[iter(entries)] * width, strict=True)) if width else [()] * len(tensor)
 
 
 def exact_means(tensor: Tensor, labels: Tensor) -> list[list[Fraction]]:
@@ -80,9 +83,11 @@ def exact_means(tensor: Tensor, labels: Tensor) -> list[list[Fraction]]:
 
 
 def _exact_mean(values: Sequence[float]) -> Fraction:
-    ratios = [value.as_integer_ratio() for value in values]
-    common = max(denominator for _, denominator in ratios)  # all are powers of two
-    total = sum(numerator * (common // denominator) for numerator, denominator in ratios)
+    # Large groups have few values.
+    counts = Counter(values)
+    ratios = [(*value.as_integer_ratio(), count) for value, count in counts.items()]
+    common = max(denominator for _, denominator, _ in ratios)  # all are powers of two
+    total = sum(numerator * count * (common // denominator) for numerator, denominator, count in ratios)
     return Fraction(total, common * len(values))
 
 
@@ -119,8 +124,8 @@ def mean_tolerance(mean: Fraction, members: Sequence[float], dtype: torch.dtype,
         pairs: whether the members are entries of rows.
     """
     real, size = dtype.to_real(), len(members)
-    magnitudes = [abs(Fraction(member)) for member in members]
-    average = sum(magnitudes) / size
+    magnitudes = list(map(abs, members))
+    average = _exact_mean(magnitudes)
     wide = unit_in_the_last_place(float(average), torch.float64)
     if real == torch.float64:
         block = min(size, max(32, math.isqrt(size)))
@@ -136,7 +141,7 @@ def mean_tolerance(mean: Fraction, members: Sequence[float], dtype: torch.dtype,
 
 def slowly_tied(tensor: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Means or sums of each group in float64 or complex128, by loops; the same layout is not kept."""
-    rows = entries_of(tensor)
+    rows = list(map(list, entries_of(tensor)))
     for group in members_of(labels):
         for entry in range(len(rows[group[0]])):
             total = math.fsum(rows[member][entry] for member in group)
