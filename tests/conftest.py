@@ -11,11 +11,13 @@ None has a deadline: the first call of a torch operator takes longer than the ne
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hosts import Hosts
 from hypothesis import Phase, settings
+from ranks import Ranks
 
 settings.register_profile("quick", max_examples=12, stateful_step_count=25, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=50, stateful_step_count=40, deadline=None, derandomize=True)
@@ -69,3 +71,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def compact(request: pytest.FixtureRequest) -> bool:
     """Each mode of a tied optimizer: it trains every member, or one entry for each group."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes with a process group, for all modules."""
+    with Ranks(2) as started:
+        yield started

@@ -1,7 +1,7 @@
 """Processes that stay, each one rank of a process group, and do what the tests tell them.
 
-To start one takes seconds, for torch is imported; so they are started once, and asked as often as a property has
-examples.
+To start one takes seconds, for torch is imported; so they are started once, when they are needed, and asked as often as
+a property has examples.
 """
 
 import multiprocessing
@@ -28,7 +28,8 @@ class Ranks:
     def __init__(self, count: int, timeout: timedelta = timedelta(seconds=60)) -> None:
         self.count = count
         self._timeout = timeout
-        self._start()
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -54,13 +55,17 @@ class Ranks:
             process.kill()
             process.join()
         self._folder.cleanup()
+        self._pipes, self._processes = [], []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What a function of some module returns on each rank.
 
         Raises:
-            AssertionError: it raised something on a rank. Others may still wait for that one: all are started anew.
+            AssertionError: it raised something on a rank. Others may still wait for that one: all are started anew when
+                they are asked again.
         """
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             with suppress(OSError):
                 pipe.send((function, args))
@@ -68,7 +73,6 @@ class Ranks:
         failures = [f"rank {rank}: {answer}" for rank, (done, answer) in enumerate(answers) if not done]
         if failures:
             self._stop(patience=0)
-            self._start()
             raise AssertionError("\n".join(failures))
         return [answer for _, answer in answers]
 
@@ -76,7 +80,8 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop(self._timeout.total_seconds())
+        if self._processes:
+            self._stop(self._timeout.total_seconds())
 
 
 def _answer(pipe: Any) -> tuple[bool, Any]:

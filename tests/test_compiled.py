@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from cases import every_pair
 from checks import REDUCTIONS, parameter, randn, same_bits
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, RMSprop
@@ -143,9 +145,18 @@ def traced(make: Callable[[], Any], params: list[Parameter]) -> tuple[int, int]:
     return len(graphs), sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-@MODES
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+class Bare(SGD):
+    """What is made once for all optimizers of a class has not been made for this one."""
+
+
+@cache
+def traced_bare(kind: Callable[[], tuple[list[Parameter], Any]]) -> tuple[int, int]:
+    """The same of an optimizer without ties."""
+    params, _ = kind()
+    return traced(lambda: Bare(params, lr=0.1, momentum=0.9), params)
+
+
+@every_pair(kind=KINDS, reduction=REDUCTIONS, compact=[False, True])
 def test_a_traced_step_is_the_step_with_a_graph_for_the_ties_on_either_side(kind, reduction, compact):
     class Inner(SGD):
         """What is made once for all optimizers of a class has not been made for this one."""
@@ -155,8 +166,7 @@ def test_a_traced_step_is_the_step_with_a_graph_for_the_ties_on_either_side(kind
         params, ties = kind()
         optimizer = TiedOptimizer(Inner(params, lr=0.1, momentum=0.9), ties, reduction=reduction, compact=compact)
         ends.append((params, optimizer))
-    bare, _ = kind()
-    expected = traced(lambda: Inner(bare, lr=0.1, momentum=0.9), bare)
+    expected = traced_bare(kind)
 
     found = traced(lambda: ends[1][1], ends[1][0])
     train(ends[0][0], ends[0][1].step)
@@ -186,9 +196,9 @@ def test_other_optimizers_have_no_more_graph_breaks_either(inner, compact):
     assert found[1] <= expected[1]
 
 
-@MODES
-@pytest.mark.parametrize("kind", [rows, odd_groups, elements, columns, joined], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@every_pair(
+    kind=[rows, odd_groups, elements, columns, joined], compact=[False, True], backend=["aot_eager", "inductor"]
+)
 def test_a_compiled_step_is_the_step(kind, compact, backend):
     ends = []
     for compiled in (False, True):

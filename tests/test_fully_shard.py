@@ -5,10 +5,12 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every_pair
 from checks import randn, same_bits, same_tree
 from ranks import Ranks
 from test_sharded import INNER, TIES, batch, fsdp, mesh_of, mlp, share_of, tied_after_all, train, whole
@@ -23,9 +25,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is b
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    with Ranks(2) as started:
-        yield started
+def ranks(two_ranks):
+    return two_ranks
 
 
 # --- what runs both on the ranks and, to compare with, in this process ---
@@ -51,10 +52,9 @@ def check(ranks: Ranks, scenario: Callable, *args, kind: str = "rows", tolerance
     """Weights on all ranks are those of one process, tied and equal to the last bit."""
     expected, answers = scenario(*args), ranks.run(scenario, *args)
     assert not all(map(same_bits, expected, whole(mlp())))
-    for weights in answers:
-        torch.testing.assert_close(weights, expected, rtol=tolerance, atol=tolerance)
-        assert all(map(same_bits, weights, answers[0]))
-        assert tied_after_all(weights, kind)
+    torch.testing.assert_close(answers[0], expected, rtol=tolerance, atol=tolerance)
+    assert tied_after_all(answers[0], kind)
+    assert all(all(map(same_bits, weights, answers[0])) for weights in answers)
 
 
 # --- optimizers ---
@@ -68,9 +68,11 @@ def stepped(kind: str, reduction: str, options: dict) -> list[Tensor]:
 
 
 @pytest.mark.host("FSDP2", "foreach and fused AdamW")
-@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": True, "amsgrad": True}], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", TIES)
+@every_pair(
+    kind=TIES,
+    options=[{"foreach": True}, {"fused": True}, {"foreach": True, "amsgrad": True}],
+    reduction=["mean", "sum"],
+)
 def test_foreach_and_fused_steps_are_those_of_one_process(ranks, kind, reduction, options):
     check(ranks, stepped, kind, reduction, options, kind=kind)
 
@@ -265,8 +267,9 @@ def in_mixed_precision(kind: str, reduce_dtype: torch.dtype) -> list[tuple[list[
 
 
 @pytest.mark.host("FSDP2", "MixedPrecisionPolicy")
-@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", TIES)
+@pytest.mark.parametrize(
+    ("kind", "reduce_dtype"), list(zip(TIES, cycle([torch.float32, torch.bfloat16]), strict=False))
+)
 def test_in_mixed_precision_the_weights_are_those_of_whole_parameters_with_the_same_gradients(
     ranks, kind, reduce_dtype
 ):

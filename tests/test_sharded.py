@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every_pair
 from checks import randn, same_bits
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -34,6 +35,9 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is b
 @pytest.fixture(scope="session", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request):
     """So many processes."""
+    if request.param == 2:
+        yield request.getfixturevalue("two_ranks")
+        return
     with Ranks(request.param) as started:
         yield started
 
@@ -128,10 +132,11 @@ def test_free_entries_of_sharded_tensors_keep_their_bits(ranks, data):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("values", [[math.inf] * 4, [math.nan, 1, 2, 3], [-0.0] * 4, [1.0, math.inf, 2, 3], "largest"])
-def test_special_values_have_the_mean_that_they_have_on_one_rank(ranks, dtype, values):
-    values = [torch.finfo(dtype).max] * 4 if values == "largest" else values
-    full, labels = torch.tensor(values, dtype=dtype)[:, None].expand(4, 3).clone(), torch.zeros(4, dtype=torch.int64)
+def test_special_values_have_the_mean_that_they_have_on_one_rank(ranks, dtype):
+    groups = [[math.inf] * 4, [math.nan, 1, 2, 3], [-0.0] * 4, [1.0, math.inf, 2, 3], [torch.finfo(dtype).max] * 4]
+    # Members of each group are on all ranks.
+    full = torch.tensor(groups, dtype=dtype).T.reshape(20, 1).expand(20, 3).clone()
+    labels = torch.arange(20) % 5
     answers = ranks.run(tied_twice, full, (ranks.count,), [Shard(0)], labels, 0, None)
 
     for once, *_ in answers:
@@ -350,19 +355,21 @@ def tied_after_all(weights: list[Tensor], kind: str) -> bool:
     return all(map(same_bits, start, whole(model)))
 
 
-@pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", TIES)
-@pytest.mark.parametrize("how", [pytest.param(how, marks=host) for how, host in HOSTS.items()])
+@every_pair(
+    how=[pytest.param(how, marks=host) for how, host in HOSTS.items()],
+    kind=TIES,
+    reduction=["mean", "sum"],
+    inner=INNER,
+)
 def test_the_trajectory_is_that_of_one_process_and_rows_are_tied_across_ranks(ranks, how, kind, reduction, inner):
-    expected, _ = trained_alone(kind, inner, reduction, 5)
-    answers = ranks.run(trained, how, kind, inner, reduction, 5)
+    expected, _ = trained_alone(kind, inner, reduction, 4)
+    answers = ranks.run(trained, how, kind, inner, reduction, 4)
 
+    for weights, wanted in zip(answers[0], expected, strict=True):
+        torch.testing.assert_close(weights, wanted, rtol=1e-12, atol=1e-12)
+        assert tied_after_all(weights, kind)
     for seen in answers:
-        for weights, wanted, first in zip(seen, expected, answers[0], strict=True):
-            torch.testing.assert_close(weights, wanted, rtol=1e-12, atol=1e-12)
-            assert all(map(same_bits, weights, first))
-            assert tied_after_all(weights, kind)
+        assert all(all(map(same_bits, weights, first)) for weights, first in zip(seen, answers[0], strict=True))
 
 
 # --- what is communicated ---
@@ -758,8 +765,7 @@ def replicas(kind: str, reduction: str, compact: bool, zero: bool) -> list[Tenso
 
 
 @pytest.mark.host("DistributedDataParallel", "replicas equal to the last bit")
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", TIES)
+@every_pair(kind=TIES, reduction=["mean", "sum"], compact=[False, True])
 def test_replicas_stay_equal_to_the_last_bit(ranks, kind, reduction, compact):
     expected = trained_alone(kind, "AdamW", reduction, 4)[0][-1]
     answers = ranks.run(replicas, kind, reduction, compact, False)
@@ -1093,22 +1099,30 @@ def test_parameters_that_are_sharded_once_they_are_tied_are_refused_in_the_compa
         assert "compact=False" in message
 
 
-def alone() -> TiedOptimizer | None:
+def impatient() -> tuple[dist.ProcessGroup, DeviceMesh]:
+    """A group of all ranks, which no other test waits for, and a mesh of it."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    # torch takes meshes of one name for the same one, whatever their groups are.
+    return group, DeviceMesh.from_group(group, "cpu", mesh_dim_names=(group.group_name,))
+
+
+def alone(mesh: DeviceMesh) -> TiedOptimizer | None:
     """An optimizer whose step waits for all ranks; None on the last one, which is to take none."""
-    weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    weight = Parameter(distribute_tensor(randn(8, 4), mesh, [Shard(0)]))
     optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: torch.arange(8) % 2})
-    weight.grad = sharded(randn(8, 4), line(), [Shard(0)])
+    weight.grad = distribute_tensor(randn(8, 4), mesh, [Shard(0)])
     dist.barrier()
     return None if dist.get_rank() == dist.get_world_size() - 1 else optimizer
 
 
 def lagging() -> tuple[str, float]:
     """What a rank sees when the last one takes no step, and after how many seconds."""
-    optimizer = alone()
+    group, mesh = impatient()
+    optimizer = alone(mesh)
     if optimizer is None:
         return "", 0.0
     # Not before: to start on a busy machine takes longer.
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
     begin = time.monotonic()
     try:
         optimizer.step()
@@ -1117,16 +1131,15 @@ def lagging() -> tuple[str, float]:
     return "nothing", 0.0
 
 
-def test_a_rank_that_does_not_come_is_waited_for_as_long_as_torch_says():
-    with Ranks(2) as started:
-        (message, seconds), _ = started.run(lagging)
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_torch_says(two_ranks):
+    (message, seconds), _ = two_ranks.run(lagging)
 
     assert "timeout" in message or "Timed out" in message
     assert 1 <= seconds < 30
 
 
 def dying() -> None:
-    optimizer = alone()
+    optimizer = alone(mesh_of(line()))
     if optimizer is None:
         os._exit(1)
     optimizer.step()
@@ -1147,10 +1160,11 @@ class Switching(SGD):
 
 def failing_alone(method: str, everywhere: bool) -> tuple[str, bool]:
     """What a rank sees when what the last one, or all, call fails; and whether weights are as they were."""
-    weight = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    group, mesh = impatient()
+    weight = Parameter(distribute_tensor(randn(8, 4), mesh, [Shard(0)]))
     optimizer = TiedOptimizer(Switching([weight], lr=0.1), {weight: torch.arange(8) % 2})
     start = weight.to_local().detach().clone()
-    weight.grad = sharded(randn(8, 4), line(), [Shard(0)])
+    weight.grad = distribute_tensor(randn(8, 4), mesh, [Shard(0)])
     optimizer.tie_gradients()
 
     def closure() -> None:
@@ -1158,7 +1172,7 @@ def failing_alone(method: str, everywhere: bool) -> tuple[str, bool]:
             raise KeyError("closure")
 
     dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
     try:
         getattr(optimizer, method)(closure)
     except (KeyError, RuntimeError) as error:
@@ -1167,10 +1181,9 @@ def failing_alone(method: str, everywhere: bool) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("method", ["step", "eval"])
-def test_a_rank_that_fails_sends_the_others_nothing_that_they_would_take_for_something_else(method):
-    with Ranks(2) as started:
-        assert started.run(failing_alone, method, True) == [("'closure'", True)] * 2
-        (waited, kept), failed = started.run(failing_alone, method, False)
+def test_a_rank_that_fails_sends_the_others_nothing_that_they_would_take_for_something_else(two_ranks, method):
+    assert two_ranks.run(failing_alone, method, True) == [("'closure'", True)] * 2
+    (waited, kept), failed = two_ranks.run(failing_alone, method, False)
 
     assert "timeout" in waited or "Timed out" in waited
     assert kept
