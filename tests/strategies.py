@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
@@ -26,6 +27,10 @@ TINY = (torch.float8_e4m3fn, torch.float8_e5m2)
 ALL = (*REAL, *COMPLEX, *TINY)
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# For properties that are tested once for each optimizer: all of its cases together still draw many examples, and no two
+# cases draw the same ones.
+few_examples = settings(max_examples=max(3, settings().max_examples // 4))
 
 seeds = st.integers(0, 2**32 - 1)
 reductions = st.sampled_from(["mean", "sum"])

@@ -23,6 +23,7 @@ from strategies import (
     ENTRYWISE,
     Recipe,
     closure_of,
+    few_examples,
     labels,
     loss_of,
     normal,
@@ -104,6 +105,7 @@ def _put_into(shared: SharedTraining, states: Sequence[dict[str, Any]], names: S
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@few_examples
 @given(way=st.sampled_from(WAYS), data=st.data())
 def test_from_a_change_on_the_trajectory_is_that_of_the_shared_parameter_with_the_mean_state(
     compact: bool, recipe: Recipe, way: str, data: st.DataObject
@@ -184,6 +186,7 @@ def _entries_in(groups: Sequence[Sequence[Member]], number: int) -> set[int]:
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@few_examples
 @given(way=st.sampled_from(["retie", "wrap"]), data=st.data())
 def test_the_state_of_members_is_tied_with_the_sign_of_their_scale_and_nothing_else_changes(
     recipe: Recipe, way: str, data: st.DataObject
@@ -288,6 +291,7 @@ def test_a_new_parameter_that_is_joined_to_a_trained_one_goes_on_with_its_state(
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@few_examples
 @given(st.data())
 def test_an_untied_optimizer_is_from_then_on_the_bare_one_bit_for_bit(
     compact: bool, recipe: Recipe, data: st.DataObject
@@ -535,6 +539,7 @@ def test_a_parameter_that_was_added_since_can_be_joined_by_its_name(compact):
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@few_examples
 @given(st.data())
 def test_the_same_ties_again_change_no_bit(compact: bool, recipe: Recipe, data: st.DataObject) -> None:
     parameters, drawn, groups = _drawn(data, ("none", "signs", "zeros"))

@@ -17,6 +17,7 @@ from strategies import (
     ENTRYWISE,
     Recipe,
     closure_of,
+    few_examples,
     labels,
     laid_out,
     layouts,
@@ -133,6 +134,7 @@ def _shared_closure(shared: CompactTraining, seed: int) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE + COUPLING, ids=repr)
+@few_examples
 @given(st.data())
 def test_the_trajectory_is_that_of_the_compact_parameter(recipe: Recipe, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([dtype for dtype in (torch.float64, torch.complex128) if dtype in recipe.dtypes]))
@@ -192,6 +194,7 @@ def test_the_compact_parameter_of_a_contiguous_one_is_contiguous(data: st.DataOb
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@few_examples
 @given(st.data())
 def test_the_state_has_an_entry_for_each_distinct_one_and_no_more(recipe: Recipe, data: st.DataObject) -> None:
     parameters, drawn = _drawn(data, recipe, torch.float64)
@@ -547,6 +550,7 @@ def test_a_state_that_is_loaded_in_the_other_mode_goes_on(recipe: Recipe, to: st
 
 
 @pytest.mark.parametrize("recipe", CONVERTIBLE, ids=repr)
+@few_examples
 @given(st.data())
 def test_a_compact_state_that_went_through_the_full_mode_is_itself(recipe: Recipe, data: st.DataObject) -> None:
     parameters, compact, _, full = _pair(data, recipe, (*EXACT, "any"))
@@ -585,6 +589,7 @@ def test_a_bare_state_is_averaged_and_made_compact(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("recipe", CONVERTIBLE, ids=repr)
+@few_examples
 @given(st.data())
 def test_an_optimizer_that_has_state_when_it_is_tied_goes_on_as_in_the_full_mode(
     recipe: Recipe, data: st.DataObject

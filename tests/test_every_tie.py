@@ -17,6 +17,7 @@ from strategies import (
     REAL,
     TINY,
     Recipe,
+    few_examples,
     laid_out,
     layouts,
     loss_of,
@@ -96,6 +97,7 @@ some_seeds = st.lists(seeds, min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ENTRYWISE + COUPLING if not recipe.closure], ids=repr)
+@few_examples
 @given(st.data())
 def test_members_are_tied_after_construction_and_every_step(compact: bool, recipe: Recipe, data: st.DataObject) -> None:
     dtypes = [dtype for dtype in (*REAL, *COMPLEX) if dtype in recipe.dtypes]
@@ -254,6 +256,7 @@ def test_free_entries_are_the_bare_optimizers_bit_for_bit(compact: bool, data: s
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ENTRYWISE if torch.float64 in recipe.dtypes], ids=repr)
+@few_examples
 @given(st.data())
 def test_the_trajectory_is_that_of_the_shared_values(recipe: Recipe, data: st.DataObject) -> None:
     linear = recipe.optimizer is torch.optim.SGD

@@ -7,12 +7,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import SharedTraining, slowly_tied
-from strategies import ENTRYWISE, Recipe, labels, loss_of, normal, reductions, seeds, shapes, small_shapes, spelled
+from strategies import (
+    ENTRYWISE,
+    Recipe,
+    few_examples,
+    labels,
+    loss_of,
+    normal,
+    reductions,
+    seeds,
+    shapes,
+    small_shapes,
+    spelled,
+)
 from torch.nn import Parameter
 
 from tieopt import TiedOptimizer
 
-STEPS = 30
+STEPS = 10
 
 
 def _assert_on_one_trajectory(weights: list[Parameter], shared: SharedTraining) -> None:
@@ -23,6 +35,7 @@ def _assert_on_one_trajectory(weights: list[Parameter], shared: SharedTraining) 
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE, ids=repr)
+@few_examples
 @given(st.data())
 def test_the_trajectory_is_that_of_the_shared_parameter(
     device: torch.device, compact: bool, recipe: Recipe, data: st.DataObject

@@ -13,6 +13,7 @@ from strategies import (
     REAL,
     Recipe,
     closure_of,
+    few_examples,
     labels,
     laid_out,
     layouts,
@@ -81,6 +82,7 @@ def _ties(data: st.DataObject, parameters: list[Parameter], names: list[torch.Te
 
 
 @pytest.mark.parametrize("recipe", ENTRYWISE + COUPLING, ids=repr)
+@few_examples
 @given(st.data())
 def test_members_are_equal_after_construction_and_after_every_step(
     device: torch.device, compact: bool, recipe: Recipe, data: st.DataObject

@@ -477,13 +477,16 @@ def test_what_needs_no_hypothesis_works_without_it():
     assert done.stdout.split() == ["equivalent"], done.stderr
 
 
-@pytest.mark.parametrize("call", ["labels(3)", "scales((3,))", "ties([torch.zeros(3)])"])
-def test_without_hypothesis_a_strategy_says_that_it_needs_it(call):
-    done = run(f"from tieopt.testing import *; import tieopt.testing as t; t.{call}")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"(ImportError|ModuleNotFoundError): ", last)
-    assert "hypothesis" in last
+def test_without_hypothesis_a_strategy_says_that_it_needs_it():
+    done = run("""
+import tieopt.testing as t
+for call in (lambda: t.labels(3), lambda: t.scales((3,)), lambda: t.ties([torch.zeros(3)])):
+    try:
+        call()
+    except ImportError as error:
+        print("hypothesis" in str(error))
+""")
+    assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
 def test_the_noise_of_an_optimizer_is_what_couples_its_entries():
