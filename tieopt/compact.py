@@ -9,6 +9,7 @@ The weights remain what counts: before a step the shared values are read from th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, cast
 
@@ -272,6 +273,7 @@ class CompactStep:
         self._took_part: dict[Component, list[Tensor]] = {}
         self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self._twin = twin_of(optimizer)
+        self._within = ExitStack()
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -279,10 +281,13 @@ class CompactStep:
         return self._stepped(self._prepared(), inner_step, *args, **kwargs)
 
     def _stepped(self, pairs: Components, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not held_optimizers(self._tied):
+        with self._within:
+            self._go_within()
             return self._folded_step(pairs, inner_step, *args, **kwargs)
-        with compact_within(self._tied):
-            return self._folded_step(pairs, inner_step, *args, **kwargs)
+
+    def _go_within(self) -> None:
+        if held_optimizers(self._tied):
+            self._within.enter_context(compact_within(self._tied))
 
     def _folded_step(self, pairs: Components, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         torch.compiler.is_compiling()
@@ -356,7 +361,9 @@ class CompactStep:
         def unfolded_closure(*args: Any, **kwargs: Any) -> Any:
             self.__exit__()
             self.finish()
+            self._within.close()
             loss = closure(*args, **kwargs)
+            self._go_within()
             self._fold(self._prepared())
             return loss
 

@@ -12,7 +12,7 @@ the optimizer's own.
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import CodeType, new_class
@@ -330,9 +330,9 @@ class TiedOptimizer(Optimizer):
         self._replace_state(state)
 
     def _replace_state(self, state: Mapping[Any, Any]) -> None:
-        compact = self._tieopt.compact
-        if compact is not None:
-            vars(self)["state"] = defaultdict(dict)
+        if self._tieopt.compact is not None:
+            # The same object: an optimizer within this one may share it.
+            vars(self)["state"].clear()
         self.state.update(state)
 
     def untie(self) -> None:
