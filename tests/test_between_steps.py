@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD
 
-from tieopt import TiedOptimizer, is_tied, tie_
+from tieopt import Tie, TiedOptimizer, is_tied, tie_
 
 PARTED = "written to between two steps, and their members differ now: weight"
 
@@ -146,3 +146,20 @@ def test_the_tensors_of_a_step_that_was_captured_stay_when_the_ties_are_replaced
         gc.collect()
         assert captured() is not None
     assert copy.deepcopy(optimizer)._tieopt is not captured()
+
+
+def test_rates_in_tensors_that_come_to_differ_are_refused_by_the_next_step(compact: bool) -> None:
+    first, second = parameter(4, 2, seed=1), parameter(4, 2, seed=2)
+    rates = [torch.tensor(0.1), torch.tensor(0.1)]
+    groups = [{"params": [one], "lr": rate} for one, rate in zip((first, second), rates, strict=True)]
+    tie = Tie.join(Tie(first, torch.arange(4)), Tie(second, torch.arange(4)))
+    optimizer = TiedOptimizer(SGD(groups), tie, compact=compact)
+    for one in (first, second):
+        one.grad = torch.ones_like(one)
+    optimizer.step()
+    rates[1].fill_(0.2)
+    with pytest.raises(ValueError, match="different settings"):
+        optimizer.step()
+    rates[0].fill_(0.2)
+    optimizer.step()
+    assert torch.equal(first, second)
