@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
 
-PARTED = "written to between two steps, and their members differ now: weight"
+PARTED = "replaced or written to between two steps, and their members differ now: weight"
 
 
 def made(compact: bool, **options: object) -> tuple[Parameter, TiedOptimizer]:
