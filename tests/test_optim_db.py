@@ -89,6 +89,11 @@ def a_sample(condition=lambda variant: True):
     return pytest.mark.parametrize(("variant", "compact"), cases)
 
 
+def reduction_for(variant, compact):
+    """A line search needs the gradient of what it trains."""
+    return "sum" if compact and variant.inner is LBFGS else "mean"
+
+
 class Run:
     """Training of two parameters, the rows of the first tied, on losses that depend on the step alone.
 
@@ -103,7 +108,7 @@ class Run:
         self.optimizer = variant.inner(self.params, **copy.deepcopy(variant.kwargs))
         if ties is not None:
             ties = {self.params[number]: groups for number, groups in ties.items()}
-            TiedOptimizer(self.optimizer, ties, compact=compact)
+            TiedOptimizer(self.optimizer, ties, reduction=reduction_for(variant, compact), compact=compact)
 
     @classmethod
     def tied(cls, variant, **kwargs):
@@ -293,7 +298,7 @@ def test_all_schedulers_set_the_learning_rates_of_the_bare_optimizer(compact, va
 def test_the_ties_are_kept_under_a_scheduler_that_was_built_before_them(compact, variant):
     run = Run(variant)
     scheduler = SCHEDULERS["CosineAnnealingLR"](run.optimizer)
-    TiedOptimizer(run.optimizer, {run.params[0]: GROUPS}, compact=compact)
+    TiedOptimizer(run.optimizer, {run.params[0]: GROUPS}, reduction=reduction_for(variant, compact), compact=compact)
     for step in range(4):
         run.step(step)
         scheduler.step()

@@ -157,8 +157,9 @@ class Binding:
             if tie in self._seen and not self.relaxed and not _is_still_tied(tie, params):
                 names = ", ".join(name_of(param_groups, place) for place in tie.places)
                 warnings.warn(
-                    f"Tied weights were replaced or written to between two steps, and their members differ now: {names}. "
-                    "They go on from their mean. Write what is tied to all members, or call tie_weights() afterwards. "
+                    "Tied weights were replaced or written to between two steps, and their members differ now: "
+                    f"{names}. "
+                    "They go on from their mean. Write to all members alike, or call tie_weights() afterwards. "
                     "A lookup in an embedding with max_norm writes to the rows that it looks up.",
                     stacklevel=2,
                 )

@@ -73,10 +73,12 @@ class FullStep:
 
     @untraced
     def _check_weights(self) -> None:
-        """Says so where the weights that a step begins with are not those that the last one left."""
+        """Ties weights that something else has written since the last step."""
         param_groups = self._optimizer.param_groups
         pairs = self._binding.parameters(param_groups)
-        self._binding.written([pair for pair in pairs if pair[1][0].requires_grad], param_groups)
+        written = self._binding.written([pair for pair in pairs if pair[1][0].requires_grad], param_groups)
+        if not self._binding.relaxed:
+            self._binding.tie_weights(with_gradients(written), differentiable=is_differentiable(self._optimizer))
 
     def _begin(self) -> None:
         """Ties the gradients that are there, and remembers whose they are."""
