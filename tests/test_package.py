@@ -158,9 +158,38 @@ def test_type_hints_are_shipped() -> None:
 def test_there_is_one_version() -> None:
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert metadata["metadata"]["version"] == "attr: tieopt.__version__"
     latest = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert latest is not None
-    assert tieopt.__version__ == version("tieopt") == metadata["metadata"]["version"] == latest[1]
+    assert tieopt.__version__ == version("tieopt") == latest[1]
+
+
+def test_what_users_call_is_what_the_package_shows() -> None:
+    shown = {name for name in dir(tieopt) if name != "__version__"}
+    assert shown == {*tieopt.__all__, "export", "patterns", "plot", "testing"}
+    with pytest.raises(AttributeError, match="module 'tieopt' has no attribute 'symmetric'"):
+        tieopt.symmetric  # noqa: B018
+
+
+def test_the_package_alone_brings_its_modules_and_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "tieopt").symlink_to(files("tieopt"), target_is_directory=True)
+    program = """
+        import importlib.metadata, sys
+        def missing(name): raise importlib.metadata.PackageNotFoundError(name)
+        importlib.metadata.distribution = missing
+        import tieopt
+        optional = {"hypothesis", "matplotlib", "safetensors", "scipy", "sklearn"}
+        assert not optional & set(sys.modules)
+        modules = [tieopt.export, tieopt.patterns, tieopt.plot, tieopt.testing]
+        assert not optional & set(sys.modules)
+        print(tieopt.__version__, tieopt.__file__, *(module.__name__ for module in modules), sep="\\n")
+    """
+    lines = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", inspect.cleandoc(program)], check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout.splitlines()
+    assert lines[0] == tieopt.__version__
+    assert Path(lines[1]).is_relative_to(tmp_path)
+    assert lines[2:] == [f"tieopt.{name}" for name in ("export", "patterns", "plot", "testing")]
 
 
 def test_the_library_requires_torch_alone_and_pins_nothing() -> None:
