@@ -227,7 +227,7 @@ def test_a_key_that_is_neither_a_parameter_nor_a_name_is_refused(setting, key):
 
 def test_a_parameter_that_is_tied_twice_is_refused(setting):
     ties = [Tie(setting.good, GROUPS), Tie(setting.bad, [[0, 1]]), Tie(setting.bad, [[2, 3], [4, 1]])]
-    both = (r"entry \(1, 0\) in 1 group of 2 members, 5 free", "and in 2 groups of 4 members, 3 free")
+    both = (r"entry \(1, 0\) in 1 group of 2 members, 5 free", "and in 2 groups of 4 members in all, 3 free")
     setting.refused(ValueError, setting.called, "tied twice", "share no entry", *both, ties=ties)
 
 
@@ -582,7 +582,9 @@ def test_a_parameter_without_data_is_refused(setting):
 
 def test_a_tie_says_what_it_is():
     assert repr(Tie("layer.bad", GROUPS)) == f"Tie('layer.bad', {GROUPS} (list))"
-    assert repr(Tie(torch.zeros(7, 5), GROUPS)) == "Tie(parameter of shape (7, 5), 2 groups of 5 members, 2 free)"
+    assert (
+        repr(Tie(torch.zeros(7, 5), GROUPS)) == "Tie(parameter of shape (7, 5), 2 groups of 5 members in all, 2 free)"
+    )
 
 
 # --- the wording, whole ---
@@ -670,7 +672,7 @@ def test_errors_say_exactly(tie, message):
 
 
 def test_a_tie_of_nothing_says_so():
-    assert repr(Tie(torch.zeros(0, 2), [])) == "Tie(parameter of shape (0, 2), 0 groups of 0 members, 0 free)"
+    assert repr(Tie(torch.zeros(0, 2), [])) == "Tie(parameter of shape (0, 2), no groups, 0 free)"
 
 
 def test_a_group_of_one_member_is_no_other_tie_to_a_state():

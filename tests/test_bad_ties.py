@@ -392,13 +392,13 @@ def test_parameters_that_are_tied_apart_may_have_settings_of_their_own():
             {"groups": torch.zeros(SHAPE, dtype=torch.int64)},
             {"groups": [[6]]},
             r"\(6, 0\)",
-            "1 group of 35 members, 0 free, and in 1 group of 1 members, 6 free",
+            "1 group of 35 members, 0 free, and in 1 group of 1 member, 6 free",
         ),
         (
             {"groups": [[3, 4]], "scale": -with_value(2.0)},
             {"groups": [[1, 2], [4, 5]]},
             r"\(4, 0\)",
-            "1 group of 2 members, 5 free, scaled, and in 2 groups of 4 members, 3 free",
+            "1 group of 2 members, 5 free, scaled, and in 2 groups of 4 members in all, 3 free",
         ),
         (
             {"groups": [[0, 1]]},
@@ -424,7 +424,7 @@ def test_ties_that_share_an_entry_are_refused(setting, first, second, entry, bot
             {"groups": torch.zeros(SHAPE, dtype=torch.int64)},
             {"groups": torch.arange(35).view(5, 7), "dim": 1},
             r"\(0, 0\)",
-            "1 group of 35 members, 0 free, and in 35 groups of 35 members, 0 free, dim=1",
+            "1 group of 35 members, 0 free, and in 35 groups of 35 members in all, 0 free, dim=1",
         ),
     ],
     ids=["rows", "columns", "elements, transposed"],
@@ -439,7 +439,7 @@ def test_parts_of_one_join_that_share_an_entry_are_refused(setting, known, first
 
 def test_the_overlap_of_later_ties_is_told_from_the_first(setting):
     ties = [Tie("layer.bad", [[0, 1]]), Tie("layer.bad", [[2, 3], [4]]), Tie("layer.bad", [[5, 4, 6]])]
-    got = r"entry \(4, 0\) in 2 groups of 3 members, 4 free, and in 1 group of 3 members, 4 free"
+    got = r"entry \(4, 0\) in 2 groups of 3 members in all, 4 free, and in 1 group of 3 members, 4 free"
     setting.refused(ValueError, "tied twice", got, ties=ties)
 
 

@@ -26,7 +26,7 @@ from checks import (
 )
 from torch.optim import SGD, Adagrad, AdamW
 
-from tieopt import TiedOptimizer
+from tieopt import Tie, TiedOptimizer
 
 # --- state_dict, load_state_dict, __setstate__ ---
 
@@ -414,3 +414,27 @@ def test_a_state_that_was_tied_in_inference_mode_is_trained_on_outside_of_it(com
 
     assert not same_bits(weight, before)
     assert optimizer.tie_drift() == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "scale", "fingerprint"),
+    [
+        (
+            [[0, 2], [1, 3]],
+            None,
+            "2 groups of 4 members, 0 free, sha256 3f8cf53c3b0f4d8a9ffb5d84db3819553f4a154862c751386f3fa3821d3a8f54",
+        ),
+        (
+            [[0]],
+            torch.full((4,), 2.0),
+            "1 group of 1 members, 3 free, sha256 55deacf4d1cd9167e077449422418c780a5279e630c8e7ef0600bc36971c6f52",
+        ),
+        ([], None, "0 groups of 0 members, 4 free, sha256 "),
+    ],
+    ids=["groups", "scaled", "empty"],
+)
+def test_a_fingerprint_is_written_as_in_the_first_version(groups, scale, fingerprint):
+    weight = torch.nn.Parameter(torch.ones(4, 2))
+    saved = TiedOptimizer(SGD([weight]), Tie(weight, groups, scale=scale)).state_dict()["tieopt"]["ties"]
+    assert list(saved) == [0]
+    assert saved[0].startswith(fingerprint)

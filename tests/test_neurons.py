@@ -652,6 +652,6 @@ def test_errors_say_exactly(case):
 def test_ties_of_neurons_are_ties():
     ties: Sequence[Tie] = neurons(linear(), [[0, 2], [1, 3]])
     assert [str(tie) for tie in ties] == [
-        "Tie(parameter of shape (5, 3), 2 groups of 4 members, 1 free)",
-        "Tie(parameter of shape (5,), 2 groups of 4 members, 1 free)",
+        "Tie(parameter of shape (5, 3), 2 groups of 4 members in all, 1 free)",
+        "Tie(parameter of shape (5,), 2 groups of 4 members in all, 1 free)",
     ]

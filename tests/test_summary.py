@@ -83,10 +83,11 @@ def test_the_line_counts_what_is_there(drawn: Any, reduction: str, compact: bool
 
     line = repr(optimizer)
     counts = [f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((groups, "group"), (members, "member"))]
+    tied = "no groups" if groups == 0 else f"{counts[0]} of {counts[1]}{' in all' if groups > 1 else ''}"
     where = f"{held} parameter{'' if held == 1 else 's'}"
     if optimizer.ties:
         settings = f"reduction={reduction!r}{', compact=True' if compact else ''}"
-        assert line == f"TiedSGD({counts[0]} of {counts[1]} in {where}, {settings})"
+        assert line == f"TiedSGD({tied}, in {where}, {settings})"
     for one in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):  # noqa: S301
         assert repr(one) == line
     assert str(optimizer).endswith(line.removeprefix("TiedSGD(").removesuffix(")"))
@@ -123,4 +124,4 @@ def test_the_line_needs_no_parameter() -> None:
     weight = Parameter(torch.zeros(3))
     optimizer = TiedOptimizer(SGD([weight]), {weight: [[0, 1]]})
     optimizer.param_groups.clear()
-    assert repr(optimizer) == "TiedSGD(1 group of 2 members in 1 parameter, reduction='mean')"
+    assert repr(optimizer) == "TiedSGD(1 group of 2 members, in 1 parameter, reduction='mean')"

@@ -1099,7 +1099,7 @@ def test_step_can_be_replaced_on_the_instance_and_put_back(compact):
 def test_it_is_printed_as_the_inner_optimizer_under_the_tied_name_and_with_its_ties(compact):
     printed, ties = str(one_tied(AdamW, compact=compact)[1]).rsplit("\n", 1)
     assert printed == "Tied" + str(one_bare(AdamW)[1])
-    assert ties.startswith("Ties: 2 groups of 5 members in 1 parameter")
+    assert ties.startswith("Ties: 2 groups of 5 members in all, in 1 parameter")
 
 
 def test_a_tie_can_be_read_back_and_given_to_another_optimizer(compact):

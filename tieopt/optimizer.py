@@ -143,7 +143,7 @@ class TiedOptimizer(Optimizer):
         >>> isinstance(optimizer, torch.optim.AdamW)
         True
         >>> optimizer
-        TiedAdamW(2 groups of 5 members in 1 parameter, reduction='mean')
+        TiedAdamW(2 groups of 5 members in all, in 1 parameter, reduction='mean')
     """
 
     _tieopt: Binding

@@ -139,11 +139,29 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     return tuple(each._replace(labels=part.view(each.labels.shape)) for each, part in zip(slices, parts, strict=True))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, with the noun in the singular or the plural."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def groups_of_members(groups: int, members: int) -> str:
+    """How many groups there are, and how many members they have together, in words."""
+    if groups == 0:
+        return "no groups"
+    return f"{counted(groups, 'group')} of {counted(members, 'member')}{' in all' * (groups > 1)}"
+
+
 def described(slices: Sequence[Slices]) -> str:
     """How many groups, members and free slices there are, in words."""
+    groups, members, free = _counts(slices)
+    return f"{groups_of_members(groups, members)}, {free} free"
+
+
+def _counts(slices: Sequence[Slices]) -> tuple[int, int, int]:
+    """The numbers of groups, members and free slices."""
     labels = torch.cat([each.labels.flatten() for each in slices])
-    count, free = len(torch.unique(labels[labels != FREE])), int((labels == FREE).sum())
-    return f"{count} group{'' if count == 1 else 's'} of {labels.numel() - free} members, {free} free"
+    free = int((labels == FREE).sum())
+    return len(torch.unique(labels[labels != FREE])), labels.numel() - free, free
 
 
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
@@ -172,7 +190,10 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         digest.update(octets(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
-    return f"{described([canonical])}{zeros}, sha256 {digest.hexdigest()}"
+    groups, members, free = _counts([canonical])
+    # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
+    counts = f"{groups} group{'' if groups == 1 else 's'} of {members} members, {free} free"
+    return f"{counts}{zeros}, sha256 {digest.hexdigest()}"
 
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[list[Slices]]:

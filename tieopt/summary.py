@@ -8,7 +8,7 @@ import torch
 
 from tieopt.binding import Binding
 from tieopt.places import ParamGroups, name_of
-from tieopt.slices import FREE, Slices
+from tieopt.slices import FREE, Slices, counted, groups_of_members
 
 _HEADINGS = ("parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift")
 
@@ -45,7 +45,7 @@ def line(binding: Binding) -> str:
     groups = sum(number + 1 for number in largest)
     members = sum(int((slices.labels != FREE).sum()) for tie in binding.ties for slices in tie.slices)
     parameters = len({place for tie in binding.ties for place in tie.places})
-    counts = f"{_count(groups, 'group')} of {_count(members, 'member')} in {_count(parameters, 'parameter')}"
+    counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"
     how = _relaxation(binding) if binding.relaxed else f"reduction={binding.reduction!r}"
     return f"{counts}, {how}{', compact=True' * (binding.compact is not None)}"
 
@@ -57,8 +57,4 @@ def _shared(slices: Sequence[Slices], *, pinned: bool = False) -> int:
 
 
 def _relaxation(binding: Binding) -> str:
-    return f"approximate: strength {binding.strength}, every {_count(binding.every, 'step')}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"approximate: strength {binding.strength}, every {counted(binding.every, 'step')}"

@@ -122,9 +122,9 @@ class Tie:
         >>> from tieopt import Tie, TiedOptimizer
         >>> weight = torch.nn.Parameter(torch.randn(5, 3))
         >>> Tie(weight, [[4, 1], [0, 2]])
-        Tie(parameter of shape (5, 3), 2 groups of 4 members, 1 free)
+        Tie(parameter of shape (5, 3), 2 groups of 4 members in all, 1 free)
         >>> Tie(weight, torch.tensor([0, 1, 0]), dim=1)
-        Tie(parameter of shape (5, 3), 2 groups of 3 members, 0 free, dim=1)
+        Tie(parameter of shape (5, 3), 2 groups of 3 members in all, 0 free, dim=1)
 
         Row 2 is the opposite of row 0, and row 3 is zero:
 
