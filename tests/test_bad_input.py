@@ -13,7 +13,9 @@ import pytest
 import torch
 from checks import GROUPS, SHAPE, bits, parameter, randn, same_tree, tied_bitwise, train
 from torch.optim import SGD, AdamW
+from torch.testing._internal.two_tensor import TwoTensor
 
+import tieopt
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
 from tieopt.ties import overlaps
 
@@ -292,7 +294,7 @@ def test_an_optimizer_that_is_tied_already_is_refused_and_stays_as_it_is():
     with pytest.raises(TypeError, match="tied already") as caught:
         TiedOptimizer(optimizer, {other: GROUPS})
 
-    assert_clear(caught.value, "TiedAdamW", "at once")
+    assert_clear(caught.value, "TiedAdamW", r"optimizer\.retie\(ties\)", "at once")
     assert same_tree([bits(weight), bits(other), optimizer.state_dict()], before)
     assert len(optimizer.ties) == 1
 
@@ -631,12 +633,13 @@ def test_a_tie_says_what_it_is():
             lambda: Tie(torch.zeros(3, dtype=torch.int32), [[0, 1]]),
             "the parameter of shape (3,) cannot be tied.\n"
             "  Expected: a dense tensor of a floating or complex dtype, on a device that holds its data\n"
-            "  Got:      torch.int32, torch.strided, device cpu",
+            "  Got:      torch.int32, torch.strided, device cpu "
+            "(tie and train the floating weights, and quantise them afterwards)",
         ),
         (
             lambda: Tie(torch.zeros(()), []),
             "the parameter has no slices to tie.\n"
-            "  Expected: a tensor of one or more dimensions\n"
+            "  Expected: a tensor of one or more dimensions, for example of shape (1,)\n"
             "  Got:      a tensor of shape ()",
         ),
         (
@@ -705,3 +708,151 @@ def test_a_group_of_one_member_is_no_other_tie_to_a_state():
 )
 def test_entries_that_share_memory_are_found(shape, strides, expected):
     assert overlaps(torch.zeros(64).as_strided(shape, strides)) == expected
+
+
+# --- what to do, in the error ---
+
+LAYERS = [f"layers.{number}.{name}" for number in range(40) for name in ("attn.qkv.weight", "fc.weight", "fc.bias")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("layers.31.attn.qvk.weight", "layers.31.attn.qkv.weight"),
+        ("Layers.7.FC.weight", "layers.7.fc.weight"),
+        ("module.layers.38.fc.bias", "layers.38.fc.bias"),
+        ("39.fc.bias", "layers.39.fc.bias"),
+        ("layer.12.fc.weight", "layers.12.fc.weight"),
+        ("backbone.encoder.block.qkv.weight", "layers.0.attn.qkv.weight"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest_ones_before_the_list_is_cut(wrong, nearest):
+    optimizer = SGD([(name, parameter(2, 2)) for name in LAYERS], lr=0.1)
+    with pytest.raises(ValueError, match="does not hold") as caught:
+        TiedOptimizer(optimizer, {wrong: [[0, 1]]})
+    assert_clear(
+        caught.value, rf"Expected: {re.escape(nearest)} \(2, 2\)[^;]*, the nearest names?; or one of layers\.0\."
+    )
+    assert "97 more" in str(caught.value)
+
+
+def test_a_name_that_resembles_none_is_answered_with_the_list():
+    Setting(named=True).refused(ValueError, r"Expected: one of good \(7, 5\), layer\.bad", ties={"xyz": GROUPS})
+
+
+def test_parameters_of_the_shape_of_a_stranger_come_first():
+    optimizer = SGD([("a", parameter(2)), ("b", parameter(4, 3)), ("c", parameter(2))], lr=0.1)
+    with pytest.raises(ValueError, match="does not hold") as caught:
+        TiedOptimizer(optimizer, {parameter(4, 3): [[0, 1]]})
+    assert_clear(caught.value, r"Expected: b \(4, 3\), of the same shape; or one of a \(2,\), c \(2,\)\n")
+
+
+def test_the_parameters_of_a_module_are_named():
+    layer = torch.nn.Linear(5, 7)
+    optimizer = SGD([("in.weight", parameter(7, 5)), *((f"out.{name}", one) for name, one in layer.named_parameters())])
+    with pytest.raises(ValueError, match="does not hold") as caught:
+        TiedOptimizer(optimizer, {layer: GROUPS})
+    assert_clear(
+        caught.value, r"Expected: out\.weight \(7, 5\) or out\.bias \(7,\), of this module; or one of in\.weight"
+    )
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tie_across_two_optimizers_is_told_the_rule_and_what_to_do(named):
+    matrix, other = parameter(*SHAPE), parameter(*SHAPE, seed=1)
+    first = SGD([("matrix", matrix)] if named else [matrix], lr=0.1)
+    SGD([other], lr=0.1)
+    with pytest.raises(ValueError, match="does not hold") as caught:
+        TiedOptimizer(first, Tie.join(Tie(matrix, GROUPS), Tie(other, GROUPS)))
+    assert_clear(
+        caught.value, "in no parameter group", "One optimizer has to hold all members of a tie", "add_param_group"
+    )
+
+    first.add_param_group({"params": [("other", other)] if named else [other]})
+    TiedOptimizer(first, Tie.join(Tie(matrix, GROUPS), Tie(other, GROUPS)))
+    assert torch.equal(matrix[0], other[0])
+
+
+def test_a_model_is_not_told_of_optimizers():
+    with pytest.raises(ValueError, match="the model does not hold") as caught:
+        tieopt.testing.assert_tied(torch.nn.Linear(2, 3), {"wieght": [[0, 1]]})
+    assert_clear(caught.value, r"Expected: weight \(3, 2\), the nearest name")
+    assert "optimizer" not in str(caught.value)
+
+
+def test_a_module_in_the_place_of_a_parameter_is_told_of_its_parameters():
+    with pytest.raises(TypeError, match=r"tie its parameters, such as its \.weight"):
+        Tie(torch.nn.Linear(2, 3), [[0, 1]])
+
+
+def test_a_changed_shape_is_told_of_retie():
+    weight = parameter(*SHAPE)
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), {weight: GROUPS})
+    weight.data = randn(8, 5)
+    with pytest.raises(RuntimeError, match=r"call retie\(\) with ties that fit it, or untie\(\)"):
+        optimizer.tie_weights()
+    optimizer.retie({weight: [[0, 7]]})
+    assert is_tied(weight, [[0, 7]])
+
+
+def test_a_state_with_other_ties_is_told_how_to_change_them():
+    optimizer, state = trained([[0, 1]]), trained([[2, 3]]).state_dict()
+    with pytest.raises(ValueError, match=r"tie as when it was saved, load the state, and then call retie\(\)"):
+        optimizer.load_state_dict(state)
+
+
+# --- classes of tensors that replace torch's operators ---
+
+
+class Quantised(torch.Tensor):
+    """Whole numbers and one scale, as weights that are quantised are stored; read by writing them out."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.numbers, self.size = (values * 10).round().to(torch.int8), 0.1
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args, kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].numbers * args[0].size)
+        plain = (one.numbers * one.size if isinstance(one, cls) else one for one in args)
+        return function(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", [tie_, is_tied, Tie])
+def test_a_tensor_whose_entries_cannot_be_written_is_refused_with_the_way(function):
+    with pytest.raises(TypeError, match="cannot be tied") as caught:
+        function(Quantised(randn(*SHAPE)), GROUPS)
+    assert_clear(caught.value, "tie and train the weights as they are before they are quantised", "Got: +Quantised of")
+
+
+def test_a_class_that_passes_everything_on_is_tied():
+    weight = torch.nn.Parameter(TwoTensor(randn(*SHAPE), randn(*SHAPE, seed=1)))
+    TiedOptimizer(SGD([weight], lr=0.1), {weight: GROUPS})
+    assert is_tied(weight.a, GROUPS)
+    assert is_tied(weight.b, GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "way"),
+    [
+        (torch.zeros(4, 2, device="meta"), r"give it data first, as module\.to_empty\(device=\.\.\.\) does"),
+        (torch.zeros(4, 2).to_sparse(), r"to_dense\(\) makes it dense"),
+        (torch.nn.UninitializedParameter(), "call the module once"),
+        (torch.zeros(()), r"for example of shape \(1,\)"),
+    ],
+    ids=["meta", "sparse", "lazy", "no dimension"],
+)
+def test_what_cannot_be_tied_as_it_is_is_told_the_way(tensor, way):
+    with pytest.raises((TypeError, ValueError), match="tie") as caught:
+        Tie(tensor, [[0, 1]])
+    assert_clear(caught.value, way)
+
+
+def test_integer_weights_are_told_to_be_tied_before_they_are_quantised():
+    weight = torch.nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="tie and train the floating weights, and quantise them afterwards"):
+        TiedOptimizer(SGD([weight], lr=0.1), {weight: [[0, 1]]})

@@ -1,5 +1,7 @@
 """Bad ties get one clear error before anything is written: scales, dimensions, joins, overlaps, old shapes."""
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -185,7 +187,7 @@ def test_labels_whose_shape_is_no_beginning_of_the_parameters_are_refused(shape,
         "wrong shape",
         rf"Parameter: {re.escape(str(shape))}",
         f"Expected: +{expected}",
-        f"Got: +{re.escape(str(labels))}$",
+        f"Got: +{re.escape(str(labels))}( |$)",
     ]
     refused(ValueError, lambda: TiedOptimizer(optimizer, [GOOD, Tie("bad", names, dim=dim)]), "for bad", *parts)
     refused(ValueError, lambda: Tie(bad, names, dim=dim), "for the parameter", *parts)
@@ -289,6 +291,47 @@ def test_parameters_that_are_not_alike_are_not_joined(change, attribute, expecte
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "way", "alike"),
+    [
+        (
+            lambda one: Parameter(one.detach().bfloat16()),
+            r"convert one of their modules first, as with module\.to\(torch\.float32\)$",
+            lambda one: setattr(one, "data", one.data.to(torch.float32)),
+        ),
+        (
+            lambda one: one.requires_grad_(False),
+            r"freeze all of them or none, with requires_grad_\(\)$",
+            lambda one: one.requires_grad_(),
+        ),
+    ],
+    ids=["bfloat16", "frozen"],
+)
+def test_parameters_that_are_not_alike_are_told_how_to_be_joined_which_works(change, way, alike):
+    joined = Joined(change=change)
+    with pytest.raises(ValueError, match=way) as caught:
+        TiedOptimizer(joined.optimizer, joined.ties)
+    assert "retie" not in str(caught.value)
+    alike(joined.other)
+    joined.taken()
+
+
+def test_where_something_is_tied_the_way_is_to_retie():
+    joined = Joined()
+    joined.taken()
+    joined.other.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Got: +False of other; retie or untie them first$"):
+        joined.optimizer.tie_weights()
+    joined.optimizer.retie(())
+    assert joined.optimizer.ties == ()
+
+    joined = Joined()
+    joined.taken()
+    joined.optimizer.param_groups[1]["lr"] = 0.5
+    with pytest.raises(ValueError, match=r"param_groups\[0\] and \[1\]; or retie or untie them first\n"):
+        joined.optimizer.tie_weights()
+
+
 def test_frozen_parameters_may_be_joined_and_are_not_written():
     joined = Joined(change=lambda one: one.requires_grad_(False))
     joined.one.requires_grad_(False)
@@ -343,7 +386,8 @@ def test_only_what_differs_is_listed():
     assert str(caught.value) == (
         "Joined parameters stand in parameter groups with different settings.\n"
         "  Parameters: one and other\n"
-        "  Expected:   the same settings in param_groups[0] and [1]\n"
+        "  Expected:   the same settings in param_groups[0] and [1]; "
+        "set them alike, or put the parameters into one group\n"
         "  Got:        lr: 0.1 (float) and 0.2 (float)"
     )
 
@@ -435,6 +479,16 @@ def test_parts_of_one_join_that_share_an_entry_are_refused(setting, known, first
     ties = [GOOD, Tie.join(Tie(param, **first), Tie(param, **second))]
     parts = [r"layer\.bad is tied twice", "Expected: ties that share no entry", f"Got: +entry {entry} in {both}$"]
     setting.refused(ValueError, *parts, ties=ties)
+
+
+def test_an_entry_in_two_ties_is_told_how_to_be_in_one(setting):
+    way = (
+        r"write what is to be equal as one group of one Tie{}; retie\(\) takes new ties in the place of all old ones\n"
+    )
+    setting.refused(ValueError, way.format(""), ties=[Tie("layer.bad", [[0, 1]]), Tie("layer.bad", [[1, 2]])])
+    of_entries = r", with a label for each entry, of shape \(7, 5\)"
+    ties = [Tie("layer.bad", [[0, 1]]), Tie("layer.bad", [[1, 2]], dim=1)]
+    Setting(named=True).refused(ValueError, way.format(of_entries), ties=ties)
 
 
 def test_the_overlap_of_later_ties_is_told_from_the_first(setting):
@@ -529,7 +583,7 @@ WHOLE = {
         "Labels for the parameter have the wrong shape.\n"
         "  Parameter: (3, 2)\n"
         "  Expected:  (3,), one label for each slice along dimension 0, or more of the leading dimensions of (3, 2)\n"
-        "  Got:       (2,)",
+        "  Got:       (2,) (as many as there are slices along dimension 1)",
     ),
     "labels and a scale": (
         lambda: Tie(torch.zeros(3), (torch.zeros(3, dtype=torch.int64), torch.ones(3))),
@@ -552,7 +606,8 @@ WHOLE = {
     ),
     "a parameter without a shape": (
         lambda: Tie(torch.nn.UninitializedParameter(), [[0]]),
-        "the parameter cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      UninitializedParameter",
+        "the parameter cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      UninitializedParameter "
+        "(call the module once, which gives it one)",
     ),
     "no tensor": (
         lambda: tie_([1.0, 2.0], [[0, 1]]),
@@ -632,6 +687,29 @@ def test_a_tuple_of_groups_is_not_taken_for_labels_and_a_scale(groups):
 )
 def test_a_tie_of_any_kind_says_what_it_is(tie, text):
     assert repr(tie()) == text
+
+
+def test_ties_that_an_optimizer_returns_keep_the_names_of_its_parameters():
+    weight, other = parameter(4, 2), parameter(4, 2, seed=1)
+    given = Tie.join(Tie("fc.weight", [[0, 3]]), Tie(other, [[1]]))
+    ties = TiedOptimizer(SGD([("fc.weight", weight), ("head.weight", other)]), given).ties
+    text = (
+        "Tie.join(Tie('fc.weight' of shape (4, 2), 1 group of 2 members, 2 free), "
+        "Tie('head.weight' of shape (4, 2), 1 group of 1 member, 3 free))"
+    )
+    assert [repr(tie) for tie in ties] == [text]
+    assert repr(Tie.join(*ties)) == text
+    assert f"Tie.join({', '.join(map(repr, ties[0].parts))})" == text
+    assert repr(copy.deepcopy(ties[0])) == repr(pickle.loads(pickle.dumps(ties[0]))) == text  # noqa: S301
+
+    # A part is the named tuple of four that it was.
+    for part, param in zip(ties[0].parts, (weight, other), strict=True):
+        assert part.param is param
+        assert (part.param, part.groups, part.dim, part.scale) == tuple(part)
+    again = TiedOptimizer(SGD([other, weight]), ties)
+    again.retie(ties)
+    assert repr(again.ties[0]).count("parameter of shape (4, 2)") == 2
+    assert [part.param for part in again.ties[0].parts] == [other, weight]
 
 
 def test_what_the_user_does_to_labels_and_scale_later_changes_no_tie():

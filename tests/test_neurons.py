@@ -429,7 +429,12 @@ def test_norms_of_tied_rows_can_be_limited_after_each_step(compact: bool) -> Non
 # --- errors ---
 
 LINEAR = "Linear(in_features=3, out_features=5, bias=True)"
-NO_LAYER = "This layer has no neurons to tie.\n  Expected: Linear, Conv1d, Conv2d, Conv3d, Embedding\n  Got:      {got}"
+NO_LAYER = (
+    "This layer has no neurons to tie.\n"
+    "  Expected: Linear, Conv1d, Conv2d, Conv3d, Embedding, "
+    "or ties of another layer's parameters, as Tie(layer.weight, groups, dim=1) if its units are columns\n"
+    "  Got:      {got}"
+)
 NO_READER = (
     "No layer follows so that it reads these neurons.\n"
     "  Expected: norms, then a linear layer or a convolution, all with a shape, after a linear layer or a convolution "

@@ -134,7 +134,7 @@ def test_a_tie_of_several_parameters_does_not_fit_one_tensor():
 @pytest.mark.parametrize(
     ("ties", "error", "text"),
     [
-        ({"0.wait": [[0, 1]]}, ValueError, "0.weight (4, 3), 0.bias (4,)"),
+        ({"0.wait": [[0, 1]]}, ValueError, "0.weight (4, 3), the nearest name; or one of 0.bias (4,)"),
         ({"0.weight": [[0, 4]]}, IndexError, "An index for 0.weight is out of range."),
         ([Tie("0.bias", [[0, 1]]), Tie("0.bias", [[1, 2]])], ValueError, "0.bias is tied twice."),
         (5, TypeError, "These are no ties."),

@@ -34,6 +34,7 @@ class Binding:
         strength: how far a projection moves the weights, from 0 to 1.
         every: they are projected after every so many steps.
         compact: whether the inner optimizer trains one entry for each group.
+        holder: what has these parameter groups, as errors call it.
 
     Attributes:
         running: whether a step, or a switch between training and evaluation, is running.
@@ -52,13 +53,14 @@ class Binding:
         strength: float = 1.0,
         every: int = 1,
         compact: bool = False,
+        holder: str = "optimizer",
     ) -> None:
         _check_options(reduction, strength, every, compact)
         self.reduction = reduction
         self.strength = strength
         self.every = every
         self.steps = 0
-        self.ties = found(param_groups, ties)
+        self.ties = found(param_groups, ties, holder)
         self.compact = Compact(self.ties, param_groups) if compact else None
         self.batches = Batches()
         self._captured = False
@@ -212,7 +214,8 @@ class Binding:
                     "The state was saved with other ties.\n"
                     f"  Parameter: {names.get(number, f'number {number}')}\n"
                     f"  Expected:  {own.get(number, 'no ties')}\n"
-                    f"  Got:       {saved.get(number, 'no ties')}"
+                    f"  Got:       {saved.get(number, 'no ties')}\n"
+                    "  To change the ties, tie as when it was saved, load the state, and then call retie()."
                 )
 
 

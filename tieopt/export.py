@@ -308,7 +308,7 @@ def _tied(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
     else:
         named = dict(model.named_parameters())
         param_groups = [{"params": list(named.values()), "param_names": list(named)}]
-        bound = found(param_groups, ties)
+        bound = found(param_groups, ties, "model")
     return parameters_of(bound, param_groups)
 
 

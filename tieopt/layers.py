@@ -120,7 +120,9 @@ def neurons(
         (True, True)
     """
     if not isinstance(module, _LAYERS):
-        raise TypeError(_wrong("This layer has no neurons to tie.", [layer.__name__ for layer in _LAYERS], module))
+        by_hand = "or ties of another layer's parameters, as Tie(layer.weight, groups, dim=1) if its units are columns"
+        expected = [*(layer.__name__ for layer in _LAYERS), by_hand]
+        raise TypeError(_wrong("This layer has no neurons to tie.", expected, module))
     (slices,) = numbered([slices_for(module.weight, groups, 0, None, f"the weight of {module}")])
     labels = slices.labels
     if labels.dim() != 1:

@@ -30,11 +30,11 @@ from tieopt.compact_state import compacted, expanded
 from tieopt.components import components
 from tieopt.full import FullStep, is_differentiable
 from tieopt.gradients import tie_gradients, with_gradients
-from tieopt.places import parameters_of
+from tieopt.places import given_name, parameters_of
 from tieopt.reduction import Reduction
 from tieopt.start import Start, check_start, start_from_first_
 from tieopt.state import tied_state
-from tieopt.ties import Tie, Ties, shown
+from tieopt.ties import Tie, Ties, shown, with_name
 from tieopt.traced import between_graphs
 from tieopt.twin import compact_namespace, held_optimizers
 
@@ -120,8 +120,8 @@ class TiedOptimizer(Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, is tied already, or its ``step`` was replaced on the instance;
-            ``ties`` are not ties; groups hold something other than integers; a parameter has a dtype or layout that
-            cannot be tied; or ``strength``, ``every`` or ``compact`` is of the wrong type.
+            ``ties`` are not ties; groups hold something other than integers; a parameter has a dtype, layout or class
+            that cannot be tied; or ``strength``, ``every`` or ``compact`` is of the wrong type.
         IndexError: an index, or a dimension, is out of range.
         ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
             share an entry; joined parameters differ in dtype, device or settings, or only some of them
@@ -216,8 +216,11 @@ class TiedOptimizer(Optimizer):
         return tuple(
             Tie.join(
                 *(
-                    Tie(param, slices.labels, dim=slices.dim, scale=slices.scale)
-                    for param, slices in zip(params, tie.slices, strict=True)
+                    with_name(
+                        Tie(param, slices.labels, dim=slices.dim, scale=slices.scale),
+                        given_name(self.param_groups, place),
+                    )
+                    for param, slices, place in zip(params, tie.slices, tie.places, strict=True)
                 )
             )
             for tie, params in self._tieopt.parameters(self.param_groups)
@@ -766,7 +769,7 @@ def _check_wrappable(optimizer: Any) -> None:
     if isinstance(optimizer, TiedOptimizer):
         raise TypeError(
             "The optimizer is tied already.\n"
-            "  Expected: an optimizer without ties; give it all of them at once\n"
+            "  Expected: an optimizer without ties; optimizer.retie(ties) replaces them, all at once\n"
             f"  Got:      {type(optimizer).__name__} with {shown(optimizer.ties)}"
         )
     step = vars(optimizer).get("step")

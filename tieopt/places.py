@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from tieopt.index import Indices
 from tieopt.memory import sharing
 from tieopt.sharded import check_sharding, is_sharded, local
 from tieopt.slices import FREE, Slices, fingerprint, numbered
 from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
+from tieopt.unheld import not_held
 
 ParamGroups = list[dict[str, Any]]
 
@@ -71,12 +71,16 @@ class BoundTie(Indices):
         return self._fingerprints[numbers]
 
 
+def given_name(param_groups: ParamGroups, place: Place) -> str | None:
+    """The name that a parameter was given with, if it was."""
+    names = param_groups[place.group].get("param_names", ()) if place.group < len(param_groups) else ()
+    return str(names[place.position]) if place.position < len(names) else None
+
+
 def name_of(param_groups: ParamGroups, place: Place) -> str:
     """What errors and tables call a parameter."""
-    names = param_groups[place.group].get("param_names", ()) if place.group < len(param_groups) else ()
-    if place.position < len(names):
-        return str(names[place.position])
-    return str(place)
+    name = given_name(param_groups, place)
+    return str(place) if name is None else name
 
 
 def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
@@ -92,7 +96,8 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
             "A tied parameter has not the shape that it had when it was tied.\n"
             f"  Parameter: {name_of(param_groups, place)}\n"
             f"  Expected:  {tuple(place.shape)}\n"
-            f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}"
+            f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}; "
+            "call retie() with ties that fit it, or untie()"
         )
     return param
 
@@ -141,12 +146,13 @@ def _listed(ties: Any) -> list[tuple[Part, ...]]:
     return [tie.parts for tie in listed]
 
 
-def found(param_groups: ParamGroups, ties: Any) -> list[BoundTie]:
+def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> list[BoundTie]:
     """Finds the parameters of ties, and validates the ties against them.
 
     Args:
         param_groups: of the optimizer.
         ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
+        holder: what has these parameters, as errors call it.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
@@ -163,7 +169,7 @@ def found(param_groups: ParamGroups, ties: Any) -> list[BoundTie]:
         held = []
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
-                raise ValueError(_not_held(param_groups, part.param))
+                raise ValueError(_not_held(param_groups, part.param, holder))
             held.append(places[part.param])
         names = [name_of(param_groups, place) for place in held]
         params = [parameter_at(param_groups, place) for place in held]
@@ -172,15 +178,20 @@ def found(param_groups: ParamGroups, ties: Any) -> list[BoundTie]:
         for param, name in zip(params, names, strict=True):
             check_sharding(param, name)
             check_writable(param, name)
-        check_joined(param_groups, held, params, tensors=True)
+        check_joined(param_groups, held, params, joining=True)
         bound.append(BoundTie(held, slices))
     _check_disjoint(param_groups, bound)
     check_apart(param_groups, bound)
     return bound
 
 
+def _not_held(param_groups: ParamGroups, key: Any, holder: str) -> str:
+    held = [(name_of(param_groups, place), parameter_at(param_groups, place)) for place in all_places(param_groups)]
+    return not_held(key, held, holder, named=any("param_names" in settings for settings in param_groups))
+
+
 def check_joined(
-    param_groups: ParamGroups, places: Sequence[Place], params: Sequence[Tensor], *, tensors: bool = False
+    param_groups: ParamGroups, places: Sequence[Place], params: Sequence[Tensor], *, joining: bool = False
 ) -> None:
     """Refuses to join parameters that cannot be tied, or that the optimizer would update differently.
 
@@ -188,25 +199,35 @@ def check_joined(
         param_groups: of the optimizer.
         places: of the parameters.
         params: the parameters, which must have one dtype and device, and be frozen all or none.
-        tensors: whether settings that are tensors on an accelerator are compared as well, which waits for it.
+        joining: whether they are being joined now. Then settings that are tensors on an accelerator are compared as
+            well, which waits for it.
 
     Raises:
         ValueError: they differ.
     """
     first = params[0]
     for place, param in zip(places, params, strict=True):
-        _check_settings(param_groups, places[0], place, tensors)
-        for attribute in ("dtype", "device", "requires_grad"):
+        _check_settings(param_groups, places[0], place, joining)
+        for attribute, way in _WAYS_TO_JOIN.items():
             expected, got = getattr(first, attribute), getattr(param, attribute)
             if expected != got:
                 raise ValueError(
                     f"Joined parameters differ in {attribute}.\n"
                     f"  Expected: {expected}, as {name_of(param_groups, places[0])} has\n"
-                    f"  Got:      {got} of {name_of(param_groups, place)}; retie or untie them first"
+                    f"  Got:      {got} of {name_of(param_groups, place)}; "
+                    f"{way.format(expected) if joining else 'retie or untie them first'}"
                 )
 
 
-def _check_settings(param_groups: ParamGroups, first: Place, second: Place, tensors: bool) -> None:
+# In what joined parameters have to be alike, and how to make them so.
+_WAYS_TO_JOIN = {
+    "dtype": "convert one of their modules first, as with module.to({})",
+    "device": "move one of their modules first, as with module.to('{}')",
+    "requires_grad": "freeze all of them or none, with requires_grad_()",
+}
+
+
+def _check_settings(param_groups: ParamGroups, first: Place, second: Place, joining: bool) -> None:
     one, other = param_groups[first.group], param_groups[second.group]
     if one is other:
         return
@@ -214,13 +235,14 @@ def _check_settings(param_groups: ParamGroups, first: Place, second: Place, tens
         f"{key}: {shown(one[key])} and {shown(other[key])}"
         # What only one of them has is nothing that the optimizer reads, as the `initial_lr` of a scheduler.
         for key in one.keys() & other.keys()
-        if key != "params" and "name" not in key and not _same(one[key], other[key], tensors)
+        if key != "params" and "name" not in key and not _same(one[key], other[key], joining)
     ]
     if differing:
+        way = "set them alike, or put the parameters into one group" if joining else "or retie or untie them first"
         raise ValueError(
             "Joined parameters stand in parameter groups with different settings.\n"
             f"  Parameters: {name_of(param_groups, first)} and {name_of(param_groups, second)}\n"
-            f"  Expected:   the same settings in param_groups[{first.group}] and [{second.group}]\n"
+            f"  Expected:   the same settings in param_groups[{first.group}] and [{second.group}]; {way}\n"
             f"  Got:        {'; '.join(sorted(differing))}"
         )
 
@@ -259,9 +281,12 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
             if shared.any():
                 entry = tuple(shared.nonzero()[0].tolist())
                 entry += (0,) * (len(place.shape) - len(entry))
+                one_group = "one group of one Tie"
+                way = one_group if alike else f"{one_group}, with a label for each entry, of shape {tuple(place.shape)}"
                 raise ValueError(
                     f"{name_of(param_groups, place)} is tied twice.\n"
-                    "  Expected: ties that share no entry\n"
+                    f"  Expected: ties that share no entry: write what is to be equal as {way}; "
+                    "retie() takes new ties in the place of all old ones\n"
                     f"  Got:      entry {entry} in {several[int(owner[entry[: owner.dim()]])]}, and in {slices}"
                 )
             owner[labelled] = number
@@ -290,22 +315,3 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
                 f"  Got:      {first} and {second}"
             )
 
-
-def _not_held(param_groups: ParamGroups, key: Any, limit: int = 20) -> str:
-    held = [f"{name_of(param_groups, place)} {tuple(place.shape)}" for place in all_places(param_groups)]
-    more = f" and {len(held) - limit} more" if len(held) > limit else ""
-    nameless = not any("param_names" in settings for settings in param_groups)
-    hint = ""
-    if isinstance(key, str) and nameless:
-        hint = " (names need an optimizer that was built from model.named_parameters())"
-    elif isinstance(key, str):
-        hint = " (a parameter that several modules share has one name, the first)"
-    elif isinstance(key, Tensor):
-        hint = " (in no parameter group; copies, .data and buffers are other tensors than the parameter)"
-    elif isinstance(key, Module):
-        hint = " (tie its parameters, such as its .weight)"
-    return (
-        "A tie is for a parameter that the optimizer does not hold.\n"
-        f"  Expected: one of {', '.join(held[:limit])}{more}\n"
-        f"  Got:      {shown(key)}{hint}"
-    )

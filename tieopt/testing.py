@@ -86,7 +86,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         )
     names = list(named)
     groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
-    for bound, params in Binding(groups, ties, "mean").parameters(groups):
+    for bound, params in Binding(groups, ties, "mean", holder="model").parameters(groups):
         led = [param.detach().clone() for param in params]
         lead_(led, bound.index_for(led), Workspace())
         for place, slices, expected, param in zip(bound.places, bound.slices, led, params, strict=True):

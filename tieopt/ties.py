@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from tieopt.sharded import is_sharded
@@ -50,8 +51,15 @@ class SupportsArray(Protocol):
     def __array__(self) -> Any: ...
 
 
-class Part(NamedTuple):
-    """What a tie labels in one parameter.
+class _Fields(NamedTuple):
+    param: Tensor | str
+    groups: Any
+    dim: int
+    scale: Any
+
+
+class Part(_Fields):
+    """What a tie labels in one parameter: a named tuple.
 
     Attributes:
         param: the parameter, or its name.
@@ -60,10 +68,8 @@ class Part(NamedTuple):
         scale: as ``groups``, float64 on the CPU, or None.
     """
 
-    param: Tensor | str
-    groups: Any
-    dim: int
-    scale: Any
+    # The name of a parameter that is a tensor, to be shown; not a field, because the four are unpacked.
+    _name: str | None = None
 
     def slices(self, tensor: Tensor, name: str) -> Slices:
         """The slices of a tensor that it labels; raises as :class:`Tie`."""
@@ -71,7 +77,8 @@ class Part(NamedTuple):
 
     def __repr__(self) -> str:
         if isinstance(self.param, Tensor):
-            return f"Tie(parameter of shape {tuple(self.param.shape)}, {Slices(self.groups, self.scale, self.dim)})"
+            name = "parameter" if self._name is None else repr(self._name)
+            return f"Tie({name} of shape {tuple(self.param.shape)}, {Slices(self.groups, self.scale, self.dim)})"
         dim = f", dim={self.dim!r}" if self.dim != 0 else ""
         scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
         return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale})"
@@ -110,7 +117,7 @@ class Tie:
             not zero from 2**-100 to 2**100 in magnitude.
 
     Raises:
-        TypeError: ``param`` is neither a tensor nor a name, or has a dtype or layout that cannot be tied;
+        TypeError: ``param`` is neither a tensor nor a name, or has a dtype, layout or class that cannot be tied;
             ``groups`` or ``dim`` hold something other than integers, or ``scale`` something other than real
             numbers.
         IndexError: an index, or ``dim``, is out of range.
@@ -146,10 +153,11 @@ class Tie:
         self, param: Tensor | str, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None
     ) -> None:
         if not isinstance(param, (Tensor, str)):
+            hint = " (tie its parameters, such as its .weight)" if isinstance(param, Module) else ""
             raise TypeError(
                 "A tie needs a parameter.\n"
                 "  Expected: a tensor, or the name of a parameter\n"
-                f"  Got:      {shown(param)}"
+                f"  Got:      {shown(param)}{hint}"
             )
         if isinstance(param, Tensor):
             slices = slices_for(param, groups, dim, scale, "the parameter")
@@ -199,7 +207,8 @@ class Tie:
         """
         for tie in ties or (None,):
             if not isinstance(tie, Tie):
-                raise TypeError(f"Tie.join joins ties.\n  Expected: Ties, at least one\n  Got:      {shown(tie)}")
+                hint = " (Tie.join(*ties) joins those of a list)" if isinstance(tie, (list, tuple)) else ""
+                raise TypeError(f"Tie.join joins ties.\n  Expected: Ties, at least one\n  Got:      {shown(tie)}{hint}")
         joined = cls.__new__(cls)
         joined.parts = tuple(chain.from_iterable(tie.parts for tie in ties))
         known = [part for part in joined.parts if isinstance(part.param, Tensor)]
@@ -211,6 +220,12 @@ class Tie:
             return repr(self.parts[0])
         more = [f"and {len(self.parts) - _SHOWN_PARTS} more"] if len(self.parts) > _SHOWN_PARTS else []
         return f"Tie.join({', '.join([*map(repr, self.parts[:_SHOWN_PARTS]), *more])})"
+
+
+def with_name(tie: Tie, name: str | None) -> Tie:
+    """Show a tie of one parameter, which is a tensor, with the name that the parameter has."""
+    tie.parts[0]._name = name
+    return tie
 
 
 # What an optimizer takes: groups by parameter or name, or ties.
@@ -231,20 +246,27 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
         The slices, with the labels that were given.
     """
     if not isinstance(tensor, Tensor) or is_lazy(tensor):
+        hint = " (call the module once, which gives it one)" if isinstance(tensor, Tensor) else ""
         raise TypeError(
-            f"{name} cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      {type(tensor).__name__}"
+            f"{name} cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      {type(tensor).__name__}{hint}"
         )
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(
             f"{name} of shape {tuple(tensor.shape)} cannot be tied.\n"
             "  Expected: a dense tensor of a floating or complex dtype, on a device that holds its data\n"
-            f"  Got:      {tensor.dtype}, {tensor.layout}, device {tensor.device}"
+            f"  Got:      {tensor.dtype}, {tensor.layout}, device {tensor.device}{_way_to_plain(tensor)}"
         )
     if tensor.dim() == 0:
         raise ValueError(
             f"{name} has no slices to tie.\n"
-            "  Expected: a tensor of one or more dimensions\n"
+            "  Expected: a tensor of one or more dimensions, for example of shape (1,)\n"
             "  Got:      a tensor of shape ()"
+        )
+    if not writes_through_views(tensor):
+        raise TypeError(
+            f"{name} of shape {tuple(tensor.shape)} cannot be tied, because its entries cannot be written one by one.\n"
+            "  Expected: a plain tensor: tie and train the weights as they are before they are quantised or packed\n"
+            f"  Got:      {type(tensor).__name__} of {tensor.dtype}"
         )
     dim = _checked_dim(dim, tensor, name)
     shape = tensor.movedim(dim, 0).shape
@@ -256,6 +278,35 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
     else:
         labels = _labels_from_lists(groups, tensor, shape[0], name)
     return Slices(labels, _checked_scale(scale, labels, tensor, name), dim)
+
+
+def _way_to_plain(tensor: Tensor) -> str:
+    """How a tensor can be tied that is not as it has to be, in brackets; nothing where there is no general way."""
+    if tensor.is_meta:
+        return " (give it data first, as module.to_empty(device=...) does)"
+    if tensor.layout != torch.strided:
+        return " (to_dense() makes it dense)" if tensor.layout != torch.jagged else ""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return " (tie and train the floating weights, and quantise them afterwards)"
+    return ""
+
+
+def writes_through_views(tensor: Tensor) -> bool:
+    """Whether what is written to a view of a tensor is then read from it, as tying relies on.
+
+    It always is for plain tensors. Classes that replace torch's operators, such as those of quantised weights, may have
+    no views, views that are copies, or round what they are given, so it is tried on a copy.
+    """
+    own_operators = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if not own_operators or is_sharded(tensor):
+        return True
+    try:
+        copy = tensor.detach().clone()
+        written = torch.linspace(1, 2, copy.numel(), device=copy.device).to(copy.dtype).view(copy.shape).movedim(-1, 0)
+        copy.movedim(-1, 0).copy_(written)
+        return bool((copy.movedim(-1, 0) == written).all())
+    except Exception:  # Whatever such a class raises, it cannot be tied.
+        return False
 
 
 def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str] | None = None) -> None:
@@ -394,7 +445,7 @@ def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: st
             f"Labels for {name} have the wrong shape.\n"
             f"  Parameter: {tuple(tensor.shape)}\n"
             f"  Expected:  {tuple(shape[:1])}, one label for each slice {along}{deeper}\n"
-            f"  Got:       {tuple(labels.shape)}"
+            f"  Got:       {tuple(labels.shape)}{_fitting_dim(labels, tensor)}"
         )
     labels = labels.detach().to("cpu", torch.int64, copy=True)
     wrong = (labels < FREE).nonzero()
@@ -406,6 +457,12 @@ def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: st
             f"  Got:      {int(labels[at])} at position {shown_position(at)}"
         )
     return labels
+
+
+def _fitting_dim(labels: Tensor, tensor: Tensor) -> str:
+    """Along which dimension labels fit that do not fit as they were given, in brackets."""
+    fitting = [dim for dim, size in enumerate(tensor.shape) if labels.shape == (size,)]
+    return f" (as many as there are slices along dimension {fitting[0]})" if fitting else ""
 
 
 def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Tensor:
