@@ -130,6 +130,9 @@ class TiedOptimizer(Optimizer):
             cannot serve the ties, the optimizer, or what it has in its state. Nothing was written in any of
             these cases.
 
+    Warns:
+        UserWarning: a tie has groups, but ties nothing, because each has one member; it shows what was probably meant.
+
     Example:
         >>> import torch
         >>> from tieopt import TiedOptimizer, is_tied
@@ -303,6 +306,9 @@ class TiedOptimizer(Optimizer):
                 converted, as the history of LBFGS.
             RuntimeError: a step is running, as it is in a closure; or in the compact mode, a tied parameter has another
                 shape than when it was tied, or is gone. Everything stays as it is in any of these cases.
+
+        Warns:
+            UserWarning: as for :class:`TiedOptimizer`.
 
         Example:
             >>> import torch

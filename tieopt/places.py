@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tieopt.idle import IdleTie, warn_of_idle
 from tieopt.index import Indices
 from tieopt.memory import sharing
 from tieopt.sharded import check_sharding, is_sharded, local
-from tieopt.slices import FREE, Slices, fingerprint, numbered
+from tieopt.slices import FREE, Slices, fingerprint, is_idle, numbered
 from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
 from tieopt.unheld import not_held
 
@@ -154,6 +155,9 @@ def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> li
         ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
         holder: what has these parameters, as errors call it.
 
+    Warns:
+        UserWarning: a tie has groups, and ties nothing.
+
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
@@ -164,7 +168,7 @@ def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> li
         if place.position < len(settings.get("param_names", ())):
             places.setdefault(settings["param_names"][place.position], place)
 
-    bound = []
+    bound, idle = [], []
     for parts in _listed(ties):
         held = []
         for part in parts:
@@ -180,14 +184,24 @@ def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> li
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
         bound.append(BoundTie(held, slices))
+        if is_idle(bound[-1].slices):
+            written = [_written(param_groups, place) for place in held]
+            idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0])))
     _check_disjoint(param_groups, bound)
     check_apart(param_groups, bound)
+    warn_of_idle(idle)
     return bound
 
 
 def _not_held(param_groups: ParamGroups, key: Any, holder: str) -> str:
     held = [(name_of(param_groups, place), parameter_at(param_groups, place)) for place in all_places(param_groups)]
     return not_held(key, held, holder, named=any("param_names" in settings for settings in param_groups))
+
+
+def _written(param_groups: ParamGroups, place: Place) -> str:
+    """What stands for a parameter in a tie, as an expression in Python."""
+    name = given_name(param_groups, place)
+    return str(place) if name is None else f'"{name}"'
 
 
 def check_joined(

@@ -164,6 +164,22 @@ def _counts(slices: Sequence[Slices]) -> tuple[int, int, int]:
     return len(torch.unique(labels[labels != FREE])), labels.numel() - free, free
 
 
+def is_idle(slices: Sequence[Slices]) -> bool:
+    """Whether labelled slices tie nothing: each is alone in its group, and none is pinned or scaled.
+
+    Args:
+        slices: with groups numbered from 0 on without gaps, as by :func:`numbered`.
+    """
+    labelled = [each.labels != FREE for each in slices]
+    members = sum(int(each.sum()) for each in labelled)
+    groups = 1 + max((int(each.labels.max()) for each in slices if each.labels.numel()), default=FREE)
+    scaled = any(
+        each.scale is not None and bool((each.scale.abs() != 1)[own].any())
+        for each, own in zip(slices, labelled, strict=True)
+    )
+    return 0 < members == groups and not scaled
+
+
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     """What a checkpoint says of a tie: readable, and the same for the same tie.
 

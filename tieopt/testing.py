@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tieopt.binding import Binding
 from tieopt.optimizer import TiedOptimizer
 from tieopt.reduction import Reduction, Workspace, lead_
-from tieopt.slices import FREE, Slices
+from tieopt.slices import FREE, Slices, is_idle, numbered
 from tieopt.ties import Groups, Tie, Ties, shown
 
 if TYPE_CHECKING:
@@ -440,9 +440,16 @@ def ties(
                     untied &= part.slices(first, "the tensor").entries(first)[0] == FREE
             rest = torch.where(untied, draw(labels(first.shape)), FREE)
             result.append(Tie(first, rest, scale=draw(scales(first.shape, kinds))))
-        return result
+        return list(map(_not_idle, result))
 
     return drawn()
+
+
+def _not_idle(tie: Tie) -> Tie:
+    """The tie; if it ties nothing, of which an optimizer warns, one without any group."""
+    if not is_idle(numbered([Slices(part.groups, part.scale, part.dim) for part in tie.parts])):
+        return tie
+    return Tie.join(*(Tie(part.param, torch.full_like(part.groups, FREE), dim=part.dim) for part in tie.parts))
 
 
 def _units(tensor: Tensor) -> list[tuple[int, int]]:
