@@ -32,6 +32,7 @@ from tieopt.full import FullStep, is_differentiable
 from tieopt.gradients import tie_gradients, with_gradients
 from tieopt.places import given_name, parameters_of
 from tieopt.reduction import Reduction
+from tieopt.slices import is_idle
 from tieopt.start import Start, check_start, start_from_first_
 from tieopt.state import tied_state
 from tieopt.ties import Tie, Ties, shown, with_name
@@ -757,9 +758,11 @@ def _check_reduction(optimizer: Optimizer, binding: Binding) -> None:
     The mean is the gradient along tied weights, and the sum that of the shared values.
     """
     right = "mean" if binding.compact is None else "sum"
+    if binding.reduction == right or binding.relaxed or all(is_idle(tie.slices) for tie in binding.ties):
+        return
     for one in [optimizer, *held_optimizers(optimizer)]:
         named = [kind.__name__ for kind in type(one).__mro__ if kind.__name__ in _COMPARES_LOSS]
-        if named and binding.ties and not binding.relaxed and binding.reduction != right:
+        if named:
             raise ValueError(
                 f"{named[0]} compares the loss with its gradient, which has to be that of what it trains.\n"
                 "  Expected: reduction='mean' with compact=False, or reduction='sum' with compact=True\n"
