@@ -16,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ranks import Ranks
 from strategies import seeds
+from test_rounding_at_random import LABELS, distances, expected_distance, rounded_training
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -695,6 +696,20 @@ def test_relaxed_ties_are_as_in_one_process(ranks):
     expected = relaxed()
     for weights in ranks.run(relaxed):
         torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+def rounded_at_random(placement, steps: int) -> Tensor:
+    place = functools.partial(sharded, mesh_shape=line(), placements=[placement])
+    return rounded_training(torch.bfloat16, place=place, seed=dist.get_rank(), steps=steps).full_tensor().detach()
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1)], ids=str)
+def test_shards_that_are_rounded_at_random_move_as_free_rows_do(ranks, placement):
+    distance, error = expected_distance(steps=40)
+    answers = ranks.run(rounded_at_random, placement, 40)
+    assert all(same_bits(answer, answers[0]) for answer in answers)
+    assert is_tied(answers[0], torch.where(LABELS == 0, -1, LABELS))
+    torch.testing.assert_close(distances(answers[0]), torch.full((4,), distance), rtol=0, atol=error)
 
 
 # --- ranks outside the mesh ---

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tieopt.index import EVEN_ENTRIES, TOTALS, Indices, wide_dtype
 from tieopt.places import BoundTie
-from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_
+from tieopt.reduction import Reduction, Workspace, divide_, means_for, project_, relax_
 from tieopt.sharded import Shards, is_sharded, shards_for
 from tieopt.slices import FREE, told_apart
 from tieopt.traced import divide_traced_, project_traced_, relax_traced_
@@ -45,17 +45,24 @@ class Batches:
         self._merged: dict[tuple[BoundTie, ...], Indices] = {}
         self._sizes: dict[BoundTie, int | None] = {}
 
-    def project_(self, pairs: Pairs, reduction: Reduction = "mean") -> None:
-        """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`."""
+    def project_(self, pairs: Pairs, reduction: Reduction = "mean", *, stepped: bool = False) -> None:
+        """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`.
+
+        Args:
+            pairs: ties and their tensors.
+            reduction: ``"mean"`` or ``"sum"``.
+            stepped: whether they are weights that a step has just written, see
+                :func:`~tieopt.reduction.means_after_step`.
+        """
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
-            shards.project_(tensors, self.workspace, reduction)
+            shards.project_(tensors, self.workspace, reduction, stepped=stepped)
         if torch.compiler.is_compiling():
             for tie, tensors in pairs:
-                project_traced_(tie, tensors, reduction)
+                project_traced_(tie, tensors, reduction, stepped=stepped)
             return
         for ties, tensors in self.of(pairs):
-            project_(tensors, ties.index_for(tensors), self.workspace, reduction)
+            project_(tensors, ties.index_for(tensors), self.workspace, reduction, means_for(stepped))
 
     def divide_(self, pairs: Pairs) -> None:
         """Divides the tensors of each tie; see :func:`~tieopt.reduction.divide_`."""
@@ -69,17 +76,17 @@ class Batches:
         for ties, tensors in self.of(pairs):
             divide_(tensors, ties.index_for(tensors), self.workspace)
 
-    def relax_(self, pairs: Pairs, strength: float) -> None:
-        """Relaxes the tensors of each tie; see :func:`~tieopt.reduction.relax_`."""
+    def relax_(self, pairs: Pairs, strength: float, *, stepped: bool = False) -> None:
+        """Relaxes the tensors of each tie; see :func:`~tieopt.reduction.relax_`, and :meth:`project_`."""
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
-            shards.relax_(tensors, self.workspace, strength)
+            shards.relax_(tensors, self.workspace, strength, stepped=stepped)
         if torch.compiler.is_compiling():
             for tie, tensors in pairs:
-                relax_traced_(tie, tensors, strength)
+                relax_traced_(tie, tensors, strength, stepped=stepped)
             return
         for ties, tensors in self.of(pairs):
-            relax_(tensors, ties.index_for(tensors), self.workspace, strength)
+            relax_(tensors, ties.index_for(tensors), self.workspace, strength, means_for(stepped))
 
     def of(self, pairs: Pairs) -> Iterator[tuple[Indices, list[Tensor]]]:
         """The same ties and tensors, those that can be worked on together as one."""

@@ -112,8 +112,17 @@ class Binding:
         """
         return parameters_of(self.ties, param_groups)
 
-    def tie_weights(self, pairs: Pairs, *, differentiable: bool = False, strength: float = 1.0) -> None:
-        """Ties parameters; where the step is part of a graph, the projection is too."""
+    def tie_weights(
+        self, pairs: Pairs, *, differentiable: bool = False, strength: float = 1.0, stepped: bool = False
+    ) -> None:
+        """Ties parameters; where the step is part of a graph, the projection is too.
+
+        Args:
+            pairs: ties and their parameters.
+            differentiable: whether steps may be part of a graph.
+            strength: how far members are moved towards their mean.
+            stepped: whether a step of the inner optimizer has just written them.
+        """
         graphs = [pair for pair in pairs if differentiable and any(param.grad_fn is not None for param in pair[1])]
         for tie, params in graphs:
             with torch.enable_grad():
@@ -122,9 +131,9 @@ class Binding:
         if graphs:
             pairs = [pair for pair in pairs if pair not in graphs]
         if strength == 1:
-            self.batches.project_(pairs)
+            self.batches.project_(pairs, stepped=stepped)
         elif strength > 0:
-            self.batches.relax_(pairs, strength)
+            self.batches.relax_(pairs, strength, stepped=stepped)
 
     @untraced
     def note(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> None:

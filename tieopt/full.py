@@ -140,7 +140,9 @@ class FullStep:
 
     def _tie_weights(self, strength: float = 1.0) -> None:
         pairs = list(self._took_part.items())
-        self._binding.tie_weights(pairs, differentiable=is_differentiable(self._optimizer), strength=strength)
+        self._binding.tie_weights(
+            pairs, differentiable=is_differentiable(self._optimizer), strength=strength, stepped=True
+        )
 
 
 @untraced

@@ -303,6 +303,43 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     return means
 
 
+def means_for(stepped: bool) -> ValuesOf:
+    """What gives the means of groups: of weights that a step has just written, or of anything else."""
+    return means_after_step if stepped else group_means
+
+
+def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """As :func:`group_means`, of weights that an optimizer has just written: of 16 bits or less, without a bias.
+
+    An optimizer may round such weights at random, so that small updates add up on the average. If the members of a
+    group went to two neighbouring numbers, the number nearest to their mean is the one to which most of them went, in
+    every step: small updates are lost. A single member went to each of the two as often as the mean says. So where the
+    lead is one of the two numbers next to the mean, it stands for the group.
+    """
+    means, stored = group_means(rows, run, workspace), rows[0].dtype
+    return towards_leads(means, _leads(rows, run, workspace), stored) if is_narrow(stored) else means
+
+
+def is_narrow(stored: torch.dtype) -> bool:
+    """Whether means of weights of this dtype depend on whether an optimizer has just written these."""
+    return torch.finfo(stored).bits <= 16
+
+
+def towards_leads(means: Tensor, leads: Tensor, stored: torch.dtype) -> Tensor:
+    """Means that are to be stored, replaced by their leads where these are one of the two stored numbers next to them.
+
+    Args:
+        means: in the wide dtype.
+        leads: of the same groups, in the wide dtype.
+        stored: the dtype that they are to be stored in.
+    """
+    nearest = rounded(means, stored).to(means.dtype)
+    is_between = (nearest != means) & ((nearest > means) != (leads > means))
+    # What lies in the middle of two numbers is rounded to one of them only if there is none between them.
+    middle = rounded(0.5 * nearest + 0.5 * leads, stored).to(means.dtype)
+    return torch.where(is_between & ((middle == nearest) | (middle == leads)), leads, means)
+
+
 def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """The sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
     shape, device = (len(run.norms), *rows[0].shape[1:]), rows[0].device

@@ -32,11 +32,15 @@ from tieopt.reduction import (
     divide_,
     drift,
     group_means,
+    is_narrow,
+    means_after_step,
+    means_for,
     project_,
     relax_,
     rounded,
     scatter_add_,
     tied,
+    towards_leads,
 )
 from tieopt.slices import FREE, Slices, described, in_memory, numbered, octets
 from tieopt.traced import untraced
@@ -196,7 +200,7 @@ class Shards:
             ]
             for place in places
         ]
-        rank = places.index(here)
+        self._rank = rank = places.index(here)
         _check_cut(tensors, names, here)
         holdings = Holdings.of([torch.cat([each.labels[_is_member(each)] for each in own]) for own in shards])
         for own in shards:
@@ -212,13 +216,15 @@ class Shards:
         self._spanning = [each._replace(labels=sent) for each, sent in zip(shards[rank], rows, strict=True)]
 
     @untraced
-    def project_(self, tensors: Sequence[Any], workspace: Workspace, reduction: Reduction = "mean") -> None:
-        """As :func:`~tieopt.reduction.project_`."""
+    def project_(
+        self, tensors: Sequence[Any], workspace: Workspace, reduction: Reduction = "mean", *, stepped: bool = False
+    ) -> None:
+        """As :func:`~tieopt.reduction.project_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
         shards = local(tensors)
-        project_(shards, self._inner.index_for(shards), workspace, reduction)
+        project_(shards, self._inner.index_for(shards), workspace, reduction, means_for(stepped))
         if self.plan is not None:
             site = self._site(shards)
-            project_(shards, site.members, workspace, reduction, self._exchange(shards, site, workspace))
+            project_(shards, site.members, workspace, reduction, self._exchange(shards, site, workspace, stepped))
 
     @untraced
     def divide_(self, tensors: Sequence[Any], workspace: Workspace) -> None:
@@ -229,13 +235,13 @@ class Shards:
             divide_(shards, self._site(shards).members, workspace)
 
     @untraced
-    def relax_(self, tensors: Sequence[Any], workspace: Workspace, strength: float) -> None:
-        """As :func:`~tieopt.reduction.relax_`."""
+    def relax_(self, tensors: Sequence[Any], workspace: Workspace, strength: float, *, stepped: bool = False) -> None:
+        """As :func:`~tieopt.reduction.relax_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
         shards = local(tensors)
-        relax_(shards, self._inner.index_for(shards), workspace, strength)
+        relax_(shards, self._inner.index_for(shards), workspace, strength, means_for(stepped))
         if self.plan is not None:
             site = self._site(shards)
-            relax_(shards, site.members, workspace, strength, self._exchange(shards, site, workspace))
+            relax_(shards, site.members, workspace, strength, self._exchange(shards, site, workspace, stepped))
 
     def drift(self, tensors: Sequence[Any], workspace: Workspace) -> float:
         """As :func:`~tieopt.reduction.drift`, the largest on any rank."""
@@ -286,8 +292,8 @@ class Shards:
         return _Site(index, rows, signs, plan.to(layout.device))
 
     @torch.no_grad()
-    def _exchange(self, shards: list[Tensor], site: _Site, workspace: Workspace) -> ValuesOf:
-        """Exchanges the means of spanning groups.
+    def _exchange(self, shards: list[Tensor], site: _Site, workspace: Workspace, stepped: bool = False) -> ValuesOf:
+        """Exchanges the means of spanning groups; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`.
 
         Returns:
             What gives the means of all members of the groups of each run.
@@ -300,14 +306,24 @@ class Shards:
         # A mean of a few members in half precision has digits that the mean of all needs.
         wire = stored if stored.itemsize >= 4 else torch.float32
 
-        means = workspace.take("sent", (len(plan.groups), *shape), wire, device)
-        for run in site.members.runs:
-            values = group_means(rows, run, workspace).permute(order)
-            means.index_copy_(0, site.rows[id(run)], _signed(values, site.signs[id(run)]).to(wire))
+        def to_be_sent(values_of: ValuesOf, name: str) -> Tensor:
+            sent = workspace.take(name, (len(plan.groups), *shape), wire, device)
+            for run in site.members.runs:
+                values = values_of(rows, run, workspace).permute(order)
+                sent.index_copy_(0, site.rows[id(run)], _signed(values, site.signs[id(run)]).to(wire))
+            return sent
+
+        means = to_be_sent(group_means, "sent")
         received = workspace.take("received", (len(plan.slots), *shape), wire, device)
         self._send(received, means, plan.received, plan.sent)
 
-        own = rounded(_weighted_means(received, plan), stored)
+        own = _weighted_means(received, plan)
+        if stepped and is_narrow(stored):
+            # An owner has members of its groups: what these make of their own mean stands for the lead, on every rank.
+            first = sum(plan.sent[: self._rank])
+            leads = to_be_sent(means_after_step, "settled")[first : first + len(own)].to(stored)
+            own = towards_leads(own, leads.to(own.dtype), stored)
+        own = rounded(own, stored)
         replies = workspace.take("replies", received.shape, stored, device)
         torch.index_select(bits(own), 0, plan.slots, out=bits(replies))
         shared = workspace.take("shared", means.shape, stored, device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tieopt.folding import fold_, fold_gradients_, folding_for, unfold_
 from tieopt.index import Index, Indices, Run
-from tieopt.reduction import Reduction, Workspace, divide_, project_, relax_, rounded
+from tieopt.reduction import Reduction, Workspace, divide_, is_narrow, means_for, project_, relax_, rounded
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,11 +48,13 @@ _CHUNKS = 8
 
 
 @torch.no_grad()
-def project_traced_(ties: Indices, tensors: Sequence[Tensor], reduction: Reduction = "mean") -> None:
-    """As :func:`~tieopt.reduction.project_`."""
+def project_traced_(
+    ties: Indices, tensors: Sequence[Tensor], reduction: Reduction = "mean", *, stepped: bool = False
+) -> None:
+    """As :func:`~tieopt.reduction.project_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
     index = ties.index_for(tensors)
-    if not _is_written_out(index):
-        torch.ops.tieopt.project_(list(tensors), ties.number, reduction == "sum")
+    if not _is_written_out(index) or (stepped and is_narrow(tensors[0].dtype)):
+        torch.ops.tieopt.project_(list(tensors), ties.number, reduction == "sum", stepped)
         return
     (rows,) = index.rows(tensors)
     for runs in _chunks(index.runs, rows[0].numel()):
@@ -65,9 +67,9 @@ def divide_traced_(ties: Indices, tensors: Sequence[Tensor]) -> None:
     torch.ops.tieopt.divide_(list(tensors), ties.number)
 
 
-def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float) -> None:
-    """As :func:`~tieopt.reduction.relax_`."""
-    torch.ops.tieopt.relax_(list(tensors), ties.number, strength)
+def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float, *, stepped: bool = False) -> None:
+    """As :func:`~tieopt.reduction.relax_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
+    torch.ops.tieopt.relax_(list(tensors), ties.number, strength, stepped)
 
 
 @torch.no_grad()
@@ -179,10 +181,10 @@ def _operation(schema: str, *written: str) -> Callable[[Callable[..., None]], No
     return register
 
 
-@_operation("project_(Tensor(a!)[] tensors, int number, bool sum) -> ()", "tensors")
-def _project(tensors: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
+@_operation("project_(Tensor(a!)[] tensors, int number, bool sum, bool stepped) -> ()", "tensors")
+def _project(tensors: list[Tensor], number: int, sum: bool, stepped: bool) -> None:  # noqa: A002
     ties = Indices.by_number[number]
-    project_(tensors, ties.index_for(tensors), _kept.workspace, "sum" if sum else "mean")
+    project_(tensors, ties.index_for(tensors), _kept.workspace, "sum" if sum else "mean", means_for(stepped))
 
 
 @_operation("divide_(Tensor(a!)[] tensors, int number) -> ()", "tensors")
@@ -191,10 +193,10 @@ def _divide(tensors: list[Tensor], number: int) -> None:
     divide_(tensors, ties.index_for(tensors), _kept.workspace)
 
 
-@_operation("relax_(Tensor(a!)[] tensors, int number, float strength) -> ()", "tensors")
-def _relax(tensors: list[Tensor], number: int, strength: float) -> None:
+@_operation("relax_(Tensor(a!)[] tensors, int number, float strength, bool stepped) -> ()", "tensors")
+def _relax(tensors: list[Tensor], number: int, strength: float, stepped: bool) -> None:
     ties = Indices.by_number[number]
-    relax_(tensors, ties.index_for(tensors), _kept.workspace, strength)
+    relax_(tensors, ties.index_for(tensors), _kept.workspace, strength, means_for(stepped))
 
 
 @_operation("fold_(Tensor(a!)[] compacts, Tensor[] params, int number) -> ()", "compacts")
