@@ -1,6 +1,7 @@
 """Ties that change in mid-training: from then on, training is as if the new ties had been there all along."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -659,3 +660,269 @@ def test_ties_can_change_in_the_hooks_around_a_step(compact):
     train(optimizer, 1)
     assert tied_bitwise(weight, [[2, 3]])
     assert not tied_bitwise(weight, [[0, 1]])
+
+
+# --- from every state that a host can bring about ---
+
+
+def _replaced(optimizer: Optimizer, old: Parameter, rows: int) -> Parameter:
+    """Puts a parameter of so many rows in the place of another one, and leaves the state."""
+    new = parameter(rows, 5, seed=9)
+    optimizer.param_groups[0]["params"][0] = new
+    return new
+
+
+def _grown(weight: Parameter, optimizer: Optimizer) -> None:
+    """Adds rows to a parameter, and to all that is kept of its entries."""
+    held = optimizer.state.get(weight)
+    held["momentum_buffer"] = torch.cat([held["momentum_buffer"], torch.zeros(2, 5)])
+    del optimizer.state[weight]
+    new = _replaced(optimizer, weight, 9)
+    optimizer.state[new] = held
+
+
+def _begun_anew(weight: Parameter, optimizer: Optimizer) -> None:
+    """Replaces a parameter by one of the same shape, of which nothing has a momentum."""
+    held = optimizer.state.pop(weight)
+    new = _replaced(optimizer, weight, 7)
+    optimizer.state[new] = {**held, "momentum_buffer": torch.zeros_like(new)}
+
+
+def _converted(weight: Parameter, optimizer: Optimizer) -> None:
+    weight.data = weight.data.double()
+    optimizer.state.clear()
+
+
+def _grown_first(weight: Parameter, optimizer: Optimizer) -> None:
+    """The same in another order: what is kept is put there before the parameter has its place."""
+    state = optimizer.state
+    held, new = state.pop(weight), parameter(9, 5)
+    state[new] = {**held, "momentum_buffer": torch.ones(9, 5)}
+    optimizer.param_groups[0]["params"][0] = new
+
+
+HOSTS = {
+    "grown before it has its place": _grown_first,
+    "grown with its state": _grown,
+    "grown": lambda weight, optimizer: _replaced(optimizer, weight, 9),
+    "pruned": lambda weight, optimizer: _replaced(optimizer, weight, 4),
+    "replaced": lambda weight, optimizer: _replaced(optimizer, weight, 7),
+    "begun anew": _begun_anew,
+    "gone": lambda weight, optimizer: optimizer.param_groups[0]["params"].clear(),
+    "first group gone": lambda weight, optimizer: optimizer.param_groups.pop(0),
+    "last group gone": lambda weight, optimizer: optimizer.param_groups.pop(),
+    "all gone but one": lambda weight, optimizer: optimizer.param_groups.__delitem__(slice(1, None)),
+    "reordered": lambda weight, optimizer: optimizer.param_groups.reverse(),
+    "of another dtype": _converted,
+    "frozen": lambda weight, optimizer: weight.requires_grad_(False),
+    "other settings": lambda weight, optimizer: optimizer.param_groups[0].update(lr=0.5),
+    "no state": lambda weight, optimizer: optimizer.state.clear(),
+    "state of another shape": lambda weight, optimizer: optimizer.state[weight].update(odd=torch.ones(3)),
+    "another optimizer held": lambda weight, optimizer: vars(optimizer).update(held=SGD([weight], lr=0.1)),
+}
+
+
+def _hosted(compact: bool) -> tuple[Parameter, TiedOptimizer]:
+    """A parameter that is tied and joined with a second one, and two without ties."""
+    weights = [parameter(7, 5, seed=0), parameter(7, 5, seed=1), parameter(3, seed=2), parameter(7, 5, seed=3)]
+    labels = torch.tensor([0, -1, 1, 0, -1, 0, 1])
+    inner = SGD([{"params": [weight]} for weight in weights], lr=0.1, momentum=0.9)
+    optimizer = TiedOptimizer(inner, Tie.join(Tie(weights[0], labels), Tie(weights[1], labels)), compact=compact)
+    train(optimizer, 2)
+    return weights[0], optimizer
+
+
+@pytest.mark.filterwarnings("ignore:The optimizer begins the state")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("host", HOSTS)
+def test_ties_can_change_whatever_a_host_has_done(compact, host, change):
+    weight, optimizer = _hosted(compact)
+    HOSTS[host](weight, optimizer)
+    held = [param for settings in optimizer.param_groups for param in settings["params"]]
+    tied = [param for param in held if param.dim() == 2 and param.requires_grad]
+    before = [bits(param) for param in held]
+    if change == "retie":
+        vars(optimizer).pop("held", None)  # With ties, the compact mode cannot serve one that has another one step.
+
+    optimizer.untie() if change == "untie" else optimizer.retie({param: [[0, 1]] for param in tied})
+    assert len(optimizer.ties) == (len(tied) if change == "retie" else 0)
+    assert all(is_tied(param, [[0, 1]]) for param in tied) or change == "untie"
+    assert change == "retie" or all(map(torch.equal, map(bits, held), before))
+    for seed in (1, 2):
+        for param in held:
+            param.grad = randn(*param.shape, seed=seed, dtype=param.dtype)
+        optimizer.step()
+    for param in tied:
+        assert tied_bitwise(param, [[0, 1]]) == (change == "retie")
+    if compact and host not in ("last group gone", "all gone but one"):
+        # As in the bare optimizer, what was kept of a parameter without ties stays when it is gone.
+        assert all(any(key is param for param in held) for key in optimizer.state)
+        assert same_tree(pickled(optimizer).state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("host", ["grown with its state", "grown", "pruned", "gone", "first group gone"])
+def test_a_step_of_a_parameter_that_was_replaced_is_refused_and_leaves_everything(compact, host):
+    weight, optimizer = _hosted(compact)
+    HOSTS[host](weight, optimizer)
+    held = [param for settings in optimizer.param_groups for param in settings["params"]]
+    for param in held:
+        param.grad = randn(*param.shape)
+
+    def everything() -> list[Any]:
+        return [[[bits(one), bits(one.grad)] for one in held], copy.deepcopy(list(optimizer.state.values()))]
+
+    before = everything()
+    for step in (optimizer.step, lambda: optimizer.step(lambda: None)):
+        with pytest.raises(
+            RuntimeError, match=r"param_groups\[\d\]\['params'\]\[0\]\n.*(?s:.)*untie\(\)"
+        ):
+            step()
+        assert same_tree(everything(), before)
+
+
+def test_what_cannot_be_converted_is_dropped_with_a_warning_that_says_what(compact):
+    weight, optimizer = _hosted(compact)
+    _grown(weight, optimizer)
+    optimizer.param_groups[0]["param_names"] = ["points"]
+    if compact:
+        # Of both: members of the other one had their values there.
+        lost = r"points of shape \(9, 5\): momentum_buffer; param_groups\[1\]\['params'\]\[0\] .*: momentum_buffer$"
+        with pytest.warns(UserWarning, match=f"Dropped: {lost}") as warned:
+            optimizer.untie()
+        assert [one.filename for one in warned] == [__file__]
+    else:
+        optimizer.untie()
+    assert bool(optimizer.state.get(optimizer.param_groups[0]["params"][0])) == (not compact)
+
+
+@pytest.mark.parametrize("host", ["begun anew", "grown before it has its place"])
+def test_what_fits_a_parameter_as_it_is_now_is_kept(compact, host):
+    weight, optimizer = _hosted(compact)
+    HOSTS[host](weight, optimizer)
+    with warnings.catch_warnings(action="ignore"):  # Of the parameter that was joined with it.
+        optimizer.untie()
+    new = optimizer.param_groups[0]["params"][0]
+    assert torch.equal(optimizer.state[new]["momentum_buffer"], torch.full(new.shape, float(host != "begun anew")))
+
+
+def test_what_remains_of_joined_parameters_keeps_its_state(compact):
+    weight, optimizer = _hosted(compact)
+    other = optimizer.param_groups[1]["params"][0]
+    expected = _untied_state(optimizer, [weight, other])[1]
+    _replaced(optimizer, weight, 9)
+    if compact:
+        with pytest.warns(UserWarning, match=r"params'\]\[0\] of shape \(9, 5\): momentum_buffer$"):
+            optimizer.untie()
+    else:
+        optimizer.untie()
+    assert same_tree(optimizer.state[other], expected)
+
+
+@pytest.mark.filterwarnings("ignore:Tied weights were replaced")
+@pytest.mark.parametrize("order", ["place, state", "state, place"])
+def test_a_parameter_of_the_same_shape_goes_on_with_what_was_put_there_for_it(order):
+    ends = []
+    for compact in (False, True):
+        weights = [parameter(*SHAPE), parameter(*SHAPE, seed=1)]
+        optimizer = Adam([{"params": [weight]} for weight in weights], lr=0.1)
+        ties = [Tie(weight, torch.tensor([0, -1, 1, 0, -1, 0, 1])) for weight in weights]
+        optimizer = TiedOptimizer(optimizer, ties, compact=compact)
+        train(optimizer, 2)
+        old, weights[0] = weights[0], parameter(*SHAPE, seed=2)
+        held = {"step": torch.tensor(5.0), "exp_avg": randn(*SHAPE, seed=3), "exp_avg_sq": randn(*SHAPE, seed=4) ** 2}
+        del optimizer.state[old]
+        if order == "state, place":
+            optimizer.state[weights[0]] = held
+        optimizer.param_groups[0]["params"][0] = weights[0]
+        if order == "place, state":
+            optimizer.state[weights[0]] = held
+        if not compact:
+            # In the full mode every member has a momentum of its own until ties begin.
+            optimizer.retie(optimizer.ties)
+        train(optimizer, 2)
+        ends.append([weight.detach() for weight in weights])
+    for first, second in zip(*ends, strict=True):
+        assert_close(first, second)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_warning_that_is_an_error_leaves_the_new_ties(change):
+    weight, optimizer = _hosted(True)
+    _grown(weight, optimizer)
+    new = optimizer.param_groups[0]["params"][0]
+    with pytest.raises(UserWarning, match="begins the state of a parameter anew"):
+        CHANGES[change](optimizer, new)
+    assert len(optimizer.ties) == (change == "retie")
+    train(optimizer, 1)
+
+
+# --- freezing ---
+
+
+@pytest.mark.parametrize("way", ["wrap", "retie", "load"])
+def test_the_state_of_a_frozen_parameter_is_averaged_for_when_it_is_trained_again(compact, way):
+    weight, ties = Parameter(torch.zeros(2)), [[0, 1]]
+    optimizer = SGD([weight], lr=1.0, momentum=0.5)
+    if way == "retie":
+        optimizer = TiedOptimizer(optimizer, (), compact=compact)
+    weight.grad = torch.tensor([1.0, 3.0])
+    optimizer.step()
+    before = bits(weight)
+    weight.requires_grad_(False)
+    if way == "wrap":
+        optimizer = TiedOptimizer(optimizer, {weight: ties}, compact=compact)
+    elif way == "retie":
+        optimizer.retie({weight: ties})
+    else:
+        saved = optimizer.state_dict()
+        optimizer = TiedOptimizer(SGD([weight], lr=1.0, momentum=0.5), {weight: ties}, compact=compact)
+        optimizer.load_state_dict(saved)
+    assert torch.equal(bits(weight), before)
+
+    weight.requires_grad_(True)
+    optimizer.tie_weights()
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    assert weight.tolist() == [-3.0, -3.0]
+
+
+# --- pinned entries ---
+
+
+@pytest.mark.parametrize(
+    "recipe", [*ENTRYWISE, Recipe(Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.5})], ids=repr
+)
+def test_a_pinned_entry_is_trained_after_the_ties_as_in_the_full_mode_and_from_the_start(recipe):
+    ends = []
+    for compact in (None, False, True):
+        weight = Parameter(torch.zeros(4, dtype=torch.float64))
+        optimizer = recipe([weight])
+        if compact is not None:
+            scale = torch.tensor([1.0, -1.0, 0.0, 1.0])
+            optimizer = TiedOptimizer(optimizer, Tie(weight, [[0, 1, 2]], scale=scale), compact=compact)
+            for seed in (0, 1):
+                weight.grad = randn(4, seed=seed, dtype=torch.float64)
+                optimizer.step()
+            optimizer.untie()
+        else:
+            for _ in range(2):
+                weight.grad = torch.zeros(4, dtype=torch.float64)
+                optimizer.step()
+        for seed in (2, 3):
+            weight.grad = randn(4, seed=seed, dtype=torch.float64)
+            optimizer.step()
+        ends.append(weight.detach())
+    bare, full, of_compact = ends
+    assert_close(of_compact, full, rtol=1e-12, atol=1e-12)
+    assert_close(of_compact[2], bare[2], rtol=1e-12, atol=1e-12)
+
+
+def test_what_was_kept_of_a_pinned_entry_begins_anew(compact):
+    weight = Parameter(torch.tensor([1.0, 1.0, 5.0]))
+    optimizer = Rprop([weight], lr=0.25)
+    for gradient in ([1.0, 1.0, 1.0], [1.0, 1.0, -1.0]):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+    optimizer = TiedOptimizer(optimizer, Tie(weight, [[0, 1, 2]], scale=torch.tensor([1.0, 1.0, 0.0])), compact=compact)
+    optimizer.untie()
+    assert optimizer.state[weight]["step_size"][2] == 0.25

@@ -1,6 +1,7 @@
 """What only the compact mode has: one entry for each group is what the inner optimizer trains, and nobody else sees."""
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -725,20 +726,46 @@ def test_a_state_that_only_its_mode_makes_sense_of_is_refused_and_nothing_is_loa
 
 
 @pytest.mark.parametrize("inner", COUPLED)
-def test_a_history_that_cannot_be_converted_is_no_reason_to_lose_it(inner):
+def test_a_history_that_cannot_be_converted_is_no_reason_to_lose_it_when_an_optimizer_is_tied(inner):
     weight, bare = _coupled(inner, None)
     before = _everything(bare, [weight])
     _refused(lambda: tied_of(bare, {weight: GROUPS}, reduction="sum"), ValueError, "cannot be converted")
     assert same_tree(_everything(bare, [weight]), before)
 
+
+@pytest.mark.parametrize("inner", COUPLED)
+@pytest.mark.parametrize("ties", [(), GROUPS, [[0, 1]]], ids=["untie", "the same ties", "other ties"])
+def test_a_history_that_cannot_be_converted_is_dropped_with_a_warning_when_ties_change(inner, ties):
     weight, optimizer = _coupled(inner, True)
-    before, shown = _everything(optimizer, [weight]), optimizer.tie_summary()
-    for change in (optimizer.untie, lambda: optimizer.retie({weight: [[0, 1]]})):
-        _refused(change, ValueError, "cannot be converted")
-        assert same_tree(_everything(optimizer, [weight]), before)
-        assert optimizer.tie_summary() == shown
-    _train(optimizer, [weight], [3])
-    assert is_tied(weight, GROUPS)
+    before, keys = bits(weight), ", ".join(optimizer.state[weight])
+    with pytest.warns(UserWarning, match=re.escape(f"params'][0] of shape (7, 5): {keys}")):
+        optimizer.retie({weight: ties} if ties else ())
+    assert not optimizer.state
+    assert torch.equal(bits(weight), before) == (ties != [[0, 1]])
+
+    fresh = Parameter(weight.detach().clone())
+    reference = tied_of(COUPLED[inner]([fresh]), {fresh: ties} if ties else ())
+    for weights, one in (([weight], optimizer), ([fresh], reference)):
+        _train(one, weights, [3, 4])
+    assert same(weight.detach(), fresh.detach())
+
+
+def test_a_history_of_all_parameters_counts_whichever_of_them_is_tied():
+    free, weight = parameter(3), parameter(*SHAPE)
+    optimizer = LBFGS([free, weight], lr=0.1, max_iter=3)
+    _train(optimizer, [free, weight], [1, 2])
+    before, saved = _everything(optimizer, [free, weight]), optimizer.state_dict()
+    _refused(lambda: tied_of(optimizer, {weight: GROUPS}), ValueError, "cannot be converted")
+    assert same_tree(_everything(optimizer, [free, weight]), before)
+
+    optimizer = tied_of(LBFGS([free, weight], lr=0.1, max_iter=3), {weight: GROUPS})
+    for state_dict in (saved, TiedOptimizer(LBFGS([free, weight]), {weight: GROUPS}).state_dict() | saved):
+        _refused(lambda state_dict=state_dict: optimizer.load_state_dict(state_dict), ValueError, "cannot be converted")
+    _train(optimizer, [free, weight], [1, 2])
+    with pytest.warns(UserWarning, match=r"params'\]\[0\] of shape \(3,\): .*old_dirs"):
+        optimizer.untie()
+    _train(optimizer, [free, weight], [3, 4])
+    assert not is_tied(weight, GROUPS)
 
 
 @pytest.mark.parametrize("names", ["numbers", "names"])

@@ -147,6 +147,29 @@ def test_sam_in_two_calls_or_in_one_keeps_the_ties_and_trains_the_shared_rows(
             assert_close(weight.detach(), rows.detach()[PLACES], rtol=1e-5, atol=1e-6)
 
 
+def test_sam_resumes_changes_its_ties_and_goes_on_untied(compact: bool) -> None:
+    weight, optimizer = made(lambda params: SAM(params, lr=0.05, momentum=0.9), compact=compact)
+    momentum = optimizer.inner.state
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(weight, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        two_steps(optimizer, closure)
+    before = momentum[weight]["momentum_buffer"].clone()
+    optimizer.retie({weight: [[0, 1]]})
+    two_steps(optimizer, closure)
+    assert tied_bitwise(weight, [[0, 1]])
+    optimizer.untie()
+    assert momentum[weight]["momentum_buffer"].shape == weight.shape
+    assert bool(before.any())
+    two_steps(optimizer, closure)
+    assert not torch.equal(weight[0], weight[1])
+
+
 def test_any_public_method_leaves_weights_that_are_tied(compact: bool) -> None:
     weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
     for step in range(3):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tieopt.batches import Batches, Pairs
+from tieopt.callers import users_level
 from tieopt.compact import Compact
 from tieopt.memory import traces
 from tieopt.places import BoundTie, ParamGroups, T, all_places, check_apart, found, name_of, parameters_of
@@ -172,7 +173,7 @@ class Binding:
                     f"{names}. "
                     "They go on from their mean. Write to all members alike, or call tie_weights() afterwards. "
                     "A lookup in an embedding with max_norm writes to the rows that it looks up.",
-                    stacklevel=2,
+                    stacklevel=users_level(),
                 )
         return changed
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from tieopt.batches import Batches
+from tieopt.compact_state import Lost, begun, expanded, refolded, without_history
 from tieopt.components import Component, components
 from tieopt.folding import (
     compact_like,
@@ -32,7 +33,7 @@ from tieopt.gradients import gradients_of, prepare_gradients, with_gradients
 from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
 from tieopt.reduction import Reduction, calculable
 from tieopt.sharded import is_sharded
-from tieopt.state import with_state
+from tieopt.state import held_of, settings_in, with_state
 from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
 from tieopt.twin import compact_within, held_optimizers, twin_of
 
@@ -99,8 +100,55 @@ class Compact:
         self.mirror(param_groups)
 
     def counterparts(self, param_groups: ParamGroups) -> list[tuple[Tensor, Parameter]]:
-        """The parameters that are tied, and the compact one of each."""
-        return [(param_groups[group]["params"][at], compact) for (group, at), compact in self._parameters.items()]
+        """The parameters that are tied, and the compact one of each; not of those that are gone."""
+        return [
+            (param_groups[group]["params"][at], compact)
+            for (group, at), compact in self._parameters.items()
+            if group < len(param_groups) and at < len(param_groups[group]["params"])
+        ]
+
+    def released(self, optimizer: Any, state: Mapping[Any, Any], lost: Lost) -> dict[Any, Any]:
+        """A state by the parameters that stand there now, as if none had been compact.
+
+        Args:
+            optimizer: the tied one.
+            state: of it, or of an optimizer within it.
+            lost: gets what cannot be converted, and begins anew.
+        """
+        settings = settings_in(optimizer.param_groups)
+        params = {id(compact): param for param, compact in self.counterparts(optimizer.param_groups)}
+        # What stands for a parameter that is gone may have the values of others.
+        gone = {id(compact): compact for compact in self._parameters.values() if id(compact) not in params}
+        # What was put there for a parameter before it took its place is held by itself, and is the later one.
+        held = {params[id(key)]: value for key, value in state.items() if id(key) in params}
+        held |= {key: value for key, value in state.items() if id(key) not in params}
+        pairs = []
+        for component in self.components:
+            compacts = [self._parameters[place[:2]] for place in component.places]
+            pairs.append((component, [params.get(id(compact), compact) for compact in compacts]))
+        held |= expanded(held, pairs, settings, lost)
+        if self.components:
+            held = without_history(optimizer, held, lost)
+        held |= {param: begun(optimizer, param, settings(param)) for param in lost}
+        return {key: value for key, value in held.items() if id(key) not in gone}
+
+    def _adopt(self, pairs: Components, optimizer: Any) -> None:
+        """Takes over what a host has put into the state for parameters that it replaced.
+
+        It may be held by the parameters themselves, if it was put there before they had their places, and it may have
+        an entry for each of theirs.
+        """
+        state, compacts = vars(optimizer)["state"], self._by_id(optimizer.param_groups)
+        for tie, params in pairs:
+            state.update({compacts[id(param)]: state.pop(param) for param in params if param in state})
+            own = {param: compacts[id(param)] for param in params}
+            held = {param: held_of(state, compact) for param, compact in own.items()}
+            for param, folded in refolded(held, own, tie, optimizer).items():
+                state[own[param]] = folded
+
+    def count(self) -> int:
+        """How many entries the twin trains."""
+        return sum(param.numel() for settings in self.param_groups for param in settings["params"])
 
     def mirror(self, param_groups: ParamGroups) -> None:
         """Makes the parameter groups of the twin those of the optimizer, with the compact parameters."""
@@ -123,15 +171,16 @@ class Compact:
         for own, settings in zip(self.param_groups, param_groups, strict=True):
             _copy_settings(own, settings)
 
-    def prepare(self, pairs: Components, written: Components, batches: Batches, param_groups: ParamGroups) -> None:
+    def prepare(self, pairs: Components, written: Components, batches: Batches, optimizer: Any) -> None:
         """Makes ready what is to be folded.
 
         Args:
             pairs: components, and their parameters.
             written: those whose weights were written from outside, and may not be tied.
             batches: to work in.
-            param_groups: of the optimizer.
+            optimizer: the tied one.
         """
+        param_groups = optimizer.param_groups
         trained = {id(param) for _, params in pairs for param in params if param.grad is not None}
         for param, compact in self.counterparts(param_groups):
             other_kind = compact.dtype != param.dtype or compact.device != param.device
@@ -141,9 +190,13 @@ class Compact:
             if other_kind:
                 with torch.inference_mode(False):
                     compact.data = compact.data.to(param)
+            if compact.requires_grad != param.requires_grad:
+                compact.requires_grad_(param.requires_grad)
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
             if id(param) in trained and compact.grad is None and compact.numel() and not _is_sparse(param.grad):
                 compact.grad = self._gradient_of(compact)
+        # What was written from outside, or took the place of another one, may not be tied.
+        self._adopt(written, optimizer)
         batches.project_(written)
 
     def fold(self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups) -> None:
@@ -309,7 +362,7 @@ class CompactStep:
         given = [(param, param.grad) for _, params in pairs for param in params]
         prepare_gradients(pairs)
         self._compact.mirror(param_groups)
-        self._compact.prepare(pairs, written, self._binding.batches, param_groups)
+        self._compact.prepare(pairs, written, self._binding.batches, self._tied)
         self._replaced = [(param, grad, param.grad) for param, grad in given if param.grad is not grad]
         return with_gradients(pairs)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from tieopt.callers import users_level
 from tieopt.slices import FREE, Slices, described
 
 # Of many parameters, so that the warning can be read.
@@ -49,7 +48,7 @@ def warn_of_idle(ties: Sequence[IdleTie]) -> None:
         message = _of_one(alike[0]) if len(alike) == 1 else _of_several(alike)
         # What has a single slice cannot be tied otherwise.
         if len(alike) > 1 or sum(each.labels.numel() for each in alike[0].slices) > 1:
-            warnings.warn(message, UserWarning, stacklevel=_users_level())
+            warnings.warn(message, UserWarning, stacklevel=users_level())
 
 
 def _with_labels_in_common(ties: Sequence[IdleTie]) -> list[list[IdleTie]]:
@@ -107,12 +106,3 @@ def _listed(names: Sequence[str]) -> str:
 def _cut(texts: Sequence[str]) -> list[str]:
     more = [f"and {len(texts) - _SHOWN_PARTS} more"] if len(texts) > _SHOWN_PARTS else []
     return [*texts[:_SHOWN_PARTS], *more]
-
-
-def _users_level() -> int:
-    """The stack level, as for ``warnings.warn`` in the function that asks, of the first caller outside the package."""
-    package = os.path.dirname(__file__) + os.sep
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        level, frame = level + 1, frame.f_back
-    return level

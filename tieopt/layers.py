@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tieopt.callers import users_level
 from tieopt.functional import tie_
 from tieopt.slices import FREE, numbered
 from tieopt.ties import Groups, Tie, check_writable, shown, slices_for
@@ -280,13 +281,13 @@ def _warn(module: nn.Module, labels: Tensor) -> None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         what = "A lookup with max_norm writes to the rows that it looks up, but not to the rows that are tied to them."
         expected = "an embedding without max_norm; limit the norms of all rows after each step, with weight.renorm_()"
-        warnings.warn(_wrong(what, expected, module), stacklevel=3)
+        warnings.warn(_wrong(what, expected, module), stacklevel=users_level())
     if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
         units = _parted(labels, torch.arange(len(labels), device="cpu") // (len(labels) // module.groups))
         if units:
             what = "Tied units of a convolution with groups read different inputs."
             expected = "units in one of its groups, or a depthwise convolution in following of the layer before it"
-            warnings.warn(_wrong(what, expected, module, f", with {units} as one group"), stacklevel=3)
+            warnings.warn(_wrong(what, expected, module, f", with {units} as one group"), stacklevel=users_level())
 
 
 def _wrong(what: str, expected: object, got: object, place: str = "") -> str:

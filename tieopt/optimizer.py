@@ -12,8 +12,9 @@ the optimizer's own.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from types import CodeType, new_class
 from typing import Any, Self, cast
@@ -25,19 +26,20 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from tieopt import summary
 from tieopt.batches import Pairs
 from tieopt.binding import Binding
+from tieopt.callers import users_level
 from tieopt.compact import CompactStep, check_served
-from tieopt.compact_state import compacted, expanded
+from tieopt.compact_state import Lost, compacted, expanded, without_history
 from tieopt.components import components
 from tieopt.full import FullStep, is_differentiable
 from tieopt.gradients import tie_gradients, with_gradients
-from tieopt.places import given_name, parameters_of
+from tieopt.places import ParamGroups, all_places, given_name, name_of, parameters_of
 from tieopt.reduction import Reduction
 from tieopt.slices import is_idle
 from tieopt.start import Start, check_start, start_from_first_
-from tieopt.state import tied_state
+from tieopt.state import settings_in, tied_state
 from tieopt.ties import Tie, Ties, shown, with_name
 from tieopt.traced import between_graphs
-from tieopt.twin import compact_namespace, held_optimizers
+from tieopt.twin import compact_namespace, held_optimizers, states_of
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -169,7 +171,7 @@ class TiedOptimizer(Optimizer):
         binding = Binding(optimizer.param_groups, ties, reduction, strength, every, compact)
         check_start(start, relaxed=binding.relaxed)
         tied_class = _tied_class(cls, type(optimizer), compact)
-        state = _tie_all(optimizer, optimizer.state, binding, start)
+        states = _tie_all(optimizer, states_of(optimizer), binding, start)
 
         # Nothing fails from here on.
         vars(optimizer).pop("step", None)
@@ -179,7 +181,7 @@ class TiedOptimizer(Optimizer):
         optimizer.__class__ = tied_class
         tied = cast(Self, optimizer)
         tied._tieopt = binding
-        tied._replace_state(state)
+        tied._replace_states(states)
         return tied
 
     def __init__(
@@ -282,7 +284,8 @@ class TiedOptimizer(Optimizer):
             >>> is_tied(weight, [[0, 1]])
             True
         """
-        self._tieopt.tie_weights(_trained(self, self._tieopt), differentiable=is_differentiable(self))
+        pairs = _trained(self._tieopt.parameters(self.param_groups))
+        self._tieopt.tie_weights(pairs, differentiable=is_differentiable(self))
         self._tieopt.note_all(self.param_groups)
 
     def retie(self, ties: Ties, *, start: Start = "mean") -> None:
@@ -292,6 +295,10 @@ class TiedOptimizer(Optimizer):
         tied all along: what it keeps of each entry is averaged per group or, with ``start="first"``, is that of the
         first member. What has not the shape of its parameter is left alone: joined parameters that were trained for
         different numbers of steps keep their step counts.
+
+        It binds to the parameters that are in the parameter groups now, whatever has become of those that were tied.
+        In the compact mode, state that cannot be converted, as the history of LBFGS, is dropped with a warning, and the
+        optimizer begins it anew; what has the shape of its parameter as it is now is kept.
 
         Args:
             ties: as for :class:`TiedOptimizer`, all that there are to be. Parameters that were added since may be
@@ -303,10 +310,8 @@ class TiedOptimizer(Optimizer):
             TypeError: as for :class:`TiedOptimizer`; or it is called on what a framework has put in the place of the
                 optimizer.
             IndexError: an index, or a dimension, is out of range.
-            ValueError: as for :class:`TiedOptimizer`; or in the compact mode there is state that cannot be
-                converted, as the history of LBFGS.
-            RuntimeError: a step is running, as it is in a closure; or in the compact mode, a tied parameter has another
-                shape than when it was tied, or is gone. Everything stays as it is in any of these cases.
+            ValueError: as for :class:`TiedOptimizer`, except for state that cannot be converted.
+            RuntimeError: a step is running, as it is in a closure. Everything stays as it is in any of these cases.
 
         Warns:
             UserWarning: as for :class:`TiedOptimizer`.
@@ -332,29 +337,36 @@ class TiedOptimizer(Optimizer):
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
         check_start(start, relaxed=binding.relaxed)
         binding.replace(kept)
-        state = dict(self.state)
+        states: Sequence[Mapping[Any, Any]] = states_of(self)
+        lost = Lost()
         if kept.compact is not None:
-            state.update(expanded(state, parameters_of(kept.compact.components, self.param_groups)))
-        state = _tie_all(self, state, binding, start)
+            states = [kept.compact.released(self, state, lost) for state in states]
+        states = _tie_all(self, states, binding, start, lost)
         self._tieopt = binding
-        self._replace_state(state)
+        self._replace_states(states)
+        _warn_of(lost, self.param_groups)
 
-    def _replace_state(self, state: Mapping[Any, Any]) -> None:
+    def _replace_states(self, states: Sequence[Mapping[Any, Any]]) -> None:
+        # The same objects: the optimizer and those that it holds may share them.
+        held = states_of(self)
         if self._tieopt.compact is not None:
-            # The same object: an optimizer within this one may share it.
-            vars(self)["state"].clear()
-        self.state.update(state)
+            for kept in held:
+                kept.clear()
+        self.state.update(states[0])
+        for kept, state in zip(held[1:], states[1:], strict=True):
+            kept.update(state)
 
     def untie(self) -> None:
         """Ends all ties: from here on every entry is trained for itself.
 
         The weights stay as they are, and so does the state; after the compact mode each member gets that of its group.
+        It works whatever has become of the parameters that were tied. In the compact mode, state that cannot be
+        converted, as the history of LBFGS or that of a parameter which was replaced by one of another shape, is dropped
+        with a warning, and the optimizer begins it anew.
 
         Raises:
             TypeError: it is called on what a framework has put in the optimizer's place.
-            ValueError: in the compact mode there is state that cannot be converted, as the history of LBFGS.
-            RuntimeError: a step is running, as it is in a closure; or in the compact mode, a tied parameter has another
-                shape than when it was tied, or is gone.
+            RuntimeError: a step is running, as it is in a closure.
 
         Example:
             >>> import torch
@@ -497,7 +509,7 @@ class TiedOptimizer(Optimizer):
             ...
         """
         binding, saved = self._tieopt, state_dict.get(_TIEOPT)
-        pairs = _trained(self, binding)
+        pairs, settings = binding.parameters(self.param_groups), settings_in(self.param_groups)
         if _TIEOPT in state_dict:
             binding.check_saved(saved, self.param_groups)
         was_compact = None if saved is None else saved.get("compact", False)
@@ -515,7 +527,7 @@ class TiedOptimizer(Optimizer):
         if saved is not None:
             binding.steps = saved.get("steps", 0)
         if not binding.relaxed and (saved is None or "steps" in saved):
-            self.state.update(tied_state(self.state, pairs))
+            self.state.update(tied_state(self.state, pairs, settings))
         if convert is not None:
             self.state.update(convert(self.state))
 
@@ -697,29 +709,72 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding
     return optimizer
 
 
-def _tie_all(optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding, start: Start) -> dict[Any, Any]:
-    """Ties the weights, and returns what takes the place of the state that an optimizer has already."""
+def _tie_all(
+    optimizer: Optimizer,
+    states: Sequence[Mapping[Any, Any]],
+    binding: Binding,
+    start: Start,
+    lost: Lost | None = None,
+) -> list[dict[Any, Any]]:
+    """Ties the weights, and returns what takes the places of the states that there are already.
+
+    Args:
+        optimizer: to be tied.
+        states: of it, and of the optimizers that it holds.
+        binding: of the ties.
+        start: what the shared values start from.
+        lost: gets what cannot be converted, which is an error without it.
+    """
     _check_reduction(optimizer, binding)
-    pairs = _trained(optimizer, binding)
-    changed = {} if binding.relaxed else tied_state(state, pairs, start)
     if binding.compact is not None:
-        check_served(optimizer, binding.compact)
+        if binding.ties:
+            check_served(optimizer, binding.compact)
         binding.compact.attach(optimizer.param_groups)
-        whole = {**state, **changed}
-        changed = {**whole, **compacted(whole, parameters_of(binding.compact.components, optimizer.param_groups))}
-        changed = {key: value for key, value in changed.items() if value}
+    changed = [_tied_with(optimizer, state, binding, start, lost) for state in states]
+    trained = _trained(binding.parameters(optimizer.param_groups))
     if start == "first":
-        for tie, params in pairs:
+        for tie, params in trained:
             start_from_first_(tie, params, tie.order)
     # What starts from the first members is tied already, and keeps its bits.
-    binding.tie_weights(pairs, differentiable=is_differentiable(optimizer), strength=binding.strength)
+    binding.tie_weights(trained, differentiable=is_differentiable(optimizer), strength=binding.strength)
     binding.note_all(optimizer.param_groups)
     return changed
 
 
-def _trained(optimizer: Optimizer, binding: Binding) -> Pairs:
+def _tied_with(
+    optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding, start: Start, lost: Lost | None
+) -> dict[Any, Any]:
+    """What takes the place of a state; arguments as for :func:`_tie_all`."""
+    pairs, settings = binding.parameters(optimizer.param_groups), settings_in(optimizer.param_groups)
+    # Also that of frozen parameters, which may be trained again.
+    changed = {**state, **({} if binding.relaxed else tied_state(state, pairs, settings, start))}
+    if binding.compact is None:
+        return changed
+    if binding.ties:
+        changed = without_history(optimizer, changed, lost)
+    own = parameters_of(binding.compact.components, optimizer.param_groups)
+    changed = {**changed, **compacted(changed, own, lost=lost)}
+    return {key: value for key, value in changed.items() if value != {}}
+
+
+def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
+    """Says of which parameters the optimizer begins the state anew."""
+    dropped = [
+        f"{name_of(param_groups, place)} of shape {tuple(place.shape)}: {', '.join(map(str, lost[param]))}"
+        for place in all_places(param_groups)
+        if (param := param_groups[place.group]["params"][place.position]) in lost
+    ]
+    if dropped:
+        warnings.warn(
+            "The optimizer begins the state of a parameter anew: what it had cannot be converted to another shape.\n"
+            f"  Dropped: {'; '.join(dropped)}",
+            stacklevel=users_level(),
+        )
+
+
+def _trained(pairs: Pairs) -> Pairs:
     """The ties whose parameters are not frozen."""
-    return [pair for pair in binding.parameters(optimizer.param_groups) if pair[1][0].requires_grad]
+    return [pair for pair in pairs if pair[1][0].requires_grad]
 
 
 def _converter(
@@ -728,10 +783,16 @@ def _converter(
     """What converts a state that was saved in the other mode, or without a word; None if it was saved in this one."""
     if bool(was_compact) == (binding.compact is not None):
         return None
-    compact = binding.compact
+    compact, settings = binding.compact, settings_in(optimizer.param_groups)
     own = components(binding.ties, optimizer.param_groups) if compact is None else compact.components
     pairs = parameters_of(own, optimizer.param_groups)
-    return lambda state: expanded(state, pairs) if was_compact else compacted(state, pairs, was_compact is None)
+
+    def convert(state: Mapping[Any, Any]) -> dict[Any, Any]:
+        if own:
+            without_history(optimizer, state, entries=compact.count() if compact and was_compact is None else None)
+        return expanded(state, pairs, settings) if was_compact else compacted(state, pairs, was_compact is None)
+
+    return convert
 
 
 def _check_itself(optimizer: Any) -> None:

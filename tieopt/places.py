@@ -328,4 +328,3 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
                 "  Expected: memory of its own for each parameter, as after clone(); or one Parameter in both modules\n"
                 f"  Got:      {first} and {second}"
             )
-

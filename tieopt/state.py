@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tieopt.index import Indices, wide_dtype
-from tieopt.places import BoundTie, T
+from tieopt.places import BoundTie, ParamGroups, T
 from tieopt.reduction import Workspace, bits, calculable, projected, rounded, tied
 from tieopt.sharded import is_sharded, is_sharded_as, local, on_any_rank, sharded_as, shards_for
 from tieopt.slices import FREE, Slices, real
@@ -21,6 +21,31 @@ _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 
 State = dict[str, Any]
 
+# The settings of the parameter group of a parameter.
+Settings = Callable[[Tensor], Mapping[str, Any]]
+
+
+def settings_in(param_groups: ParamGroups) -> Settings:
+    """The settings of the parameters of an optimizer; none of a parameter that it does not have."""
+    groups = {id(param): settings for settings in param_groups for param in settings["params"]}
+    return lambda param: groups.get(id(param), {})
+
+
+def held_of(state: Mapping[Any, Any], param: Tensor) -> State:
+    """What an optimizer keeps of a parameter, if it is a dictionary."""
+    held = state.get(param)
+    return held if isinstance(held, dict) else {}
+
+
+def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
+    """What an optimizer has under a key of an entry that no gradient has reached, in the dtype of a tensor."""
+    start: Any = 0.0
+    if key == "sum":  # Adagrad
+        start = settings.get("initial_accumulator_value", 0.0)
+    elif key == "step_size" and "step_sizes" in settings:  # Rprop
+        start = settings["lr"]
+    return complex(start, start) if like.is_complex() else float(start)
+
 
 def with_state(pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]) -> list[tuple[T, list[Tensor]]]:
     """The ties of parameters that are trained, or were: an optimizer has state of those that are frozen since."""
@@ -30,7 +55,10 @@ def with_state(pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]
 # Tensors that are made in inference mode could not be written to outside of it, by the next step.
 @torch.inference_mode(False)
 def tied_state(
-    state: Mapping[Tensor, Any], pairs: Iterable[tuple[BoundTie, list[Tensor]]], start: Start = "mean"
+    state: Mapping[Tensor, Any],
+    pairs: Iterable[tuple[BoundTie, list[Tensor]]],
+    settings: Settings,
+    start: Start = "mean",
 ) -> dict[Tensor, State]:
     """Averages per group what an optimizer keeps of each entry of a tied parameter, or takes that of the first member.
 
@@ -46,6 +74,7 @@ def tied_state(
     Args:
         state: of the optimizer, by parameter.
         pairs: ties and their parameters.
+        settings: of the parameters.
         start: what the shared values start from; the first member is that of the parameters that have state.
 
     Returns:
@@ -78,10 +107,13 @@ def tied_state(
                 else:
                     values = _projected(own, values)
                 for part, value in zip(parts, values, strict=True):
+                    _begin_pinned_(value, tie.slices[part], params[part], begins_at(key, settings(params[part]), value))
                     changed.setdefault(params[part], dict(states[part]))[key] = value
             for part, one in begun.items():
                 (joined,) = [tie.slices[part]] if linear else _scaled([tie.slices[part]], key, values)
                 one[key] = _multiples(own.slices, values, joined, params[part])
+                begin = begins_at(key, settings(params[part]), one[key])
+                _begin_pinned_(one[key], tie.slices[part], params[part], begin)
         changed |= {params[part]: one for part, one in begun.items()}
     return changed
 
@@ -101,6 +133,20 @@ def _projected(ties: Indices, values: Sequence[Tensor]) -> list[Tensor]:
     results = [copies[id(value)] for value in values]
     shards_for(ties, results).project_(results, Workspace())
     return results
+
+
+@torch.no_grad()
+def _begin_pinned_(value: Tensor, slices: Slices, param: Tensor, begin: complex) -> None:
+    """Writes to the pinned entries of a value of the state what an optimizer begins with."""
+    if begin == 0 or slices.scale is None or not bool((slices.scale == 0).any()):
+        return
+    numbers, scales = slices.entries(torch.empty(param.shape, device="meta"))
+    pinned = (numbers != FREE) & (scales == 0)
+    if not is_sharded(param):
+        value.masked_fill_(pinned.to(value.device), begin)
+    elif cast(Any, param).device_mesh.get_coordinate() is not None:
+        own, mask = local([value, sharded_as(param, pinned)])
+        own.masked_fill_(mask, begin)
 
 
 def _is_of(value: Any, param: Tensor) -> bool:

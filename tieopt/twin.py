@@ -42,6 +42,13 @@ def held_optimizers(optimizer: Any) -> list[Optimizer]:
     return [one for several in values for one in several if isinstance(one, Optimizer)]
 
 
+def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
+    """The states of an optimizer and of those that it holds, as they are kept; one that they share occurs once."""
+    kept = vars(optimizer).get("state", optimizer.state)
+    others = [one.state for one in held_optimizers(optimizer)]
+    return [kept, *(one for one in others if one is not kept and not isinstance(one, StateView))]
+
+
 @contextmanager
 def compact_within(optimizer: Any) -> Iterator[None]:
     """Has the optimizers that an optimizer in the compact mode holds step on the compact parameters, too."""
@@ -103,6 +110,8 @@ def _set_entries(twin: Any, entries: int | None) -> None:
 class StateView(MutableMapping[Any, Any]):
     """The state of an optimizer in the compact mode, by the model's parameters.
 
+    What was put there for a parameter before it took its place in the groups is still held by itself.
+
     Args:
         held: the state by compact parameters.
         pairs: the tied parameters, and the compact one of each.
@@ -114,35 +123,39 @@ class StateView(MutableMapping[Any, Any]):
         # By identity: to hash a tensor takes a while.
         self._compacts = {id(param): compact for param, compact in pairs}
 
+    def _key(self, param: Any) -> Any:
+        compact = self._compacts.get(id(param))
+        return param if compact is None or param in self._held else compact
+
     def __getitem__(self, param: Any) -> Any:
-        return self._held[self._compacts.get(id(param), param)]
+        return self._held[self._key(param)]
 
     def __setitem__(self, param: Any, value: Any) -> None:
-        self._held[self._compacts.get(id(param), param)] = value
+        self._held[self._key(param)] = value
 
     def __delitem__(self, param: Any) -> None:
-        del self._held[self._compacts.get(id(param), param)]
+        del self._held[self._key(param)]
 
     def __contains__(self, param: object) -> bool:
-        return self._compacts.get(id(param), param) in self._held
+        return self._key(param) in self._held
 
     # A look makes no entry, as __getitem__ of a defaultdict does, on which the mixin would build these.
 
     def get(self, param: Any, default: Any = None) -> Any:  # noqa: D102
-        return self._held.get(self._compacts.get(id(param), param), default)
+        return self._held.get(self._key(param), default)
 
     def pop(self, param: Any, *default: Any) -> Any:  # noqa: D102
-        return self._held.pop(self._compacts.get(id(param), param), *default)
+        return self._held.pop(self._key(param), *default)
 
     def setdefault(self, param: Any, default: Any = None) -> Any:  # noqa: D102
-        return self._held.setdefault(self._compacts.get(id(param), param), default)
+        return self._held.setdefault(self._key(param), default)
 
     def __iter__(self) -> Iterator[Any]:
         params = {id(compact): param for param, compact in self._pairs}
-        return iter([params.get(id(key), key) for key in self._held])
+        return iter(dict.fromkeys(params.get(id(key), key) for key in self._held))
 
     def __len__(self) -> int:
-        return len(self._held)
+        return sum(1 for _ in self)
 
     def copy(self) -> dict[Any, Any]:  # noqa: D102
         return dict(self)
