@@ -773,9 +773,7 @@ def test_a_step_of_a_parameter_that_was_replaced_is_refused_and_leaves_everythin
 
     before = everything()
     for step in (optimizer.step, lambda: optimizer.step(lambda: None)):
-        with pytest.raises(
-            RuntimeError, match=r"param_groups\[\d\]\['params'\]\[0\]\n.*(?s:.)*untie\(\)"
-        ):
+        with pytest.raises(RuntimeError, match=r"param_groups\[\d\]\['params'\]\[0\]\n.*(?s:.)*untie\(\)"):
             step()
         assert same_tree(everything(), before)
 

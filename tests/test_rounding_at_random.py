@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import bits, same_bits
+from checks import bits, randn, same_bits
 from test_traced import as_traced
 from torch import Tensor
 from torch.nn import Parameter
@@ -106,12 +106,6 @@ def test_the_pull_of_relaxed_ties_does_not_undo_small_updates(options: dict[str,
     torch.testing.assert_close(found, torch.full((4,), distance), rtol=0.1, atol=0)
 
 
-def test_a_step_as_it_is_traced_takes_the_same_numbers() -> None:
-    plain = rounded_training(torch.bfloat16)
-    with as_traced():
-        assert same_bits(rounded_training(torch.bfloat16), plain)
-
-
 class Written(Optimizer):
     """Writes to the weights what it was told."""
 
@@ -124,13 +118,27 @@ class Written(Optimizer):
         self.param_groups[0]["params"][0].copy_(self._written)
 
 
-def after_step(members: list[float], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    written = torch.tensor(members, dtype=torch.float64).to(dtype)
+def tied_after_step(written: Tensor, labels: Tensor, scale: Tensor | None = None, **options: Any) -> Tensor:
     weight = Parameter(torch.zeros_like(written))
-    optimizer = TiedOptimizer(Written([weight], written), Tie(weight, [range(len(members))], scale=scale))
+    optimizer = TiedOptimizer(Written([weight], written), Tie(weight, labels, scale=scale), **options)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     return weight.detach()
+
+
+def after_step(members: list[float], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    written = torch.tensor(members, dtype=torch.float64).to(dtype)
+    return tied_after_step(written, torch.zeros(len(members), dtype=torch.int64), scale)
+
+
+@pytest.mark.parametrize("options", [{}, {"strength": 0.7}], ids=["tied", "relaxed"])
+@pytest.mark.parametrize("labels", [torch.arange(12) // 4, torch.arange(12) % 5], ids=["one size", "several"])
+def test_a_step_as_it_is_traced_takes_the_same_numbers(labels: Tensor, options: dict[str, Any]) -> None:
+    # Rows, and of one size: sums that are written out where they are traced.
+    written = (1 + (randn(12, 32) > 0) * torch.finfo(torch.bfloat16).eps).bfloat16()
+    plain = tied_after_step(written, labels, **options)
+    with as_traced():
+        assert same_bits(tied_after_step(written, labels, **options), plain)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

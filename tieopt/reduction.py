@@ -316,8 +316,10 @@ def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tens
     every step: small updates are lost. A single member went to each of the two as often as the mean says. So where the
     lead is one of the two numbers next to the mean, it stands for the group.
     """
-    means, stored = group_means(rows, run, workspace), rows[0].dtype
-    return towards_leads(means, _leads(rows, run, workspace), stored) if is_narrow(stored) else means
+    means = group_means(rows, run, workspace)
+    if is_narrow(rows[0].dtype):
+        towards_leads_(means, _leads(rows, run, workspace), rows[0].dtype, workspace)
+    return means
 
 
 def is_narrow(stored: torch.dtype) -> bool:
@@ -325,19 +327,31 @@ def is_narrow(stored: torch.dtype) -> bool:
     return torch.finfo(stored).bits <= 16
 
 
-def towards_leads(means: Tensor, leads: Tensor, stored: torch.dtype) -> Tensor:
-    """Means that are to be stored, replaced by their leads where these are one of the two stored numbers next to them.
+def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace: Workspace) -> None:
+    """Replaces means that are to be stored by their leads, where these are one of the two stored numbers next to them.
 
     Args:
         means: in the wide dtype.
         leads: of the same groups, in the wide dtype.
         stored: the dtype that they are to be stored in.
+        workspace: buffers to work in.
     """
-    nearest = rounded(means, stored).to(means.dtype)
-    is_between = (nearest != means) & ((nearest > means) != (leads > means))
+    # To find out on an accelerator, one would have to wait for it.
+    if means.device.type == "cpu" and torch.equal(means, leads):
+        return
+
+    def taken(name: str, dtype: torch.dtype, values: Tensor) -> Tensor:
+        return workspace.take(name, values.shape, dtype, values.device).copy_(values)
+
+    # Numbers of 16 bits, and what lies in the middle of two neighbours, are exact in float32.
+    mean, lead = taken("mean", torch.float32, means), taken("lead", torch.float32, leads)
+    nearest = taken("nearest", torch.float32, taken("rounded", stored, mean))
     # What lies in the middle of two numbers is rounded to one of them only if there is none between them.
-    middle = rounded(0.5 * nearest + 0.5 * leads, stored).to(means.dtype)
-    return torch.where(is_between & ((middle == nearest) | (middle == leads)), leads, means)
+    middle = torch.lerp(nearest, lead, 0.5, out=workspace.take("middle", mean.shape, mean.dtype, mean.device))
+    middle.copy_(taken("rounded", stored, middle))
+    are_neighbours = (middle == nearest).logical_or_(middle == lead)
+    is_between = (nearest > mean).logical_xor_(lead > mean).logical_and_(nearest != mean)
+    torch.where(are_neighbours.logical_and_(is_between), leads, means, out=means)
 
 
 def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:

@@ -40,7 +40,7 @@ from tieopt.reduction import (
     rounded,
     scatter_add_,
     tied,
-    towards_leads,
+    towards_leads_,
 )
 from tieopt.slices import FREE, Slices, described, in_memory, numbered, octets
 from tieopt.traced import untraced
@@ -322,7 +322,7 @@ class Shards:
             # An owner has members of its groups: what these make of their own mean stands for the lead, on every rank.
             first = sum(plan.sent[: self._rank])
             leads = to_be_sent(means_after_step, "settled")[first : first + len(own)].to(stored)
-            own = towards_leads(own, leads.to(own.dtype), stored)
+            towards_leads_(own, leads.to(own.dtype), stored, workspace)
         own = rounded(own, stored)
         replies = workspace.take("replies", received.shape, stored, device)
         torch.index_select(bits(own), 0, plan.slots, out=bits(replies))
