@@ -32,6 +32,9 @@ from tieopt.index import Index, Round, Run, wide_dtype
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
 
+# The bits of a float64 that numbers of 16 bits have no use for, but for whether they are zero.
+_CUT_OFF = 2**40 - 1
+
 # What gives the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
 
@@ -578,19 +581,18 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in another dtype, rounded once.
 
     torch takes float64 to 8 and 16 bits by way of float32. What it rounds to the middle between two numbers there, it
-    may then round to the wrong one. In float32 an inexact value is therefore rounded to the neighbour with an odd last
-    bit, which is no such middle (Boldo and Melquiond, "When double rounding is odd", 2005).
+    may then round to the wrong one. So first all but 13 significant bits, which float32 has exactly, are cut off, and
+    the last of those is set if anything was lost. With two bits more than float16 has it is known on which side of the
+    middle a value is (Boldo and Melquiond, "When double rounding is odd", 2005).
     """
     if values.is_complex():
         return torch.view_as_complex(rounded(torch.view_as_real(values), dtype.to_real()))
     if values.dtype != torch.float64 or dtype.itemsize > 2:
         return values.to(dtype)
-    narrow = values.float()
-    size, exact = narrow.abs(), values.abs()
-    too_large, too_small = size > exact, size < exact
-    # The pattern of a number is one less than that of its neighbour away from zero.
-    narrow.view(torch.int32).sub_(too_large.int()).bitwise_or_(too_large | too_small)
-    return narrow.to(dtype)
+    pattern = values.view(torch.int64)
+    # A carry goes into the last bit that is kept, unless all that are cut off are zero.
+    odd = pattern.bitwise_and(_CUT_OFF).add_(_CUT_OFF).bitwise_or_(pattern).bitwise_and_(~_CUT_OFF)
+    return odd.view(torch.float64).to(dtype)
 
 
 def times(slices: Tensor, factors: Tensor) -> Tensor:
