@@ -494,3 +494,38 @@ def test_the_noise_of_an_optimizer_is_what_couples_its_entries():
     ties = {"encoder.weight": [[0, 1, 2]]}
     assert_equivalent(Autoencoder, quiet, ties, batches())
     assert refused(Autoencoder, Recipe(NoisySGD, {"lr": 0.01}), ties, batches())["why"] == COUPLES
+
+
+# --- devices ---
+
+
+class Normalized(SGD):
+    """Steps by gradients of norm 1, so that entries are coupled."""
+
+    def step(self, closure: Callable[[], float]) -> None:
+        with torch.enable_grad():
+            closure()
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1e-3, foreach=False)
+        super().step()
+
+
+# What is made on the default device and meets the weights fails there.
+@given(st.data())
+def test_the_default_device_does_not_matter(data: st.DataObject) -> None:
+    model = nn.Linear(3, 4, dtype=torch.float64, device="cpu")
+    batches = torch.ones(2, 5, 3, dtype=torch.float64)
+    with torch.device("meta"):
+        drawn = data.draw(ties([model.weight, model.bias]))
+        assert data.draw(labels((2, 9))).is_cpu
+        assert data.draw(scales((2, 2), ["any"])).is_cpu
+        assert_equivalent(lambda: model, lambda params: SGD(params, lr=0.1), drawn, batches)
+        assert_tied(model, drawn)
+
+
+def test_an_optimizer_is_said_to_couple_entries_whatever_the_default_device_is() -> None:
+    model = nn.Linear(3, 4, dtype=torch.float64, device="cpu")
+    batches = torch.ones(2, 5, 3, dtype=torch.float64)
+    with torch.device("meta"), pytest.raises(AssertionError, match=COUPLES):
+        assert_equivalent(
+            lambda: model, lambda params: Normalized(params, lr=0.1), {"weight": [[0, 1, 2]]}, batches, reduction="sum"
+        )

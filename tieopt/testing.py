@@ -91,7 +91,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         lead_(led, bound.index_for(led), Workspace())
         for place, slices, expected, param in zip(bound.places, bound.slices, led, params, strict=True):
             wide = torch.complex128 if param.is_complex() else torch.float64
-            expected, got = expected.to("cpu", wide), param.detach().to("cpu", wide)
+            expected, got = expected.cpu().to(wide), param.detach().cpu().to(wide)
             wrong = (expected != got) & (slices.entries(param)[0] != FREE)
             if wrong.any():
                 at = tuple(wrong.nonzero()[0].tolist())
@@ -184,7 +184,7 @@ def assert_equivalent(
 def _reason(optimizer: TiedOptimizer, make_optimizer: MakeOptimizer) -> str:
     """Why tied training may be another than that of the shared values."""
     name = type(optimizer).__name__.removeprefix("Tied")
-    if _couples_entries(make_optimizer):
+    if _couples_entries(make_optimizer, optimizer.param_groups[0]["params"][0].device):
         return f"{name} couples entries, so that it cannot follow the shared values"
     scales = [part.scale for tie in optimizer.ties for part in tie.parts if part.scale is not None]
     if any(bool(((scale != 0) & (scale.abs() != 1)).any()) for scale in scales):
@@ -206,7 +206,9 @@ class _SharedModel(nn.Module):
         params = {param: name for name, param in model.named_parameters()}
         # What stands behind each entry: of which parameter it is a multiple, at which position, times what.
         self._built: dict[str, list[tuple[str, Tensor, Tensor]]] = {name: [] for name in params.values()}
-        untied = {name: torch.ones(param.shape, dtype=torch.bool) for param, name in params.items()}
+        untied = {
+            name: torch.ones(param.shape, dtype=torch.bool, device=param.device) for param, name in params.items()
+        }
 
         # Frozen parameters are not tied.
         ties = [tie for tie in optimizer.ties if tie.parts[0].param.requires_grad]  # type: ignore[union-attr]
@@ -214,10 +216,13 @@ class _SharedModel(nn.Module):
             names = [params[part.param] for part in tie.parts]  # type: ignore[index]
             slices = [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
             tensors = [part.param.detach() for part in tie.parts]  # type: ignore[union-attr]
+            device = tensors[0].device
             entries = [each.entries(tensor) for each, tensor in zip(slices, tensors, strict=True)]
             count = 1 + max(int(ids.max()) if ids.numel() else FREE for ids, _ in entries)
-            values, norms = torch.zeros(count, dtype=tensors[0].dtype), torch.zeros(count, dtype=torch.float64)
-            for (ids, scale), tensor, name in zip(entries, tensors, names, strict=True):
+            values = torch.zeros(count, dtype=tensors[0].dtype, device=device)
+            norms = torch.zeros(count, dtype=torch.float64, device=device)
+            for own, tensor, name in zip(entries, tensors, names, strict=True):
+                ids, scale = (one.to(device) for one in own)
                 tied = ids != FREE
                 untied[name] &= ~tied
                 norms.index_add_(0, ids[tied], scale[tied].square())
@@ -234,9 +239,10 @@ class _SharedModel(nn.Module):
         for number, (param, name) in enumerate(params.items()):
             if self._built[name] and not untied[name].any():
                 continue
-            ids = torch.full(param.shape, FREE)
-            ids[untied[name]] = torch.arange(int(untied[name].sum()))
-            self._built[name].append((f"free_{number}", ids, torch.ones(param.shape, dtype=torch.float64)))
+            ids = torch.full(param.shape, FREE, device=param.device)
+            ids[untied[name]] = torch.arange(int(untied[name].sum()), device=param.device)
+            ones = torch.ones(param.shape, dtype=torch.float64, device=param.device)
+            self._built[name].append((f"free_{number}", ids, ones))
             values = param.detach()[untied[name]].clone().view((-1, 1) if param.dim() > 1 else (-1,))
             self.register_parameter(f"free_{number}", Parameter(values, requires_grad=param.requires_grad))
 
@@ -244,7 +250,7 @@ class _SharedModel(nn.Module):
         """The weights of the model, differentiable."""
         weights = {}
         for name, sources in self._built.items():
-            weight = torch.zeros(sources[0][1].shape, dtype=self.get_parameter(sources[0][0]).dtype)
+            weight = torch.zeros_like(sources[0][1], dtype=self.get_parameter(sources[0][0]).dtype)
             for source, ids, scale in sources:
                 chosen = ids != FREE
                 values = self.get_parameter(source).flatten()[ids[chosen]] * scale[chosen]
@@ -266,11 +272,12 @@ def _step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
     optimizer.step(closure)
 
 
-def _couples_entries(make_optimizer: MakeOptimizer) -> bool:
+def _couples_entries(make_optimizer: MakeOptimizer, device: torch.device) -> bool:
     """Whether the update of an entry depends on others, or on its place among them."""
-    generator = torch.Generator().manual_seed(0)
-    start, goal, other_goal = torch.randn(3, 12, dtype=torch.float64, generator=generator)
-    order = torch.randperm(12, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(3, 12, dtype=torch.float64, generator=generator, device="cpu")
+    order = torch.randperm(12, generator=generator, device="cpu").to(device)
+    start, goal, other_goal = drawn.to(device)
 
     def end(start: Tensor, goal: Tensor) -> Tensor:
         weight = Parameter(start.view(4, 3).clone())
@@ -320,21 +327,22 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
     @st.composite
     def drawn(draw: st.DrawFn) -> Tensor:
         if count == 0:
-            return torch.zeros(sizes, dtype=torch.int64)
+            return torch.zeros(sizes, dtype=torch.int64, device="cpu")
         kind = draw(st.sampled_from(["any", "any", "one group", "pairs", "free"]))
         if kind == "free":
-            return torch.full(sizes, FREE)
+            return torch.full(sizes, FREE, device="cpu")
         if kind == "one group":
-            names = torch.zeros(count, dtype=torch.int64)
+            names = torch.zeros(count, dtype=torch.int64, device="cpu")
             names[draw(st.lists(st.integers(0, count - 1), max_size=2))] = FREE
             return names.view(sizes)
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
         if kind == "pairs":
-            return (torch.randperm(count, generator=generator) // 2).view(sizes)
+            return (torch.randperm(count, generator=generator, device="cpu") // 2).view(sizes)
         most = draw(st.integers(0, min(count, 20)))
         if count <= 12:
-            return torch.tensor(draw(st.lists(st.integers(FREE, most), min_size=count, max_size=count))).view(sizes)
-        return torch.randint(FREE, most + 1, sizes, generator=generator)
+            listed = draw(st.lists(st.integers(FREE, most), min_size=count, max_size=count))
+            return torch.tensor(listed, device="cpu").view(sizes)
+        return torch.randint(FREE, most + 1, sizes, generator=generator, device="cpu")
 
     return drawn()
 
@@ -376,9 +384,9 @@ def scales(
         kind = draw(st.sampled_from(list(kinds)))
         if kind == "none":
             return None
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-        picks = torch.randint(len(values[kind]), tuple(shape), generator=generator)
-        return torch.tensor(values[kind], dtype=torch.float64)[picks]
+        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
+        picks = torch.randint(len(values[kind]), tuple(shape), generator=generator, device="cpu")
+        return torch.tensor(values[kind], dtype=torch.float64, device="cpu")[picks]
 
     return drawn()
 
@@ -434,7 +442,7 @@ def ties(
             parts.append(Tie(first, rest, dim=dim, scale=draw(scales(taken.shape, kinds))))
         result = [Tie.join(*parts)]
         if draw(st.booleans()):
-            untied = torch.ones(first.shape, dtype=torch.bool)
+            untied = torch.ones(first.shape, dtype=torch.bool, device="cpu")
             for part in result[0].parts:
                 if part.param is first:
                     untied &= part.slices(first, "the tensor").entries(first)[0] == FREE
