@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW
 from tieopt import Tie, TiedOptimizer
 from tieopt import batches as batches_module
 from tieopt import index as index_module
-from tieopt.batches import Batches, merged
+from tieopt.batches import Batches, Merged
 from tieopt.places import BoundTie, Place
 from tieopt.reduction import Reduction, Workspace, divide_, project_
 from tieopt.slices import Slices
@@ -212,7 +212,12 @@ def test_several_ties_of_one_parameter_are_merged_as_well(seed: int, reduction: 
 def test_the_groups_of_merged_ties_stay_apart() -> None:
     names = [torch.tensor([0, 0, -1]), torch.tensor([1, -1, 1, 0, 0])]
     ties = [_pair(number, one, None, randn(len(one), 2))[0] for number, one in enumerate(names)]
-    assert [each.labels.tolist() for each in merged(ties).slices] == [[0, 0, -1], [1, -1, 1, 2, 2]]
+    united = Merged(ties)
+    assert [each.labels.tolist() for each in united.told_apart()] == [[0, 0, -1], [1, -1, 1, 2, 2]]
+    # Of labels that are told apart nothing stays.
+    index = united.index_for([torch.zeros(3, 2), torch.zeros(5, 2)])
+    for tie, kept, compiled in zip(ties, united.slices, index.slices, strict=True):
+        assert kept.labels is compiled.labels is tie.slices[0].labels
 
 
 def test_copies_and_pickles_know_nothing_of_what_was_merged() -> None:

@@ -19,7 +19,7 @@ from tieopt.index import EVEN_ENTRIES, TOTALS, Indices, wide_dtype
 from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, Workspace, divide_, means_for, project_, relax_
 from tieopt.sharded import Shards, is_sharded, shards_for
-from tieopt.slices import FREE, told_apart
+from tieopt.slices import FREE, Slices, told_apart
 from tieopt.traced import divide_traced_, project_traced_, relax_traced_
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
@@ -110,7 +110,7 @@ class Batches:
         for (size, *_), batch in alike.items():
             ties = tuple(tie for tie, _ in batch)
             if len(ties) > 1 and ties not in self._merged and len(self._merged) < _SELECTIONS:
-                self._merged[ties] = merged(ties, even=bool(size))
+                self._merged[ties] = Merged(ties, even=bool(size))
             if ties in self._merged:
                 yield self._merged[ties], [tensor for _, tensors in batch for tensor in tensors]
             else:
@@ -147,12 +147,20 @@ def _common_size(tie: BoundTie) -> int | None:
     return int(several[0]) if len(several) == 1 else 0
 
 
-def merged(ties: Iterable[BoundTie], *, even: bool = True) -> Indices:
+class Merged(Indices):
     """One tie of all the parameters of several ties, with the groups of each.
+
+    It has the labels of these ties, and tells them apart only while it is compiled: of many ties of a large parameter
+    others would take much memory.
 
     Args:
         ties: of rows.
         even: whether all their groups are of one size, so that they are worked on as they would be each by itself.
     """
-    parted = told_apart(tie.slices for tie in ties)
-    return Indices([each for slices in parted for each in slices], even=even)
+
+    def __init__(self, ties: Iterable[BoundTie], *, even: bool = True) -> None:
+        super().__init__([tie.slices[0] for tie in ties], even=even)
+
+    def told_apart(self) -> tuple[Slices, ...]:
+        """The slices of all ties, with labels that no two of the ties share."""
+        return tuple(each for (each,) in told_apart([each] for each in self.slices))

@@ -146,7 +146,7 @@ class Folding:
 def folded_for(ties: Indices) -> tuple[Folded, ...]:
     """What is kept of each tensor; worked out once."""
     if ties.folded is None:
-        ties.folded = folded(ties.slices)
+        ties.folded = folded(ties.told_apart())
     parts: tuple[Folded, ...] = ties.folded
     return parts
 

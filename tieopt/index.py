@@ -9,7 +9,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
@@ -283,8 +283,13 @@ class Indices:
         """The compiled slices; compiled again for tensors of another layout, or on another device."""
         layout = Layout.of(self.slices, tensors)
         if layout not in self._indices:
-            self._indices[layout] = Index.compile(self.slices, tensors, even=self.even)
+            index = Index.compile(self.told_apart(), tensors, even=self.even)
+            self._indices[layout] = replace(index, slices=self.slices)
         return self._indices[layout]
+
+    def told_apart(self) -> tuple[Slices, ...]:
+        """The slices, with labels that only members of one group share."""
+        return self.slices
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _COMPILED}
