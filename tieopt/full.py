@@ -73,12 +73,13 @@ class FullStep:
 
     @untraced
     def _check_weights(self) -> None:
-        """Ties weights that something else has written since the last step."""
+        """Ties weights that something else has written since the last step; each tie as it begins to take part."""
         param_groups = self._optimizer.param_groups
-        pairs = self._binding.parameters(param_groups)
-        written = self._binding.written([pair for pair in pairs if pair[1][0].requires_grad], param_groups)
+        pairs = with_gradients(self._binding.parameters(param_groups))
+        trained = [(tie, params) for tie, params in pairs if tie not in self._took_part and params[0].requires_grad]
+        written = self._binding.written(trained, param_groups)
         if not self._binding.relaxed:
-            self._binding.tie_weights(with_gradients(written), differentiable=is_differentiable(self._optimizer))
+            self._binding.tie_weights(written, differentiable=is_differentiable(self._optimizer))
 
     def _begin(self) -> None:
         """Ties the gradients that are there, and remembers whose they are."""
@@ -90,6 +91,7 @@ class FullStep:
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls another method than ``step()``, which may write weights that have no gradients."""
+        self._check_weights()
         pairs = self._binding.parameters(self._optimizer.param_groups)
         self._took_part = dict(with_state(pairs, self._optimizer.state))
         return self.step(method, *args, **kwargs)
@@ -129,6 +131,7 @@ class FullStep:
         def tied_closure(*args: Any, **kwargs: Any) -> Any:
             self._restore()
             loss = closure(*args, **kwargs)
+            self._check_weights()
             self._begin()
             return loss
 
