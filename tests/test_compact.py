@@ -529,6 +529,7 @@ CONVERTIBLE = [recipe for recipe in ENTRYWISE if recipe.optimizer not in _CASTIN
 
 @pytest.mark.parametrize("recipe", CONVERTIBLE, ids=repr)
 @pytest.mark.parametrize("to", ["compact", "full"])
+@few_examples
 @given(st.data())
 def test_a_state_that_is_loaded_in_the_other_mode_goes_on(recipe: Recipe, to: str, data: st.DataObject) -> None:
     parameters, compact, twins, full = _pair(data, recipe, EXACT)
