@@ -40,13 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run whole folders on all cores, where pytest-xdist is installed and ``-n`` does not say otherwise.
 
-    A debugger and ``-s`` need the one process, and so does mutmut. Each worker imports torch, which takes several
-    hundred megabytes: hence a limit. Neighbouring tests stay together, because they share ranks and what is compiled.
+    Neighbouring tests stay together, because they share ranks and what is compiled. Each worker imports torch, which
+    takes several hundred megabytes: hence a limit.
     """
     option = config.option
-    if getattr(option, "numprocesses", 0) is not None or option.tx or hasattr(config, "workerinput"):
-        return
-    if option.usepdb or option.capture == "no" or option.hypothesis_profile == "mutants":
+    told = getattr(option, "numprocesses", 0) is not None or option.tx or hasattr(config, "workerinput")
+    # A debugger, ``-s`` and mutmut need the one process, and pytest-cov has prepared for it by now.
+    needs_one = option.usepdb or option.capture == "no" or getattr(option, "cov_source", None)
+    if told or needs_one or config.getoption("--hypothesis-profile", None) == "mutants":
         return
     if any(map(os.path.isdir, config.args)):
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
