@@ -5,8 +5,10 @@ Build it with ``sphinx-build -W --keep-going docs docs/_build/html`` in the root
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 from sphinx.application import Sphinx
@@ -14,6 +16,9 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
 import tieopt
+
+# For gallery_arguments, also in the processes that run the examples.
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "tieopt"
 author = "The tieopt developers"
@@ -60,6 +65,7 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 sphinx_gallery_conf = {
+    "reset_argv": "gallery_arguments.arguments",
     "examples_dirs": "examples",
     "gallery_dirs": "gallery",
     "within_subsection_order": "ExampleTitleSortKey",
