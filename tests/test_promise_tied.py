@@ -134,6 +134,7 @@ def test_members_are_equal_whatever_the_layout_of_their_gradients(
         assert all_tied(parameter.grad, names)
 
 
+@pytest.mark.filterwarnings("ignore:Tied weights were replaced or written to")
 @given(st.data())
 def test_a_write_from_outside_is_tied_again_by_tie_weights_and_by_a_step(
     device: torch.device, compact: bool, data: st.DataObject

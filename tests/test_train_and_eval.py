@@ -172,6 +172,7 @@ def test_a_checkpoint_of_evaluation_goes_on_in_the_other_mode(compact):
     assert_close(other, weight)
 
 
+@pytest.mark.filterwarnings("ignore:Tied weights were replaced or written to")
 def test_what_is_written_to_the_weights_of_evaluation_counts(compact):
     weight, optimizer = one(compact=compact)
     with torch.no_grad():

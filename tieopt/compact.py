@@ -423,6 +423,20 @@ class CompactStep:
         return unfolded_closure
 
 
+# What an optimizer and the ties have that knows of the parameters.
+_KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
+
+
+def _has(value: Any, params: set[int], depth: int = 2) -> bool:
+    """Whether something is one of some parameters, or contains one."""
+    if isinstance(value, Tensor):
+        return id(value) in params
+    if not depth or not isinstance(value, (list, tuple, set, dict)):
+        return False
+    within = [*value, *value.values()] if isinstance(value, dict) else value
+    return any(_has(one, params, depth - 1) for one in within)
+
+
 def check_served(optimizer: Any, compact: Compact) -> None:
     """Refuses what the compact mode cannot serve.
 
@@ -436,6 +450,14 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             "The compact mode has no compact parameters for an optimizer that another one only hands its gradients.\n"
             "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
             f"  Got:      {type(optimizer).__name__} around {within[0]}"
+        )
+    tied = {id(param) for _, params in parameters_of(compact.components, optimizer.param_groups) for param in params}
+    own = [name for name, value in vars(optimizer).items() if name not in _KEPT_BY_TORCH and _has(value, tied)]
+    if within and own:
+        raise ValueError(
+            "The compact mode has no compact parameters for what an optimizer keeps beside its parameter groups.\n"
+            "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
+            f"  Got:      {type(optimizer).__name__} around {within[0]}, with parameters in {own[0]}"
         )
     models = [name for name, value in vars(optimizer).items() if isinstance(value, Module)]
     if within and models:
