@@ -20,7 +20,7 @@ from tieopt.places import BoundTie
 from tieopt.reduction import Reduction, Workspace, divide_, means_for, project_, relax_
 from tieopt.sharded import Shards, is_sharded, shards_for
 from tieopt.slices import FREE, Slices, told_apart
-from tieopt.traced import divide_traced_, project_traced_, relax_traced_
+from tieopt.traced import Call, Copies, between_graphs, is_under_compiler, projections, untraced
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
@@ -38,13 +38,16 @@ class Batches:
 
     Attributes:
         workspace: the buffers.
+        copies: of the functions that ``torch.compile`` gets.
     """
 
     def __init__(self) -> None:
         self.workspace = Workspace()
+        self.copies = Copies()
         self._merged: dict[tuple[BoundTie, ...], Indices] = {}
         self._sizes: dict[BoundTie, int | None] = {}
 
+    @between_graphs
     def project_(self, pairs: Pairs, reduction: Reduction = "mean", *, stepped: bool = False) -> None:
         """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`.
 
@@ -54,37 +57,37 @@ class Batches:
             stepped: whether they are weights that a step has just written, see
                 :func:`~tieopt.reduction.means_after_step`.
         """
+        for function, arguments in self._project_(pairs, reduction, stepped, is_under_compiler()):
+            function(*arguments)
+
+    @untraced
+    def _project_(self, pairs: Pairs, reduction: Reduction, stepped: bool, compiled: bool) -> Sequence[Call]:
+        """Projects what is not to be compiled, and returns the calls that do the rest."""
+        calls: Sequence[Call] = ()
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
             shards.project_(tensors, self.workspace, reduction, stepped=stepped)
-        if torch.compiler.is_compiling():
-            for tie, tensors in pairs:
-                project_traced_(tie, tensors, reduction, stepped=stepped)
-            return
+        if compiled:
+            calls, pairs = projections(pairs, reduction, self.copies, stepped=stepped)
         for ties, tensors in self.of(pairs):
             project_(tensors, ties.index_for(tensors), self.workspace, reduction, means_for(stepped))
+        return calls
 
+    @untraced
     def divide_(self, pairs: Pairs) -> None:
         """Divides the tensors of each tie; see :func:`~tieopt.reduction.divide_`."""
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
             shards.divide_(tensors, self.workspace)
-        if torch.compiler.is_compiling():
-            for tie, tensors in pairs:
-                divide_traced_(tie, tensors)
-            return
         for ties, tensors in self.of(pairs):
             divide_(tensors, ties.index_for(tensors), self.workspace)
 
+    @untraced
     def relax_(self, pairs: Pairs, strength: float, *, stepped: bool = False) -> None:
         """Relaxes the tensors of each tie; see :func:`~tieopt.reduction.relax_`, and :meth:`project_`."""
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
             shards.relax_(tensors, self.workspace, strength, stepped=stepped)
-        if torch.compiler.is_compiling():
-            for tie, tensors in pairs:
-                relax_traced_(tie, tensors, strength, stepped=stepped)
-            return
         for ties, tensors in self.of(pairs):
             relax_(tensors, ties.index_for(tensors), self.workspace, strength, means_for(stepped))
 

@@ -22,7 +22,7 @@ from tieopt.places import BoundTie, ParamGroups, T, all_places, check_apart, fou
 from tieopt.reduction import Reduction, Workspace, drift, projected, tied
 from tieopt.sharded import is_sharded, shards_for
 from tieopt.ties import check_writable, shown
-from tieopt.traced import is_capturing, untraced
+from tieopt.traced import Copies, between_graphs, is_capturing, untraced
 
 
 class Binding:
@@ -64,10 +64,11 @@ class Binding:
         self.ties = found(param_groups, ties, holder)
         self.compact = Compact(self.ties, param_groups) if compact else None
         self.batches = Batches()
+        self.inner_copies = Copies()
         self._captured = False
         self._replaced: Binding | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
-        # Compiled now, and not while a step is traced, which works on each by itself, or captured.
+        # Compiled now, and not while a step is captured.
         pairs = self.parameters(param_groups)
         for tie, params in pairs:
             if any(map(is_sharded, params)):
@@ -113,6 +114,7 @@ class Binding:
         """
         return parameters_of(self.ties, param_groups)
 
+    @between_graphs
     def tie_weights(
         self, pairs: Pairs, *, differentiable: bool = False, strength: float = 1.0, stepped: bool = False
     ) -> None:
@@ -124,13 +126,8 @@ class Binding:
             strength: how far members are moved towards their mean.
             stepped: whether a step of the inner optimizer has just written them.
         """
-        graphs = [pair for pair in pairs if differentiable and any(param.grad_fn is not None for param in pair[1])]
-        for tie, params in graphs:
-            with torch.enable_grad():
-                for param, result in zip(params, projected(params, tie.index_for), strict=True):
-                    param.copy_(result if strength == 1 else param.lerp(result, strength))
-        if graphs:
-            pairs = [pair for pair in pairs if pair not in graphs]
+        if differentiable:
+            pairs = self._tie_graphs(pairs, strength)
         if strength == 1:
             self.batches.project_(pairs, stepped=stepped)
         elif strength > 0:
@@ -141,6 +138,7 @@ class Binding:
         """Remembers ties whose parameters are tied now."""
         self._seen.update((tie, traces(params)) for tie, params in pairs)
 
+    @untraced
     def note_all(self, param_groups: ParamGroups) -> None:
         """Remembers that all parameters that are not frozen are tied now."""
         ties = self.ties if self.compact is None else self.compact.components
@@ -176,6 +174,16 @@ class Binding:
                     stacklevel=users_level(),
                 )
         return changed
+
+    @untraced
+    def _tie_graphs(self, pairs: Pairs, strength: float) -> Pairs:
+        """Ties the parameters that are part of a graph, and returns the other ones."""
+        graphs = [pair for pair in pairs if any(param.grad_fn is not None for param in pair[1])]
+        for tie, params in graphs:
+            with torch.enable_grad():
+                for param, result in zip(params, projected(params, tie.index_for), strict=True):
+                    param.copy_(result if strength == 1 else param.lerp(result, strength))
+        return [pair for pair in pairs if pair not in graphs] if graphs else pairs
 
     def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
         """The largest distance of a member from its group's mean; of sharded parameters on any rank."""

@@ -23,6 +23,7 @@ from tieopt.components import Component, components
 from tieopt.folding import (
     compact_like,
     fold_,
+    fold_free_gradients_,
     fold_gradients_,
     folded_for,
     folded_sparse,
@@ -34,7 +35,7 @@ from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
 from tieopt.reduction import Reduction, calculable
 from tieopt.sharded import is_sharded
 from tieopt.state import held_of, settings_in, with_state
-from tieopt.traced import between_graphs, fold_gradients_traced_, fold_traced_, unfold_traced_, untraced
+from tieopt.traced import Call, between_graphs, gradient_foldings, is_under_compiler, is_written_out, untraced
 from tieopt.twin import compact_within, held_optimizers, twin_of
 
 Components = Sequence[tuple[Component, list[Tensor]]]
@@ -199,7 +200,9 @@ class Compact:
         self._adopt(written, optimizer)
         batches.project_(written)
 
-    def fold(self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups) -> None:
+    def fold(
+        self, pairs: Components, batches: Batches, reduction: Reduction, param_groups: ParamGroups, compiled: bool
+    ) -> Sequence[Call]:
         """Reads the compact parameters from the weights, and their gradients from the gradients.
 
         Args:
@@ -207,9 +210,13 @@ class Compact:
             batches: to work in.
             reduction: ``"mean"`` or ``"sum"``.
             param_groups: of the optimizer.
+            compiled: whether ``torch.compile`` is to get what it is worth giving to it.
+
+        Returns:
+            What it is to get.
         """
         compacts = self._by_id(param_groups)
-        dense = []
+        dense, written_out = [], []
         for tie, params in pairs:
             if not _is_sparse(params[0].grad):
                 dense.append((tie, params))
@@ -217,16 +224,17 @@ class Compact:
             compact, folding = compacts[id(params[0])], folding_for(tie, params)
             fold_([compact], params, folding)
             compact.grad = folded_sparse(cast(Tensor, params[0].grad), compact, folding, reduction)
-        traced = torch.compiler.is_compiling()
-        for ties, params in dense if traced else batches.of(dense):
+        for ties, params in dense if compiled else batches.of(dense):
             own, grads = [compacts[id(param)] for param in params], gradients_of(params)
             targets = [torch.empty_like(compact) if compact.grad is None else compact.grad for compact in own]
-            if traced:
-                fold_traced_(ties, own, params)
-                fold_gradients_traced_(ties, targets, grads, reduction)
+            fold_(own, params, folding_for(ties, params))
+            folding = folding_for(ties, grads)
+            if compiled and is_written_out(folding.index, grads):
+                fold_free_gradients_(targets, grads, folding)
+                written_out.append((folding, targets[0], grads[0]))
             else:
-                fold_(own, params, folding_for(ties, params))
-                fold_gradients_(targets, grads, folding_for(ties, grads), batches.workspace, reduction)
+                fold_gradients_(targets, grads, folding, batches.workspace, reduction)
+        return gradient_foldings(written_out, reduction, batches.copies)
 
     def fold_weights(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Reads the compact parameters from the weights, and leaves their gradients.
@@ -249,13 +257,9 @@ class Compact:
             param_groups: of the optimizer.
         """
         compacts = self._by_id(param_groups)
-        traced = torch.compiler.is_compiling()
-        for ties, params in pairs if traced else batches.of(pairs):
+        for ties, params in batches.of(pairs):
             own = [compacts[id(param)] for param in params]
-            if traced:
-                unfold_traced_(ties, params, own)
-            else:
-                unfold_(params, own, folding_for(ties, params), batches.workspace)
+            unfold_(params, own, folding_for(ties, params), batches.workspace)
 
     def _by_id(self, param_groups: ParamGroups) -> dict[int, Parameter]:
         return {id(param): compact for param, compact in self.counterparts(param_groups)}
@@ -296,7 +300,7 @@ def _is_sparse(grad: Tensor | None) -> bool:
 
 
 def _copy_settings(source: Mapping[str, Any], target: dict[str, Any]) -> None:
-    """Copies settings that differ: a traced step is traced again where something was written."""
+    """Copies settings that differ: a compiled step is compiled again where something was written."""
     for key, value in source.items():
         if key != "params" and (key not in target or not _is_unchanged(target[key], value)):
             target[key] = value
@@ -312,8 +316,8 @@ def _is_unchanged(first: Any, second: Any) -> bool:
 class CompactStep:
     """One step in the compact mode.
 
-    ``torch.compile`` is to see the folding, the step of the twin and the unfolding, each in a graph of its own. In one
-    graph the trained values could not be written where they are kept, as what unfolds them is still to read them.
+    ``torch.compile`` is to see the folding of gradients and the step of the twin, each in a graph of its own. In one
+    graph the optimizer could keep the very buffer of a gradient as its momentum, and the next step writes over that.
 
     Args:
         optimizer: the tied one.
@@ -331,24 +335,32 @@ class CompactStep:
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Steps on the gradients that are there."""
-        return self._stepped(self._prepared(), inner_step, *args, **kwargs)
+        self._fold(self._prepared())
+        return self._stepped(inner_step, *args, **kwargs)
 
-    def _stepped(self, pairs: Components, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @between_graphs
+    def _stepped(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if is_under_compiler():
+            inner_step = self._binding.inner_copies.of(inner_step)
         with self._within:
             self._go_within()
-            return self._folded_step(pairs, inner_step, *args, **kwargs)
+            return inner_step(self._twin, *args, **kwargs)
 
+    @untraced
     def _go_within(self) -> None:
         if held_optimizers(self._tied):
             self._within.enter_context(compact_within(self._tied))
 
-    def _folded_step(self, pairs: Components, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        torch.compiler.is_compiling()
-        self._fold(pairs)
-        return inner_step(self._twin, *args, **kwargs)
-
+    @between_graphs
     def _fold(self, pairs: Components) -> None:
-        self._compact.fold(pairs, self._binding.batches, self._binding.reduction, self._tied.param_groups)
+        for function, arguments in self._folded(pairs, is_under_compiler()):
+            function(*arguments)
+
+    @untraced
+    def _folded(self, pairs: Components, compiled: bool) -> Sequence[Call]:
+        """Folds what is not to be compiled, and returns the calls that do the rest."""
+        batches, param_groups = self._binding.batches, self._tied.param_groups
+        return self._compact.fold(pairs, batches, self._binding.reduction, param_groups, compiled)
 
     @untraced
     def _prepared(self, pairs: Components | None = None) -> Components:
@@ -380,20 +392,17 @@ class CompactStep:
         trained = self._prepared(pairs)
         rest = [pair for pair in pairs if pair not in trained]
         self._compact.fold_weights(rest, self._binding.batches, param_groups)
-        result = self._stepped(trained, method, *args, **kwargs)
+        self._fold(trained)
+        result = self._stepped(method, *args, **kwargs)
         self.finish()
         return self._tied if result is self._twin else result
 
-    @between_graphs
+    @untraced
     def finish(self) -> None:
         """Unfolds the weights that were trained."""
         param_groups, pairs = self._tied.param_groups, list(self._took_part.items())
         self._compact.unfold(pairs, self._binding.batches, param_groups)
-        self._settle(pairs)
-
-    @untraced
-    def _settle(self, pairs: Components) -> None:
-        self._compact.settle(self._tied.param_groups)
+        self._compact.settle(param_groups)
         self._binding.note(pairs)
 
     def __enter__(self) -> None:
@@ -411,6 +420,7 @@ class CompactStep:
         """The closure as the twin is to call it: it sees the model's weights, and leaves their gradients."""
 
         @wraps(closure)
+        @between_graphs
         def unfolded_closure(*args: Any, **kwargs: Any) -> Any:
             self.__exit__()
             self.finish()

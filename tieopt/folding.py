@@ -250,6 +250,13 @@ def fold_gradients_(
         targets = [compact_rows[home.part][home.place] for home in homes]
         values = rounded(values, targets[0].dtype)
         torch._foreach_copy_(targets, [values[home.slots] for home in homes])
+    fold_free_gradients_(compacts, grads, folding)
+
+
+@torch.no_grad()
+def fold_free_gradients_(compacts: Sequence[Tensor], grads: Sequence[Tensor], folding: Folding) -> None:
+    """Writes the gradients of the free slices alone; see :func:`fold_gradients_`."""
+    rows, compact_rows = folding.rows(grads, compacts)
     for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):
         if groups < len(kept) and own.dtype == compact.dtype:
             torch.index_select(bits(own), 0, kept[groups:], out=bits(compact[groups:]))

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tieopt.batches import Pairs
 from tieopt.binding import Binding
 from tieopt.gradients import gradients_of, tie_gradients, with_gradients
 from tieopt.memory import traces
 from tieopt.places import BoundTie, ParamGroups
 from tieopt.sharded import is_sharded
 from tieopt.state import with_state
-from tieopt.traced import between_graphs, is_capturing, untraced
+from tieopt.traced import between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.twin import held_optimizers
 
 
@@ -25,7 +25,7 @@ class FullStep:
     """One step in the full mode.
 
     ``torch.compile`` is to see what ties the gradients, the inner step and what ties the weights, each in a graph of
-    its own: in one of all of them it has whole copies of both. It passes by functions that do not name torch.
+    its own: in one of all of them it has whole copies of both.
 
     Args:
         optimizer: the tied one.
@@ -44,6 +44,8 @@ class FullStep:
         """Steps on the gradients that are there, tied."""
         self._check_weights()
         self._begin()
+        if is_under_compiler():
+            inner_step = self._binding.inner_copies.of(inner_step)
         held = held_optimizers(self._optimizer)
         if not held:
             return inner_step(self._optimizer, *args, **kwargs)
@@ -67,6 +69,7 @@ class FullStep:
             for hook in hooks:
                 hook.remove()
 
+    @untraced
     def _gradient_traces(self) -> list[tuple[object, ...]]:
         pairs = self._binding.parameters(self._optimizer.param_groups)
         return [trace for _, params in pairs for trace in traces(gradients_of(params))]
@@ -81,13 +84,18 @@ class FullStep:
         if not self._binding.relaxed:
             self._binding.tie_weights(written, differentiable=is_differentiable(self._optimizer))
 
+    @between_graphs
     def _begin(self) -> None:
         """Ties the gradients that are there, and remembers whose they are."""
-        torch.compiler.is_compiling()
-        pairs = with_gradients(self._binding.parameters(self._optimizer.param_groups))
-        self._took_part.update(pairs)
+        pairs = self._with_gradients()
         if self._ties_gradients:
             tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
+
+    @untraced
+    def _with_gradients(self) -> Pairs:
+        pairs = with_gradients(self._binding.parameters(self._optimizer.param_groups))
+        self._took_part.update(pairs)
+        return pairs
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls another method than ``step()``, which may write weights that have no gradients."""
@@ -96,6 +104,7 @@ class FullStep:
         self._took_part = dict(with_state(pairs, self._optimizer.state))
         return self.step(method, *args, **kwargs)
 
+    @untraced
     def finish(self) -> None:
         """Pulls relaxed members together, every so many steps."""
         if self._binding.relaxed and not _is_at_rest(self._optimizer.param_groups):
@@ -109,25 +118,26 @@ class FullStep:
     @between_graphs
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights."""
-        self._close(failed=kind is not None)
-        self._binding.note(self._took_part.items())
-
-    def _close(self, *, failed: bool) -> None:
-        torch.compiler.is_compiling()
         self._restore()
-        if failed:
-            # The error may be that of one rank alone: what it sent to others now, they would take for what they wait
-            # for. So sharded weights stay as they are.
-            self._took_part = {
-                tie: params for tie, params in self._took_part.items() if not any(map(is_sharded, params))
-            }
+        if kind is not None:
+            self._leave_sharded()
         if not self._binding.relaxed:
             self._tie_weights()
+        self._binding.note(self._took_part.items())
+
+    @untraced
+    def _leave_sharded(self) -> None:
+        """Leaves sharded weights as they are after an error, which may be that of one rank alone.
+
+        What it sent to others now, they would take for what they wait for.
+        """
+        self._took_part = {tie: params for tie, params in self._took_part.items() if not any(map(is_sharded, params))}
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure, with the gradients that it leaves tied after each call."""
 
         @wraps(closure)
+        @between_graphs
         def tied_closure(*args: Any, **kwargs: Any) -> Any:
             self._restore()
             loss = closure(*args, **kwargs)
@@ -137,10 +147,12 @@ class FullStep:
 
         return tied_closure
 
+    @untraced
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
 
+    @between_graphs
     def _tie_weights(self, strength: float = 1.0) -> None:
         pairs = list(self._took_part.items())
         self._binding.tie_weights(
@@ -148,7 +160,6 @@ class FullStep:
         )
 
 
-@untraced
 def _is_at_rest(param_groups: ParamGroups) -> bool:
     """Whether all learning rates are zero, as in the step by which torch.distributed.checkpoint begins a state."""
     return all(_is_zero(settings.get("lr")) for settings in param_groups)

@@ -17,9 +17,11 @@ from tieopt.batches import Batches, Pairs
 from tieopt.places import BoundTie, T
 from tieopt.reduction import Reduction, projected
 from tieopt.sharded import is_sharded
-from tieopt.ties import overlaps
+from tieopt.slices import overlaps
+from tieopt.traced import between_graphs, untraced
 
 
+@between_graphs
 def tie_gradients(
     pairs: Pairs,
     batches: Batches,
@@ -35,14 +37,28 @@ def tie_gradients(
         reduction: ``"mean"`` or ``"sum"``.
         undo: for the sum, gets what turns it into the mean again where nobody has replaced the gradient since.
     """
+    written, others = _prepared(pairs)
+    batches.project_(written, reduction)
+    _replace_others(pairs, others, batches, reduction, [] if undo is None else undo)
+
+
+@untraced
+def _prepared(pairs: Pairs) -> tuple[Pairs, set[int]]:
+    """Ties with the gradients that can be written; and the identities of the parameters of the other ones."""
     prepare_gradients(pairs)
     replaced = _replaced(pairs)
-    undo = [] if undo is None else undo
-    written = [(tie, params, gradients_of(params)) for tie, params in pairs if id(params[0]) not in replaced]
-    batches.project_([(tie, grads) for tie, _, grads in written], reduction)
+    return [(tie, gradients_of(params)) for tie, params in pairs if id(params[0]) not in replaced], replaced
+
+
+@untraced
+def _replace_others(
+    pairs: Pairs, replaced: set[int], batches: Batches, reduction: Reduction, undo: list[Callable[[], None]]
+) -> None:
+    """Ties the gradients of the parameters that are replaced, and says how to turn all sums into means again."""
     others = [(tie, params) for tie, params in pairs if id(params[0]) in replaced]
     _replace(others, "mean")
     if reduction == "sum":
+        written = [(tie, params, gradients_of(params)) for tie, params in pairs if id(params[0]) not in replaced]
         undo.append(partial(_divide, written, batches))
         means = {param: param.grad for _, params in others for param in params}
         _replace(others, reduction)
@@ -88,11 +104,10 @@ def prepare_gradients(pairs: Pairs) -> None:
     for tie, params in pairs:
         for param in params:
             grad = param.grad
-            # What a compiler traces writes to whatever there is; only to ask it of complex ones is worth a new graph.
             if grad is not None and is_sharded(param):
                 param.grad = _as_sharded(grad, param)
                 continue
-            if grad is None or (torch.compiler.is_compiling() and not grad.is_complex()):
+            if grad is None:
                 continue
             if grad.layout == torch.sparse_coo and not tie.is_of_rows:
                 param.grad = grad.to_dense()

@@ -5,14 +5,12 @@ Compiled once for tensors of one layout on one device, so that a step only runs 
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,6 +213,18 @@ class Index:
         return in_one_order([each.rows(in_memory(tensor)) for each, tensor in zip(self.slices, tensors, strict=True)])
 
     @cached_property
+    def members_of_groups(self) -> Tensor:
+        """The members of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
+        size = self.runs[0].rounds[0].size
+        pieces = [run.rounds[0].pieces[0].members for run in self.runs]
+        with torch.inference_mode(False):
+            columns = [
+                torch.arange(piece.start, piece.stop, device=self.layout.device) if isinstance(piece, slice) else piece
+                for piece in pieces
+            ]
+            return torch.cat([column.view(-1, size) for column in columns])
+
+    @cached_property
     def members(self) -> Members:
         """All of them but the pinned ones, sorted by group, each group's lead first; for sparse gradients."""
         with torch.inference_mode(False):
@@ -247,7 +257,7 @@ class Index:
 
 
 # What is quickly compiled, and larger than the labels.
-_COMPILED = ("_indices", "foldings", "folded", "shards", "number")
+_COMPILED = ("_indices", "foldings", "folded", "shards")
 
 
 class Indices:
@@ -258,13 +268,8 @@ class Indices:
         foldings: for each layout, see :func:`~tieopt.folding.folding_for`.
         folded: see :func:`~tieopt.folding.folded_for`.
         shards: for each way to shard the tensors, see :func:`~tieopt.sharded.shards_for`.
-        number: by which compiled graphs, which hold tensors and numbers, find these.
-        by_number: all there are.
         even: as for :meth:`Index.compile`.
     """
-
-    by_number: ClassVar[WeakValueDictionary[int, Indices]] = WeakValueDictionary()
-    _numbers: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, slices: Sequence[Slices], *, even: bool = True) -> None:
         self.slices = tuple(slices)
@@ -276,8 +281,6 @@ class Indices:
         self.foldings: dict[Layout, Any] = {}
         self.folded: Any = None
         self.shards: dict[Any, Any] = {}
-        self.number = next(Indices._numbers)
-        Indices.by_number[self.number] = self
 
     def index_for(self, tensors: Sequence[Tensor]) -> Index:
         """The compiled slices; compiled again for tensors of another layout, or on another device."""

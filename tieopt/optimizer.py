@@ -38,7 +38,7 @@ from tieopt.slices import is_idle
 from tieopt.start import Start, check_start, start_from_first_
 from tieopt.state import settings_in, tied_state
 from tieopt.ties import Tie, Ties, shown, with_name
-from tieopt.traced import between_graphs
+from tieopt.traced import between_graphs, copied, untraced
 from tieopt.twin import compact_namespace, held_optimizers, states_of
 
 _HOOKS = (
@@ -232,6 +232,7 @@ class TiedOptimizer(Optimizer):
             for tie, params in self._tieopt.parameters(self.param_groups)
         )
 
+    @between_graphs
     def tie_gradients(self) -> None:
         r"""Replaces the gradients of the members of each group by their mean, in ``.grad``.
 
@@ -260,8 +261,9 @@ class TiedOptimizer(Optimizer):
             >>> is_tied(layer.weight.grad, [[0, 2]])
             True
         """
-        tie_gradients(with_gradients(self._tieopt.parameters(self.param_groups)), self._tieopt.batches)
+        tie_gradients(_with_gradients(self), self._tieopt.batches)
 
+    @between_graphs
     def tie_weights(self) -> None:
         r"""Replaces the members of each group by their mean; for when anything else wrote to the weights.
 
@@ -342,6 +344,10 @@ class TiedOptimizer(Optimizer):
         if kept.compact is not None:
             states = [kept.compact.released(self, state, lost) for state in states]
         states = _tie_all(self, states, binding, start, lost)
+        # What was compiled goes on as far as it is for what is still there.
+        binding.batches.copies = kept.batches.copies
+        if not compact and not any(states):
+            binding.inner_copies = kept.inner_copies
         self._tieopt = binding
         self._replace_states(states)
         _warn_of(lost, self.param_groups)
@@ -592,7 +598,8 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
-    hooked = Optimizer.profile_hook_step(step)
+    # A graph of it would be for one optimizer, and torch.compile makes no more than 8 for one function.
+    hooked: Callable[..., Any] = between_graphs(copied(Optimizer.profile_hook_step(step)))
     hooked.hooked = True  # type: ignore[attr-defined]
     # Schedulers wrap the step of an instance to set `_opt_called`, unless it is marked so. This step
     # sets it itself, so that a scheduler built before the ties, whose wrapper is gone, goes on as well.
@@ -770,6 +777,12 @@ def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
             f"  Dropped: {'; '.join(dropped)}",
             stacklevel=users_level(),
         )
+
+
+@untraced
+def _with_gradients(optimizer: Any) -> Pairs:
+    """The ties of which a parameter has a gradient."""
+    return with_gradients(optimizer._tieopt.parameters(optimizer.param_groups))
 
 
 def _trained(pairs: Pairs) -> Pairs:

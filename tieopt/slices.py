@@ -98,11 +98,22 @@ def _common(strides: tuple[int, ...]) -> int:
 
 def in_memory(tensor: Tensor) -> Tensor:
     """A view of what stands in memory, where torch negates or conjugates it on reading."""
-    if torch.compiler.is_compiling():
-        return tensor  # It reads and writes what these are.
     if tensor.is_neg():
         return torch._neg_view(tensor)
     return tensor.conj() if tensor.is_conj() else tensor
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def octets(tensor: Tensor) -> memoryview | bytes:

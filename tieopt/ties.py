@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from tieopt.sharded import is_sharded
-from tieopt.slices import FREE, Slices
+from tieopt.slices import FREE, Slices, overlaps
 
 # The dtypes that have a mean and that torch converts to the others.
 _DTYPES = {
@@ -402,19 +402,6 @@ def _check_readable(tensor: Tensor, what: str, name: str) -> None:
             "  Expected: those of the whole parameter on every rank, as full_tensor() returns them\n"
             f"  Got:      {type(tensor).__name__} with placements {tensor.placements}"  # type: ignore[attr-defined]
         )
-
-
-def overlaps(tensor: Tensor) -> bool:
-    """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
-    if tensor.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
 
 
 def check_writable(tensor: Tensor, name: str) -> None:

@@ -1,29 +1,39 @@
-"""What ``torch.compile`` sees: the same numbers, written so that inductor makes one pass over the memory of them.
+"""What ``torch.compile`` sees of a step: small functions of tensors of fixed shapes; all else runs as without it.
 
-Where all groups of a tie have one small size, a group is a sum of as many loads, written out: the kernel that comes of
-it reads every member once and is vectorised along the slices. It runs over a few chunks, because what is written
-back right away is still in the caches. Everything else is one operation that runs eagerly within the graph.
+Where all groups of a tie have one small size, a mean is a sum of as many loads, written out: the kernel that inductor
+makes of it reads every member once and is vectorised along the slices. A large tie is cut into chunks of one shape,
+because what is written back right away is still in the caches; one kernel serves them all.
+
+No Python object of ours is traced in a step. So nothing of a step has to be compiled again where ties, copies or
+parameter groups are new objects with the same shapes.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from tieopt.folding import fold_, fold_gradients_, folding_for, unfold_
-from tieopt.index import Index, Indices, Run
-from tieopt.reduction import Reduction, Workspace, divide_, is_narrow, means_for, project_, relax_, rounded
+from tieopt.folding import Folding
+from tieopt.index import Index, Indices
+from tieopt.reduction import Reduction, is_narrow, rounded
+from tieopt.slices import overlaps
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Ties = TypeVar("Ties", bound=Indices)
 
 
 def between_graphs(function: Function) -> Function:
-    """A function that ``torch.compile`` leaves alone, but not what it calls; graphs end where it is called."""
-    return cast(Function, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+    """A function that ``torch.compile`` leaves alone, but not what it calls; graphs end where it is called.
+
+    ``torch.compiler.disable(recursive=False)`` does not do for a function that is itself compiled, nor where a
+    recompilation is an error.
+    """
+    return cast(Function, torch._dynamo.decorators.skip(function))
 
 
 def untraced(function: Function) -> Function:
@@ -31,122 +41,194 @@ def untraced(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
+def copied(function: Any) -> Any:
+    """A function with a code object of its own, by which ``torch.compile`` keeps what it made of it.
+
+    It makes no more than 8 graphs for one code object, also where the optimizers that they were for are gone.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    code, name = function.__code__.replace(), function.__name__
+    copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    return copy
+
+
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be waited for."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-# Sums of more are not written out: it takes too long to compile them.
-_WRITTEN_OUT = 64
-
 # The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
 _WRITES_OUT = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
+
+# Sums of more are not written out: it takes too long to compile them.
+_WRITTEN_OUT = 64
 
 # Entries that are read and written back before the next ones, and into how many chunks they are cut at most.
 _CHUNK = 2**20
 _CHUNKS = 8
 
-
-@torch.no_grad()
-def project_traced_(
-    ties: Indices, tensors: Sequence[Tensor], reduction: Reduction = "mean", *, stepped: bool = False
-) -> None:
-    """As :func:`~tieopt.reduction.project_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
-    index = ties.index_for(tensors)
-    if not _is_written_out(index) or (stepped and is_narrow(tensors[0].dtype)):
-        torch.ops.tieopt.project_(list(tensors), ties.number, reduction == "sum", stepped)
-        return
-    (rows,) = index.rows(tensors)
-    for runs in _chunks(index.runs, rows[0].numel()):
-        members = _positions(runs)
-        rows[members] = _values(rows, members, reduction).unsqueeze(1)
+# Functions of which an optimizer keeps copies. Which of its parameters have gradients may change.
+_COPIES = 32
 
 
-def divide_traced_(ties: Indices, tensors: Sequence[Tensor]) -> None:
-    """As :func:`~tieopt.reduction.divide_`."""
-    torch.ops.tieopt.divide_(list(tensors), ties.number)
+@between_graphs
+def is_under_compiler() -> bool:
+    """Whether ``torch.compile`` gets the functions that are called now, so that it is worth calling some for it."""
+    return _WRITES_OUT and torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
-def relax_traced_(ties: Indices, tensors: Sequence[Tensor], strength: float, *, stepped: bool = False) -> None:
-    """As :func:`~tieopt.reduction.relax_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
-    torch.ops.tieopt.relax_(list(tensors), ties.number, strength, stepped)
+class Copies:
+    """Functions as one optimizer has them compiled: what was made of them ends with it.
+
+    Its own copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, Any] = {}
+
+    def of(self, function: Any, *shapes: Any) -> Any:
+        """The copy of a function for tensors of these shapes."""
+        key = function, shapes
+        if key not in self._copies:
+            if len(self._copies) == _COPIES:
+                self._copies.clear()
+            self._copies[key] = copied(function)
+        return self._copies[key]
+
+    def __reduce__(self) -> tuple[type[Copies], tuple[()]]:
+        return Copies, ()
 
 
-@torch.no_grad()
-def fold_traced_(ties: Indices, compacts: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """As :func:`~tieopt.folding.fold_`."""
-    folding = folding_for(ties, params)
-    if any(scales is not None for scales in folding.scales):
-        torch.ops.tieopt.fold_(list(compacts), list(params), ties.number)
-        return
-    rows, compact_rows = folding.rows(params, compacts)
-    for own, kept, compact in zip(rows, folding.kept, compact_rows, strict=True):
-        compact.copy_(own.index_select(0, kept))
+class Call(NamedTuple):
+    """A call of a function that is to be compiled.
+
+    Attributes:
+        function: one of those below.
+        arguments: lists of tensors of equal lengths, and whether the result is the sum.
+    """
+
+    function: Callable[..., None]
+    arguments: tuple[list[Tensor], list[Tensor], list[Tensor], bool]
 
 
-@torch.no_grad()
-def fold_gradients_traced_(
-    ties: Indices, targets: Sequence[Tensor], grads: Sequence[Tensor], reduction: Reduction
-) -> None:
-    """As :func:`~tieopt.folding.fold_gradients_`."""
-    folding = folding_for(ties, grads)
-    if not _is_written_out(folding.index):
-        torch.ops.tieopt.fold_gradients_(list(targets), list(grads), ties.number, reduction == "sum")
-        return
-    (rows,), (compact,) = folding.rows(grads, targets)
-    groups, kept = folding.groups[0], folding.kept[0]
-    values = _values(rows, _positions(folding.index.runs), reduction)
-    if groups == len(kept):
-        compact.copy_(values)
-        return
-    # Written to slices, values would be stored twice: inductor takes these for a choice in each entry of the whole.
-    places = torch.arange(len(kept), device=kept.device)
-    compact[places[:groups]] = values
-    compact[places[groups:]] = rows.index_select(0, kept[groups:])
+def projections(
+    pairs: Sequence[tuple[Ties, list[Tensor]]], reduction: Reduction, copies: Copies, *, stepped: bool
+) -> tuple[list[Call], list[tuple[Ties, list[Tensor]]]]:
+    """How to project tensors as :func:`~tieopt.reduction.project_` does.
+
+    Args:
+        pairs: ties and their tensors.
+        reduction: ``"mean"`` or ``"sum"``.
+        copies: of the optimizer.
+        stepped: whether they are weights that a step has just written. Those whose means depend on it are not written
+            out.
+
+    Returns:
+        The calls that project those that can be written out, and the other ones.
+    """
+    calls: list[Call] = []
+    small, others = [], []
+    held = Counter(id(tensor) for _, own in pairs for tensor in own)
+    for ties, own in pairs:
+        plain = held[id(own[0])] == 1 and not (stepped and is_narrow(own[0].dtype))
+        rows = _rows_written_out(ties.index_for(own), own) if plain else None
+        if rows is None:
+            others.append((ties, own))
+            continue
+        chunks = _chunks(ties.index_for(own), rows[0].numel())
+        if len(chunks) == 1:
+            small.append((rows, chunks[0]))
+        else:
+            calls.extend(_call(_project, [(rows, rows, chunk)], reduction, copies) for chunk in chunks)
+    if small:
+        calls.append(_call(_project, [(rows, rows, members) for rows, members in small], reduction, copies))
+    return calls, others
 
 
-@torch.no_grad()
-def unfold_traced_(ties: Indices, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
-    """As :func:`~tieopt.folding.unfold_`."""
-    folding = folding_for(ties, params)
-    if folding.places is None or folding.index.pinned:
-        torch.ops.tieopt.unfold_(list(params), list(compacts), ties.number)
-        return
-    rows, compact_rows = folding.rows(params, compacts)
-    for own, places, compact in zip(rows, folding.places, compact_rows, strict=True):
-        own.copy_(compact.index_select(0, places))
+def gradient_foldings(
+    triples: Sequence[tuple[Folding, Tensor, Tensor]], reduction: Reduction, copies: Copies
+) -> list[Call]:
+    """The calls that write the gradients of shared values, as :func:`~tieopt.folding.fold_gradients_` does.
+
+    Args:
+        triples: foldings that can be written out, and for each a compact tensor to write to, and a gradient.
+        reduction: ``"mean"`` or ``"sum"``.
+        copies: of the optimizer.
+    """
+    given = []
+    for folding, target, grad in triples:
+        (rows,), (compact,) = folding.rows([grad], [target])
+        given.append((_static(compact[: folding.groups[0]]), _static(rows), folding.index.members_of_groups))
+    return [_call(_mean, given, reduction, copies)] if given else []
 
 
-def _is_written_out(index: Index) -> bool:
+def is_written_out(index: Index, tensors: Sequence[Tensor]) -> bool:
+    """Whether the means of tensors can be written out, see :func:`projections`."""
+    return _rows_written_out(index, tensors) is not None
+
+
+def _rows_written_out(index: Index, tensors: Sequence[Tensor]) -> Tensor | None:
     sizes = {run.rounds[0].size for run in index.runs}
-    return (
-        _WRITES_OUT
-        and len(index.slices) == 1
-        and index.slices[0].scale is None
-        and len(sizes) == 1
-        and 0 < min(sizes) <= _WRITTEN_OUT
-        and not index.layout.double
-        and index.layout.device.type != "mps"
+    if (
+        not _WRITES_OUT
+        or len(index.slices) != 1
+        or index.slices[0].scale is not None
+        or len(sizes) != 1
+        or not 0 < min(sizes) <= _WRITTEN_OUT
+        or index.layout.double
+        or index.layout.device.type == "mps"
+    ):
+        return None
+    (rows,) = index.rows(tensors)
+    # Slices between others may be rows that share entries. The compiler reads them before it writes to any.
+    return None if overlaps(rows) else _static(rows)
+
+
+def _static(tensor: Tensor) -> Tensor:
+    """A tensor of its own for the compiler, whose shape it is to take as it is.
+
+    Shapes that it takes as variables after a second model were seen to fail, for some values of ``PYTHONHASHSEED``.
+    """
+    tensor = tensor.detach()
+    torch._dynamo.mark_static(tensor)
+    return tensor
+
+
+def _chunks(index: Index, slice_entries: int) -> Sequence[Tensor]:
+    """Members of whole groups that are worked on together, in chunks of one shape but for the last."""
+    members = index.members_of_groups
+    most = max(min(members.numel() * slice_entries // _CHUNK, _CHUNKS, len(members)), 1)
+    even = (count for count in range(most, most // 2, -1) if len(members) % count == 0)
+    return [_static(chunk) for chunk in torch.split(members, len(members) // next(even, most))]
+
+
+def _call(
+    function: Callable[..., None], given: Sequence[tuple[Tensor, Tensor, Tensor]], reduction: Reduction, copies: Copies
+) -> Call:
+    targets, rows, members = (list(column) for column in zip(*given, strict=True))
+    shapes = tuple(
+        (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in (*targets, *rows, *members)
     )
+    return Call(copies.of(function, reduction, shapes), (targets, rows, members, reduction == "sum"))
 
 
-def _chunks(runs: Sequence[Run], slice_entries: int) -> Iterator[Sequence[Run]]:
-    """Runs that are worked on together."""
-    entries = sum([len(run.rounds[0].slots) for run in runs]) * slice_entries
-    count = min(max(entries // _CHUNK, 1), _CHUNKS, len(runs))
-    for chunk in range(count):
-        yield runs[chunk * len(runs) // count : (chunk + 1) * len(runs) // count]
+# --- what is compiled ---
 
 
-def _positions(runs: Sequence[Run]) -> Tensor:
-    """The members of whole groups of one size, int64, shape ``[g, size]``."""
-    size, device = runs[0].rounds[0].size, runs[0].norms.device
-    pieces = [run.rounds[0].pieces[0].members for run in runs]
-    columns = [torch.arange(own.start, own.stop, device=device) if isinstance(own, slice) else own for own in pieces]
-    return torch.cat([own.view(-1, size) for own in columns])
+def _project(targets: list[Tensor], rows: list[Tensor], members: list[Tensor], sum: bool) -> None:  # noqa: A002
+    for own, group_members in zip(rows, members, strict=True):
+        own[group_members] = _values(own, group_members, sum).unsqueeze(1)
 
 
-def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
+def _mean(targets: list[Tensor], rows: list[Tensor], members: list[Tensor], sum: bool) -> None:  # noqa: A002
+    for target, own, group_members in zip(targets, rows, members, strict=True):
+        target.copy_(_values(own, group_members, sum))
+
+
+def _values(rows: Tensor, members: Tensor, sum: bool) -> Tensor:  # noqa: A002
     """Means, or what they are multiplied to; added up in float64, where the sum of equal members is exact."""
     # One load after the other: a sum over a dimension begins with 0.0, which turns -0.0 into 0.0.
     first, *others = members.unbind(1)
@@ -154,64 +236,4 @@ def _values(rows: Tensor, members: Tensor, reduction: Reduction) -> Tensor:
     for each in others:
         total = total + rows[each].to(torch.float64)
     values = rounded(total / members.shape[1], rows.dtype)
-    return rounded(values.to(torch.float64) * members.shape[1], rows.dtype) if reduction == "sum" else values
-
-
-# --- operations that run eagerly within a graph ---
-
-
-class _Kept(threading.local):
-    """What operations keep from call to call; each thread has its own, as optimizers may step in several."""
-
-    def __init__(self) -> None:
-        self.workspace = Workspace()
-
-
-_kept = _Kept()
-
-
-def _operation(schema: str, *written: str) -> Callable[[Callable[..., None]], None]:
-    """Registers a function as an operation of which the compiler knows what it writes to."""
-    name, _, arguments = schema.partition("(")
-
-    def register(function: Callable[..., None]) -> None:
-        operation = torch.library.custom_op(f"tieopt::{name}", function, mutates_args=written, schema=f"({arguments}")
-        operation.register_fake(lambda *_: None)
-
-    return register
-
-
-@_operation("project_(Tensor(a!)[] tensors, int number, bool sum, bool stepped) -> ()", "tensors")
-def _project(tensors: list[Tensor], number: int, sum: bool, stepped: bool) -> None:  # noqa: A002
-    ties = Indices.by_number[number]
-    project_(tensors, ties.index_for(tensors), _kept.workspace, "sum" if sum else "mean", means_for(stepped))
-
-
-@_operation("divide_(Tensor(a!)[] tensors, int number) -> ()", "tensors")
-def _divide(tensors: list[Tensor], number: int) -> None:
-    ties = Indices.by_number[number]
-    divide_(tensors, ties.index_for(tensors), _kept.workspace)
-
-
-@_operation("relax_(Tensor(a!)[] tensors, int number, float strength, bool stepped) -> ()", "tensors")
-def _relax(tensors: list[Tensor], number: int, strength: float, stepped: bool) -> None:
-    ties = Indices.by_number[number]
-    relax_(tensors, ties.index_for(tensors), _kept.workspace, strength, means_for(stepped))
-
-
-@_operation("fold_(Tensor(a!)[] compacts, Tensor[] params, int number) -> ()", "compacts")
-def _fold(compacts: list[Tensor], params: list[Tensor], number: int) -> None:
-    ties = Indices.by_number[number]
-    fold_(compacts, params, folding_for(ties, params))
-
-
-@_operation("fold_gradients_(Tensor(a!)[] targets, Tensor[] grads, int number, bool sum) -> ()", "targets")
-def _fold_gradients(targets: list[Tensor], grads: list[Tensor], number: int, sum: bool) -> None:  # noqa: A002
-    ties = Indices.by_number[number]
-    fold_gradients_(targets, grads, folding_for(ties, grads), _kept.workspace, "sum" if sum else "mean")
-
-
-@_operation("unfold_(Tensor(a!)[] params, Tensor[] compacts, int number) -> ()", "params")
-def _unfold(params: list[Tensor], compacts: list[Tensor], number: int) -> None:
-    ties = Indices.by_number[number]
-    unfold_(params, compacts, folding_for(ties, params), _kept.workspace)
+    return rounded(values.to(torch.float64) * members.shape[1], rows.dtype) if sum else values
