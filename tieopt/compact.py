@@ -392,10 +392,20 @@ class CompactStep:
         trained = self._prepared(pairs)
         rest = [pair for pair in pairs if pair not in trained]
         self._compact.fold_weights(rest, self._binding.batches, param_groups)
+        own = self._own_of()
+        args = tuple(own.get(id(arg), arg) for arg in args)
+        kwargs = {name: own.get(id(arg), arg) for name, arg in kwargs.items()}
         self._fold(trained)
         result = self._stepped(method, *args, **kwargs)
         self.finish()
         return self._tied if result is self._twin else result
+
+    def _own_of(self) -> dict[int, Any]:
+        """The compact counterparts of parameter groups and parameters, which a method may be given."""
+        param_groups = self._tied.param_groups
+        groups = zip(map(id, param_groups), self._compact.param_groups, strict=True)
+        params = [(id(param), compact) for param, compact in self._compact.counterparts(param_groups)]
+        return dict([*groups, *params])
 
     @untraced
     def finish(self) -> None:
