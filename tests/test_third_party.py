@@ -189,6 +189,8 @@ CLOSURE = {
         f"pytorch_optimizer-{name}"
         for name in ("AliG", "BSAM", "FriendlySAM", "GSAM", "LBFGS", "LookSAM", "SAM", "WSAM")
     ),
+    "torch-LBFGS",
+    "torch-LBFGS-strong_wolfe",
     *(f"schedulefree-{name}ScheduleFreeClosure" for name in ("AdamW", "RAdam", "SGD")),
     "heavyball-SAMWrapper",
 }
@@ -270,6 +272,20 @@ def cases() -> list[Case]:
 
 CASES = cases()
 SERVED = [case for case in CASES if case.id not in {**NOT_BARE, **NO_WRAPPER}]
+# They have no row on the page, but some properties are asked of them, too. SparseAdam takes no dense gradients.
+UNLISTED = [
+    *(
+        Case("torch", name, kind)
+        for name, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, Optimizer) and name not in ("Optimizer", "SparseAdam")
+    ),
+    Case("torch", "LBFGS-strong_wolfe", functools.partial(torch.optim.LBFGS, line_search_fn="strong_wolfe")),
+    *(
+        Case("torchao", f"{name}-stochastic", functools.partial(kind, bf16_stochastic_round=True))
+        for name, kind in vars(MODULES["torchao"]).items()
+        if name in ("_AdamW", "AdamW8bit", "AdamWFp8")
+    ),
+]
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -479,7 +495,9 @@ def test_there_is_one_case_for_each_optimizer_and_every_name_in_a_table_is_one()
     ids = [case.id for case in CASES]
 
     assert max(Counter(ids).values()) == 1
-    assert {*BUILDERS, *CLOSURE, *SECOND_ORDER, *NOT_BARE, *NO_WRAPPER, *NOT_COMPACT} <= set(ids)
+    assert {*BUILDERS, *CLOSURE, *SECOND_ORDER, *NOT_BARE, *NO_WRAPPER, *NOT_COMPACT} <= {
+        *ids, *(case.id for case in UNLISTED)
+    }  # fmt: skip
     least = {
         "timm": 101, "pytorch_optimizer": 128, "schedulefree": 10, "heavyball": 39, "torchao": 6, "bitsandbytes": 40
     }  # fmt: skip
@@ -587,6 +605,353 @@ def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit_where_the_bare_one_d
         assert tied_bitwise(twin.weight, TIES[shape])
 
 
+# --- the gradient of what is trained ---
+
+
+def reads_loss(case: Case) -> bool:
+    """Whether the value of the loss has a part in what the bare optimizer does, besides its gradient."""
+    if "closure" not in inspect.signature(case.build([Parameter(torch.ones(3, 3))]).step).parameters:
+        return False
+    weights = []
+    for value in (lambda loss: loss, lambda loss: 1.7 * loss + 0.3, lambda loss: loss + 100):
+        run = Run(case, SHAPES[0])
+        for step in range(4):
+            seed_all(step)
+            closure = run.closure(step)
+            closure()
+
+            def revalued(closure: Callable[[], Any] = closure, value: Callable[[Any], Any] = value) -> Any:
+                loss = closure()
+                return (None, value(loss[1])) if isinstance(loss, tuple) else value(loss)
+
+            run.optimizer.step(revalued)
+        weights.append([run.free, run.weight])
+    return not all(same_bits(new, old) for other in weights[1:] for new, old in zip(other, weights[0], strict=True))
+
+
+def slopes(case: Case, reduction: str, mode: str) -> tuple[float, float]:
+    """The slope of the loss along the gradient that the tied optimizer is given, and the square of this gradient."""
+    targets = [randn(5, 4, seed=3).double(), randn(*SHAPES[0], seed=4).double()]
+    params = [Parameter(randn(*target.shape, seed=seed).double()) for seed, target in enumerate(targets)]
+    optimizer = case.build(params)
+    found = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = sum((param - target).cosh().sum() for param, target in zip(params, targets, strict=True))
+            loss.backward()
+        return loss
+
+    class Compares(type(optimizer)):
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Tensor]) -> None:
+            closure()
+            trained = [param for settings in self.param_groups for param in settings["params"]]
+            grads = [param.grad.clone() for param in trained]
+            losses = []
+            for way in (1e-5, -2e-5):
+                torch._foreach_add_(trained, grads, alpha=way)
+                losses.append(closure().item())
+            found.extend([(losses[0] - losses[1]) / 2e-5, sum(grad.square().sum().item() for grad in grads)])
+
+    optimizer.__class__ = Compares
+    ties = {params[1]: TIES[SHAPES[0]]}
+    TiedOptimizer(optimizer, ties, reduction=reduction, compact=mode == "compact").step(closure)
+    slope, square = found
+    return slope, square
+
+
+@each([*SERVED, *UNLISTED])
+def test_what_reads_the_loss_is_given_the_gradient_of_what_it_trains_or_is_refused(case):
+    reads = reads_loss(case)
+    SEEN[case.id]["loss"] = "reads the loss" if reads else ""
+    if not reads:
+        return
+    for mode, right in zip(MODES, ["mean", "sum"], strict=True):
+        slope, square = slopes(case, right, mode)
+        assert_close(slope, square, rtol=1e-6, atol=0)
+        weight = Parameter(randn(*SHAPES[0], seed=1))
+        start = weight.detach().clone()
+        (wrong,) = {"mean", "sum"} - {right}
+        # It says which reduction to use.
+        with pytest.raises(ValueError, match=rf"{right}(.|\n)*Got: .*{wrong}"):
+            TiedOptimizer(case.build([weight]), {weight: GROUPS}, reduction=wrong, compact=mode == "compact")
+        assert same_bits(weight, start)
+
+
+# --- small steps in bfloat16 ---
+
+# Rows of one parameter that have the same weights and gradients.
+ALIKE = (8, 128)
+ALIKE_GROUPS = [[0, 1], [2, 3, 4, 5]]
+ALIKE_LEADS = [0, 2, 6, 7]
+START = 1.5
+# In the last place of a weight.
+UNIT = 2.0**-7
+PACE = 0.15 * UNIT
+
+
+def settings_of(optimizer: Any) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer and of those that it holds, each once."""
+    values = [value if isinstance(value, (list, tuple)) else [value] for value in vars(optimizer).values()]
+    held = [one for several in values for one in several if isinstance(one, Optimizer)]
+    return list({id(settings): settings for one in [optimizer, *held] for settings in one.param_groups}.values())
+
+
+class Alike:
+    """Training of rows that are alike, by gradients of 1 and -1 in turn: an optimizer treats them alike, but for noise.
+
+    Args:
+        case: the optimizer.
+        mode: that of a tied optimizer; "shared" is the bare one with a row for each group, None that with all rows.
+        dtype: of the weights.
+        times: what its learning rate is multiplied with.
+        seed: of what is random.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        mode: str | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        times: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        seed_all(seed)
+        self.case = case
+        shape = (len(ALIKE_LEADS), ALIKE[1]) if mode == "shared" else ALIKE
+        self.weight = Parameter(torch.full(shape, START, dtype=dtype))
+        self.signs = torch.tensor([1.0, -1.0]).repeat(shape[1] // 2).expand(shape)
+        self.optimizer = case.build([self.weight])
+        if mode in MODES:
+            TiedOptimizer(self.optimizer, {self.weight: ALIKE_GROUPS}, compact=mode == "compact")
+        for settings in settings_of(self.optimizer):
+            if "lr" in settings:
+                settings["lr"] *= times
+        if hasattr(self.optimizer, "train") and case.id != "heavyball-SAMWrapper":
+            self.optimizer.train()
+
+    def closure(self) -> Any:
+        if self.case.id in SECOND_ORDER:
+            self.optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = (self.weight * self.signs).sum() + (self.weight - START).square().sum() / 1000
+                loss.backward(create_graph=True)
+        else:
+            self.weight.grad = self.signs.to(self.weight.dtype, copy=True)
+            loss = (self.weight.detach() * self.signs).sum()
+        return (None, loss) if self.case.name == "GSAM" else loss
+
+    def train(self, steps: int) -> Tensor:
+        """How far each entry went down the loss."""
+        for _ in range(steps):
+            self.closure()
+            self.optimizer.step(*[self.closure] * (self.case.id in CLOSURE))
+        return (START - self.weight.detach().float()) * self.signs
+
+
+class Bfloat16(NamedTuple):
+    """What the bare optimizer does to rows that are alike.
+
+    Attributes:
+        runs: whether it trains weights of bfloat16 at all.
+        noisy: whether it draws something for each entry, as where it rounds at random.
+        times: what its learning rate is to be multiplied with to have small steps.
+        steps: after how many of them it was looked at.
+        moved: how far each entry went then.
+    """
+
+    runs: bool
+    noisy: bool = False
+    times: float = 1.0
+    steps: int = 0
+    moved: Tensor | None = None
+
+
+@functools.cache
+def in_bfloat16(case: Case) -> Bfloat16:
+    try:
+        runs = bool(Alike(case).train(2).isfinite().all())
+    except Exception:
+        runs = False
+    if not runs:
+        return Bfloat16(runs=False)
+    pace = abs(Alike(case, dtype=torch.float32).train(20).mean().item()) / 20
+    times = PACE / pace if pace > 1e-8 else 1.0
+    # APOLLO and others draw once for a row, or for all of them.
+    first, second = (Alike(case, times=times, seed=seed).train(20).diff(dim=1) for seed in (0, 1))
+    noisy = not torch.equal(first, second)
+    # Where there is no noise all steps are alike.
+    steps = 200 if noisy else 20
+    return Bfloat16(True, noisy, times, steps, Alike(case, times=times).train(steps))
+
+
+@every_mode
+@each([*SERVED, *UNLISTED])
+def test_tied_rows_go_as_far_as_free_ones_where_a_step_is_below_half_a_unit_of_bfloat16(case, mode):
+    expected = in_bfloat16(case)
+    SEEN[case.id]["bfloat16"] = "noisy" if expected.noisy else "runs" if expected.runs else "fails"
+    if not expected.runs or (mode == "compact" and case.id in NOT_COMPACT):
+        pytest.skip("the bare optimizer fails in bfloat16, or the compact mode does not serve it")
+    try:
+        run = Alike(case, mode, times=expected.times)
+    except ValueError as refusal:
+        if mode == "default":
+            raise
+        pytest.skip(str(refusal).partition("\n")[0])
+    moved = run.train(20 if mode == "compact" else expected.steps)
+    assert tied_bitwise(run.weight, ALIKE_GROUPS)
+    if mode == "compact":
+        other = Alike(case, "shared", times=expected.times).train(20)
+        # PSGDLRA chooses a rank by the number of entries that there are when it is made.
+        assert case.id == "heavyball-PSGDLRA" or same_bits(moved[ALIKE_LEADS], other)
+        return
+    for group in ALIKE_GROUPS:
+        members, row = expected.moved[group], moved[group[0]]
+        if expected.noisy:
+            slack = 5 * (row - members.mean(0)).std() / ALIKE[1] ** 0.5 + UNIT
+            # SOAP goes another way with each of rows that are alike, as nothing but noise tells it their basis.
+            assert members.mean(1).min() - slack <= row.mean() <= members.mean(1).max() + slack
+        elif same_bits(expected.moved, expected.moved[:1].expand(ALIKE)):
+            assert same_bits(row, members[0])
+
+
+# --- methods other than step() ---
+
+# What they are called with, by the names of their arguments.
+ARGUMENTS: dict[str, Callable[["Run", int], Any]] = {
+    "closure": lambda run, step: run.closure(step),
+    "group": lambda run, step: run.optimizer.param_groups[0],
+    "loss": lambda run, step: 1.0,
+    "model": lambda run, step: model_of([run.free, run.weight]),
+    "objectives": lambda run, step: [
+        sum((param - target).square().sum() for param in (run.free, run.weight)) for target in (step, -1)
+    ],
+    "p": lambda run, step: run.weight,
+    "params": lambda run, step: [run.free, run.weight],
+    "rho": lambda run, step: 0.05,
+}
+
+
+# After how many steps they are called; at first there are no gradients, and then those of a closure each time.
+TRAINED = [0, 11]
+
+
+def method_names(kind: type) -> list[str]:
+    """The public methods that the classes of an optimizer add to those of ``Optimizer``."""
+    return sorted(
+        {
+            name
+            for base in kind.__mro__
+            if not issubclass(Optimizer, base)
+            for name, value in vars(base).items()
+            if inspect.isfunction(value) and name[0] != "_" and not hasattr(Optimizer, name)
+        }
+    )
+
+
+def has_arguments(method: Callable[..., Any]) -> bool:
+    """Whether a method can be called here; some take what only their own step has."""
+    return needed(method) <= ARGUMENTS.keys()
+
+
+def needed(method: Callable[..., Any]) -> set[str]:
+    return {
+        name
+        for name, parameter in inspect.signature(method).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def call(run: Run, name: str, step: int, trained: int) -> set[str]:
+    """Calls a method of an optimizer, and says what it wrote, "weights" or "gradients"."""
+    if trained:
+        run.closure(step)()
+    params = [run.free, run.weight]
+    weights = [param.detach().clone() for param in params]
+    grads = [param.grad for param in params]
+    kept = [None if grad is None else grad.detach().clone() for grad in grads]
+    method = getattr(run.optimizer, name)
+    given = {argument: ARGUMENTS[argument](run, step) for argument in needed(method)}
+    seed_all(step)
+    method(**given)
+    same_weights = all(map(same_bits, params, weights))
+    same_grads = all(
+        param.grad is grad and (grad is None or same_bits(grad.detach(), copy))
+        for param, grad, copy in zip(params, grads, kept, strict=True)
+    )
+    return {what for what, same in (("weights", same_weights), ("gradients", same_grads)) if not same}
+
+
+@functools.cache
+def writes(case: Case, trained: int) -> list[tuple[str, set[str]]]:
+    """The methods that the bare optimizer has, twice in this order, with what each call wrote; none that fails."""
+    kind = type(Run(case, SHAPES[0]).optimizer)
+    names = [name for name in method_names(kind) if has_arguments(functools.partial(getattr(kind, name), None))]
+    while True:
+        run, seen = Run(case, SHAPES[0]).train(range(trained)), []
+        try:
+            for step, name in enumerate(names * 2, start=trained):
+                seen.append((name, call(run, name, step, trained)))
+        except Exception:
+            names.remove(name)
+        else:
+            return seen
+
+
+@functools.cache
+def first_of_each_kind() -> set[Case]:
+    """A case for each class of optimizers."""
+    return set({type(case.build([Parameter(torch.ones(3, 3))])): case for case in reversed(SERVED + UNLISTED)}.values())
+
+
+@every_mode
+@each([*SERVED, *UNLISTED])
+def test_methods_other_than_step_that_write_to_weights_or_gradients_keep_the_ties(case, mode):
+    if case not in first_of_each_kind() or not any(what for trained in TRAINED for _, what in writes(case, trained)):
+        return
+    if mode == "compact" and case.id in NOT_COMPACT:
+        pytest.skip(NOT_COMPACT[case.id])
+    expected = bare(case, SHAPES[0])
+    for trained in TRAINED:
+        run = tied_or_refused(case, SHAPES[0], mode).train(range(trained))
+        same = Run(case, SHAPES[0], "shared").train(range(trained))
+        for step, (name, what) in enumerate(writes(case, trained), start=trained):
+            seen = call(run, name, step, trained)
+            call(same, name, step, trained)
+
+            assert tied_bitwise(run.weight, GROUPS), name
+            assert ("weights" in what) <= ("weights" in seen), name
+            if mode == "compact" and expected.reproducible:
+                assert same_bits(run.rows(), same.rows()), name
+            elif expected.rowwise:
+                assert_close(run.rows(), same.rows(), msg=name)
+
+
+PHASES = ["first_step", "second_step", "third_step"]
+
+
+@every_mode
+@each([case for case in SERVED if case.name in ("BSAM", "FriendlySAM", "LookSAM", "SAM", "WSAM")])
+def test_a_step_that_is_called_in_its_phases_is_the_step_with_a_closure(case, mode):
+    run, other = (tied_or_refused(case, SHAPES[0], mode) for _ in range(2))
+    for step in range(STEPS):
+        run.step(step)
+
+        seed_all(step)
+        closure = other.closure(step)
+        for phase in [name for name in PHASES if hasattr(other.optimizer, name)]:
+            closure()
+            getattr(other.optimizer, phase)()
+
+        assert tied_bitwise(other.weight, GROUPS)
+        # In the full mode step() lets the closure see what BSAM has drawn for each member.
+        assert same_weights(run, other) or (case.name == "BSAM" and mode == "default")
+
+
 # --- the page ---
 
 HEAD = """\
@@ -619,7 +984,25 @@ All but the first were asked only where the bare optimizer does the same twice, 
 ## What the compact mode does not serve
 
 {not_compact}
+## bfloat16
+
+Rows that were alike were trained by gradients that were alike, with steps of about {pace:g} units in the last place.
+In the default mode tied ones went as far as the same rows of the bare optimizer, or a way between theirs where it
+treats rows that are alike differently, as SOAP does; in the compact mode bit for bit as those of the bare optimizer
+with one row for each group. Most optimizers round to nearest: such steps leave all rows where they are, tied or not.
+
+{bfloat16}
+## Methods other than `step()`
+
+These methods of their classes were seen to write to weights or gradients; each class is listed once. In both modes rows
+were equal to the last bit after each call, and in the compact mode all rows were, bit for bit, what the bare optimizer
+with one row for each group made of them. Methods that take what only their own `step()` has were not called.
+
+{methods}
 ## Every optimizer
+
+An optimizer that reads the loss compares it with the gradient: `TiedOptimizer` asks for `reduction="mean"` in the
+default mode and for `reduction="sum"` in the compact mode.
 
 | package | optimizer | default mode | compact mode | the bare one |
 | --- | --- | --- | --- | --- |
@@ -654,6 +1037,30 @@ def listed(reasons: dict[str, str]) -> str:
     return "".join(lines)
 
 
+# What the page says of what the bare optimizer does in bfloat16.
+IN_BFLOAT16 = {
+    "noisy": "It draws something for each entry, mostly to round at random: what was compared is the average of a row.",
+    "fails": "It fails in bfloat16, tied or not.",
+}
+
+
+def methods_listed() -> str:
+    """Each method, what it writes, and whose it is."""
+    writers = {}
+    for case in first_of_each_kind() & set(SERVED):
+        for name, what in (one for trained in TRAINED for one in writes(case, trained)):
+            writers.setdefault(name, {}).setdefault(case.id, set()).update(what)
+    reasons = {
+        name: {
+            key: f"`{name}()` writes to {' and '.join(sorted(what, reverse=True))}."
+            for key, what in seen.items()
+            if what
+        }
+        for name, seen in sorted(writers.items())
+    }
+    return "".join(map(listed, reasons.values()))
+
+
 def row(case: Case) -> str:
     if case.id in {**NOT_BARE, **NO_WRAPPER}:
         cells = ["—", "—", "does not run" if case.id in NOT_BARE else "cannot be wrapped"]
@@ -664,6 +1071,7 @@ def row(case: Case) -> str:
             "couples rows": not all(one.rowwise for one in seen),
             "does not do the same twice": not all(one.reproducible for one in seen),
             "does not resume bit for bit": not resumes(case),
+            "reads the loss": SEEN[case.id]["loss"],
         }
         modes = ["yes" if SEEN[case.id][mode] == "yes" else "no" for mode in MODES]
         cells = [*modes, ", ".join(note for note, holds in notes.items() if holds)]
@@ -671,7 +1079,7 @@ def row(case: Case) -> str:
 
 
 def test_the_page_says_what_was_seen(request):
-    if any(mode not in SEEN[case.id] for case in SERVED for mode in MODES):
+    if any(what not in SEEN[case.id] for case in SERVED for what in (*MODES, "loss", "bfloat16")):
         pytest.skip("some optimizers were not tried")
     page = HEAD.format(
         torch=torch.__version__.partition("+")[0],
@@ -680,7 +1088,16 @@ def test_the_page_says_what_was_seen(request):
         summary=summary(),
         no_wrapper=listed(NO_WRAPPER),
         not_bare=listed(NOT_BARE),
-        not_compact=listed({name: seen["compact"] for name, seen in SEEN.items() if seen["compact"] != "yes"}),
+        not_compact=listed({case.id: SEEN[case.id]["compact"] for case in SERVED if SEEN[case.id]["compact"] != "yes"}),
+        pace=PACE / UNIT,
+        bfloat16=listed(
+            {
+                case.id: IN_BFLOAT16[SEEN[case.id]["bfloat16"]]
+                for case in SERVED
+                if SEEN[case.id]["bfloat16"] in IN_BFLOAT16
+            }
+        ),
+        methods=methods_listed(),
         rows="".join(map(row, CASES)),
     )
     if request.config.getoption("--write-page"):
