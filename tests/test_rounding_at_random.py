@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checks import bits, randn, same_bits
-from test_traced import as_traced
+from test_traced import as_compiled
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
@@ -137,7 +137,7 @@ def test_a_step_as_it_is_traced_takes_the_same_numbers(labels: Tensor, options: 
     # Rows, and of one size: sums that are written out where they are traced.
     written = (1 + (randn(12, 32) > 0) * torch.finfo(torch.bfloat16).eps).bfloat16()
     plain = tied_after_step(written, labels, **options)
-    with as_traced():
+    with as_compiled():
         assert same_bits(tied_after_step(written, labels, **options), plain)
 
 
