@@ -1,5 +1,6 @@
 """What ``torch.compile`` sees of the ties, run without it: the same numbers for ties of every kind."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 def as_compiled() -> Any:
     """What asks whether there is a compiler is told so, and what is for that runs."""
     return patch("torch._C._dynamo.eval_frame.get_eval_frame_callback", return_value=object())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_ties_are_written_out_as_well() -> Iterator[None]:
+    with patch("tieopt.traced._LEAST", 1):
+        yield
 
 
 @given(st.data())

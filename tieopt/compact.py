@@ -216,25 +216,28 @@ class Compact:
             What it is to get.
         """
         compacts = self._by_id(param_groups)
-        dense, written_out = [], []
+        dense: list[tuple[Component, list[Tensor]]] = []
+        written_out: list[tuple[Component, list[Tensor]]] = []
+        triples = []
         for tie, params in pairs:
             if not _is_sparse(params[0].grad):
-                dense.append((tie, params))
+                (written_out if compiled and is_written_out(tie, gradients_of(params)) else dense).append((tie, params))
                 continue
             compact, folding = compacts[id(params[0])], folding_for(tie, params)
             fold_([compact], params, folding)
             compact.grad = folded_sparse(cast(Tensor, params[0].grad), compact, folding, reduction)
-        for ties, params in dense if compiled else batches.of(dense):
+        for tie, params in written_out:
+            compact, grad = compacts[id(params[0])], cast(Tensor, params[0].grad)
+            target = torch.empty_like(compact) if compact.grad is None else compact.grad
+            fold_([compact], params, folding_for(tie, params))
+            fold_free_gradients_([target], [grad], folding_for(tie, [grad]))
+            triples.append((folding_for(tie, [grad]), target, grad))
+        for ties, params in batches.of(dense):
             own, grads = [compacts[id(param)] for param in params], gradients_of(params)
             targets = [torch.empty_like(compact) if compact.grad is None else compact.grad for compact in own]
             fold_(own, params, folding_for(ties, params))
-            folding = folding_for(ties, grads)
-            if compiled and is_written_out(folding.index, grads):
-                fold_free_gradients_(targets, grads, folding)
-                written_out.append((folding, targets[0], grads[0]))
-            else:
-                fold_gradients_(targets, grads, folding, batches.workspace, reduction)
-        return gradient_foldings(written_out, reduction, batches.copies)
+            fold_gradients_(targets, grads, folding_for(ties, grads), batches.workspace, reduction)
+        return gradient_foldings(triples, reduction, batches.copies)
 
     def fold_weights(self, pairs: Components, batches: Batches, param_groups: ParamGroups) -> None:
         """Reads the compact parameters from the weights, and leaves their gradients.

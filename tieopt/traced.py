@@ -63,6 +63,9 @@ def is_capturing() -> bool:
 # The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
 _WRITES_OUT = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
 
+# Tensors of fewer entries are not worth a call of what was compiled.
+_LEAST = 2**19
+
 # Sums of more are not written out: it takes too long to compile them.
 _WRITTEN_OUT = 64
 
@@ -134,7 +137,7 @@ def projections(
     held = Counter(id(tensor) for _, own in pairs for tensor in own)
     for ties, own in pairs:
         plain = held[id(own[0])] == 1 and not (stepped and is_narrow(own[0].dtype))
-        rows = _rows_written_out(ties.index_for(own), own) if plain else None
+        rows = _rows_written_out(ties, own) if plain else None
         if rows is None:
             others.append((ties, own))
             continue
@@ -165,17 +168,18 @@ def gradient_foldings(
     return [_call(_mean, given, reduction, copies)] if given else []
 
 
-def is_written_out(index: Index, tensors: Sequence[Tensor]) -> bool:
-    """Whether the means of tensors can be written out, see :func:`projections`."""
-    return _rows_written_out(index, tensors) is not None
+def is_written_out(ties: Indices, tensors: Sequence[Tensor]) -> bool:
+    """Whether the means of tensors are worth writing out, and can be."""
+    return _rows_written_out(ties, tensors) is not None
 
 
-def _rows_written_out(index: Index, tensors: Sequence[Tensor]) -> Tensor | None:
+def _rows_written_out(ties: Indices, tensors: Sequence[Tensor]) -> Tensor | None:
+    if not _WRITES_OUT or len(tensors) != 1 or tensors[0].numel() < _LEAST:
+        return None
+    index = ties.index_for(tensors)
     sizes = {run.rounds[0].size for run in index.runs}
     if (
-        not _WRITES_OUT
-        or len(index.slices) != 1
-        or index.slices[0].scale is not None
+        index.slices[0].scale is not None
         or len(sizes) != 1
         or not 0 < min(sizes) <= _WRITTEN_OUT
         or index.layout.double
