@@ -436,9 +436,9 @@ NO_LAYER = (
     "  Got:      {got}"
 )
 NO_READER = (
-    "No layer follows so that it reads these neurons.\n"
-    "  Expected: norms, then a linear layer or a convolution, all with a shape, after a linear layer or a convolution "
-    "(leave out other layers without weights)\n"
+    "No layer in following reads these neurons.\n"
+    "  Expected: norms, then a linear layer or a convolution, none of them lazy, and all after a linear layer or a "
+    "convolution; leave out other layers without weights, and add a Tie for each weight of those that have some\n"
     "  Got:      {got}"
 )
 OTHER_READER = (

@@ -72,7 +72,7 @@ def test_an_optimizer_that_is_made_private_and_then_tied_trains_so_too_or_is_ref
     if compact:
         with pytest.raises(ValueError, match="before it is wrapped"):
             tied(optimizer, model, reduction, compact)
-        record_property("refused", "an optimizer that another one only hands its gradients")
+        record_property("refused", "an optimizer that only hands gradients to another one")
         return
     optimizer = tied(optimizer, model, reduction, compact)
     plain_loop_of_private(outer, optimizer)

@@ -168,9 +168,10 @@ class Binding:
                 names = ", ".join(name_of(param_groups, place) for place in tie.places)
                 warnings.warn(
                     "Tied weights were replaced or written to between two steps, and their members differ now: "
-                    f"{names}. "
-                    "They go on from their mean. Write to all members alike, or call tie_weights() afterwards. "
-                    "A lookup in an embedding with max_norm writes to the rows that it looks up.",
+                    f"{names}. They go on from their mean.\n"
+                    "  Expected: the same written to all members, or tie_weights() afterwards; and no embedding with "
+                    "max_norm,\n"
+                    "            whose lookups write to single rows (instead call weight.renorm_() after each step)",
                     stacklevel=users_level(),
                 )
         return changed

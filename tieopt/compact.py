@@ -464,13 +464,14 @@ def check_served(optimizer: Any, compact: Compact) -> None:
     """Refuses what the compact mode cannot serve.
 
     Raises:
-        ValueError: the optimizer is differentiable, or has another one write to the parameters; or it takes matrices
-            where a compact parameter is none, or a parameter is lazily negated or conjugated.
+        ValueError: the optimizer is differentiable; or it holds another one, and only hands it gradients, keeps
+            parameters outside its groups or runs the model; or it takes matrices where a compact parameter is none, or
+            a parameter is lazily negated or conjugated.
     """
     within = [type(one).__name__ for one in held_optimizers(optimizer)]
     if within and not {"param_groups", "state"} <= vars(optimizer).keys():
         raise ValueError(
-            "The compact mode has no compact parameters for an optimizer that another one only hands its gradients.\n"
+            "The compact mode cannot serve an optimizer that only hands gradients to another one.\n"
             "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
             f"  Got:      {type(optimizer).__name__} around {within[0]}"
         )
@@ -478,14 +479,14 @@ def check_served(optimizer: Any, compact: Compact) -> None:
     own = [name for name, value in vars(optimizer).items() if name not in _KEPT_BY_TORCH and _has(value, tied)]
     if within and own:
         raise ValueError(
-            "The compact mode has no compact parameters for what an optimizer keeps beside its parameter groups.\n"
+            "The compact mode cannot serve an optimizer around another one that keeps parameters outside its groups.\n"
             "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
             f"  Got:      {type(optimizer).__name__} around {within[0]}, with parameters in {own[0]}"
         )
     models = [name for name, value in vars(optimizer).items() if isinstance(value, Module)]
     if within and models:
         raise ValueError(
-            "The compact mode has no compact parameters in a model that the optimizer runs itself.\n"
+            "The compact mode cannot serve an optimizer that runs the model itself.\n"
             "  Expected: an optimizer that runs the model in a closure alone, or compact=False\n"
             f"  Got:      {type(optimizer).__name__} with a model as {models[0]}"
         )

@@ -35,10 +35,10 @@ _PASSED_OVER = (
     *(nn.Flatten, nn.Identity, nn.Upsample),
 )
 
-_NO_READER = "No layer follows so that it reads these neurons."
+_NO_READER = "No layer in following reads these neurons."
 _FOLLOWING = (
-    "norms, then a linear layer or a convolution, all with a shape, after a linear layer or a convolution "
-    "(leave out other layers without weights)"
+    "norms, then a linear layer or a convolution, none of them lazy, and all after a linear layer or a convolution; "
+    "leave out other layers without weights, and add a Tie for each weight of those that have some"
 )
 
 
