@@ -89,7 +89,8 @@ class TiedOptimizer(Optimizer):
             step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
             dividing by the size), so that gradients accumulate; in the compact mode it is left alone. With
             scales the sum is :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each
-            member.
+            member. LBFGS and other optimizers that compare the loss with its gradient take ``"mean"`` by default, and
+            ``"sum"`` with ``compact=True``.
         strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
         every: after every how many steps the weights are projected; 1 or more. Steps with a learning rate of zero,
             in which nothing moves, do not count.
@@ -105,8 +106,8 @@ class TiedOptimizer(Optimizer):
     group once, and after these the free slices. To everything else it looks the same: ``param_groups`` has the
     parameters of the model, whose gradients are read and not written. The state is that of
     the compact parameters. So every optimizer trains the shared values exactly, those that couple entries
-    (LBFGS, Adafactor, Muon, LAMB) as well. What is written to the weights between steps counts; where it was
-    written through ``.data`` and is not tied, call :meth:`tie_weights` first.
+    (Adafactor, Muon, LAMB, and LBFGS with ``reduction="sum"``) as well. What is written to the weights between steps
+    counts; where it was written through ``.data`` and is not tied, call :meth:`tie_weights` first.
 
     With another ``strength`` or ``every`` than 1 the ties are *relaxed*: the members are trained by their own
     gradients, which are left alone, and at once and after every ``every`` steps they are pulled together:
@@ -128,10 +129,10 @@ class TiedOptimizer(Optimizer):
         IndexError: an index, or a dimension, is out of range.
         ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
             share an entry; joined parameters differ in dtype, device or settings, or only some of them
-            are frozen; ``reduction``, ``strength``, ``every`` or ``start`` is out of range, or they exclude each other;
-            entries of a parameter share memory, or it is sharded in a way that cannot be tied; the compact mode
-            cannot serve the ties, the optimizer, or what it has in its state. Nothing was written in any of
-            these cases.
+            are frozen; ``reduction``, ``strength``, ``every`` or ``start`` is out of range, or they exclude each other,
+            or do not fit the optimizer; entries of a parameter share memory, or it is sharded in a way that cannot be
+            tied; the compact mode cannot serve the ties, the optimizer, or what it has in its state. Nothing was
+            written in any of these cases.
 
     Warns:
         UserWarning: a tie has groups, but ties nothing, because each has one member; it shows what was probably meant.
