@@ -66,7 +66,8 @@ def neurons(
     :func:`~tieopt.tie_` makes them equal to the bit again.
 
     A :class:`~tieopt.TiedOptimizer` starts from the mean of each group. For :math:`n` independent random units, as in a
-    freshly initialised layer, this is about :math:`\sqrt n` times smaller than each of them.
+    freshly initialised layer, this is about :math:`\sqrt n` times smaller than each of them; ``start="first"`` keeps
+    the size.
 
     Args:
         module: ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Embedding``, whose weight has
