@@ -221,3 +221,9 @@ def test_continuous_integration_pins_what_it_requires() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     required = {re.split(r"[^\w.-]", line)[0].lower() for line in requires("tieopt") or []}
     assert required <= {name.lower() for name in pins}
+
+
+def test_the_page_for_contributors_lists_every_file_of_the_library() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    names = {path.name for path in (ROOT / "tieopt").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^\| `tieopt/(\w+\.py)` \|", page, re.MULTILINE)) == names

@@ -38,7 +38,7 @@ class Binding:
         holder: what has these parameter groups, as errors call it.
 
     Attributes:
-        running: whether a step, or a switch between training and evaluation, is running.
+        running: whether a step, or another method of the optimizer, is running.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.

@@ -1,4 +1,4 @@
-"""Tensors that have entries in the same memory, which no step can move one by one."""
+"""What shows in the memory of tensors: which of them share entries, and which were replaced, moved or written to."""
 
 from __future__ import annotations
 
