@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,6 +66,67 @@ class SAM(Optimizer):
         self.second_step()
 
 
+class Around(Optimizer):
+    """Has an optimizer step in its place, which it keeps as it is told."""
+
+    def __init__(self, params: list[Parameter], keep: Callable[[Optimizer], Any], inner: Any = SGD, **kwargs: Any):
+        super().__init__(params, kwargs)
+        self.held = keep(inner(self.param_groups, **kwargs))
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:
+        held = self.held
+        while not isinstance(held, Optimizer):
+            held = held["inner"] if isinstance(held, dict) else held[0]
+        return held.step(closure)
+
+
+HELD: dict[str, Callable[..., Optimizer]] = {
+    "in a list": partial(Around, keep=lambda inner: [inner]),
+    "in a dictionary": partial(Around, keep=lambda inner: {"inner": inner}),
+    "in a list in a dictionary": partial(Around, keep=lambda inner: {"inner": [inner]}),
+    "by another one": partial(Around, keep=lambda inner: inner, inner=partial(Around, keep=lambda inner: (inner,))),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_an_optimizer_steps_on_the_shared_rows_wherever_it_is_held(held: str, compact: bool) -> None:
+    settings = {"lr": 0.05, "momentum": 0.9}
+    weight, optimizer = made(lambda params: HELD[held](params, **settings), compact=compact)
+    other, plain = made(lambda params: SGD(params, **settings), compact=compact)
+    for step in range(3):
+        for param, one in ((weight, optimizer), (other, plain)):
+            param.grad = randn(*SHAPE, seed=step)
+            one.step()
+    assert same_bits(weight, other)
+
+
+class KeepsParameters(SGD):
+    """Steps on a list of its own instead of its parameter groups."""
+
+    def __init__(self, params: list[Parameter], lr: float):
+        super().__init__(params, lr)
+        self.params = list(params)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for param in self.params:
+            param.sub_(param.grad, alpha=0.1)
+
+
+@pytest.mark.parametrize(
+    ("build", "where"),
+    [(KeepsParameters, "params"), (partial(Around, keep=lambda inner: inner, inner=torch.optim.LBFGS), "_params")],
+    ids=["by itself", "within"],
+)
+def test_the_compact_mode_refuses_parameters_beside_the_groups(build: Callable[..., Optimizer], where: str) -> None:
+    with pytest.raises(ValueError, match=f"beside its parameter groups(.|\n)*with parameters in {where}"):
+        made(lambda params: build(params, lr=0.1), compact=True, reduction="sum")
+    weight, optimizer = made(lambda params: KeepsParameters(params, lr=0.1))
+    weight.grad = randn(*SHAPE, seed=2)
+    optimizer.step()
+    assert tied_bitwise(weight)
+
+
 class Averaging(SGD):
     """Keeps an average of the weights, and exchanges it with them."""
 
@@ -85,6 +147,11 @@ class Averaging(SGD):
         for param in self._params():
             param.data.sub_(param.grad, alpha=lr)
         return loss
+
+    def decay(self, given: Any, by: float) -> None:
+        params = given["params"] if isinstance(given, dict) else [given] if isinstance(given, Tensor) else given
+        for param in params:
+            param.data.mul_(by)
 
     def fail(self) -> None:
         for param in self._params():
@@ -204,6 +271,21 @@ def test_a_closure_of_another_method_leaves_tied_gradients(given: str, compact: 
     assert_close(loss, loss_of(start, 0))
     assert tied_bitwise(weight)
     assert_close(weight.detach(), start - 0.1 * mean)
+
+
+GIVEN: dict[str, Callable[[Any, Any], Any]] = {
+    "a parameter": lambda optimizer, weight: weight,
+    "a parameter group": lambda optimizer, weight: optimizer.param_groups[0],
+    "the parameters of a group": lambda optimizer, weight: optimizer.param_groups[0]["params"],
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_method_is_called_with_parameters(given: str, compact: bool) -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
+    start = weight.detach().clone()
+    optimizer.decay(GIVEN[given](optimizer, weight), by=0.5)
+    assert torch.equal(weight, start * 0.5)
 
 
 class Private(Optimizer):

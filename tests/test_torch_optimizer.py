@@ -1059,6 +1059,20 @@ def test_the_optimizer_and_its_state_die_with_the_last_reference_and_not_when_ga
         gc.enable()
 
 
+def test_an_optimizer_with_a_hook_that_refers_to_it_goes_when_garbage_is_collected(compact):
+    weight, optimizer = one_tied(AdamW, compact=compact)
+
+    def hook(*_, optimizer=optimizer):
+        optimizer.tie_weights()
+
+    optimizer.register_step_post_hook(hook)
+    train(optimizer, 1)
+    references = [weakref.ref(optimizer), *map(weakref.ref, optimizer.state[weight].values())]
+    del optimizer, hook
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
 def test_step_is_a_bound_method_with_a_function():
     weight, optimizer = one_tied()
     assert inspect.ismethod(optimizer.step)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
 from tieopt.batches import Batches
 from tieopt.compact_state import Lost, begun, expanded, refolded, without_history
@@ -36,7 +37,7 @@ from tieopt.reduction import Reduction, calculable
 from tieopt.sharded import is_sharded
 from tieopt.state import held_of, settings_in, with_state
 from tieopt.traced import Call, between_graphs, gradient_foldings, is_under_compiler, is_written_out, untraced
-from tieopt.twin import compact_within, held_optimizers, twin_of
+from tieopt.twin import KEPT_BY_TORCH, compact_within, held_optimizers, twin_of
 
 Components = Sequence[tuple[Component, list[Tensor]]]
 
@@ -54,6 +55,7 @@ class Compact:
         components: the ties, so that each parameter is in one.
         param_groups: those of the optimizer, with compact parameters in the places of the tied ones.
         entries: what LBFGS remembers of them.
+        twin: the optimizer that compiled steps are for, see :func:`~tieopt.twin.twin_of`.
 
     Raises:
         ValueError: the mode cannot serve these.
@@ -66,6 +68,7 @@ class Compact:
     def _begin(self) -> None:
         self.param_groups: ParamGroups = []
         self.entries: int | None = None
+        self.twin: Optimizer | None = None
         self._parameters: dict[tuple[int, int], Parameter] = {}
         self._gradients: dict[int, Tensor] = {}
 
@@ -396,8 +399,8 @@ class CompactStep:
         rest = [pair for pair in pairs if pair not in trained]
         self._compact.fold_weights(rest, self._binding.batches, param_groups)
         own = self._own_of()
-        args = tuple(own.get(id(arg), arg) for arg in args)
-        kwargs = {name: own.get(id(arg), arg) for name, arg in kwargs.items()}
+        args = tuple(_replaced(arg, own) for arg in args)
+        kwargs = {name: _replaced(arg, own) for name, arg in kwargs.items()}
         self._fold(trained)
         result = self._stepped(method, *args, **kwargs)
         self.finish()
@@ -446,8 +449,11 @@ class CompactStep:
         return unfolded_closure
 
 
-# What an optimizer and the ties have that knows of the parameters.
-_KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
+def _replaced(argument: Any, own: Mapping[int, Any]) -> Any:
+    """What takes the place of an argument, or of what is in it if it is a list of parameters or of parameter groups."""
+    if type(argument) is list and any(id(one) in own for one in argument):
+        return [own.get(id(one), one) for one in argument]
+    return own.get(id(argument), argument)
 
 
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:
@@ -460,6 +466,40 @@ def _has(value: Any, params: set[int], depth: int = 2) -> bool:
     return any(_has(one, params, depth - 1) for one in within)
 
 
+def _check_reached(optimizer: Any, held: Sequence[Optimizer], compact: Compact) -> None:
+    """Refuses optimizers that reach the tied parameters other than by the groups of the twin."""
+    tied = {id(param) for _, params in parameters_of(compact.components, optimizer.param_groups) for param in params}
+    kind = type(optimizer).__name__
+    around = f"{kind} around {type(held[0]).__name__}" if held else kind
+    for one in [optimizer, *held]:
+        if held and not {"param_groups", "state"} <= vars(one).keys():
+            raise ValueError(
+                "The compact mode cannot serve an optimizer that only hands gradients to another one.\n"
+                "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
+                f"  Got:      {around}"
+            )
+        # The twin of LBFGS has the compact ones under this name.
+        replaced = "_params" if one is optimizer and isinstance(one, torch.optim.LBFGS) else ""
+        attributes = {name: value for name, value in vars(one).items() if name not in (*KEPT_BY_TORCH, replaced)}
+        # One that holds no other may look up more about each parameter by those of its groups, as heavyball does.
+        looked_up = () if held_optimizers(one) else dict
+        own = [name for name, value in attributes.items() if not isinstance(value, looked_up) and _has(value, tied)]
+        if own:
+            way = "ties of the optimizer within, before it is wrapped;" if held else "an optimizer that steps on these,"
+            raise ValueError(
+                "The compact mode cannot serve an optimizer that keeps parameters outside its parameter groups.\n"
+                f"  Expected: {way} or compact=False\n"
+                f"  Got:      {around}, with parameters in {own[0]}"
+            )
+        models = [name for name, value in attributes.items() if isinstance(value, Module)]
+        if held and models:
+            raise ValueError(
+                "The compact mode cannot serve an optimizer that runs the model itself.\n"
+                "  Expected: an optimizer that runs the model in a closure alone, or compact=False\n"
+                f"  Got:      {type(one).__name__} with a model as {models[0]}"
+            )
+
+
 def check_served(optimizer: Any, compact: Compact) -> None:
     """Refuses what the compact mode cannot serve.
 
@@ -468,28 +508,7 @@ def check_served(optimizer: Any, compact: Compact) -> None:
             parameters outside its groups or runs the model; or it takes matrices where a compact parameter is none, or
             a parameter is lazily negated or conjugated.
     """
-    within = [type(one).__name__ for one in held_optimizers(optimizer)]
-    if within and not {"param_groups", "state"} <= vars(optimizer).keys():
-        raise ValueError(
-            "The compact mode cannot serve an optimizer that only hands gradients to another one.\n"
-            "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
-            f"  Got:      {type(optimizer).__name__} around {within[0]}"
-        )
-    tied = {id(param) for _, params in parameters_of(compact.components, optimizer.param_groups) for param in params}
-    own = [name for name, value in vars(optimizer).items() if name not in _KEPT_BY_TORCH and _has(value, tied)]
-    if within and own:
-        raise ValueError(
-            "The compact mode cannot serve an optimizer around another one that keeps parameters outside its groups.\n"
-            "  Expected: ties of the optimizer within, before it is wrapped; or compact=False\n"
-            f"  Got:      {type(optimizer).__name__} around {within[0]}, with parameters in {own[0]}"
-        )
-    models = [name for name, value in vars(optimizer).items() if isinstance(value, Module)]
-    if within and models:
-        raise ValueError(
-            "The compact mode cannot serve an optimizer that runs the model itself.\n"
-            "  Expected: an optimizer that runs the model in a closure alone, or compact=False\n"
-            f"  Got:      {type(optimizer).__name__} with a model as {models[0]}"
-        )
+    _check_reached(optimizer, held_optimizers(optimizer), compact)
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
         raise ValueError(
             "The compact mode has no graph through the step.\n"

@@ -334,7 +334,7 @@ class TiedOptimizer(Optimizer):
             raise RuntimeError(
                 "Ties cannot change in the middle of a step, which goes on with the old ones.\n"
                 "  Expected: retie() or untie() between steps\n"
-                "  Got:      a call from within step(), its closure, train() or eval()"
+                "  Got:      a call from within step(), its closure, or another method of the optimizer"
             )
         compact = kept.compact is not None
         binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
@@ -347,6 +347,8 @@ class TiedOptimizer(Optimizer):
         states = _tie_all(self, states, binding, start, lost)
         # What was compiled goes on as far as it is for what is still there.
         binding.batches.copies = kept.batches.copies
+        if binding.compact is not None and kept.compact is not None:
+            binding.compact.twin = kept.compact.twin
         if not compact and not any(states):
             binding.inner_copies = kept.inner_copies
         self._tieopt = binding

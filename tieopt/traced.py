@@ -78,9 +78,15 @@ _COPIES = 32
 
 
 @between_graphs
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` gets the functions that are called now."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+@between_graphs
 def is_under_compiler() -> bool:
-    """Whether ``torch.compile`` gets the functions that are called now, so that it is worth calling some for it."""
-    return _WRITES_OUT and torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+    """Whether it gets them, and what we write for it is right with this version of torch."""
+    return _WRITES_OUT and is_compiled()
 
 
 class Copies:

@@ -7,39 +7,62 @@ places of the tied ones. These are what it steps on, and keeps its state by.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from types import new_class
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tieopt.traced import untraced
+from tieopt.traced import is_compiled, untraced
 
-# A twin holds the attributes of its optimizer. If these held the twin in turn, the state of a discarded optimizer would
-# stay until the garbage collector runs.
-_twins: WeakKeyDictionary[Optimizer, Optimizer] = WeakKeyDictionary()
+
+def twin_of(optimizer: Any) -> Optimizer:
+    """The twin of an optimizer in the compact mode, for a step; the same one for each compiled step."""
+    return _twin_of(optimizer, is_compiled())
 
 
 @untraced
-def twin_of(optimizer: Any) -> Optimizer:
-    """The twin of an optimizer in the compact mode, the same one each time: a compiled step is that of one object."""
-    twin = _twins.get(optimizer)
+def _twin_of(optimizer: Any, kept: bool) -> Optimizer:
+    compact = optimizer._tieopt.compact
+    twin: Optimizer | None = compact.twin
     if twin is None or vars(twin) is not vars(optimizer):
         twin = cast(Optimizer, object.__new__(optimizer._tieopt_twin))
         twin.__dict__ = vars(optimizer)
-        _twins[optimizer] = twin
+        # A twin has the attributes of its optimizer. If these lead to the twin in turn, the state of a discarded
+        # optimizer stays until the garbage collector runs. But what is compiled is for one object.
+        if kept:
+            compact.twin = twin
     return twin
 
 
+# What torch and the ties keep in an optimizer: it knows of the parameters, may be large, and holds no optimizer.
+KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
+
+
+@untraced
 def held_optimizers(optimizer: Any) -> list[Optimizer]:
-    """The optimizers that an optimizer has as attributes, or in lists, and that step in its place."""
-    values = [value if isinstance(value, (list, tuple)) else [value] for value in vars(optimizer).values()]
-    return [one for several in values for one in several if isinstance(one, Optimizer)]
+    """The optimizers that an optimizer has as attributes, or in lists and dictionaries, and those that these have."""
+    found = {id(optimizer): optimizer}
+    waiting = [optimizer]
+    while waiting:
+        attributes = vars(waiting.pop())
+        for one in _optimizers_in([value for name, value in attributes.items() if name not in KEPT_BY_TORCH]):
+            if id(one) not in found:
+                found[id(one)] = one
+                waiting.append(one)
+    return list(found.values())[1:]
+
+
+def _optimizers_in(values: Iterable[Any], depth: int = 2) -> Iterator[Optimizer]:
+    for value in values:
+        if isinstance(value, Optimizer):
+            yield value
+        elif depth and isinstance(value, (list, tuple, dict)):
+            yield from _optimizers_in(value.values() if isinstance(value, dict) else value, depth - 1)
 
 
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
