@@ -254,6 +254,19 @@ def test_any_public_method_leaves_weights_that_are_tied(compact: bool) -> None:
     assert tied_bitwise(weight)
 
 
+def test_a_method_leaves_a_frozen_parameter_as_somebody_has_written_it(compact: bool) -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
+    loss_of(weight, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.average()
+    weight.requires_grad_(False)
+    weight.copy_(randn(*SHAPE, seed=3))
+    before = weight.clone()
+    optimizer.average()
+    assert same_bits(weight, before)
+
+
 @pytest.mark.parametrize("given", ["position", "name"])
 def test_a_closure_of_another_method_leaves_tied_gradients(given: str, compact: bool) -> None:
     weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)

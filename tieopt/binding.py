@@ -17,10 +17,12 @@ from torch import Tensor
 from tieopt.batches import Batches, Pairs
 from tieopt.callers import users_level
 from tieopt.compact import Compact
+from tieopt.index import Indices
 from tieopt.memory import traces
 from tieopt.places import BoundTie, ParamGroups, T, all_places, check_apart, found, name_of, parameters_of
 from tieopt.reduction import Reduction, Workspace, drift, projected, tied
 from tieopt.sharded import is_sharded, shards_for
+from tieopt.state import with_state
 from tieopt.ties import check_writable, shown
 from tieopt.traced import Copies, between_graphs, is_capturing, untraced
 
@@ -133,6 +135,16 @@ class Binding:
         elif strength > 0:
             self.batches.relax_(pairs, strength, stepped=stepped)
 
+    def of_calls(
+        self, pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]
+    ) -> list[tuple[T, list[Tensor]]]:
+        """The ties that a method other than ``step()`` may write.
+
+        These are also frozen ones that the optimizer has state of, unless somebody has written their members apart:
+        frozen parameters stay as they are.
+        """
+        return [pair for pair in with_state(pairs, state) if pair[1][0].requires_grad or _is_still_tied(*pair)]
+
     @untraced
     def note(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> None:
         """Remembers ties whose parameters are tied now."""
@@ -243,7 +255,7 @@ def _places(seen: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
     return [trace[:-1] for trace in seen]
 
 
-def _is_still_tied(tie: BoundTie, params: list[Tensor]) -> bool:
+def _is_still_tied(tie: Indices, params: list[Tensor]) -> bool:
     """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
     if any(param.grad_fn is not None or is_sharded(param) for param in params) or is_capturing():
         return True

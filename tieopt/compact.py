@@ -35,7 +35,7 @@ from tieopt.gradients import gradients_of, prepare_gradients, with_gradients
 from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
 from tieopt.reduction import Reduction, calculable
 from tieopt.sharded import is_sharded
-from tieopt.state import held_of, settings_in, with_state
+from tieopt.state import held_of, settings_in
 from tieopt.traced import Call, between_graphs, gradient_foldings, is_under_compiler, is_written_out, untraced
 from tieopt.twin import KEPT_BY_TORCH, compact_within, held_optimizers, twin_of
 
@@ -394,7 +394,7 @@ class CompactStep:
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls another method than ``step()``, which may write weights that have no gradients."""
         param_groups = self._tied.param_groups
-        pairs = with_state(parameters_of(self._compact.components, param_groups), self._tied.state)
+        pairs = self._binding.of_calls(parameters_of(self._compact.components, param_groups), self._tied.state)
         trained = self._prepared(pairs)
         rest = [pair for pair in pairs if pair not in trained]
         self._compact.fold_weights(rest, self._binding.batches, param_groups)

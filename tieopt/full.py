@@ -16,7 +16,6 @@ from tieopt.gradients import gradients_of, tie_gradients, with_gradients
 from tieopt.memory import traces
 from tieopt.places import BoundTie, ParamGroups
 from tieopt.sharded import is_sharded
-from tieopt.state import with_state
 from tieopt.traced import between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.twin import held_optimizers
 
@@ -101,7 +100,7 @@ class FullStep:
         """Calls another method than ``step()``, which may write weights that have no gradients."""
         self._check_weights()
         pairs = self._binding.parameters(self._optimizer.param_groups)
-        self._took_part = dict(with_state(pairs, self._optimizer.state))
+        self._took_part = dict(self._binding.of_calls(pairs, self._optimizer.state))
         return self.step(method, *args, **kwargs)
 
     @untraced
