@@ -1,7 +1,8 @@
 """Methods other than ``step()`` that read gradients or write weights, and optimizers that hold another one."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -158,6 +159,15 @@ class Averaging(SGD):
             param.data.add_(randn(*param.shape, seed=7))
         raise RuntimeError("failed halfway")
 
+    def trained(self) -> tuple[Any, ...]:
+        return self, self.param_groups, self.param_groups[0], self._params()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self.swap()
+        yield
+        self.swap()
+
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -265,6 +275,29 @@ def test_a_method_leaves_a_frozen_parameter_as_somebody_has_written_it(compact: 
     before = weight.clone()
     optimizer.average()
     assert same_bits(weight, before)
+
+
+def test_a_method_returns_the_optimizer_and_parameters_that_the_user_has(compact: bool) -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
+    same, groups, group, (param,) = optimizer.trained()
+    assert same is optimizer
+    assert groups is optimizer.param_groups
+    assert group is optimizer.param_groups[0]
+    assert param is weight
+
+
+def test_a_method_that_goes_on_after_it_has_returned_is_refused_in_the_compact_mode(compact: bool) -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=compact)
+    optimizer.average()
+    trained = weight.detach().clone()
+    if compact:
+        with pytest.raises(TypeError, match=r"Averaging.averaged\(\)"), optimizer.averaged():
+            pass
+        assert torch.equal(weight, trained)
+        return
+    with optimizer.averaged():
+        assert tied_bitwise(weight)
+        assert not torch.equal(weight, trained)
 
 
 @pytest.mark.parametrize("given", ["position", "name"])

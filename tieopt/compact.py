@@ -8,6 +8,7 @@ The weights remain what counts: before a step the shared values are read from th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
@@ -398,20 +399,21 @@ class CompactStep:
         trained = self._prepared(pairs)
         rest = [pair for pair in pairs if pair not in trained]
         self._compact.fold_weights(rest, self._binding.batches, param_groups)
-        own = self._own_of()
-        args = tuple(_replaced(arg, own) for arg in args)
-        kwargs = {name: _replaced(arg, own) for name, arg in kwargs.items()}
+        counterparts = self._counterparts()
+        own = {id(given): compact for given, compact in counterparts}
+        args = tuple(_exchanged(arg, own) for arg in args)
+        kwargs = {name: _exchanged(arg, own) for name, arg in kwargs.items()}
         self._fold(trained)
         result = self._stepped(method, *args, **kwargs)
         self.finish()
-        return self._tied if result is self._twin else result
+        return _exchanged(result, {id(compact): given for given, compact in counterparts})
 
-    def _own_of(self) -> dict[int, Any]:
-        """The compact counterparts of parameter groups and parameters, which a method may be given."""
+    def _counterparts(self) -> list[tuple[Any, Any]]:
+        """What a method may be given or return, and what the twin has in its place."""
         param_groups = self._tied.param_groups
-        groups = zip(map(id, param_groups), self._compact.param_groups, strict=True)
-        params = [(id(param), compact) for param, compact in self._compact.counterparts(param_groups)]
-        return dict([*groups, *params])
+        groups = zip(param_groups, self._compact.param_groups, strict=True)
+        whole = [(self._tied, self._twin), (param_groups, self._compact.param_groups)]
+        return [*whole, *groups, *self._compact.counterparts(param_groups)]
 
     @untraced
     def finish(self) -> None:
@@ -449,11 +451,14 @@ class CompactStep:
         return unfolded_closure
 
 
-def _replaced(argument: Any, own: Mapping[int, Any]) -> Any:
-    """What takes the place of an argument, or of what is in it if it is a list of parameters or of parameter groups."""
-    if type(argument) is list and any(id(one) in own for one in argument):
-        return [own.get(id(one), one) for one in argument]
-    return own.get(id(argument), argument)
+def _exchanged(value: Any, others: Mapping[int, Any]) -> Any:
+    """The value, or its items if it is a list or tuple, with others in the places of those that have one, by id."""
+    if id(value) in others or type(value) not in (list, tuple):
+        return others.get(id(value), value)
+    items = [_exchanged(item, others) for item in value]
+    # A method may write to a list that it is given.
+    return value if all(map(operator.is_, items, value)) else type(value)(items)
+
 
 
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:

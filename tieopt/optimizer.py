@@ -620,6 +620,8 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
     reads = name not in ("train", "eval")
     names = list(inspect.signature(inner_method).parameters)
     closure_at = names.index("closure") - 1 if "closure" in names else len(names)
+    below = inspect.unwrap(inner_method)
+    goes_on = inspect.isgeneratorfunction(below) or inspect.iscoroutinefunction(below)
 
     @wraps(inner_method)
     def method(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
@@ -629,6 +631,12 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
         if self._tieopt.compact is not None:
             # The twin has the attributes of the optimizer.
             _check_itself(self)
+            if goes_on:
+                raise TypeError(
+                    "The compact mode cannot follow a method that goes on after it has returned.\n"
+                    "  Expected: a method that is done when it returns, or compact=False\n"
+                    f"  Got:      {inner.__name__}.{name}(), a generator, a context manager or a coroutine"
+                )
         mode = FullStep(self, gradients=reads) if self._tieopt.compact is None else CompactStep(self)
         if callable(kwargs.get("closure")):
             kwargs["closure"] = mode.around(kwargs["closure"])
