@@ -840,7 +840,7 @@ TRAINED = [0, 11]
 
 
 def method_names(kind: type) -> list[str]:
-    """The public methods that the classes of an optimizer add to those of ``Optimizer``."""
+    """The public methods that the classes of an optimizer add to those of ``Optimizer``, but for generators."""
     return sorted(
         {
             name
@@ -848,6 +848,7 @@ def method_names(kind: type) -> list[str]:
             if not issubclass(Optimizer, base)
             for name, value in vars(base).items()
             if inspect.isfunction(value) and name[0] != "_" and not hasattr(Optimizer, name)
+            if not inspect.isgeneratorfunction(inspect.unwrap(value))
         }
     )
 
