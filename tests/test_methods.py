@@ -120,7 +120,7 @@ class KeepsParameters(SGD):
     ids=["by itself", "within"],
 )
 def test_the_compact_mode_refuses_parameters_beside_the_groups(build: Callable[..., Optimizer], where: str) -> None:
-    with pytest.raises(ValueError, match=f"beside its parameter groups(.|\n)*with parameters in {where}"):
+    with pytest.raises(ValueError, match=f"outside its parameter groups(.|\n)*with parameters in {where}"):
         made(lambda params: build(params, lr=0.1), compact=True, reduction="sum")
     weight, optimizer = made(lambda params: KeepsParameters(params, lr=0.1))
     weight.grad = randn(*SHAPE, seed=2)

@@ -460,7 +460,6 @@ def _exchanged(value: Any, others: Mapping[int, Any]) -> Any:
     return value if all(map(operator.is_, items, value)) else type(value)(items)
 
 
-
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:
     """Whether something is one of some parameters, or contains one."""
     if isinstance(value, Tensor):
