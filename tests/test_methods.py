@@ -354,6 +354,16 @@ class Private(Optimizer):
         self.inner.zero_grad(set_to_none)
 
 
+def test_sparse_gradients_are_tied_for_an_optimizer_within() -> None:
+    weights = [parameter(*SHAPE, seed=1) for _ in range(2)]
+    around = Around([weights[0]], keep=lambda inner: inner, lr=0.1)
+    for weight, one in zip(weights, (around, SGD([weights[1]], lr=0.1)), strict=True):
+        optimizer = TiedOptimizer(one, {weight: GROUPS})
+        torch.nn.functional.embedding(torch.tensor([0, 3, 1]), weight, sparse=True).sum().backward()
+        optimizer.step()
+    assert same_bits(*weights)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("inner", [SGD, torch.optim.Adam])
 def test_gradients_that_are_made_within_the_step_are_tied(inner: type[Optimizer], reduction: str) -> None:

@@ -79,7 +79,9 @@ def traces(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     The last entry of each counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
     inference mode none are: its trace equals no other.
     """
-    return [
-        (id(tensor), tensor.data_ptr(), tensor.stride(), object() if tensor.is_inference() else tensor._version)
-        for tensor in tensors
-    ]
+    return [(id(tensor), *_where(tensor), object() if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    """Where the entries of a tensor are, if they have a place in memory each."""
+    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
