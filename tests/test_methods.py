@@ -395,3 +395,20 @@ def test_methods_keep_their_signatures_and_what_they_return() -> None:
     assert optimizer.average.__name__ == "average"
     assert Averaging.average.__doc__ == type(optimizer).average.__doc__
     assert same_bits(optimizer.param_groups[0]["params"][0], optimizer._params()[0])
+
+
+class MakesGradients(SGD):
+    """Makes its gradients within its own step."""
+
+    def step(self, closure: None = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            param.grad = randn(*SHAPE, seed=9)
+        super().step()
+
+
+def test_gradients_that_an_optimizer_makes_for_itself_are_warned_of() -> None:
+    weight, optimizer = made(lambda params: MakesGradients(params, lr=0.1))
+    weight.grad = randn(*SHAPE, seed=2)
+    with pytest.warns(UserWarning, match="MakesGradients made gradients within its step"):
+        optimizer.step()
+    assert tied_bitwise(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from tieopt.batches import Pairs
 from tieopt.binding import Binding
+from tieopt.callers import users_level
 from tieopt.gradients import gradients_of, tie_gradients, with_gradients
 from tieopt.memory import traces
 from tieopt.places import BoundTie, ParamGroups
@@ -35,6 +37,8 @@ class FullStep:
         self._optimizer = optimizer
         self._binding: Binding = optimizer._tieopt
         self._ties_gradients = gradients and not self._binding.relaxed
+        # Whether a closure or another method than step() may have made others, which is what these are for.
+        self._makes_gradients = False
         self._undo: list[Callable[[], None]] = []
         self._took_part: dict[BoundTie, list[Tensor]] = {}
 
@@ -45,11 +49,30 @@ class FullStep:
         self._begin()
         if is_under_compiler():
             inner_step = self._binding.inner_copies.of(inner_step)
-        held = held_optimizers(self._optimizer)
+        held, given = held_optimizers(self._optimizer), self._gradients()
         if not held:
-            return inner_step(self._optimizer, *args, **kwargs)
+            result = inner_step(self._optimizer, *args, **kwargs)
+            self._check_gradients(given)
+            return result
         with self._tied_within(held):
             return inner_step(self._optimizer, *args, **kwargs)
+
+    @untraced
+    def _gradients(self) -> list[tuple[Tensor, Tensor | None]]:
+        return [(param, param.grad) for params in self._took_part.values() for param in params]
+
+    @untraced
+    def _check_gradients(self, given: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Warns of gradients that an optimizer has made within its step, after those that were there were tied."""
+        if not self._ties_gradients or self._makes_gradients:
+            return
+        if any(param.grad is not grad and param.grad is not None for param, grad in given):
+            warnings.warn(
+                f"{type(self._optimizer).__name__} made gradients within its step, and these are not tied.\n"
+                "  Expected: gradients that are made before step() or in its closure; or an optimizer that makes them "
+                "and holds another one that steps, which sees them tied",
+                stacklevel=users_level(),
+            )
 
     @contextmanager
     def _tied_within(self, held: Sequence[Optimizer]) -> Iterator[None]:
@@ -74,10 +97,11 @@ class FullStep:
         return [trace for _, params in pairs for trace in traces(gradients_of(params))]
 
     @untraced
-    def _check_weights(self) -> None:
+    def _check_weights(self, pairs: Pairs | None = None) -> None:
         """Ties weights that something else has written since the last step; each tie as it begins to take part."""
         param_groups = self._optimizer.param_groups
-        pairs = with_gradients(self._binding.parameters(param_groups))
+        if pairs is None:
+            pairs = with_gradients(self._binding.parameters(param_groups))
         trained = [(tie, params) for tie, params in pairs if tie not in self._took_part and params[0].requires_grad]
         written = self._binding.written(trained, param_groups)
         if not self._binding.relaxed:
@@ -98,9 +122,9 @@ class FullStep:
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls another method than ``step()``, which may write weights that have no gradients."""
-        self._check_weights()
-        pairs = self._binding.parameters(self._optimizer.param_groups)
-        self._took_part = dict(self._binding.of_calls(pairs, self._optimizer.state))
+        pairs = self._binding.of_calls(self._binding.parameters(self._optimizer.param_groups), self._optimizer.state)
+        self._check_weights(pairs)
+        self._took_part, self._makes_gradients = dict(pairs), True
         return self.step(method, *args, **kwargs)
 
     @untraced
@@ -140,6 +164,7 @@ class FullStep:
         def tied_closure(*args: Any, **kwargs: Any) -> Any:
             self._restore()
             loss = closure(*args, **kwargs)
+            self._makes_gradients = True
             self._check_weights()
             self._begin()
             return loss
