@@ -63,7 +63,8 @@ def neurons(
     Running statistics of the norms are buffers, which no optimizer holds. ``neurons`` itself replaces them by the
     mean of each group: at once, in place, and before the optimizer ties the weights. Forward passes in ``train()`` mode
     then update them by the statistics of tied units, which are equal up to the order in which a kernel adds;
-    :func:`~tieopt.tie_` makes them equal to the bit again.
+    :func:`~tieopt.tie_` makes them equal to the bit again. They are the mean even if the optimizer is then given
+    ``start="first"``, and fit the first units only after training for a while.
 
     A :class:`~tieopt.TiedOptimizer` starts from the mean of each group. For :math:`n` independent random units, as in a
     freshly initialised layer, this is about :math:`\sqrt n` times smaller than each of them; ``start="first"`` keeps
