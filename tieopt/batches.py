@@ -1,4 +1,4 @@
-"""Many small ties worked on as one, lest each of them cost a round of Python.
+"""Many small ties worked on as one, so that not each of them costs a round of Python.
 
 Rows of several parameters that are equally long are gathered into one buffer, reduced together, and written back;
 what is left for each parameter is to gather and to write.

@@ -343,7 +343,7 @@ def sorted_members(
     size = members.scale.abs()
     if not bool((size == 1).all()):
         # A member of scale 1 or -1 leads: the others are its multiples, rounded once. If there is none, or a much
-        # larger one, that does, lest what is too small for the lead be lost to all.
+        # larger one, that does: what is too small for the lead would be lost to all.
         rank = torch.where(size == 1, _MUCH_LARGER, size)
         members = members.at(rank.argsort(descending=True, stable=True))
 

@@ -5,8 +5,8 @@ subclass of both :class:`TiedOptimizer` and its own class, as ``torch.nn.utils.p
 modules. So there is one state and one list of parameter groups, ``isinstance`` holds, and whatever a
 scheduler, a gradient scaler or a framework reads or writes, before or after, it reads or writes there.
 
-What the class adds is held in one attribute and has public names that say ``tie``, lest it shadow anything of
-the optimizer's own.
+What the class adds is held in one attribute, and its public names say ``tie``, so that it hides nothing that the
+optimizer has.
 """
 
 from __future__ import annotations
