@@ -399,6 +399,64 @@ def test_what_is_done_between_compiled_steps_counts(compact):
         torch.testing.assert_close(other, plain)
 
 
+Between = Callable[[Any, list[Parameter]], object]
+
+# What a program does between the steps of one optimizer.
+BETWEEN: dict[str, Between] = {
+    "a rate": lambda optimizer, _: optimizer.param_groups[0].update(lr=0.03),
+    "weight decay and momentum": lambda optimizer, _: optimizer.param_groups[0].update(weight_decay=0.1, momentum=0.5),
+    "tied gradients": lambda optimizer, _: optimizer.tie_gradients(),
+    "gradients that stay": lambda optimizer, _: optimizer.zero_grad(set_to_none=False),
+    "clipping": lambda _, params: torch.nn.utils.clip_grad_norm_(params, 0.1),
+    "a frozen parameter": lambda _, params: params[0].requires_grad_(False),
+    "other ties": lambda optimizer, params: optimizer.retie({params[0]: [[0, 1], [2, 3]]}),
+    "no ties": lambda optimizer, _: optimizer.untie(),
+    "a lost state": lambda optimizer, _: optimizer.state.clear(),
+    "a copy": lambda optimizer, _: copy.deepcopy(optimizer),
+    "a state that is saved and loaded": lambda optimizer, _: optimizer.load_state_dict(optimizer.state_dict()),
+    "weights that are tied again": lambda optimizer, params: (params[0].data.mul_(0.5), optimizer.tie_weights()),
+}
+
+
+@MODES
+@pytest.mark.parametrize("between", BETWEEN)
+def test_compiled_steps_go_on_as_others_whatever_happens_between_them(between, compact):
+    ends = []
+    for compiled in (False, True):
+        params, ties = rows()
+        optimizer = TiedOptimizer(SGD(params, lr=0.1, momentum=0.9), ties, compact=compact)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            train(params, step, 1)
+            BETWEEN[between](optimizer, params)
+            step()
+        ends.append(params)
+
+    for plain, other in zip(*ends, strict=True):
+        torch.testing.assert_close(other, plain)
+
+
+@MODES
+def test_folds_and_players_that_take_turns_are_compiled_beside_each_other(compact):
+    ends = []
+    for compiled in (False, True):
+        trained = []
+        for _ in range(2):
+            players = []
+            for inner in (SGD, partial(AdamW, lr=0.01)):
+                params, ties = rows()
+                optimizer = TiedOptimizer(inner(params), ties, compact=compact)
+                players.append((params, torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step))
+            for _ in range(2):
+                for params, step in players:
+                    train(params, step, 1)
+            trained += [param for params, _ in players for param in params]
+        ends.append(trained)
+
+    for plain, other in zip(*ends, strict=True):
+        torch.testing.assert_close(other, plain)
+
+
 @MODES
 def test_a_learning_rate_reaches_a_traced_step(compact):
     ends = []
