@@ -45,7 +45,6 @@ class FullStep:
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Steps on the gradients that are there, tied."""
-        self._check_weights()
         self._begin()
         if is_under_compiler():
             inner_step = self._binding.inner_copies.of(inner_step)
@@ -97,13 +96,10 @@ class FullStep:
         return [trace for _, params in pairs for trace in traces(gradients_of(params))]
 
     @untraced
-    def _check_weights(self, pairs: Pairs | None = None) -> None:
+    def _check_weights(self, pairs: Pairs) -> None:
         """Ties weights that something else has written since the last step; each tie as it begins to take part."""
-        param_groups = self._optimizer.param_groups
-        if pairs is None:
-            pairs = with_gradients(self._binding.parameters(param_groups))
         trained = [(tie, params) for tie, params in pairs if tie not in self._took_part and params[0].requires_grad]
-        written = self._binding.written(trained, param_groups)
+        written = self._binding.written(trained, self._optimizer.param_groups)
         if not self._binding.relaxed:
             self._binding.tie_weights(written, differentiable=is_differentiable(self._optimizer))
 
@@ -117,6 +113,7 @@ class FullStep:
     @untraced
     def _with_gradients(self) -> Pairs:
         pairs = with_gradients(self._binding.parameters(self._optimizer.param_groups))
+        self._check_weights(pairs)
         self._took_part.update(pairs)
         return pairs
 
@@ -165,7 +162,6 @@ class FullStep:
             self._restore()
             loss = closure(*args, **kwargs)
             self._makes_gradients = True
-            self._check_weights()
             self._begin()
             return loss
 
