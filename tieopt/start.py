@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tieopt.index import Indices, Members, sorted_members, wide_dtype
-from tieopt.reduction import Workspace, column, lead_
+from tieopt.reduction import Workspace, column, lead_, rounded
 from tieopt.sharded import is_sharded, local, sharded_as
 from tieopt.slices import Slices, in_memory, real
 from tieopt.ties import shown
@@ -125,4 +125,4 @@ def _times(values: Tensor, multiples: Tensor) -> Tensor:
     wide = values.to(wide_dtype(values.device))
     products = wide * column(multiples.to(wide.device, wide.dtype), wide)
     largest = torch.finfo(values.dtype).max
-    return torch.where(wide.isfinite(), products.clamp(-largest, largest), products).to(values.dtype)
+    return rounded(torch.where(wide.isfinite(), products.clamp(-largest, largest), products), values.dtype)
