@@ -12,8 +12,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from tieopt import TiedOptimizer, tie_
-from tieopt.index import Index
-from tieopt.slices import Slices, numbered
+from tieopt.numbers.index import Index
+from tieopt.ties.slices import Slices, numbered
 
 T = TypeVar("T")
 

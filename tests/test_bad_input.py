@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import tieopt
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
-from tieopt.ties import overlaps
+from tieopt.tensors import overlaps
 
 LAST = SHAPE[0] - 1
 AT_POSITION = r"parameter 1 of group 0|param_groups\[0\]\['params'\]\[1\]"

@@ -18,13 +18,13 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from tieopt import Tie, TiedOptimizer
-from tieopt import batches as batches_module
-from tieopt import index as index_module
-from tieopt.batches import Batches, Merged
-from tieopt.places import BoundTie, Place
-from tieopt.reduction import Reduction, Workspace, divide_, project_
-from tieopt.slices import Slices
+from tieopt.engine import engine as batches_module
+from tieopt.engine.engine import Batches, Merged
+from tieopt.numbers import index as index_module
+from tieopt.numbers.reduction import Reduction, Workspace, divide_, project_
 from tieopt.testing import scales
+from tieopt.ties.places import BoundTie, Place
+from tieopt.ties.slices import Slices
 
 Pairs = list[tuple[BoundTie, list[Tensor]]]
 

@@ -26,7 +26,7 @@ from torch.optim import (
 )
 
 from tieopt import Tie, TiedOptimizer
-from tieopt import traced as traced_module
+from tieopt.engine import compiled as traced_module
 
 pytestmark = [
     pytest.mark.host("torch.compile", "the step: eager, aot_eager and inductor; graph breaks"),

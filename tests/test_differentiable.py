@@ -10,7 +10,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.optim import SGD, Adam
 
 from tieopt import Tie, TiedOptimizer
-from tieopt.reduction import projected
+from tieopt.numbers.reduction import projected
 
 DOUBLE = torch.float64
 ROWS = SHAPE[0]

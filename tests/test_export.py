@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieopt.testing
 from tieopt import Tie, TiedOptimizer, codebook, export, tie_
-from tieopt.reduction import bits
-from tieopt.tensor_file import Reader, Writer
+from tieopt.export.tensor_file import Reader, Writer
+from tieopt.tensors import bits
 
 # --- in memory ---
 
@@ -717,8 +717,8 @@ def test_what_is_to_replace_a_private_file_is_private_all_along_and_gone_when_it
     def copied(source: Any, whole: Any, length: int) -> None:
         seen.append(stat.S_IMODE(os.fstat(whole.fileno()).st_mode))
 
-    monkeypatch.setattr("tieopt.tensor_file.os.replace", fail)
-    monkeypatch.setattr("tieopt.tensor_file.shutil.copyfileobj", copied)
+    monkeypatch.setattr("tieopt.export.tensor_file.os.replace", fail)
+    monkeypatch.setattr("tieopt.export.tensor_file.shutil.copyfileobj", copied)
     with pytest.raises(OSError, match="no room"):
         export.save(nn.Linear(2, 2), {}, file)
     assert seen == [0o600, 0o600]

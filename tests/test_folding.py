@@ -17,8 +17,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tieopt import Tie, TiedOptimizer
-from tieopt.compact import Component, components
-from tieopt.folding import (
+from tieopt.modes.compact import Component, components
+from tieopt.numbers.folding import (
     Folding,
     compact_like,
     fold_,
@@ -28,11 +28,11 @@ from tieopt.folding import (
     folding_for,
     unfold_,
 )
-from tieopt.index import Index
-from tieopt.places import found
-from tieopt.reduction import Reduction, Workspace, project_, tied
-from tieopt.slices import Slices
+from tieopt.numbers.index import Index
+from tieopt.numbers.reduction import Reduction, Workspace, project_, tied
 from tieopt.testing import scales, ties
+from tieopt.ties.places import found
+from tieopt.ties.slices import Slices
 
 SHAPES = [
     [(7,)],

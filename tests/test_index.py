@@ -14,12 +14,12 @@ from reference import all_tied, same_bits
 from strategies import ALL, generator, normal, seeds, tensors
 from torch import Tensor
 
-from tieopt import index as index_module
 from tieopt import is_tied, tie_
-from tieopt.folding import folded
-from tieopt.index import Index, Run
-from tieopt.reduction import Workspace, divide_, drift, project_, relax_, tied
-from tieopt.slices import Slices, numbered
+from tieopt.numbers import index as index_module
+from tieopt.numbers.folding import folded
+from tieopt.numbers.index import Index, Run
+from tieopt.numbers.reduction import Workspace, divide_, drift, project_, relax_, tied
+from tieopt.ties.slices import Slices, numbered
 
 # Values of the module's constants at which small tensors are cut as large ones are.
 CONSTANTS = {

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 from tieopt import Tie, TiedOptimizer, is_tied
-from tieopt.memory import sharing
+from tieopt.tensors import sharing
 
 # Of a matrix of shape (6, 8) of eight bytes an entry.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

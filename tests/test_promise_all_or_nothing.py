@@ -12,7 +12,7 @@ from strategies import ALL, REAL, labels, loss_of, normal, recipes_for, seeds, s
 from torch.nn import Parameter
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
-from tieopt.slices import Slices, numbered
+from tieopt.ties.slices import Slices, numbered
 
 
 class Bad(NamedTuple):

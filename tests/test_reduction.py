@@ -11,8 +11,8 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, is_tied, tie_
-from tieopt import index as index_module
-from tieopt.reduction import Workspace, divide_, drift, project_, rounded
+from tieopt.numbers import index as index_module
+from tieopt.numbers.reduction import Workspace, divide_, drift, project_, rounded
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 ENTRIES = [1, 7, 64]

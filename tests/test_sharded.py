@@ -27,8 +27,8 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
-from tieopt.exchange import Holdings, Plan
-from tieopt.slices import Slices, numbered
+from tieopt.engine.exchange import Holdings, Plan
+from tieopt.ties.slices import Slices, numbered
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 

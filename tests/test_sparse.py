@@ -10,7 +10,7 @@ from torch.optim import SGD, Adagrad, SparseAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, tie_
-from tieopt.reduction import projected
+from tieopt.numbers.reduction import projected
 
 ROWS, COLUMNS = 12, 4
 GROUPS = [[0, 3, 5], [1, 7], [2, 8, 9, 11]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tieopt.functional import is_tied, tie_
 from tieopt.layers import neurons
 from tieopt.optimizer import TiedOptimizer
-from tieopt.ties import Tie
+from tieopt.ties.tie import Tie
 
 if TYPE_CHECKING:
     from tieopt import export as export

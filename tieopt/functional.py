@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tieopt.index import Index, Indices
-from tieopt.reduction import Workspace, project_, tied
-from tieopt.sharded import is_sharded, shards_for
-from tieopt.slices import numbered
-from tieopt.ties import Groups, SupportsArray, check_writable, slices_for
+from tieopt.engine.sharded import shards_for
+from tieopt.numbers.index import Index, Indices
+from tieopt.numbers.reduction import Workspace, project_, tied
+from tieopt.tensors import is_sharded
+from tieopt.ties.slices import numbered
+from tieopt.ties.tie import Groups, SupportsArray, check_writable, slices_for
 
 
 def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> Tensor:

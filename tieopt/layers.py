@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tieopt.callers import users_level
+from tieopt.errors import shown, users_level
 from tieopt.functional import tie_
-from tieopt.slices import FREE, numbered
-from tieopt.ties import Groups, Tie, check_writable, shown, slices_for
+from tieopt.ties.slices import FREE, numbered
+from tieopt.ties.tie import Groups, Tie, check_writable, slices_for
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _READERS = (nn.Linear, *_CONVOLUTIONS)

@@ -23,23 +23,23 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from tieopt import summary
-from tieopt.batches import Pairs
-from tieopt.binding import Binding
-from tieopt.callers import users_level
-from tieopt.compact import CompactStep, check_served
-from tieopt.compact_state import Lost, compacted, expanded, without_history
-from tieopt.components import components
-from tieopt.full import FullStep, is_differentiable
-from tieopt.gradients import tie_gradients, with_gradients
-from tieopt.places import ParamGroups, all_places, given_name, name_of, parameters_of
-from tieopt.reduction import Reduction
-from tieopt.slices import is_idle
-from tieopt.start import Start, check_start, start_from_first_
-from tieopt.state import settings_in, tied_state
-from tieopt.ties import Tie, Ties, shown, with_name
-from tieopt.traced import between_graphs, copied, untraced
-from tieopt.twin import compact_namespace, held_optimizers, states_of
+from tieopt.engine.engine import Pairs
+from tieopt.engine.graphs import between_graphs, copied, untraced
+from tieopt.errors import shown, users_level
+from tieopt.modes import summary
+from tieopt.modes.compact import CompactStep, check_served
+from tieopt.modes.conversion import Lost, compacted, expanded, without_history
+from tieopt.modes.full import FullStep, is_differentiable
+from tieopt.modes.gradients import tie_gradients, with_gradients
+from tieopt.modes.mode import Binding
+from tieopt.modes.state import settings_in, tied_state
+from tieopt.modes.twin import compact_namespace, held_optimizers, states_of
+from tieopt.numbers.reduction import Reduction
+from tieopt.numbers.start import Start, check_start, start_from_first_
+from tieopt.ties.components import components
+from tieopt.ties.places import ParamGroups, all_places, given_name, name_of, parameters_of
+from tieopt.ties.slices import is_idle
+from tieopt.ties.tie import Tie, Ties, with_name
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

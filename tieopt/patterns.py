@@ -29,7 +29,7 @@ from typing import Any, Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from tieopt.ties import shown
+from tieopt.errors import shown
 
 __all__ = [
     "antisymmetric",

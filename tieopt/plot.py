@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tieopt.errors import shown
 from tieopt.optimizer import TiedOptimizer
-from tieopt.places import all_places, name_of, parameter_at
-from tieopt.slices import FREE, Slices, numbered, told_apart
-from tieopt.ties import Part, Tie, shown
+from tieopt.ties.places import all_places, name_of, parameter_at
+from tieopt.ties.slices import FREE, Slices, numbered, told_apart
+from tieopt.ties.tie import Part, Tie
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

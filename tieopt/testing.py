@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tieopt.binding import Binding
+from tieopt.errors import shown
+from tieopt.modes.mode import Binding
+from tieopt.numbers.reduction import Reduction, Workspace, lead_
 from tieopt.optimizer import TiedOptimizer
-from tieopt.reduction import Reduction, Workspace, lead_
-from tieopt.slices import FREE, Slices, is_idle, numbered
-from tieopt.ties import Groups, Tie, Ties, shown
+from tieopt.ties.slices import FREE, Slices, is_idle, numbered
+from tieopt.ties.tie import Groups, Tie, Ties
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tieopt.exchange import Holdings, Plan
-from tieopt.index import Index
-from tieopt.sharded import rows_sent
-from tieopt.slices import FREE, Slices, numbered
+from tieopt.engine.exchange import Holdings, Plan
+from tieopt.engine.sharded import rows_sent
+from tieopt.numbers.index import Index
+from tieopt.ties.slices import FREE, Slices, numbered
 
 HERE = Path(__file__).parent
 WIDTH = 1024

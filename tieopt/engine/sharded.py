@@ -2,7 +2,7 @@
 
 Slices of a :class:`~torch.distributed.tensor.DTensor` are where its placements put them. Groups that are whole on one
 rank are tied there, as if its shard were all there is; the members of the others are first added up on each rank, and
-their means are exchanged, see :mod:`~tieopt.exchange`. Ties of rows whose entries are sharded, and not the rows,
+their means are exchanged, see :mod:`~tieopt.engine.exchange`. Ties of rows whose entries are sharded, and not the rows,
 exchange nothing.
 
 All ranks of the mesh have to take part in whatever ties, in the same order.
@@ -11,7 +11,6 @@ All ranks of the mesh have to take part in whatever ties, in the same order.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -21,14 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tieopt.exchange import Holdings, Plan
-from tieopt.index import Index, Indices, Layout, Run, order_within, wide_dtype
-from tieopt.reduction import (
+from tieopt.engine.exchange import Holdings, Plan
+from tieopt.engine.graphs import untraced
+from tieopt.numbers.index import Index, Indices, Layout, Run, order_within
+from tieopt.numbers.reduction import (
     Reduction,
     ValuesOf,
     Workspace,
-    bits,
-    column,
     divide_,
     drift,
     group_means,
@@ -42,33 +40,8 @@ from tieopt.reduction import (
     tied,
     towards_leads_,
 )
-from tieopt.slices import FREE, Slices, described, in_memory, numbered, octets
-from tieopt.traced import untraced
-
-# Where an entry of a tensor is, for each of its dimensions: from which index on, and how many.
-Bounds = list[tuple[int, int]]
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether it is a ``DTensor``, of which there is none as long as nobody has imported its module."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def is_sharded_as(tensor: Any, other: Any) -> bool:
-    """Whether each rank has those entries of a tensor that it has of another, a sharded one."""
-    return (
-        is_sharded(tensor)
-        and tensor.shape == other.shape
-        and tensor.device_mesh == other.device_mesh
-        and tensor.placements == other.placements
-    )
-
-
-@torch.no_grad()
-def local(tensors: Sequence[Any]) -> list[Tensor]:
-    """The shards that this rank has."""
-    return [tensor.to_local() for tensor in tensors]
+from tieopt.tensors import Bounds, bits, bounds_of, column, in_memory, is_sharded, local, octets, wide_dtype
+from tieopt.ties.slices import FREE, Slices, described, numbered
 
 
 def check_sharding(param: Any, name: str) -> None:
@@ -101,36 +74,6 @@ def check_sharding(param: Any, name: str) -> None:
                 "  Expected: placements Shard and Replicate alone\n"
                 f"  Got:      {param.placements}"
             )
-
-
-def bounds_of(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Any], at: Sequence[int]) -> Bounds:
-    """The part of a tensor that a shard is, cut as ``torch.chunk`` does, one mesh dimension after the other.
-
-    Args:
-        shape: of the tensor.
-        mesh_shape: of the mesh.
-        placements: for each dimension of the mesh.
-        at: the coordinates of the shard in the mesh.
-    """
-    bounds = [(0, size) for size in shape]
-    for placement, count, number in zip(placements, mesh_shape, at, strict=True):
-        if placement.is_shard():
-            start, size = bounds[placement.dim]
-            chunk = -(-size // count)
-            before = min(number * chunk, size)
-            bounds[placement.dim] = start + before, min(chunk, size - before)
-    return bounds
-
-
-@torch.no_grad()
-def sharded_as(tensor: Any, full: Tensor) -> Tensor:
-    """A tensor of which every rank has the whole, sharded as another one."""
-    result = torch.zeros_like(tensor, dtype=full.dtype)
-    mesh = tensor.device_mesh
-    for dim, bounds in enumerate(bounds_of(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())):
-        full = full.narrow(dim, *bounds)
-    local([result])[0].copy_(full)
-    return result
 
 
 def within(slices: Slices, bounds: Bounds) -> Slices:
@@ -219,7 +162,7 @@ class Shards:
     def project_(
         self, tensors: Sequence[Any], workspace: Workspace, reduction: Reduction = "mean", *, stepped: bool = False
     ) -> None:
-        """As :func:`~tieopt.reduction.project_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
+        """As :func:`~tieopt.numbers.reduction.project_`; ``stepped`` as for ``Batches.project_``."""
         shards = local(tensors)
         project_(shards, self._inner.index_for(shards), workspace, reduction, means_for(stepped))
         if self.plan is not None:
@@ -228,7 +171,7 @@ class Shards:
 
     @untraced
     def divide_(self, tensors: Sequence[Any], workspace: Workspace) -> None:
-        """As :func:`~tieopt.reduction.divide_`; exchanges nothing."""
+        """As :func:`~tieopt.numbers.reduction.divide_`; exchanges nothing."""
         shards = local(tensors)
         divide_(shards, self._inner.index_for(shards), workspace)
         if self.plan is not None:
@@ -236,7 +179,7 @@ class Shards:
 
     @untraced
     def relax_(self, tensors: Sequence[Any], workspace: Workspace, strength: float, *, stepped: bool = False) -> None:
-        """As :func:`~tieopt.reduction.relax_`; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`."""
+        """As :func:`~tieopt.numbers.reduction.relax_`; ``stepped`` as for ``Batches.project_``."""
         shards = local(tensors)
         relax_(shards, self._inner.index_for(shards), workspace, strength, means_for(stepped))
         if self.plan is not None:
@@ -244,7 +187,7 @@ class Shards:
             relax_(shards, site.members, workspace, strength, self._exchange(shards, site, workspace, stepped))
 
     def drift(self, tensors: Sequence[Any], workspace: Workspace) -> float:
-        """As :func:`~tieopt.reduction.drift`, the largest on any rank."""
+        """As :func:`~tieopt.numbers.reduction.drift`, the largest on any rank."""
         shards = local(tensors)
         drifts = [drift(shards, self._inner.index_for(shards), workspace)]
         if self.plan is not None:
@@ -255,7 +198,7 @@ class Shards:
         return float(_gathered(largest, self._mesh).max())
 
     def tied(self, tensors: Sequence[Any], workspace: Workspace) -> bool:
-        """As :func:`~tieopt.reduction.tied`, on all ranks."""
+        """As :func:`~tieopt.numbers.reduction.tied`, on all ranks."""
         shards = local(tensors)
         same = tied(shards, self._inner.index_for(shards), workspace)
         if self.plan is not None:
@@ -293,7 +236,7 @@ class Shards:
 
     @torch.no_grad()
     def _exchange(self, shards: list[Tensor], site: _Site, workspace: Workspace, stepped: bool = False) -> ValuesOf:
-        """Exchanges the means of spanning groups; ``stepped`` as for :meth:`~tieopt.batches.Batches.project_`.
+        """Exchanges the means of spanning groups; ``stepped`` as for :meth:`~tieopt.engine.engine.Batches.project_`.
 
         Returns:
             What gives the means of all members of the groups of each run.
@@ -405,7 +348,7 @@ def rows_sent(slices: Slices, plan: Plan) -> Tensor:
 
 
 def _by_position(values: Tensor, slices: Slices, steps: tuple[int, ...]) -> Tensor:
-    """Values of slices by their rows, see :meth:`~tieopt.slices.Slices.positions`."""
+    """Values of slices by their rows, see :meth:`~tieopt.ties.slices.Slices.positions`."""
     positions = slices.positions(steps).flatten()
     table = values.new_zeros(int(positions.max()) + 1 if len(positions) else 0)
     return table.index_put_((positions,), values.flatten())

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
-from tieopt.components import Component
-from tieopt.folding import Folded, compact_like, compact_slices, folded_for
-from tieopt.reduction import bits, times
-from tieopt.slices import FREE, Slices
-from tieopt.state import Settings, State, begins_at, held_of, is_plain, scales_for, settings_in, tied_state
-from tieopt.ties import shown
+from tieopt.errors import shown
+from tieopt.modes.state import Settings, State, begins_at, held_of, is_plain, scales_for, settings_in, tied_state
+from tieopt.numbers.folding import Folded, compact_like, compact_slices, folded_for
+from tieopt.numbers.reduction import times
+from tieopt.tensors import bits
+from tieopt.ties.components import Component
+from tieopt.ties.slices import FREE, Slices
 
 # Ties that have each parameter once, and their parameters.
 Components = Iterable[tuple[Component, Sequence[Tensor]]]

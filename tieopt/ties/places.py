@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.idle import IdleTie, warn_of_idle
-from tieopt.index import Indices
-from tieopt.memory import sharing
-from tieopt.sharded import check_sharding, is_sharded, local
-from tieopt.slices import FREE, Slices, fingerprint, is_idle, numbered
-from tieopt.ties import Part, Tie, check_one_shape, check_writable, shown
-from tieopt.unheld import not_held
+from tieopt.engine.sharded import check_sharding
+from tieopt.errors import shown
+from tieopt.numbers.index import Indices
+from tieopt.tensors import is_sharded, local, sharing
+from tieopt.ties.idle import IdleTie, warn_of_idle
+from tieopt.ties.slices import FREE, Slices, fingerprint, is_idle, numbered
+from tieopt.ties.tie import Part, Tie, check_one_shape, check_writable
+from tieopt.ties.unheld import not_held
 
 ParamGroups = list[dict[str, Any]]
 

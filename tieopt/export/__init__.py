@@ -31,14 +31,14 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from tieopt.codebook import codebook_of, differing, entries_of, fill_, packed, unpacked
+from tieopt.errors import shown
+from tieopt.export.codebook import codebook_of, differing, entries_of, fill_, packed, unpacked
+from tieopt.export.tensor_file import Reader, Writer, plain
 from tieopt.optimizer import TiedOptimizer
-from tieopt.places import BoundTie, found, parameters_of
-from tieopt.reduction import bits
-from tieopt.sharded import is_sharded
-from tieopt.slices import FREE, Slices, numbered
-from tieopt.tensor_file import Reader, Writer, plain
-from tieopt.ties import Groups, SupportsArray, Tie, Ties, shown, slices_for
+from tieopt.tensors import bits, is_sharded
+from tieopt.ties.places import BoundTie, found, parameters_of
+from tieopt.ties.slices import FREE, Slices, numbered
+from tieopt.ties.tie import Groups, SupportsArray, Tie, Ties, slices_for
 
 __all__ = ["encode", "load", "load_ties", "save", "stream"]
 

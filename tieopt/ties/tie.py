@@ -1,6 +1,6 @@
 """What is tied: from what the user wrote to labelled slices.
 
-Lists of indices, or a tensor of labels -> :class:`~tieopt.slices.Slices`. Everything that a user can get
+Lists of indices, or a tensor of labels -> :class:`~tieopt.ties.slices.Slices`. Everything that a user can get
 wrong about a tie is found here, before anything is written; whoever holds slices may trust them.
 """
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from tieopt.sharded import is_sharded
-from tieopt.slices import FREE, Slices, overlaps
+from tieopt.errors import shown, shown_position
+from tieopt.tensors import is_sharded, overlaps
+from tieopt.ties.slices import FREE, Slices
 
 # The dtypes that have a mean and that torch converts to the others.
 _DTYPES = {
@@ -507,16 +508,3 @@ def _integer(value: Any, name: str, expected: str) -> int:
         return as_int(value)
     except TypeError:
         raise TypeError(f"An index for {name} is not an integer.\n{expected}  Got:      {shown(value)}") from None
-
-
-def shown_position(position: tuple[int, ...]) -> str:
-    """A position, without brackets where it is a single number."""
-    return str(position[0] if len(position) == 1 else position)
-
-
-def shown(value: Any, limit: int = 80) -> str:
-    """A value and its type, short enough for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    text = " ".join(repr(value).split())
-    return f"{text if len(text) <= limit else text[: limit - 3] + '...'} ({type(value).__name__})"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tieopt.binding import Binding
-from tieopt.places import ParamGroups, name_of
-from tieopt.slices import FREE, Slices, counted, groups_of_members
+from tieopt.modes.mode import Binding
+from tieopt.ties.places import ParamGroups, name_of
+from tieopt.ties.slices import FREE, Slices, counted, groups_of_members
 
 _HEADINGS = ("parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift")
 

@@ -1,6 +1,6 @@
 """The compact mode: the inner optimizer trains one entry for each group, and one for each free one.
 
-The optimizer that everybody sees has the model's parameters. The inner one, its :mod:`~tieopt.twin`, has compact
+The optimizer that everybody sees has the model's parameters. The inner one, its :mod:`~tieopt.modes.twin`, has compact
 parameters in the places of the tied ones.
 
 The weights remain what counts: before a step the shared values are read from them, and after it written to them.
@@ -19,10 +19,14 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from tieopt.batches import Batches
-from tieopt.compact_state import Lost, begun, expanded, refolded, without_history
-from tieopt.components import Component, components
-from tieopt.folding import (
+from tieopt.engine.compiled import Call, gradient_foldings, is_under_compiler, is_written_out
+from tieopt.engine.engine import Batches
+from tieopt.engine.graphs import between_graphs, untraced
+from tieopt.modes.conversion import Lost, begun, expanded, refolded, without_history
+from tieopt.modes.gradients import gradients_of, prepare_gradients, with_gradients
+from tieopt.modes.state import held_of, settings_in
+from tieopt.modes.twin import KEPT_BY_TORCH, compact_within, held_optimizers, twin_of
+from tieopt.numbers.folding import (
     compact_like,
     fold_,
     fold_free_gradients_,
@@ -32,13 +36,10 @@ from tieopt.folding import (
     folding_for,
     unfold_,
 )
-from tieopt.gradients import gradients_of, prepare_gradients, with_gradients
-from tieopt.places import BoundTie, ParamGroups, name_of, parameters_of
-from tieopt.reduction import Reduction, calculable
-from tieopt.sharded import is_sharded
-from tieopt.state import held_of, settings_in
-from tieopt.traced import Call, between_graphs, gradient_foldings, is_under_compiler, is_written_out, untraced
-from tieopt.twin import KEPT_BY_TORCH, compact_within, held_optimizers, twin_of
+from tieopt.numbers.reduction import Reduction
+from tieopt.tensors import calculable, is_sharded
+from tieopt.ties.components import Component, components
+from tieopt.ties.places import BoundTie, ParamGroups, name_of, parameters_of
 
 Components = Sequence[tuple[Component, list[Tensor]]]
 
@@ -56,7 +57,7 @@ class Compact:
         components: the ties, so that each parameter is in one.
         param_groups: those of the optimizer, with compact parameters in the places of the tied ones.
         entries: what LBFGS remembers of them.
-        twin: the optimizer that compiled steps are for, see :func:`~tieopt.twin.twin_of`.
+        twin: the optimizer that compiled steps are for, see :func:`~tieopt.modes.twin.twin_of`.
 
     Raises:
         ValueError: the mode cannot serve these.

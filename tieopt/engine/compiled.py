@@ -10,54 +10,21 @@ parameter groups are new objects with the same shapes.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from tieopt.folding import Folding
-from tieopt.index import Index, Indices
-from tieopt.reduction import Reduction, is_narrow, rounded
-from tieopt.slices import overlaps
+from tieopt.engine.graphs import Copies, between_graphs, is_compiled
+from tieopt.numbers.folding import Folding
+from tieopt.numbers.index import Index, Indices
+from tieopt.numbers.reduction import Reduction, is_narrow, rounded
+from tieopt.tensors import overlaps
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Ties = TypeVar("Ties", bound=Indices)
-
-
-def between_graphs(function: Function) -> Function:
-    """A function that ``torch.compile`` leaves alone, but not what it calls; graphs end where it is called.
-
-    ``torch.compiler.disable(recursive=False)`` does not do for a function that is itself compiled, nor where a
-    recompilation is an error.
-    """
-    return cast(Function, torch._dynamo.decorators.skip(function))
-
-
-def untraced(function: Function) -> Function:
-    """A function that ``torch.compile`` leaves alone, with all that it calls."""
-    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
-
-def copied(function: Any) -> Any:
-    """A function with a code object of its own, by which ``torch.compile`` keeps what it made of it.
-
-    It makes no more than 8 graphs for one code object, also where the optimizers that they were for are gone.
-    """
-    if not isinstance(function, types.FunctionType):
-        return function
-    code, name = function.__code__.replace(), function.__name__
-    copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__dict__.update(function.__dict__)
-    return copy
-
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be waited for."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 # The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
@@ -73,42 +40,11 @@ _WRITTEN_OUT = 64
 _CHUNK = 2**20
 _CHUNKS = 8
 
-# Functions of which an optimizer keeps copies. Which of its parameters have gradients may change.
-_COPIES = 32
-
-
-@between_graphs
-def is_compiled() -> bool:
-    """Whether ``torch.compile`` gets the functions that are called now."""
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
-
 
 @between_graphs
 def is_under_compiler() -> bool:
     """Whether it gets them, and what we write for it is right with this version of torch."""
     return _WRITES_OUT and is_compiled()
-
-
-class Copies:
-    """Functions as one optimizer has them compiled: what was made of them ends with it.
-
-    Its own copies and pickles are empty.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[Any, Any] = {}
-
-    def of(self, function: Any, *shapes: Any) -> Any:
-        """The copy of a function for tensors of these shapes."""
-        key = function, shapes
-        if key not in self._copies:
-            if len(self._copies) == _COPIES:
-                self._copies.clear()
-            self._copies[key] = copied(function)
-        return self._copies[key]
-
-    def __reduce__(self) -> tuple[type[Copies], tuple[()]]:
-        return Copies, ()
 
 
 class Call(NamedTuple):
@@ -126,7 +62,7 @@ class Call(NamedTuple):
 def projections(
     pairs: Sequence[tuple[Ties, list[Tensor]]], reduction: Reduction, copies: Copies, *, stepped: bool
 ) -> tuple[list[Call], list[tuple[Ties, list[Tensor]]]]:
-    """How to project tensors as :func:`~tieopt.reduction.project_` does.
+    """How to project tensors as :func:`~tieopt.numbers.reduction.project_` does.
 
     Args:
         pairs: ties and their tensors.
@@ -160,7 +96,7 @@ def projections(
 def gradient_foldings(
     triples: Sequence[tuple[Folding, Tensor, Tensor]], reduction: Reduction, copies: Copies
 ) -> list[Call]:
-    """The calls that write the gradients of shared values, as :func:`~tieopt.folding.fold_gradients_` does.
+    """The calls that write the gradients of shared values, as :func:`~tieopt.numbers.folding.fold_gradients_` does.
 
     Args:
         triples: foldings that can be written out, and for each a compact tensor to write to, and a gradient.

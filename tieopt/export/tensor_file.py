@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor
 
-from tieopt.slices import octets
+from tieopt.tensors import octets
 
 _NAMES = {
     torch.bool: "BOOL",

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tieopt.index import Indices, Members, sorted_members, wide_dtype
-from tieopt.reduction import Workspace, column, lead_, rounded
-from tieopt.sharded import is_sharded, local, sharded_as
-from tieopt.slices import Slices, in_memory, real
-from tieopt.ties import shown
+from tieopt.errors import shown
+from tieopt.numbers.index import Indices, Members, sorted_members
+from tieopt.numbers.reduction import Workspace, lead_, rounded
+from tieopt.tensors import column, in_memory, is_sharded, local, real, sharded_as, wide_dtype
+from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tieopt.tensors import octets
 
 FREE = -1
 
@@ -94,40 +95,6 @@ class Slices(NamedTuple):
 
 def _common(strides: tuple[int, ...]) -> int:
     return math.gcd(*strides) or 1
-
-
-def in_memory(tensor: Tensor) -> Tensor:
-    """A view of what stands in memory, where torch negates or conjugates it on reading."""
-    if tensor.is_neg():
-        return torch._neg_view(tensor)
-    return tensor.conj() if tensor.is_conj() else tensor
-
-
-def overlaps(tensor: Tensor) -> bool:
-    """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
-    if tensor.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
-def octets(tensor: Tensor) -> memoryview | bytes:
-    """The memory of a contiguous tensor on the CPU, while there is the tensor.
-
-    Nothing is copied, and NumPy, which torch does not need to have, is not needed.
-    """
-    # That of no entries is nowhere.
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
-
-
-def real(tensor: Tensor) -> Tensor:
-    """A view of real entries: a complex one is two."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:

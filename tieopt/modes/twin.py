@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tieopt.traced import is_compiled, untraced
+from tieopt.engine.graphs import is_compiled, untraced
 
 
 def twin_of(optimizer: Any) -> Optimizer:

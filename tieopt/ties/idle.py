@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from tieopt.callers import users_level
-from tieopt.slices import FREE, Slices, described
+from tieopt.errors import users_level
+from tieopt.ties.slices import FREE, Slices, described
 
 # Of many parameters, so that the warning can be read.
 _SHOWN_PARTS = 4

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tieopt.index import Indices, wide_dtype
-from tieopt.places import BoundTie, ParamGroups, T
-from tieopt.reduction import Workspace, bits, calculable, projected, rounded, tied
-from tieopt.sharded import is_sharded, is_sharded_as, local, on_any_rank, sharded_as, shards_for
-from tieopt.slices import FREE, Slices, real
-from tieopt.start import Start, started_from_first
+from tieopt.engine.sharded import on_any_rank, shards_for
+from tieopt.numbers.index import Indices
+from tieopt.numbers.reduction import Workspace, projected, rounded, tied
+from tieopt.numbers.start import Start, started_from_first
+from tieopt.tensors import bits, calculable, is_sharded, is_sharded_as, local, real, sharded_as, wide_dtype
+from tieopt.ties.places import BoundTie, ParamGroups, T
+from tieopt.ties.slices import FREE, Slices
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}

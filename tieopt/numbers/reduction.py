@@ -12,7 +12,7 @@ is no change. A plain mean rounds. There are two ways out:
 
   and all differences of equal members are zero.
 
-Only functions of tensors stand here. They run through an :class:`~tieopt.index.Index`, gather a piece
+Only functions of tensors stand here. They run through an :class:`~tieopt.numbers.index.Index`, gather a piece
 of it into a kept workspace, add it up with ``scatter_reduce`` and write it back: no Python per group
 and no memory that grows with the number of rows.
 """
@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Round, Run, wide_dtype
+from tieopt.numbers.index import Index, Round, Run
+from tieopt.tensors import bits, column, wide_dtype
 
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
@@ -604,18 +605,3 @@ def times(slices: Tensor, factors: Tensor) -> Tensor:
     return rounded(
         slices.to(wide.to_complex() if slices.is_complex() else wide) * column(factors, slices), slices.dtype
     )
-
-
-def calculable(tensor: Tensor) -> Tensor:
-    """8-bit floats as float32: torch calculates with those, but not with them."""
-    return tensor.float() if tensor.element_size() == 1 else tensor
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """8-bit floats as bytes: torch moves those, but not them."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-
-
-def column(vector: Tensor, like: Tensor) -> Tensor:
-    """A vector over slices, shaped to broadcast against them."""
-    return vector.view(-1, *[1] * (like.dim() - 1))

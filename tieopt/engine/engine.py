@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.index import EVEN_ENTRIES, TOTALS, Indices, wide_dtype
-from tieopt.places import BoundTie
-from tieopt.reduction import Reduction, Workspace, divide_, means_for, project_, relax_
-from tieopt.sharded import Shards, is_sharded, shards_for
-from tieopt.slices import FREE, Slices, told_apart
-from tieopt.traced import Call, Copies, between_graphs, is_under_compiler, projections, untraced
+from tieopt.engine.compiled import Call, is_under_compiler, projections
+from tieopt.engine.graphs import Copies, between_graphs, untraced
+from tieopt.engine.sharded import Shards, shards_for
+from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Indices
+from tieopt.numbers.reduction import Reduction, Workspace, divide_, means_for, project_, relax_
+from tieopt.tensors import is_sharded, wide_dtype
+from tieopt.ties.places import BoundTie
+from tieopt.ties.slices import FREE, Slices, told_apart
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
@@ -49,13 +51,13 @@ class Batches:
 
     @between_graphs
     def project_(self, pairs: Pairs, reduction: Reduction = "mean", *, stepped: bool = False) -> None:
-        """Projects the tensors of each tie; see :func:`~tieopt.reduction.project_`.
+        """Projects the tensors of each tie; see :func:`~tieopt.numbers.reduction.project_`.
 
         Args:
             pairs: ties and their tensors.
             reduction: ``"mean"`` or ``"sum"``.
             stepped: whether they are weights that a step has just written, see
-                :func:`~tieopt.reduction.means_after_step`.
+                :func:`~tieopt.numbers.reduction.means_after_step`.
         """
         for function, arguments in self._project_(pairs, reduction, stepped, is_under_compiler()):
             function(*arguments)
@@ -75,7 +77,7 @@ class Batches:
 
     @untraced
     def divide_(self, pairs: Pairs) -> None:
-        """Divides the tensors of each tie; see :func:`~tieopt.reduction.divide_`."""
+        """Divides the tensors of each tie; see :func:`~tieopt.numbers.reduction.divide_`."""
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
             shards.divide_(tensors, self.workspace)
@@ -84,7 +86,7 @@ class Batches:
 
     @untraced
     def relax_(self, pairs: Pairs, strength: float, *, stepped: bool = False) -> None:
-        """Relaxes the tensors of each tie; see :func:`~tieopt.reduction.relax_`, and :meth:`project_`."""
+        """Relaxes the tensors of each tie; see :func:`~tieopt.numbers.reduction.relax_`, and :meth:`project_`."""
         pairs, sharded = _parted(pairs)
         for shards, tensors in sharded:
             shards.relax_(tensors, self.workspace, strength, stepped=stepped)

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.batches import Batches, Pairs
-from tieopt.callers import users_level
-from tieopt.compact import Compact
-from tieopt.index import Indices
-from tieopt.memory import traces
-from tieopt.places import BoundTie, ParamGroups, T, all_places, check_apart, found, name_of, parameters_of
-from tieopt.reduction import Reduction, Workspace, drift, projected, tied
-from tieopt.sharded import is_sharded, shards_for
-from tieopt.state import with_state
-from tieopt.ties import check_writable, shown
-from tieopt.traced import Copies, between_graphs, is_capturing, untraced
+from tieopt.engine.engine import Batches, Pairs
+from tieopt.engine.graphs import Copies, between_graphs, is_capturing, untraced
+from tieopt.engine.sharded import shards_for
+from tieopt.errors import shown, users_level
+from tieopt.modes.compact import Compact
+from tieopt.modes.state import with_state
+from tieopt.numbers.index import Indices
+from tieopt.numbers.reduction import Reduction, Workspace, drift, projected, tied
+from tieopt.tensors import is_sharded, traces
+from tieopt.ties.places import BoundTie, ParamGroups, T, all_places, check_apart, found, name_of, parameters_of
+from tieopt.ties.tie import check_writable
 
 
 class Binding:

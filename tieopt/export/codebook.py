@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.reduction import bits
-from tieopt.slices import FREE, Slices, numbered
+from tieopt.tensors import bits
+from tieopt.ties.slices import FREE, Slices, numbered
 
 # So many entries, and indices, are worked on at a time; a multiple of 8.
 _CHUNK = 2**16

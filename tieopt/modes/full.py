@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tieopt.batches import Pairs
-from tieopt.binding import Binding
-from tieopt.callers import users_level
-from tieopt.gradients import gradients_of, tie_gradients, with_gradients
-from tieopt.memory import traces
-from tieopt.places import BoundTie, ParamGroups
-from tieopt.sharded import is_sharded
-from tieopt.traced import between_graphs, is_capturing, is_under_compiler, untraced
-from tieopt.twin import held_optimizers
+from tieopt.engine.compiled import is_under_compiler
+from tieopt.engine.engine import Pairs
+from tieopt.engine.graphs import between_graphs, is_capturing, untraced
+from tieopt.errors import users_level
+from tieopt.modes.gradients import gradients_of, tie_gradients, with_gradients
+from tieopt.modes.mode import Binding
+from tieopt.modes.twin import held_optimizers
+from tieopt.tensors import is_sharded, traces
+from tieopt.ties.places import BoundTie, ParamGroups
 
 
 class FullStep:

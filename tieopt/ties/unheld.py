@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from tieopt.ties import shown
+from tieopt.errors import shown
 
 # So that the error can be read.
 _MOST_NEAREST = 3

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.slices import FREE, Slices, in_memory, real
+from tieopt.tensors import in_memory, real, wide_dtype
+from tieopt.ties.slices import FREE, Slices
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES = 2**19
@@ -140,7 +141,7 @@ class Layout(NamedTuple):
     Attributes:
         device: where the tensors are.
         double: whether their entries are as wide as the sums of them, which then round.
-        steps: of the slices of each, see :meth:`~tieopt.slices.Slices.steps`.
+        steps: of the slices of each, see :meth:`~tieopt.ties.slices.Slices.steps`.
     """
 
     device: torch.device
@@ -265,9 +266,9 @@ class Indices:
 
     Attributes:
         slices: of each tensor, numbered.
-        foldings: for each layout, see :func:`~tieopt.folding.folding_for`.
-        folded: see :func:`~tieopt.folding.folded_for`.
-        shards: for each way to shard the tensors, see :func:`~tieopt.sharded.shards_for`.
+        foldings: for each layout, see :func:`~tieopt.numbers.folding.folding_for`.
+        folded: see :func:`~tieopt.numbers.folding.folded_for`.
+        shards: for each way to shard the tensors, see :func:`~tieopt.engine.sharded.shards_for`.
         even: as for :meth:`Index.compile`.
     """
 
@@ -313,11 +314,6 @@ def in_one_order(rows: list[Tensor]) -> list[Tensor]:
 def order_within(rows: Tensor) -> list[int]:
     """The dimensions of rows but the first, as they are in memory from the outermost to the innermost."""
     return sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest real dtype of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
 def sorted_members(

@@ -1,6 +1,6 @@
 """One row for each group and for each free slice: what is left of tied tensors without the repetitions.
 
-A *compact* tensor has the groups' shared values first, sorted as an :class:`~tieopt.index.Index` sorts groups,
+A *compact* tensor has the groups' shared values first, sorted as an :class:`~tieopt.numbers.index.Index` sorts groups,
 and then the free slices in their order. Where tensors are joined, a group stands in the compact tensor of the
 one that its lead is in, so that of some nothing may be left. What is pinned stands nowhere.
 
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.index import Index, Indices, Layout, Run, consecutive, in_one_order, sorted_members, wide_dtype
-from tieopt.reduction import Reduction, Workspace, bits, column, group_means, pin_, projected, rounded, write_values
-from tieopt.slices import FREE, Slices, in_memory
+from tieopt.numbers.index import Index, Indices, Layout, Run, consecutive, in_one_order, sorted_members
+from tieopt.numbers.reduction import Reduction, Workspace, group_means, pin_, projected, rounded, write_values
+from tieopt.tensors import bits, column, in_memory, wide_dtype
+from tieopt.ties.slices import FREE, Slices
 
 
 class Folded(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tieopt.places import BoundTie, ParamGroups, Place, parameter_at
-from tieopt.slices import FREE, Slices, told_apart
+from tieopt.ties.places import BoundTie, ParamGroups, Place, parameter_at
+from tieopt.ties.slices import FREE, Slices, told_apart
 
 
 class Component(BoundTie):

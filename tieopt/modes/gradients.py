@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tieopt.batches import Batches, Pairs
-from tieopt.places import BoundTie, T
-from tieopt.reduction import Reduction, projected
-from tieopt.sharded import is_sharded
-from tieopt.slices import overlaps
-from tieopt.traced import between_graphs, untraced
+from tieopt.engine.engine import Batches, Pairs
+from tieopt.engine.graphs import between_graphs, untraced
+from tieopt.numbers.reduction import Reduction, projected
+from tieopt.tensors import is_sharded, overlaps
+from tieopt.ties.places import BoundTie, T
 
 
 @between_graphs

@@ -1,0 +1,205 @@
+"""How a tensor lies in memory and on ranks."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+
+class _Span(NamedTuple):
+    """The bytes from the first to the last entry of a tensor.
+
+    Attributes:
+        device: where they are, as text, so that spans can be sorted.
+        start: the address of the first byte.
+        end: the address after the last byte.
+        number: of the tensor.
+    """
+
+    device: str
+    start: int
+    end: int
+    number: int
+
+
+def sharing(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Yield pairs of tensors, by their numbers, that have an entry in the same memory.
+
+    Tensors without memory of their own (lazy, sparse, on the meta device, or wrappers of other tensors) share none.
+    """
+    spans = sorted(_span(tensor, number) for number, tensor in enumerate(tensors) if _has_memory(tensor))
+    open_spans: list[_Span] = []
+    for span in spans:
+        open_spans = [other for other in open_spans if other.device == span.device and other.end > span.start]
+        for other in open_spans:
+            if _meet(tensors[other.number], other, tensors[span.number], span):
+                yield other.number, span.number
+        open_spans.append(span)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    plain = not is_lazy(tensor) and tensor.layout == torch.strided and not tensor.is_nested
+    return plain and tensor.numel() > 0 and tensor.data_ptr() != 0
+
+
+def _span(tensor: Tensor, number: int) -> _Span:
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    start = tensor.data_ptr()
+    return _Span(str(tensor.device), start, start + (last + 1) * tensor.itemsize, number)
+
+
+def _meet(first: Tensor, span: _Span, second: Tensor, other: _Span) -> bool:
+    """Whether tensors whose spans overlap have an entry in common; columns of one matrix have none."""
+    if all(one.end - one.start == tensor.nbytes for tensor, one in ((first, span), (second, other))):
+        return True
+    # In units in which every entry starts and ends.
+    start = min(span.start, other.start)
+    strides = (stride * tensor.itemsize for tensor in (first, second) for stride in tensor.stride())
+    unit = math.gcd(first.itemsize, second.itemsize, abs(span.start - other.start), *strides)
+    taken = torch.zeros((max(span.end, other.end) - start) // unit, dtype=torch.bool, device="cpu")
+    for tensor, one in ((first, span), (second, other)):
+        # What is repeated along a stride of 0 is one entry.
+        sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        steps = [stride * tensor.itemsize // unit for stride in tensor.stride()]
+        units = taken.as_strided((*sizes, tensor.itemsize // unit), (*steps, 1), (one.start - start) // unit)
+        if bool(units.any()):
+            return True
+        units.fill_(True)
+    return False
+
+
+def traces(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Return what changes when tensors are replaced, moved or written to.
+
+    The last entry of each counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
+    inference mode none are: its trace equals no other.
+    """
+    return [(id(tensor), *_where(tensor), object() if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    """Where the entries of a tensor are, if they have a place in memory each."""
+    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
+
+
+# --- in memory ---
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """A view of what stands in memory, where torch negates or conjugates it on reading."""
+    if tensor.is_neg():
+        return torch._neg_view(tensor)
+    return tensor.conj() if tensor.is_conj() else tensor
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def octets(tensor: Tensor) -> memoryview | bytes:
+    """The memory of a contiguous tensor on the CPU, while there is the tensor.
+
+    Nothing is copied, and NumPy, which torch does not need to have, is not needed.
+    """
+    # That of no entries is nowhere.
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A view of real entries: a complex one is two."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest real dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+def calculable(tensor: Tensor) -> Tensor:
+    """8-bit floats as float32: torch calculates with those, but not with them."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """8-bit floats as bytes: torch moves those, but not them."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def column(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector over slices, shaped to broadcast against them."""
+    return vector.view(-1, *[1] * (like.dim() - 1))
+
+
+# --- on ranks ---
+
+
+# Where an entry of a tensor is, for each of its dimensions: from which index on, and how many.
+Bounds = list[tuple[int, int]]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a ``DTensor``, of which there is none as long as nobody has imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded_as(tensor: Any, other: Any) -> bool:
+    """Whether each rank has those entries of a tensor that it has of another, a sharded one."""
+    return (
+        is_sharded(tensor)
+        and tensor.shape == other.shape
+        and tensor.device_mesh == other.device_mesh
+        and tensor.placements == other.placements
+    )
+
+
+@torch.no_grad()
+def local(tensors: Sequence[Any]) -> list[Tensor]:
+    """The shards that this rank has."""
+    return [tensor.to_local() for tensor in tensors]
+
+
+def bounds_of(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Any], at: Sequence[int]) -> Bounds:
+    """The part of a tensor that a shard is, cut as ``torch.chunk`` does, one mesh dimension after the other.
+
+    Args:
+        shape: of the tensor.
+        mesh_shape: of the mesh.
+        placements: for each dimension of the mesh.
+        at: the coordinates of the shard in the mesh.
+    """
+    bounds = [(0, size) for size in shape]
+    for placement, count, number in zip(placements, mesh_shape, at, strict=True):
+        if placement.is_shard():
+            start, size = bounds[placement.dim]
+            chunk = -(-size // count)
+            before = min(number * chunk, size)
+            bounds[placement.dim] = start + before, min(chunk, size - before)
+    return bounds
+
+
+@torch.no_grad()
+def sharded_as(tensor: Any, full: Tensor) -> Tensor:
+    """A tensor of which every rank has the whole, sharded as another one."""
+    result = torch.zeros_like(tensor, dtype=full.dtype)
+    mesh = tensor.device_mesh
+    for dim, bounds in enumerate(bounds_of(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())):
+        full = full.narrow(dim, *bounds)
+    local([result])[0].copy_(full)
+    return result

@@ -1,0 +1,1 @@
+"""What is tied: what the user said, checked."""
