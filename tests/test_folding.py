@@ -89,7 +89,7 @@ class Case:
     def tied(self) -> list[Tensor]:
         """The tensors when they are tied."""
         copies = self.copies()
-        project_(copies, self.component.index_for(copies), Workspace())
+        project_(copies, self.engine.index_for(self.component, copies), Workspace())
         return copies
 
 

@@ -338,7 +338,7 @@ def rounded_before_sharded() -> str:
 def test_what_shards_cannot_do_is_refused_by_the_step_that_finds_them(ranks):
     for message in ranks.run(rounded_before_sharded):
         assert "multiples that are rounded" in message
-        assert "param_groups[0]['params'][0]" in message
+        assert "Parameter: 0.weight" in message
 
 
 def sharded_in_part() -> list[str]:

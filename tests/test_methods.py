@@ -89,6 +89,26 @@ HELD: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+def test_a_line_search_that_is_held_finds_the_compact_parameters() -> None:
+    """LBFGS holds the list of its parameters, and counts their entries, outside its parameter groups."""
+    trained = []
+    for build in (torch.optim.LBFGS, partial(Around, keep=lambda inner: inner, inner=torch.optim.LBFGS)):
+        weight, optimizer = made(lambda params, build=build: build(params, lr=0.1), compact=True, reduction="sum")
+        for step in range(3):
+            target = randn(*SHAPE, seed=step)
+
+            def closure(weight: Parameter = weight, target: Tensor = target) -> Tensor:
+                weight.grad = None
+                loss = (weight - target).square().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(torch.enable_grad()(closure))
+        assert tied_bitwise(weight)
+        trained.append(weight)
+    assert same_bits(*trained)
+
+
 @pytest.mark.parametrize("held", HELD)
 def test_an_optimizer_steps_on_the_shared_rows_wherever_it_is_held(held: str, compact: bool) -> None:
     settings = {"lr": 0.05, "momentum": 0.9}
@@ -114,9 +134,13 @@ class KeepsParameters(SGD):
             param.sub_(param.grad, alpha=0.1)
 
 
+def _keeps_parameters(param_groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    return KeepsParameters(param_groups[0]["params"], lr)
+
+
 @pytest.mark.parametrize(
     ("build", "where"),
-    [(KeepsParameters, "params"), (partial(Around, keep=lambda inner: inner, inner=torch.optim.LBFGS), "_params")],
+    [(KeepsParameters, "params"), (partial(Around, keep=lambda inner: inner, inner=_keeps_parameters), "params")],
     ids=["by itself", "within"],
 )
 def test_the_compact_mode_refuses_parameters_beside_the_groups(build: Callable[..., Optimizer], where: str) -> None:

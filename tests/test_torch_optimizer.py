@@ -133,7 +133,8 @@ def test_an_optimizer_whose_first_base_is_another_class_is_tied(compact):
 
     assert isinstance(optimizer, TiedOptimizer)
     assert isinstance(optimizer, Concrete)
-    assert type(optimizer).__mro__[2:5] == (TiedOptimizer, Concrete, Abstract)
+    order = [kind for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer)]
+    assert order[2:] == [TiedOptimizer, Concrete, Abstract, Optimizer]
     assert optimizer.name() == "concrete"
     assert "tieopt" in optimizer.state_dict()
     assert tied_bitwise(weight)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tieopt.engine.sharded import shards_for
-from tieopt.numbers.index import Index, Indices
-from tieopt.numbers.reduction import Workspace, project_, tied
-from tieopt.tensors import is_sharded
-from tieopt.ties.slices import numbered
+from tieopt.engine.engine import Engine
+from tieopt.numbers.reduction import Operation, project_
+from tieopt.ties.slices import Partition, numbered
 from tieopt.ties.tie import Groups, SupportsArray, check_writable, slices_for
 
 
@@ -63,12 +61,9 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
         >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=scale)
         tensor([ 2., -2.,  0.])
     """
-    slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
+    tie = _tie(tensor, groups, dim, scale)
     check_writable(tensor, "the tensor")
-    if is_sharded(tensor):
-        shards_for(Indices(slices), [tensor], ["the tensor"]).project_([tensor], Workspace())
-        return tensor
-    project_([tensor], Index.compile(slices, [tensor]), Workspace())
+    Engine().apply_(Operation(project_), [(tie, [tensor])])
     return tensor
 
 
@@ -105,7 +100,9 @@ def is_tied(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Sup
         >>> is_tied(torch.tensor([1.0, -1.0]), [[0, 1]], scale=torch.tensor([1.0, -1.0]))
         True
     """
-    slices = numbered([slices_for(tensor, groups, dim, scale, "the tensor")])
-    if is_sharded(tensor):
-        return shards_for(Indices(slices), [tensor], ["the tensor"]).tied([tensor], Workspace())
-    return tied([tensor.detach()], Index.compile(slices, [tensor]), Workspace())
+    return Engine().is_tied([(_tie(tensor, groups, dim, scale), [tensor.detach()])])
+
+
+def _tie(tensor: Tensor, groups: Groups, dim: int, scale: Tensor | SupportsArray | None) -> Partition:
+    name = "the tensor"
+    return Partition(numbered([slices_for(tensor, groups, dim, scale, name)]), [name])

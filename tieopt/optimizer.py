@@ -16,29 +16,25 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from types import CodeType, new_class
+from types import new_class
 from typing import Any, Self, cast
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from tieopt.engine.engine import Pairs
-from tieopt.engine.graphs import between_graphs, copied, untraced
-from tieopt.errors import shown, users_level
+from tieopt.engine.graphs import between_graphs, copied
+from tieopt.errors import refusal, shown, users_level
 from tieopt.modes import summary
-from tieopt.modes.compact import CompactStep, check_served
-from tieopt.modes.conversion import Lost, compacted, expanded, without_history
-from tieopt.modes.full import FullStep, is_differentiable
+from tieopt.modes.compact import CompactMode
+from tieopt.modes.conversion import converter
+from tieopt.modes.full import FullMode
 from tieopt.modes.gradients import tie_gradients, with_gradients
-from tieopt.modes.mode import Binding
-from tieopt.modes.state import settings_in, tied_state
-from tieopt.modes.twin import compact_namespace, held_optimizers, states_of
+from tieopt.modes.mode import Mode, is_differentiable
+from tieopt.modes.state import Lost, settings_in, states_of, tied_state
 from tieopt.numbers.reduction import Reduction
-from tieopt.numbers.start import Start, check_start, start_from_first_
-from tieopt.ties.components import components
-from tieopt.ties.places import ParamGroups, all_places, given_name, name_of, parameters_of
-from tieopt.ties.slices import is_idle
+from tieopt.numbers.start import Start
+from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
 from tieopt.ties.tie import Tie, Ties, with_name
 
 _HOOKS = (
@@ -153,7 +149,7 @@ class TiedOptimizer(Optimizer):
         TiedAdamW(2 groups of 5 members in all, in 1 parameter, reduction='mean')
     """
 
-    _tieopt: Binding
+    _tieopt: Mode
     _tieopt_bases: tuple[type[TiedOptimizer], type[Optimizer]]
     _opt_called: bool
 
@@ -169,10 +165,9 @@ class TiedOptimizer(Optimizer):
         start: Start = "mean",
     ) -> Self:
         _check_wrappable(optimizer)
-        binding = Binding(optimizer.param_groups, ties, reduction, strength, every, compact)
-        check_start(start, relaxed=binding.relaxed)
-        tied_class = _tied_class(cls, type(optimizer), compact)
-        states = _tie_all(optimizer, states_of(optimizer), binding, start)
+        mode = _mode(compact)(optimizer.param_groups, ties, reduction, strength, every)
+        tied_class = _tied_class(cls, type(optimizer))
+        states = mode.bind(optimizer, states_of(optimizer), start)
 
         # Nothing fails from here on.
         vars(optimizer).pop("step", None)
@@ -181,7 +176,7 @@ class TiedOptimizer(Optimizer):
                 setattr(optimizer, name, OrderedDict(vars(optimizer).get(name) or {}))
         optimizer.__class__ = tied_class
         tied = cast(Self, optimizer)
-        tied._tieopt = binding
+        tied._tieopt = mode
         tied._replace_states(states)
         return tied
 
@@ -220,18 +215,14 @@ class TiedOptimizer(Optimizer):
             >>> optimizer.ties[0].parts[0].groups
             tensor([ 0, -1, -1,  0])
         """
-        return tuple(
-            Tie.join(
-                *(
-                    with_name(
-                        Tie(param, slices.labels, dim=slices.dim, scale=slices.scale),
-                        given_name(self.param_groups, place),
-                    )
-                    for param, slices, place in zip(params, tie.slices, tie.places, strict=True)
-                )
-            )
-            for tie, params in self._tieopt.parameters(self.param_groups)
-        )
+        param_groups, ties = self._tieopt.param_groups_of(self), []
+        for tie, params in self._tieopt.parameters(param_groups):
+            parts = []
+            for param, slices, place in zip(params, tie.slices, tie.places, strict=True):
+                part = Tie(param, slices.labels, dim=slices.dim, scale=slices.scale)
+                parts.append(with_name(part, given_name(param_groups, place)))
+            ties.append(Tie.join(*parts))
+        return tuple(ties)
 
     @between_graphs
     def tie_gradients(self) -> None:
@@ -262,7 +253,8 @@ class TiedOptimizer(Optimizer):
             >>> is_tied(layer.weight.grad, [[0, 2]])
             True
         """
-        tie_gradients(_with_gradients(self), self._tieopt.batches)
+        pairs = with_gradients(self._tieopt.parameters(self._tieopt.param_groups_of(self)))
+        tie_gradients(pairs, self._tieopt.engine)
 
     @between_graphs
     def tie_weights(self) -> None:
@@ -287,9 +279,9 @@ class TiedOptimizer(Optimizer):
             >>> is_tied(weight, [[0, 1]])
             True
         """
-        pairs = _trained(self._tieopt.parameters(self.param_groups))
-        self._tieopt.tie_weights(pairs, differentiable=is_differentiable(self))
-        self._tieopt.note_all(self.param_groups)
+        mode, param_groups = self._tieopt, self._tieopt.param_groups_of(self)
+        mode.tie_weights([pair for pair in mode.parameters(param_groups) if pair[1][0].requires_grad], self)
+        mode.note_all(param_groups)
 
     def retie(self, ties: Ties, *, start: Start = "mean") -> None:
         """Replaces all ties by others, in the middle of a training.
@@ -332,37 +324,24 @@ class TiedOptimizer(Optimizer):
         kept = self._tieopt
         if kept.running:
             raise RuntimeError(
-                "Ties cannot change in the middle of a step, which goes on with the old ones.\n"
-                "  Expected: retie() or untie() between steps\n"
-                "  Got:      a call from within step(), its closure, or another method of the optimizer"
+                refusal(
+                    "Ties cannot change in the middle of a step, which goes on with the old ones.",
+                    expected="retie() or untie() between steps",
+                    got="a call from within step(), its closure, or another method of the optimizer",
+                )
             )
-        compact = kept.compact is not None
-        binding = Binding(self.param_groups, ties, kept.reduction, kept.strength, kept.every, compact)
-        check_start(start, relaxed=binding.relaxed)
-        binding.replace(kept)
-        states: Sequence[Mapping[Any, Any]] = states_of(self)
+        mode = type(kept)(self.param_groups, ties, kept.reduction, kept.strength, kept.every)
         lost = Lost()
-        if kept.compact is not None:
-            states = [kept.compact.released(self, state, lost) for state in states]
-        states = _tie_all(self, states, binding, start, lost)
-        # What was compiled goes on as far as it is for what is still there.
-        binding.batches.copies = kept.batches.copies
-        if binding.compact is not None and kept.compact is not None:
-            binding.compact.twin = kept.compact.twin
-        if not compact and not any(states):
-            binding.inner_copies = kept.inner_copies
-        self._tieopt = binding
+        states = mode.bind(self, [kept.state_without(self, state, lost) for state in states_of(self)], start, lost)
+        mode.replace(kept, states)
+        self._tieopt = mode
         self._replace_states(states)
         _warn_of(lost, self.param_groups)
 
     def _replace_states(self, states: Sequence[Mapping[Any, Any]]) -> None:
         # The same objects: the optimizer and those that it holds may share them.
-        held = states_of(self)
-        if self._tieopt.compact is not None:
-            for kept in held:
-                kept.clear()
-        self.state.update(states[0])
-        for kept, state in zip(held[1:], states[1:], strict=True):
+        for kept, state in zip(states_of(self), states, strict=True):
+            kept.clear()
             kept.update(state)
 
     def untie(self) -> None:
@@ -419,9 +398,7 @@ class TiedOptimizer(Optimizer):
             >>> optimizer.tie_drift()
             0.0
         """
-        drifts = [self._tieopt.drift(*pair) for pair in self._tieopt.parameters(self.param_groups)]
-        # Unlike Python's, this maximum is NaN if a drift is.
-        return float(torch.tensor([0.0, *drifts], dtype=torch.float64, device="cpu").max())
+        return self._tieopt.engine.drift(self._tieopt.parameters(self._tieopt.param_groups_of(self)))
 
     def tie_summary(self) -> str:
         """A table of the ties, a line for each tied parameter, to be printed.
@@ -448,7 +425,7 @@ class TiedOptimizer(Optimizer):
             parameter  shape   slices  groups  members  free  distinct  drift
             weight     (6, 3)       6       2        5     1         3      0
         """
-        return summary.table(self._tieopt, self.param_groups)
+        return summary.table(self._tieopt, self._tieopt.param_groups_of(self))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the wrapped optimizer, and beside it the fingerprints of the ties.
@@ -476,14 +453,8 @@ class TiedOptimizer(Optimizer):
             >>> torch.optim.Adam([weight]).load_state_dict(optimizer.state_dict())
         """
         state_dict = super().state_dict(*args, **kwargs)
-        if not self._tieopt.ties:
-            return state_dict
-        saved: dict[str, Any] = {"ties": self._tieopt.fingerprints(self.param_groups)}
-        if self._tieopt.relaxed:
-            saved["steps"] = self._tieopt.steps
-        if self._tieopt.compact is not None:
-            saved["compact"] = True
-        return {**state_dict, _TIEOPT: saved}
+        saved = self._tieopt.saved(self.param_groups)
+        return {**state_dict, _TIEOPT: saved} if saved else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Loads a state that was saved with the same ties, in either mode, or without any.
@@ -517,25 +488,24 @@ class TiedOptimizer(Optimizer):
             ValueError: The state was saved with other ties.
             ...
         """
-        binding, saved = self._tieopt, state_dict.get(_TIEOPT)
-        pairs, settings = binding.parameters(self.param_groups), settings_in(self.param_groups)
+        mode, saved = self._tieopt, state_dict.get(_TIEOPT)
+        pairs, settings = mode.parameters(self.param_groups), settings_in(self.param_groups)
         if _TIEOPT in state_dict:
-            binding.check_saved(saved, self.param_groups)
-        was_compact = None if saved is None else saved.get("compact", False)
-        convert = _converter(self, binding, was_compact)
+            mode.check_saved(saved, self.param_groups)
+        convert = converter(mode, self, None if saved is None else saved.get("compact", False))
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
         if convert is not None:
             # As load_state_dict finds them: some checkpoints have names in the places of numbers.
             numbers, params = (
-                [one for settings in each for one in settings["params"]]
-                for each in (state_dict["param_groups"], self.param_groups)
+                [param for settings in param_groups for param in settings["params"]]
+                for param_groups in (state_dict["param_groups"], self.param_groups)
             )
             held = dict(zip(numbers, params, strict=False))
-            convert({held[number]: one for number, one in state_dict["state"].items() if number in held})
+            convert({held[number]: state for number, state in state_dict["state"].items() if number in held})
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
-            binding.steps = saved.get("steps", 0)
-        if not binding.relaxed and (saved is None or "steps" in saved):
+            mode.steps = saved.get("steps", 0)
+        if not mode.relaxed and (saved is None or "steps" in saved):
             self.state.update(tied_state(self.state, pairs, settings))
         if convert is not None:
             self.state.update(convert(self.state))
@@ -563,8 +533,6 @@ class TiedOptimizer(Optimizer):
             True
         """
         super().add_param_group(param_group)
-        if self._tieopt.compact is not None:
-            self._tieopt.compact.mirror(self.param_groups)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({summary.line(self._tieopt)})"
@@ -575,7 +543,7 @@ class TiedOptimizer(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made at run time; pickle would not find it by its name.
-        return _restored, (*self._tieopt_bases, self._tieopt), self.__getstate__()
+        return _restored, (*self._tieopt_bases, self._tieopt), self._tieopt.at_rest(self, self.__getstate__())
 
 
 def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
@@ -585,18 +553,22 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     # compiler knows that it may write in place. Here the ties have graphs, too, so gradients are turned off around all.
     @between_graphs
     def step(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        inner_step = _below(inner.step, _HOOKED_CODE)
-        below = _below(inner_step, _USE_GRAD_CODE)
-        grad = is_differentiable(self) if below is not inner_step else torch.is_grad_enabled()
+        # Looked up now, as hosts patch the step of a class. What torch puts around it is done once, around the ties.
+        inner_step: Any = inner.step
+        if getattr(inner_step, "__code__", None) is _HOOKED_CODE:
+            inner_step = inner_step.__wrapped__
+        grad = torch.is_grad_enabled()
+        if getattr(inner_step, "__code__", None) is _USE_GRAD_CODE:
+            inner_step, grad = inner_step.__wrapped__, is_differentiable(self)
         self._opt_called = True
-        mode = FullStep(self) if self._tieopt.compact is None else CompactStep(self)
+        stepping = self._tieopt.stepping(self)
         if args and callable(args[0]):
-            args = (mode.around(args[0]), *args[1:])
+            args = (stepping.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
-            kwargs["closure"] = mode.around(kwargs["closure"])
-        with self._tieopt.step(), torch.set_grad_enabled(grad), mode:
-            result = mode.step(below, *args, **kwargs)
-            mode.finish()
+            kwargs["closure"] = stepping.around(kwargs["closure"])
+        with torch.set_grad_enabled(grad), stepping:
+            result = stepping.step(inner_step, *args, **kwargs)
+            stepping.finish()
             return result
 
     step.__doc__ = inner.step.__doc__
@@ -610,6 +582,12 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
     return hooked
 
 
+# What torch puts around the step of every optimizer, to fire the hooks and mark the profile, and around those of its
+# own, to turn gradients off. They are told by their code: functools.wraps copies marks to whatever wraps them.
+_HOOKED_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
+_USE_GRAD_CODE = _use_grad_for_differentiable(lambda self: None).__code__
+
+
 def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
     """A method other than ``step()``, such as ``first_step()`` or ``eval()``, with the gradients and weights tied.
 
@@ -617,35 +595,39 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
     """
     inner_method = getattr(inner, name)
     # Those of schedule-free and other optimizers, which exchange the weights that are trained and those to evaluate.
-    reads = name not in ("train", "eval")
+    reads_gradients = name not in ("train", "eval")
     names = list(inspect.signature(inner_method).parameters)
     closure_at = names.index("closure") - 1 if "closure" in names else len(names)
-    below = inspect.unwrap(inner_method)
-    goes_on = inspect.isgeneratorfunction(below) or inspect.iscoroutinefunction(below)
 
     @wraps(inner_method)
     def method(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
         if self._tieopt.running:
             # The step that calls it ties.
             return inner_method(self, *args, **kwargs)
-        if self._tieopt.compact is not None:
-            # The twin has the attributes of the optimizer.
-            _check_itself(self)
-            if goes_on:
-                raise TypeError(
-                    "The compact mode cannot follow a method that goes on after it has returned.\n"
-                    "  Expected: a method that is done when it returns, or compact=False\n"
-                    f"  Got:      {inner.__name__}.{name}(), a generator, a context manager or a coroutine"
-                )
-        mode = FullStep(self, gradients=reads) if self._tieopt.compact is None else CompactStep(self)
+        stepping = self._tieopt.stepping(self, reads_gradients=reads_gradients)
         if callable(kwargs.get("closure")):
-            kwargs["closure"] = mode.around(kwargs["closure"])
+            kwargs["closure"] = stepping.around(kwargs["closure"])
         elif closure_at < len(args) and callable(args[closure_at]):
-            args = (*args[:closure_at], mode.around(args[closure_at]), *args[closure_at + 1 :])
-        with self._tieopt.step(), mode:
-            return mode.call(inner_method, *args, **kwargs)
+            args = (*args[:closure_at], stepping.around(args[closure_at]), *args[closure_at + 1 :])
+        with stepping:
+            return stepping.call(inner_method, *args, **kwargs)
 
     return method
+
+
+def _tied_zero_grad(inner: type[Optimizer]) -> Callable[..., Any]:
+    """``zero_grad`` that also clears the gradients of the model, in the middle of a step of other parameters."""
+
+    @wraps(inner.zero_grad)
+    def zero_grad(self: TiedOptimizer, set_to_none: bool = True) -> None:
+        inner.zero_grad(self, set_to_none)
+        for param in self._tieopt.set_aside:
+            if set_to_none or param.grad is None:
+                param.grad = None
+            else:
+                param.grad.detach_().zero_()
+
+    return zero_grad
 
 
 def _methods(inner: type[Optimizer]) -> set[str]:
@@ -659,120 +641,51 @@ def _methods(inner: type[Optimizer]) -> set[str]:
     }
 
 
-# What torch puts around the step of every optimizer, to fire the hooks and mark the profile, and around those of its
-# own, to turn gradients off. They are told by their code: functools.wraps copies marks to whatever wraps them.
-_HOOKED_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
-_USE_GRAD_CODE = _use_grad_for_differentiable(lambda self: None).__code__
+_tied_classes: dict[tuple[type, type], type[TiedOptimizer]] = {}
 
 
-def _below(step: Any, code: CodeType) -> Any:
-    """The step without a wrapper of this code, so that what it does is done once, around the ties.
-
-    A decorator around the wrapper stays, as it may matter; then what is inside is done as well.
-    """
-    return step.__wrapped__ if getattr(step, "__code__", None) is code else step
-
-
-_tied_classes: dict[tuple[type, type, bool], type[TiedOptimizer]] = {}
-
-
-def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer], compact: bool) -> type[TiedOptimizer]:
-    """The subclass of both, one for all optimizers of a class and mode."""
-    if (cls, inner, compact) not in _tied_classes:
+def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer]) -> type[TiedOptimizer]:
+    """The subclass of both, one for all optimizers of a class."""
+    if (cls, inner) not in _tied_classes:
         namespace = {
             "__doc__": inner.__doc__,
             "__module__": inner.__module__,
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
+            "zero_grad": _tied_zero_grad(inner),
             **{name: _tied_method(inner, name) for name in _methods(inner) if not hasattr(cls, name)},
-            **(compact_namespace(inner) if compact else {}),
         }
-        name = f"Tied{inner.__name__}"
-        if Optimizer in _laid_out_from(inner):
-            made = new_class(name, (cls, inner), exec_body=lambda body: body.update(namespace))
-        else:
-            keywords = {"metaclass": _inner_first(cls, inner)}
-            made = new_class(name, (inner, cls), keywords, lambda body: body.update(namespace))
-        _tied_classes[cls, inner, compact] = made
-    return _tied_classes[cls, inner, compact]
+        bases = (*_layout_base(inner), cls, inner)
+        _tied_classes[cls, inner] = new_class(
+            f"Tied{inner.__name__}", bases, exec_body=lambda body: body.update(namespace)
+        )
+    return _tied_classes[cls, inner]
 
 
-def _laid_out_from(kind: type) -> list[type]:
-    """The classes from which a class has the layout of its objects in memory: of several bases, the first one."""
-    bases = [kind]
-    while bases[-1].__base__ is not None:
-        bases.append(bases[-1].__base__)
-    return bases
+def _layout_base(inner: type) -> tuple[type, ...]:
+    """A first base that gives a tied class the layout in memory of the inner one.
 
-
-def _inner_first(cls: type, inner: type) -> type:
-    """The metaclass of a tied class that has the inner one as its first base, and is asked before it all the same.
-
-    The class of an object can only be replaced by one of the same layout. Where the inner class has its own from
-    another base than ``Optimizer``, as in ``class Inner(ABC, Optimizer)``, it has to be the first base of the tied
-    one.
+    The class of an object can only be replaced by one of the same layout, which a class has from its first base. Where
+    that of the inner class leads to another base than ``Optimizer``, as in ``class Inner(ABC, Optimizer)``, the
+    attributes of objects were added to that one.
     """
-    order = new_class("_Order", (cls, inner)).__mro__[1:]
-
-    def mro(made: type) -> list[type]:
-        return [made, *order] if made.__bases__ == (inner, cls) else type.mro(made)
-
-    return new_class("_InnerFirst", (type(inner),), exec_body=lambda body: body.update(mro=mro))
+    added: Any = inner
+    while added.__base__.__dictoffset__:
+        added = added.__base__
+    return () if added is Optimizer else (new_class("Layout", (added.__base__,)),)
 
 
-def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], binding: Binding) -> TiedOptimizer:
+def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], mode: Mode) -> TiedOptimizer:
     """An optimizer without state, for ``pickle`` and ``copy`` to fill."""
-    optimizer = object.__new__(_tied_class(cls, inner, binding.compact is not None))
-    optimizer._tieopt = binding
+    optimizer = object.__new__(_tied_class(cls, inner))
+    optimizer._tieopt = mode
     return optimizer
 
 
-def _tie_all(
-    optimizer: Optimizer,
-    states: Sequence[Mapping[Any, Any]],
-    binding: Binding,
-    start: Start,
-    lost: Lost | None = None,
-) -> list[dict[Any, Any]]:
-    """Ties the weights, and returns what takes the places of the states that there are already.
-
-    Args:
-        optimizer: to be tied.
-        states: of it, and of the optimizers that it holds.
-        binding: of the ties.
-        start: what the shared values start from.
-        lost: gets what cannot be converted, which is an error without it.
-    """
-    _check_reduction(optimizer, binding)
-    if binding.compact is not None:
-        if binding.ties:
-            check_served(optimizer, binding.compact)
-        binding.compact.attach(optimizer.param_groups)
-    changed = [_tied_with(optimizer, state, binding, start, lost) for state in states]
-    trained = _trained(binding.parameters(optimizer.param_groups))
-    if start == "first":
-        for tie, params in trained:
-            start_from_first_(tie, params, tie.order)
-    # What starts from the first members is tied already, and keeps its bits.
-    binding.tie_weights(trained, differentiable=is_differentiable(optimizer), strength=binding.strength)
-    binding.note_all(optimizer.param_groups)
-    return changed
-
-
-def _tied_with(
-    optimizer: Optimizer, state: Mapping[Any, Any], binding: Binding, start: Start, lost: Lost | None
-) -> dict[Any, Any]:
-    """What takes the place of a state; arguments as for :func:`_tie_all`."""
-    pairs, settings = binding.parameters(optimizer.param_groups), settings_in(optimizer.param_groups)
-    # Also that of frozen parameters, which may be trained again.
-    changed = {**state, **({} if binding.relaxed else tied_state(state, pairs, settings, start))}
-    if binding.compact is None:
-        return changed
-    if binding.ties:
-        changed = without_history(optimizer, changed, lost)
-    own = parameters_of(binding.compact.components, optimizer.param_groups)
-    changed = {**changed, **compacted(changed, own, lost=lost)}
-    return {key: value for key, value in changed.items() if value != {}}
+def _mode(compact: Any) -> type[Mode]:
+    if not isinstance(compact, bool):
+        raise TypeError(refusal("compact says which mode it is.", expected="True or False", got=shown(compact)))
+    return CompactMode if compact else FullMode
 
 
 def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
@@ -790,35 +703,6 @@ def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
         )
 
 
-@untraced
-def _with_gradients(optimizer: Any) -> Pairs:
-    """The ties of which a parameter has a gradient."""
-    return with_gradients(optimizer._tieopt.parameters(optimizer.param_groups))
-
-
-def _trained(pairs: Pairs) -> Pairs:
-    """The ties whose parameters are not frozen."""
-    return [pair for pair in pairs if pair[1][0].requires_grad]
-
-
-def _converter(
-    optimizer: Optimizer, binding: Binding, was_compact: bool | None
-) -> Callable[[Mapping[Any, Any]], dict[Any, Any]] | None:
-    """What converts a state that was saved in the other mode, or without a word; None if it was saved in this one."""
-    if bool(was_compact) == (binding.compact is not None):
-        return None
-    compact, settings = binding.compact, settings_in(optimizer.param_groups)
-    own = components(binding.ties, optimizer.param_groups) if compact is None else compact.components
-    pairs = parameters_of(own, optimizer.param_groups)
-
-    def convert(state: Mapping[Any, Any]) -> dict[Any, Any]:
-        if own:
-            without_history(optimizer, state, entries=compact.count() if compact and was_compact is None else None)
-        return expanded(state, pairs, settings) if was_compact else compacted(state, pairs, was_compact is None)
-
-    return convert
-
-
 def _check_itself(optimizer: Any) -> None:
     """Refuses an object of the same class that only asks the tied optimizer for its attributes, as those of Lightning.
 
@@ -826,52 +710,34 @@ def _check_itself(optimizer: Any) -> None:
     """
     if "_tieopt" not in vars(optimizer):
         raise TypeError(
-            "Call this on the tied optimizer itself, and not on what a framework has put in its place.\n"
-            "  Expected: the tied optimizer, for example `self.optimizers().optimizer` in Lightning\n"
-            f"  Got:      {type(optimizer).__name__}"
-        )
-
-
-# Optimizers that compare how the loss changes with what the gradient says, by their names: a line search of LBFGS, the
-# step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
-_COMPARES_LOSS = {"LBFGS", "AliG"}
-
-
-def _check_reduction(optimizer: Optimizer, binding: Binding) -> None:
-    """Refuses gradients that are not those of what the optimizer trains, where it compares them with the loss.
-
-    The mean is the gradient along tied weights, and the sum that of the shared values.
-    """
-    right = "mean" if binding.compact is None else "sum"
-    if binding.reduction == right or binding.relaxed or all(is_idle(tie.slices) for tie in binding.ties):
-        return
-    for one in [optimizer, *held_optimizers(optimizer)]:
-        named = [kind.__name__ for kind in type(one).__mro__ if kind.__name__ in _COMPARES_LOSS]
-        if named:
-            raise ValueError(
-                f"{named[0]} compares the loss with its gradient, which has to be that of what it trains.\n"
-                "  Expected: reduction='mean' with compact=False, or reduction='sum' with compact=True\n"
-                f"  Got:      reduction={binding.reduction!r}, compact={binding.compact is not None}"
+            refusal(
+                "Call this on the tied optimizer itself, and not on what a framework has put in its place.",
+                expected="the tied optimizer, for example `self.optimizers().optimizer` in Lightning",
+                got=type(optimizer).__name__,
             )
+        )
 
 
 def _check_wrappable(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"TiedOptimizer wraps an optimizer.\n  Expected: a torch.optim.Optimizer\n  Got:      {shown(optimizer)}"
-        )
+        what = "TiedOptimizer wraps an optimizer."
+        raise TypeError(refusal(what, expected="a torch.optim.Optimizer", got=shown(optimizer)))
     if isinstance(optimizer, TiedOptimizer):
         raise TypeError(
-            "The optimizer is tied already.\n"
-            "  Expected: an optimizer without ties; optimizer.retie(ties) replaces them, all at once\n"
-            f"  Got:      {type(optimizer).__name__} with {shown(optimizer.ties)}"
+            refusal(
+                "The optimizer is tied already.",
+                expected="an optimizer without ties; optimizer.retie(ties) replaces them, all at once",
+                got=f"{type(optimizer).__name__} with {shown(optimizer.ties)}",
+            )
         )
     step = vars(optimizer).get("step")
     # A scheduler replaced it, around the step of the class: that may go.
     scheduled = hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(optimizer).step
     if step is not None and not scheduled:
         raise TypeError(
-            "The optimizer's step was replaced on the instance, and ties cannot go below that.\n"
-            "  Expected: an optimizer with the step of its class; tie it first, then replace the step\n"
-            f"  Got:      {type(optimizer).__name__} with step = {shown(step)}"
+            refusal(
+                "The optimizer's step was replaced on the instance, and ties cannot go below that.",
+                expected="an optimizer with the step of its class; tie it first, then replace the step",
+                got=f"{type(optimizer).__name__} with step = {shown(step)}",
+            )
         )

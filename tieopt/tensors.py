@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+from tieopt.errors import refusal
 
 
 class _Span(NamedTuple):
@@ -75,18 +77,22 @@ def _meet(first: Tensor, span: _Span, second: Tensor, other: _Span) -> bool:
     return False
 
 
-def traces(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """Return what changes when tensors are replaced, moved or written to.
+def traces(tensors: Iterable[Sequence[Tensor]]) -> list[list[tuple[object, ...]]]:
+    """Return, for each of several lists of tensors, what changes when one of them is replaced, moved or written to.
 
-    The last entry of each counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
+    The last entry for a tensor counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
     inference mode none are: its trace equals no other.
     """
-    return [(id(tensor), *_where(tensor), object() if tensor.is_inference() else tensor._version) for tensor in tensors]
-
-
-def _where(tensor: Tensor) -> tuple[object, ...]:
-    """Where the entries of a tensor are, if they have a place in memory each."""
-    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
+    found = []
+    for several in tensors:
+        traces_of_several: list[tuple[object, ...]] = []
+        for tensor in several:
+            # Entries of other layouts have no place in memory each.
+            where = (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
+            writes = object() if tensor.is_inference() else tensor._version
+            traces_of_several.append((id(tensor), *where, writes))
+        found.append(traces_of_several)
+    return found
 
 
 # --- in memory ---
@@ -170,9 +176,10 @@ def is_sharded_as(tensor: Any, other: Any) -> bool:
 
 
 @torch.no_grad()
-def local(tensors: Sequence[Any]) -> list[Tensor]:
-    """The shards that this rank has."""
-    return [tensor.to_local() for tensor in tensors]
+def local(tensor: Any) -> Tensor:
+    """Return the shard that this rank has; of a tensor that is not sharded, the tensor."""
+    shard: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return shard
 
 
 def bounds_of(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Any], at: Sequence[int]) -> Bounds:
@@ -201,5 +208,43 @@ def sharded_as(tensor: Any, full: Tensor) -> Tensor:
     mesh = tensor.device_mesh
     for dim, bounds in enumerate(bounds_of(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())):
         full = full.narrow(dim, *bounds)
-    local([result])[0].copy_(full)
+    local(result).copy_(full)
     return result
+
+
+def check_sharding(param: Any, name: str) -> None:
+    """Refuse a parameter whose entries a tie cannot find.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            refusal(
+                f"{name} of shape {tuple(param.shape)} was flattened by FullyShardedDataParallel.",
+                expected="torch.distributed.fsdp.fully_shard, which leaves parameters their shapes",
+                got=type(param).__name__,
+            )
+        )
+    if not is_sharded(param):
+        return
+    mesh = param.device_mesh
+    if any(bool((mesh.mesh.diff(dim=dim) < 0).any()) for dim in range(mesh.ndim)):
+        # torch itself goes by the order of the mesh here, and by that of the process group there.
+        raise ValueError(
+            refusal(
+                f"{name} of shape {tuple(param.shape)} is on a mesh whose ranks do not ascend.",
+                expected="ranks in ascending order along each dimension, as process groups have them",
+                got=mesh,
+            )
+        )
+    for placement in param.placements:
+        # Those that derive from Shard lie elsewhere.
+        if not placement.is_replicate() and type(placement).__name__ != "Shard":
+            raise ValueError(
+                refusal(
+                    f"{name} of shape {tuple(param.shape)} cannot be tied as it is distributed.",
+                    expected="placements Shard and Replicate alone",
+                    got=param.placements,
+                )
+            )

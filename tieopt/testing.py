@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tieopt.engine.engine import Engine
 from tieopt.errors import shown
-from tieopt.modes.mode import Binding
-from tieopt.numbers.reduction import Reduction, Workspace, lead_
+from tieopt.numbers.reduction import Operation, Reduction, lead_
 from tieopt.optimizer import TiedOptimizer
+from tieopt.ties.places import found
 from tieopt.ties.slices import FREE, Slices, is_idle, numbered
 from tieopt.ties.tie import Groups, Tie, Ties
 
@@ -87,9 +88,10 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         )
     names = list(named)
     groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
-    for bound, params in Binding(groups, ties, "mean", holder="model").parameters(groups):
+    for bound in found(groups, ties, "model"):
+        params = [groups[0]["params"][place.position] for place in bound.places]
         led = [param.detach().clone() for param in params]
-        lead_(led, bound.index_for(led), Workspace())
+        Engine().apply_(Operation(lead_), [(bound, led)])
         for place, slices, expected, param in zip(bound.places, bound.slices, led, params, strict=True):
             wide = torch.complex128 if param.is_complex() else torch.float64
             expected, got = expected.cpu().to(wide), param.detach().cpu().to(wide)

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from tieopt.engine.graphs import Copies, between_graphs, is_compiled
-from tieopt.numbers.folding import Folding
-from tieopt.numbers.index import Index, Indices
-from tieopt.numbers.reduction import Reduction, is_narrow, rounded
+from tieopt.numbers.folding import Folding, fold_free_gradients_
+from tieopt.numbers.index import Index
+from tieopt.numbers.reduction import Operation, is_narrow, rounded
 from tieopt.tensors import overlaps
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Ties = TypeVar("Ties", bound=Indices)
+IndexOrShards = TypeVar("IndexOrShards")
 
 
 # The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
@@ -60,65 +59,65 @@ class Call(NamedTuple):
 
 
 def projections(
-    pairs: Sequence[tuple[Ties, list[Tensor]]], reduction: Reduction, copies: Copies, *, stepped: bool
-) -> tuple[list[Call], list[tuple[Ties, list[Tensor]]]]:
-    """How to project tensors as :func:`~tieopt.numbers.reduction.project_` does.
+    pairs: Sequence[tuple[IndexOrShards, list[Tensor]]], operation: Operation, copies: Copies
+) -> tuple[list[Call], list[tuple[IndexOrShards, list[Tensor]]]]:
+    """Return the calls that project the tensors whose means can be written out, and the other tensors.
+
+    Means that depend on whether a step has just written the weights are not written out.
 
     Args:
-        pairs: ties and their tensors.
-        reduction: ``"mean"`` or ``"sum"``.
+        pairs: indices and their tensors.
+        operation: a projection.
         copies: of the optimizer.
-        stepped: whether they are weights that a step has just written. Those whose means depend on it are not written
-            out.
-
-    Returns:
-        The calls that project those that can be written out, and the other ones.
     """
     calls: list[Call] = []
     small, others = [], []
-    held = Counter(id(tensor) for _, own in pairs for tensor in own)
-    for ties, own in pairs:
-        plain = held[id(own[0])] == 1 and not (stepped and is_narrow(own[0].dtype))
-        rows = _rows_written_out(ties, own) if plain else None
+    count = Counter(id(tensor) for _, tensors in pairs for tensor in tensors)
+    for index, tensors in pairs:
+        plain = count[id(tensors[0])] == 1 and not (operation.stepped and is_narrow(tensors[0].dtype))
+        rows = _rows_written_out(index, tensors) if plain and isinstance(index, Index) else None
         if rows is None:
-            others.append((ties, own))
+            others.append((index, tensors))
             continue
-        chunks = _chunks(ties.index_for(own), rows[0].numel())
+        chunks = _chunks(cast(Index, index), rows[0].numel())
         if len(chunks) == 1:
-            small.append((rows, chunks[0]))
+            small.append((rows, rows, chunks[0]))
         else:
-            calls.extend(_call(_project, [(rows, rows, chunk)], reduction, copies) for chunk in chunks)
+            calls.extend(_call(_project, [(rows, rows, chunk)], operation, copies) for chunk in chunks)
     if small:
-        calls.append(_call(_project, [(rows, rows, members) for rows, members in small], reduction, copies))
+        calls.append(_call(_project, small, operation, copies))
     return calls, others
 
 
 def gradient_foldings(
-    triples: Sequence[tuple[Folding, Tensor, Tensor]], reduction: Reduction, copies: Copies
-) -> list[Call]:
-    """The calls that write the gradients of shared values, as :func:`~tieopt.numbers.folding.fold_gradients_` does.
+    triples: Sequence[tuple[Folding, list[Tensor], list[Tensor]]], operation: Operation, copies: Copies
+) -> tuple[list[Call], list[tuple[Folding, list[Tensor], list[Tensor]]]]:
+    """Fold the gradients whose means can be written out, but for the means.
 
     Args:
-        triples: foldings that can be written out, and for each a compact tensor to write to, and a gradient.
-        reduction: ``"mean"`` or ``"sum"``.
+        triples: foldings, gradients, and compact tensors to write to.
+        operation: :func:`~tieopt.numbers.folding.fold_gradients_`.
         copies: of the optimizer.
+
+    Returns:
+        The calls that write the means, and the other gradients.
     """
-    given = []
-    for folding, target, grad in triples:
-        (rows,), (compact,) = folding.rows([grad], [target])
-        given.append((_static(compact[: folding.groups[0]]), _static(rows), folding.index.members_of_groups))
-    return [_call(_mean, given, reduction, copies)] if given else []
+    given, others = [], []
+    for folding, grads, compacts in triples:
+        rows = _rows_written_out(folding.index, grads)
+        if rows is None:
+            others.append((folding, grads, compacts))
+            continue
+        fold_free_gradients_(grads, compacts, folding)
+        _, (compact,) = folding.rows(grads, compacts)
+        given.append((_static(compact[: folding.groups[0]]), rows, folding.index.members_of_groups))
+    return [_call(_mean, given, operation, copies)] if given else [], others
 
 
-def is_written_out(ties: Indices, tensors: Sequence[Tensor]) -> bool:
-    """Whether the means of tensors are worth writing out, and can be."""
-    return _rows_written_out(ties, tensors) is not None
-
-
-def _rows_written_out(ties: Indices, tensors: Sequence[Tensor]) -> Tensor | None:
+def _rows_written_out(index: Index, tensors: Sequence[Tensor]) -> Tensor | None:
+    """The rows of a tensor whose means are worth writing out, and can be."""
     if not _WRITES_OUT or len(tensors) != 1 or tensors[0].numel() < _LEAST:
         return None
-    index = ties.index_for(tensors)
     sizes = {run.rounds[0].size for run in index.runs}
     if (
         index.slices[0].scale is not None
@@ -152,8 +151,9 @@ def _chunks(index: Index, slice_entries: int) -> Sequence[Tensor]:
 
 
 def _call(
-    function: Callable[..., None], given: Sequence[tuple[Tensor, Tensor, Tensor]], reduction: Reduction, copies: Copies
+    function: Callable[..., None], given: Sequence[tuple[Tensor, Tensor, Tensor]], operation: Operation, copies: Copies
 ) -> Call:
+    reduction = operation.options.get("reduction", "mean")
     targets, rows, members = (list(column) for column in zip(*given, strict=True))
     shapes = tuple(
         (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in (*targets, *rows, *members)

@@ -1,148 +1,323 @@
-"""Many small ties worked on as one, so that not each of them costs a round of Python.
+"""The one door to the numbers: operations on the tensors of ties, of whatever kind these are.
 
-Rows of several parameters that are equally long are gathered into one buffer, reduced together, and written back;
-what is left for each parameter is to gather and to write.
-
-The results are those of one tie after the other, to the last bit: whether ties are merged depends on which of them
-took part in earlier steps, which a checkpoint does not know.
+Whether tensors are plain or sharded, whether many small ties are worked on as one, and what ``torch.compile`` gets is
+decided here. Everything that is compiled for ties is kept here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from tieopt.engine.compiled import Call, is_under_compiler, projections
+from tieopt.engine.compiled import Call, gradient_foldings, is_under_compiler, projections
 from tieopt.engine.graphs import Copies, between_graphs, untraced
-from tieopt.engine.sharded import Shards, shards_for
-from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Indices
-from tieopt.numbers.reduction import Reduction, Workspace, divide_, means_for, project_, relax_
-from tieopt.tensors import is_sharded, wide_dtype
-from tieopt.ties.places import BoundTie
-from tieopt.ties.slices import FREE, Slices, told_apart
+from tieopt.engine.sharded import Shards
+from tieopt.numbers.folding import Folded, Folding, fold_gradients_, folded, folded_sparse
+from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
+from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
+from tieopt.numbers.start import start_from_first_
+from tieopt.tensors import is_sharded, local, sharded_as, wide_dtype
+from tieopt.ties.slices import FREE, Partition, told_apart
 
-Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
+P = TypeVar("P", bound=Partition)
+Pairs = Sequence[tuple[P, list[Tensor]]]
 
 # Ties of more entries are worth a run of their own.
 _SMALL = 2**17
 
-# Which ties take part in a step may change. So many selections are remembered, and others are not merged.
+# Which ties take part in a step may change. So many selections are remembered; in others no ties are merged.
 _SELECTIONS = 32
 
 
-class Batches:
-    """Applies ties to tensors, the small ones together, with buffers that are kept from call to call.
-
-    It carries nothing from one call to the next: its copies and pickles are empty.
+class Work(NamedTuple):
+    """Ties that are worked on as one.
 
     Attributes:
-        workspace: the buffers.
+        ties: one, or several that were merged.
+        executor: what applies operations to them: their index, or their shards.
+        numbers: of their tensors, among those of all ties that were given.
+    """
+
+    ties: tuple[Partition, ...]
+    executor: Index | Shards
+    numbers: list[int]
+
+
+class Engine:
+    """Applies operations to the tensors of ties, with buffers and indices that are kept from call to call.
+
+    It carries nothing else from one call to the next: its copies and pickles are empty.
+
+    Attributes:
         copies: of the functions that ``torch.compile`` gets.
     """
 
     def __init__(self) -> None:
-        self.workspace = Workspace()
         self.copies = Copies()
-        self._merged: dict[tuple[BoundTie, ...], Indices] = {}
-        self._sizes: dict[BoundTie, int | None] = {}
+        self._workspace = Workspace()
+        self._indices: dict[tuple[Partition, Layout], Index] = {}
+        self._shards: dict[tuple[Any, ...], Shards] = {}
+        self._folded: dict[Partition, tuple[Folded, ...]] = {}
+        self._foldings: dict[Index, Folding] = {}
+        self._plans: dict[tuple[Any, ...], list[Work]] = {}
+        self._sizes: dict[Partition, int | None] = {}
+
+    def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
+        return Engine, ()
 
     @between_graphs
-    def project_(self, pairs: Pairs, reduction: Reduction = "mean", *, stepped: bool = False) -> None:
-        """Projects the tensors of each tie; see :func:`~tieopt.numbers.reduction.project_`.
+    def apply_(
+        self, operation: Operation, pairs: Pairs[Partition], compacts: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
+        """Apply an operation to tensors, in place.
 
         Args:
-            pairs: ties and their tensors.
-            reduction: ``"mean"`` or ``"sum"``.
-            stepped: whether they are weights that a step has just written, see
-                :func:`~tieopt.numbers.reduction.means_after_step`.
+            operation: such as a projection, or a folding.
+            pairs: ties and their tensors, all of which are sharded or none, tie by tie.
+            compacts: for a folding, the compact tensors of each tie.
         """
-        for function, arguments in self._project_(pairs, reduction, stepped, is_under_compiler()):
+        for function, arguments in self.calls(operation, pairs, compacts, compiled=is_under_compiler()):
             function(*arguments)
 
     @untraced
-    def _project_(self, pairs: Pairs, reduction: Reduction, stepped: bool, compiled: bool) -> Sequence[Call]:
-        """Projects what is not to be compiled, and returns the calls that do the rest."""
+    def calls(
+        self,
+        operation: Operation,
+        pairs: Pairs[Partition],
+        compacts: Sequence[Sequence[Tensor]] | None = None,
+        *,
+        compiled: bool,
+    ) -> Sequence[Call]:
+        """Apply an operation but for what is worth compiling, and return the calls that do the rest.
+
+        Args:
+            operation: as for :meth:`apply_`.
+            pairs: as for :meth:`apply_`.
+            compacts: as for :meth:`apply_`.
+            compiled: whether ``torch.compile`` will get the calls.
+        """
+        if compacts is not None:
+            return self._fold_(operation, pairs, compacts, compiled)
         calls: Sequence[Call] = ()
-        pairs, sharded = _parted(pairs)
-        for shards, tensors in sharded:
-            shards.project_(tensors, self.workspace, reduction, stepped=stepped)
-        if compiled:
-            calls, pairs = projections(pairs, reduction, self.copies, stepped=stepped)
-        for ties, tensors in self.of(pairs):
-            project_(tensors, ties.index_for(tensors), self.workspace, reduction, means_for(stepped))
+        works = [(work.executor, tensors) for work, tensors in self._works(pairs)]
+        if compiled and operation.function is project_:
+            calls, works = projections(works, operation, self.copies)
+        for index, tensors in works:
+            if isinstance(index, Shards):
+                index.apply_(operation, tensors, self._workspace)
+            else:
+                operation(tensors, index, self._workspace)
         return calls
 
-    @untraced
-    def divide_(self, pairs: Pairs) -> None:
-        """Divides the tensors of each tie; see :func:`~tieopt.numbers.reduction.divide_`."""
-        pairs, sharded = _parted(pairs)
-        for shards, tensors in sharded:
-            shards.divide_(tensors, self.workspace)
-        for ties, tensors in self.of(pairs):
-            divide_(tensors, ties.index_for(tensors), self.workspace)
+    def _fold_(
+        self,
+        operation: Operation,
+        pairs: Pairs[Partition],
+        compacts: Sequence[Sequence[Tensor]],
+        compiled: bool,
+    ) -> Sequence[Call]:
+        calls: Sequence[Call] = ()
+        all_compacts = [compact for own in compacts for compact in own]
+        triples = [
+            (self._folding(work), tensors, [all_compacts[number] for number in work.numbers])
+            for work, tensors in self._works(pairs)
+        ]
+        if compiled and operation.function is fold_gradients_:
+            calls, triples = gradient_foldings(triples, operation, self.copies)
+        for folding, tensors, own in triples:
+            operation.function(tensors, own, folding, self._workspace, **operation.options)
+        return calls
 
-    @untraced
-    def relax_(self, pairs: Pairs, strength: float, *, stepped: bool = False) -> None:
-        """Relaxes the tensors of each tie; see :func:`~tieopt.numbers.reduction.relax_`, and :meth:`project_`."""
-        pairs, sharded = _parted(pairs)
-        for shards, tensors in sharded:
-            shards.relax_(tensors, self.workspace, strength, stepped=stepped)
-        for ties, tensors in self.of(pairs):
-            relax_(tensors, ties.index_for(tensors), self.workspace, strength, means_for(stepped))
+    @torch.no_grad()
+    def is_tied(self, pairs: Pairs[Partition]) -> bool:
+        """Return whether the members of each group are equal; with scales, multiples of one value."""
+        return all(self._answers(Operation(tied), pairs))
 
-    def of(self, pairs: Pairs) -> Iterator[tuple[Indices, list[Tensor]]]:
-        """The same ties and tensors, those that can be worked on together as one."""
-        alike: dict[tuple[Any, ...], list[tuple[BoundTie, list[Tensor]]]] = {}
-        entries: dict[tuple[Any, ...], int] = {}
-        for tie, tensors in pairs:
-            first, size = tensors[0], self._size(tie)
-            # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
-            double = first.dtype.to_real() == wide_dtype(first.device)
-            if (
-                size is None
-                or double
-                or first.numel() > (_SMALL if size else EVEN_ENTRIES - 1)
-                or not first.is_contiguous()
-            ):
-                yield tie, tensors
-                continue
-            kind = size, first.shape[1:], first.dtype, first.device
-            entries[kind] = entries.get(kind, 0) + first.numel()
-            alike.setdefault((*kind, entries[kind] // (TOTALS - _SMALL)), []).append((tie, tensors))
-        for (size, *_), batch in alike.items():
-            ties = tuple(tie for tie, _ in batch)
-            if len(ties) > 1 and ties not in self._merged and len(self._merged) < _SELECTIONS:
-                self._merged[ties] = Merged(ties, even=bool(size))
-            if ties in self._merged:
-                yield self._merged[ties], [tensor for _, tensors in batch for tensor in tensors]
+    @torch.no_grad()
+    def drift(self, pairs: Pairs[Partition]) -> float:
+        """Return the largest distance of a member from its group's mean, on any rank; NaN if there is one."""
+        answers = [0.0, *self._answers(Operation(drift), pairs)]
+        # Unlike Python's, this maximum is NaN if a drift is.
+        return float(torch.tensor(answers, dtype=torch.float64, device="cpu").max())
+
+    def _answers(self, question: Operation, pairs: Pairs[Partition]) -> Iterator[Any]:
+        # Not in the buffers of the steps: this may be asked in another thread, or after a step was captured.
+        workspace = Workspace()
+        for work, tensors in self._works(pairs, merge=False):
+            if isinstance(work.executor, Shards):
+                yield work.executor.answer(question, tensors, workspace)
             else:
-                yield from batch
+                yield question(tensors, work.executor, workspace)
 
-    def _size(self, tie: BoundTie) -> int | None:
+    def projected(self, tie: Partition, tensors: Sequence[Tensor], reduction: Reduction = "mean") -> list[Tensor]:
+        """Return the projection of tensors, out of place; differentiable where they are not sharded.
+
+        Args:
+            tie: of the tensors.
+            tensors: dense ones, or a sparse COO tensor that is tied by rows. A tensor that occurs twice has one result,
+                twice.
+            reduction: ``"mean"`` or ``"sum"``.
+        """
+        if not any(map(is_sharded, tensors)):
+            return list(projected(tensors, partial(self.index_for, tie), reduction))
+        with torch.no_grad():
+            results = _copies(tensors)
+        self.apply_(Operation(project_, reduction=reduction), [(tie, results)])
+        return results
+
+    def start_from_first_(self, tie: Partition, tensors: Sequence[Any], order: Sequence[int]) -> None:
+        """Give every group the value of its first member; see :func:`~tieopt.numbers.start.start_from_first_`.
+
+        Of sharded tensors every rank gathers the whole for the time of this call.
+        """
+        if not any(map(is_sharded, tensors)):
+            # Of tensors that are part of a graph what is written is to be part of it, too.
+            with torch.set_grad_enabled(any(tensor.grad_fn is not None for tensor in tensors)):
+                start_from_first_(tensors, self.index_for(tie, tensors), Workspace(), order)
+            return
+        # A rank outside the mesh has nothing to write, and nothing to send.
+        if tensors[0].device_mesh.get_coordinate() is None:
+            return
+        with torch.no_grad():
+            gathered = {id(tensor): tensor.full_tensor() for tensor in tensors}
+            whole = [gathered[id(tensor)] for tensor in tensors]
+            start_from_first_(whole, self.index_for(tie, whole), Workspace(), order)
+            for tensor, result in zip(tensors, whole, strict=True):
+                local(tensor).copy_(local(sharded_as(tensor, result)))
+
+    def started_from_first(self, tie: Partition, tensors: Sequence[Any], order: Sequence[int]) -> list[Tensor]:
+        """As :meth:`start_from_first_`, out of place; a tensor that occurs twice has one result, twice."""
+        results = _copies(tensors)
+        self.start_from_first_(tie, results, order)
+        return results
+
+    def folded_sparse(
+        self, tie: Partition, grad: Tensor, param: Tensor, compact: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Return the sparse gradient of a compact tensor; see :func:`~tieopt.numbers.folding.folded_sparse`."""
+        work = Work((tie,), self.index_for(tie, [param]), [0])
+        return folded_sparse(grad, compact, self._folding(work), reduction)
+
+    def folded(self, tie: Partition) -> tuple[Folded, ...]:
+        """Return which slices of each tensor a compact one has; worked out once."""
+        if tie not in self._folded:
+            self._folded[tie] = folded(tie.slices)
+        return self._folded[tie]
+
+    def index_for(self, tie: Partition, tensors: Sequence[Tensor]) -> Index:
+        """Return the index of plain tensors; compiled again for those of another layout, or on another device."""
+        key = tie, Layout.of(tie.slices, tensors)
+        if key not in self._indices:
+            self._indices[key] = Index.compile(tie.slices, tensors)
+        return self._indices[key]
+
+    def prepare(self, pairs: Pairs[Partition]) -> None:
+        """Compile what the tensors of ties need, now and not while a step is captured."""
+        self._plan(pairs, merge=True)
+
+    def _works(self, pairs: Pairs[Partition], *, merge: bool = True) -> list[tuple[Work, list[Tensor]]]:
+        tensors = [tensor for _, own in pairs for tensor in own]
+        return [(work, [tensors[number] for number in work.numbers]) for work in self._plan(pairs, merge)]
+
+    def _plan(self, pairs: Pairs[Partition], merge: bool) -> list[Work]:
+        """What is worked on together; made once for ties and the layouts of their tensors."""
+        key: list[Any] = [merge]
+        for tie, tensors in pairs:
+            key.append(tie)
+            for tensor in tensors:
+                key += type(tensor), tensor.dtype, tensor.device, tensor.stride()
+                if is_sharded(tensor):
+                    key += tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        found = self._plans.get(tuple(key))
+        if found is None:
+            merge = merge and len(self._plans) < _SELECTIONS
+            found = self._planned(pairs, merge)
+            if merge:
+                self._plans[tuple(key)] = found
+        return found
+
+    def _planned(self, pairs: Pairs[Partition], merge: bool) -> list[Work]:
+        plan: list[Work] = []
+        alike: dict[tuple[Any, ...], list[tuple[Partition, list[Tensor], list[int]]]] = {}
+        entries: dict[tuple[Any, ...], int] = {}
+        count = 0
+        for tie, tensors in pairs:
+            numbers = list(range(count, count + len(tensors)))
+            count += len(tensors)
+            if any(map(is_sharded, tensors)):
+                plan.append(Work((tie,), self._shards_for(tie, tensors), numbers))
+                continue
+            kind = self._kind(tie, tensors[0]) if merge else None
+            if kind is None:
+                plan.append(Work((tie,), self.index_for(tie, tensors), numbers))
+                continue
+            entries[kind] = entries.get(kind, 0) + tensors[0].numel()
+            alike.setdefault((*kind, entries[kind] // (TOTALS - _SMALL)), []).append((tie, tensors, numbers))
+        for (size, *_), several in alike.items():
+            ties = tuple(tie for tie, _, _ in several)
+            tensors, numbers = (
+                [one for own in column for one in own] for column in list(zip(*several, strict=True))[1:]
+            )
+            plan.append(Work(ties, self._merged(ties, tensors, even=bool(size)), numbers))
+        return plan
+
+    def _merged(self, ties: Sequence[Partition], tensors: Sequence[Tensor], *, even: bool) -> Index:
+        """One index of the first slices of several ties, with the groups of each."""
+        if len(ties) == 1:
+            return self.index_for(ties[0], tensors)
+        apart = [slices for (slices,) in told_apart([tie.slices[0]] for tie in ties)]
+        # The labels that are told apart go: of many ties of a large parameter they take much memory.
+        return Index.compile(apart, tensors, even=even).keeping([tie.slices[0] for tie in ties])
+
+    def _kind(self, tie: Partition, tensor: Tensor) -> tuple[Any, ...] | None:
+        """What ties have in common that can be worked on as one; None for a tie that is worked on by itself."""
+        size = self._size(tie)
+        # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
+        double = tensor.dtype.to_real() == wide_dtype(tensor.device)
+        limit = _SMALL if size else EVEN_ENTRIES - 1
+        if size is None or double or tensor.numel() > limit or not tensor.is_contiguous():
+            return None
+        return size, tensor.shape[1:], tensor.dtype, tensor.device
+
+    def _size(self, tie: Partition) -> int | None:
         """The size of all groups of a tie, 0 if there are several; None if it cannot be merged."""
         if tie not in self._sizes:
             self._sizes[tie] = _common_size(tie)
         return self._sizes[tie]
 
-    def __reduce__(self) -> tuple[type[Batches], tuple[()]]:
-        return Batches, ()
+    def _folding(self, work: Work) -> Folding:
+        index = work.executor
+        if isinstance(index, Shards):
+            raise TypeError("Sharded tensors are not folded.")
+        if index not in self._foldings:
+            if len(work.ties) == 1:
+                parts = self.folded(work.ties[0])
+            else:
+                parts = folded([slices for (slices,) in told_apart([tie.slices[0]] for tie in work.ties)])
+            self._foldings[index] = Folding.compile(index, parts)
+        return self._foldings[index]
+
+    def _shards_for(self, tie: Partition, tensors: Sequence[Any]) -> Shards:
+        """The tie as this rank sees it; the first time all ranks have to ask for the same."""
+        key = (
+            tie,
+            *((getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)) for tensor in tensors),
+        )
+        if key not in self._shards:
+            self._shards[key] = Shards(tie, tensors)
+        return self._shards[key]
 
 
-def _parted(pairs: Pairs) -> tuple[Pairs, list[tuple[Shards, list[Tensor]]]]:
-    """The ties of plain tensors, and those of sharded ones."""
-    sharded = [
-        # Sharded ones may have taken the places of whole ones since they were tied.
-        (shards_for(tie, tensors, list(map(str, tie.places))), tensors)
-        for tie, tensors in pairs
-        if any(map(is_sharded, tensors))
-    ]
-    return [pair for pair in pairs if not any(map(is_sharded, pair[1]))] if sharded else pairs, sharded
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = {id(tensor): tensor.clone() for tensor in tensors}
+    return [copies[id(tensor)] for tensor in tensors]
 
 
-def _common_size(tie: BoundTie) -> int | None:
+def _common_size(tie: Partition) -> int | None:
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
     # Multiples that are rounded have a run take another way, and all groups in it.
     if not tie.is_of_rows or not labels.numel() or not bool(((scales == 0) | (scales == 1)).all()):
@@ -150,22 +325,3 @@ def _common_size(tie: BoundTie) -> int | None:
     sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
     several = torch.unique(sizes[sizes > 1])
     return int(several[0]) if len(several) == 1 else 0
-
-
-class Merged(Indices):
-    """One tie of all the parameters of several ties, with the groups of each.
-
-    It has the labels of these ties, and tells them apart only while it is compiled: of many ties of a large parameter
-    others would take much memory.
-
-    Args:
-        ties: of rows.
-        even: whether all their groups are of one size, so that they are worked on as they would be each by itself.
-    """
-
-    def __init__(self, ties: Iterable[BoundTie], *, even: bool = True) -> None:
-        super().__init__([tie.slices[0] for tie in ties], even=even)
-
-    def told_apart(self) -> tuple[Slices, ...]:
-        """The slices of all ties, with labels that no two of the ties share."""
-        return tuple(each for (each,) in told_apart([each] for each in self.slices))

@@ -39,6 +39,7 @@ def copied(function: Any) -> Any:
     return copy
 
 
+@between_graphs
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be waited for."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -21,62 +21,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tieopt.engine.exchange import Holdings, Plan
-from tieopt.engine.graphs import untraced
-from tieopt.numbers.index import Index, Indices, Layout, Run, order_within
+from tieopt.numbers.index import Index, Layout, Run, order_within
 from tieopt.numbers.reduction import (
-    Reduction,
+    Operation,
     ValuesOf,
     Workspace,
-    divide_,
-    drift,
     group_means,
     is_narrow,
     means_after_step,
-    means_for,
-    project_,
-    relax_,
     rounded,
     scatter_add_,
     tied,
     towards_leads_,
 )
-from tieopt.tensors import Bounds, bits, bounds_of, column, in_memory, is_sharded, local, octets, wide_dtype
-from tieopt.ties.slices import FREE, Slices, described, numbered
+from tieopt.tensors import (
+    Bounds,
+    bits,
+    bounds_of,
+    check_sharding,
+    column,
+    in_memory,
+    local,
+    octets,
+    wide_dtype,
+)
+from tieopt.ties.slices import FREE, Partition, Slices, described, numbered
 
 
-def check_sharding(param: Any, name: str) -> None:
-    """Refuses a parameter whose entries are not where a tie could find them.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{name} of shape {tuple(param.shape)} was flattened by FullyShardedDataParallel.\n"
-            "  Expected: torch.distributed.fsdp.fully_shard, which leaves parameters their shapes\n"
-            f"  Got:      {type(param).__name__}"
-        )
-    if not is_sharded(param):
-        return
-    mesh = param.device_mesh
-    if any(bool((mesh.mesh.diff(dim=dim) < 0).any()) for dim in range(mesh.ndim)):
-        # torch itself goes by the order of the mesh here, and by that of the process group there.
-        raise ValueError(
-            f"{name} of shape {tuple(param.shape)} is on a mesh whose ranks do not ascend.\n"
-            "  Expected: ranks in ascending order along each dimension, as process groups have them\n"
-            f"  Got:      {mesh}"
-        )
-    for placement in param.placements:
-        # Those that derive from Shard lie elsewhere.
-        if not placement.is_replicate() and type(placement).__name__ != "Shard":
-            raise ValueError(
-                f"{name} of shape {tuple(param.shape)} cannot be tied as it is distributed.\n"
-                "  Expected: placements Shard and Replicate alone\n"
-                f"  Got:      {param.placements}"
-            )
-
-
-def within(slices: Slices, bounds: Bounds) -> Slices:
+def slices_of_shard(slices: Slices, bounds: Bounds) -> Slices:
     """The labels and scales of the slices in a shard."""
     labels, scale = slices.labels, slices.scale
     for axis, dim in enumerate(_order(slices, len(bounds))[: labels.dim()]):
@@ -111,9 +83,8 @@ class Shards:
     """A tie of sharded tensors, as this rank sees it.
 
     Args:
-        slices: of each tensor.
+        tie: of the tensors.
         tensors: those, which say how they are sharded.
-        names: how errors call them.
 
     Attributes:
         plan: what this rank exchanges in a projection; None if no group spans ranks.
@@ -123,22 +94,28 @@ class Shards:
             round.
     """
 
-    def __init__(self, slices: Sequence[Slices], tensors: Sequence[Any], names: Sequence[str]) -> None:
+    def __init__(self, tie: Partition, tensors: Sequence[Any]) -> None:
+        slices: Sequence[Slices] = tie.slices
+        names = tie.names
         self._mesh = _common_mesh(tensors, names)
+        # Sharded tensors may have taken the places of whole ones since they were tied.
+        for tensor, name in zip(tensors, names, strict=True):
+            check_sharding(tensor, name)
         _check_same(slices, tensors, names)
         slices, dims = _exchanged(slices, tensors, names)
         self._sites: dict[Layout, _Site] = {}
+        self._indices: dict[Layout, Index] = {}
         self.plan: Plan | None = None
         coordinate = self._mesh.get_coordinate()
         if coordinate is None:
             # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
-            self._inner = Indices([Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors])
+            self._whole = tuple(Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors)
             return
         here = list(coordinate)
         self._group, places = _group_along(self._mesh, dims, here)
         shards = [
             [
-                within(each, bounds_of(tensor.shape, self._mesh.shape, tensor.placements, place))
+                slices_of_shard(each, bounds_of(tensor.shape, self._mesh.shape, tensor.placements, place))
                 for each, tensor in zip(slices, tensors, strict=True)
             ]
             for place in places
@@ -155,57 +132,34 @@ class Shards:
             each._replace(labels=torch.where(sent == FREE, each.labels, FREE))
             for each, sent in zip(shards[rank], rows, strict=True)
         ]
-        self._inner = Indices(numbered(whole))
+        self._whole = numbered(whole)
         self._spanning = [each._replace(labels=sent) for each, sent in zip(shards[rank], rows, strict=True)]
 
-    @untraced
-    def project_(
-        self, tensors: Sequence[Any], workspace: Workspace, reduction: Reduction = "mean", *, stepped: bool = False
-    ) -> None:
-        """As :func:`~tieopt.numbers.reduction.project_`; ``stepped`` as for ``Batches.project_``."""
-        shards = local(tensors)
-        project_(shards, self._inner.index_for(shards), workspace, reduction, means_for(stepped))
+    def apply_(self, operation: Operation, tensors: Sequence[Any], workspace: Workspace) -> list[Any]:
+        """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
+        shards = [local(tensor) for tensor in tensors]
+        results = [operation(shards, self._index_for(shards), workspace)]
         if self.plan is not None:
             site = self._site(shards)
-            project_(shards, site.members, workspace, reduction, self._exchange(shards, site, workspace, stepped))
+            # Exchanged whatever this rank has found: the others would wait for it.
+            means_of = self._exchange(shards, site, workspace, operation.stepped) if operation.needs_means else None
+            results.append(operation(shards, site.members, workspace, means_of))
+        return results
 
-    @untraced
-    def divide_(self, tensors: Sequence[Any], workspace: Workspace) -> None:
-        """As :func:`~tieopt.numbers.reduction.divide_`; exchanges nothing."""
-        shards = local(tensors)
-        divide_(shards, self._inner.index_for(shards), workspace)
-        if self.plan is not None:
-            divide_(shards, self._site(shards).members, workspace)
-
-    @untraced
-    def relax_(self, tensors: Sequence[Any], workspace: Workspace, strength: float, *, stepped: bool = False) -> None:
-        """As :func:`~tieopt.numbers.reduction.relax_`; ``stepped`` as for ``Batches.project_``."""
-        shards = local(tensors)
-        relax_(shards, self._inner.index_for(shards), workspace, strength, means_for(stepped))
-        if self.plan is not None:
-            site = self._site(shards)
-            relax_(shards, site.members, workspace, strength, self._exchange(shards, site, workspace, stepped))
-
-    def drift(self, tensors: Sequence[Any], workspace: Workspace) -> float:
-        """As :func:`~tieopt.numbers.reduction.drift`, the largest on any rank."""
-        shards = local(tensors)
-        drifts = [drift(shards, self._inner.index_for(shards), workspace)]
-        if self.plan is not None:
-            site = self._site(shards)
-            drifts.append(drift(shards, site.members, workspace, self._exchange(shards, site, workspace)))
+    def answer(self, question: Operation, tensors: Sequence[Any], workspace: Workspace) -> Any:
+        """Return whether tensors are tied on all ranks, or the largest drift on any rank."""
+        answers = self.apply_(question, tensors, workspace)
+        if question.function is tied:
+            return not on_any_rank(not all(answers), tensors[0])
+        device = local(tensors[0]).device
         # Unlike Python's, this maximum is NaN if a drift is.
-        largest = torch.tensor(drifts, dtype=wide_dtype(shards[0].device), device=shards[0].device).max()
-        return float(_gathered(largest, self._mesh).max())
+        return float(_gathered(torch.tensor(answers, dtype=wide_dtype(device), device=device).max(), self._mesh).max())
 
-    def tied(self, tensors: Sequence[Any], workspace: Workspace) -> bool:
-        """As :func:`~tieopt.numbers.reduction.tied`, on all ranks."""
-        shards = local(tensors)
-        same = tied(shards, self._inner.index_for(shards), workspace)
-        if self.plan is not None:
-            site = self._site(shards)
-            # Exchanged whatever the rank has found: the others would wait for it.
-            same = tied(shards, site.members, workspace, self._exchange(shards, site, workspace)) and same
-        return not on_any_rank(not same, tensors[0])
+    def _index_for(self, shards: list[Tensor]) -> Index:
+        layout = Layout.of(self._whole, shards)
+        if layout not in self._indices:
+            self._indices[layout] = Index.compile(self._whole, shards)
+        return self._indices[layout]
 
     def _site(self, shards: list[Tensor]) -> _Site:
         layout = Layout.of(self._spanning, shards)
@@ -282,27 +236,6 @@ class Shards:
         dist.all_to_all_single(output, tensor, list(received), list(sent), group=self._group)
 
 
-def shards_for(ties: Indices, tensors: Sequence[Any], names: Sequence[str] | None = None) -> Shards:
-    """The tie as this rank sees it; made again for tensors that are sharded otherwise.
-
-    The first time all ranks have to ask for the same.
-
-    Args:
-        ties: the tie.
-        tensors: sharded ones.
-        names: how errors call them.
-    """
-    names = names or [f"tensor {number}" for number in range(len(tensors))]
-    if not all(map(is_sharded, tensors)):
-        _common_mesh(tensors, names)
-    key = tuple((tensor.device_mesh, tensor.placements) for tensor in tensors)
-    if key not in ties.shards:
-        for tensor, name in zip(tensors, names, strict=True):
-            check_sharding(tensor, name)
-        ties.shards[key] = Shards(ties.slices, tensors, names)
-    return cast(Shards, ties.shards[key])
-
-
 def _weighted_means(values: Tensor, plan: Plan) -> Tensor:
     """The mean of each group of rows, each counted by its weight; of equal rows the row itself, bit for bit."""
     wide = values.to(wide_dtype(values.device))
@@ -360,7 +293,7 @@ def _check_same(slices: Sequence[Slices], tensors: Sequence[Any], names: Sequenc
     digest = hashlib.sha256(repr(known).encode())
     for numbers in (one.contiguous() for each in slices for one in (each.labels, each.scale) if one is not None):
         digest.update(octets(numbers))
-    number = torch.tensor(int.from_bytes(digest.digest()[:7]), device=local(tensors)[0].device)
+    number = torch.tensor(int.from_bytes(digest.digest()[:7]), device=local(tensors[0]).device)
     if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
         raise ValueError(
             "This rank has other ties than some other rank.\n"
@@ -371,7 +304,8 @@ def _check_same(slices: Sequence[Slices], tensors: Sequence[Any], names: Sequenc
 
 
 def _check_cut(tensors: Sequence[Any], names: Sequence[str], here: Sequence[int]) -> None:
-    for tensor, shard, name in zip(tensors, local(tensors), names, strict=True):
+    for tensor, name in zip(tensors, names, strict=True):
+        shard = local(tensor)
         bounds = bounds_of(tensor.shape, tensor.device_mesh.shape, tensor.placements, here)
         expected = tuple(size for _, size in bounds)
         # All ranks have to agree: one that goes on alone would wait for the others.
@@ -449,7 +383,7 @@ def _by_entry(slices: Slices, tensor: Any) -> Slices:
 
 def on_any_rank(condition: bool, tensor: Any) -> bool:
     """Whether something holds on a rank that has a shard of a tensor."""
-    here = torch.tensor(condition, dtype=torch.uint8, device=local([tensor])[0].device)
+    here = torch.tensor(condition, dtype=torch.uint8, device=local(tensor).device)
     return bool(_gathered(here, tensor.device_mesh).max())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,32 +13,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
+from tieopt.engine.engine import Engine
 from tieopt.errors import shown
-from tieopt.modes.state import Settings, State, begins_at, held_of, is_plain, scales_for, settings_in, tied_state
-from tieopt.numbers.folding import Folded, compact_like, compact_slices, folded_for
+from tieopt.modes.mode import Mode
+from tieopt.modes.state import Lost, Settings, State, begins_at, held_of, is_plain, scales_for, settings_in, tied_state
+from tieopt.numbers.folding import Folded, compact_like, compact_slices
 from tieopt.numbers.reduction import times
 from tieopt.tensors import bits
-from tieopt.ties.components import Component
+from tieopt.ties.components import components
+from tieopt.ties.places import BoundTie, ParamGroups, parameters_of
 from tieopt.ties.slices import FREE, Slices
 
 # Ties that have each parameter once, and their parameters.
-Components = Iterable[tuple[Component, Sequence[Tensor]]]
-
-# What is dropped where something cannot be converted: by parameter, the keys of its state.
-Lost = dict[Tensor, list[str]]
+Components = Iterable[tuple[BoundTie, Sequence[Tensor]]]
 
 
 # Tensors that are made in inference mode could not be written to outside of it, by the next step.
 @torch.inference_mode(False)
 @torch.no_grad()
 def compacted(
-    state: Mapping[Tensor, State], pairs: Components, maybe: bool = False, lost: Lost | None = None
+    state: Mapping[Tensor, State], pairs: Components, engine: Engine, maybe: bool = False, lost: Lost | None = None
 ) -> dict[Tensor, State]:
     """The state of compact parameters, from that of tied ones.
 
     Args:
         state: of an optimizer, by parameter; that of tied ones is tied as well.
         pairs: the ties that have each parameter once, and their parameters.
+        engine: which knows what is kept of each.
         maybe: whether it may be that of compact parameters already, as distributed checkpoints do not say.
         lost: gets what cannot be converted; the parameter then has no state.
 
@@ -51,7 +52,7 @@ def compacted(
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        for slices, part, param in zip(tie.slices, folded_for(tie), params, strict=True):
+        for slices, part, param in zip(tie.slices, engine.folded(tie), params, strict=True):
             held = held_of(state, param)
             whole = {key for key, value in held.items() if _is_of(value, param.shape)}
             fitting = _compact_shape(slices, part, param.shape) if maybe else param.shape
@@ -81,15 +82,20 @@ def _compact_value(key: str, value: Tensor, slices: Slices, part: Folded, param:
 @torch.inference_mode(False)
 @torch.no_grad()
 def refolded(
-    state: Mapping[Tensor, State], compacts: Mapping[Tensor, Tensor], tie: Component, optimizer: Optimizer
+    state: Mapping[Tensor, State],
+    shapes: Mapping[Tensor, torch.Size],
+    tie: BoundTie,
+    optimizer: Optimizer,
+    engine: Engine,
 ) -> dict[Tensor, State]:
     """The state of compact parameters, where something in it has an entry for each of the whole ones.
 
     Args:
         state: of compact parameters, by the tied ones.
-        compacts: the compact parameters.
+        shapes: of the compact parameters, by the tied ones.
         tie: the component.
         optimizer: of any kind; what LBFGS keeps is of other shapes, and may have this one by chance.
+        engine: which knows what is kept of each.
 
     Returns:
         What takes the place of the state of parameters for which it changes.
@@ -97,18 +103,18 @@ def refolded(
     whole = {
         param: {key: value for key, value in held.items() if _is_of(value, param.shape)}
         for param, held in state.items()
-        if param.shape != compacts[param].shape and not isinstance(optimizer, torch.optim.LBFGS)
+        if param.shape != shapes[param] and not isinstance(optimizer, torch.optim.LBFGS)
     }
     if not any(whole.values()):
         return {}
     settings = settings_in(optimizer.param_groups)
-    whole |= tied_state(whole, [(tie, list(compacts))], settings)
+    whole |= tied_state(whole, [(tie, list(shapes))], settings)
     return {
         param: {
             key: _compact_value(key, whole[param][key], slices, part, param) if key in whole[param] else value
             for key, value in state[param].items()
         }
-        for param, slices, part in zip(compacts, tie.slices, folded_for(tie), strict=True)
+        for param, slices, part in zip(shapes, tie.slices, engine.folded(tie), strict=True)
         if state[param] and whole.get(param)
     }
 
@@ -116,13 +122,14 @@ def refolded(
 @torch.inference_mode(False)
 @torch.no_grad()
 def expanded(
-    state: Mapping[Tensor, State], pairs: Components, settings: Settings, lost: Lost | None = None
+    state: Mapping[Tensor, State], pairs: Components, engine: Engine, settings: Settings, lost: Lost | None = None
 ) -> dict[Tensor, State]:
     """The state of tied parameters, from that of compact ones.
 
     Args:
         state: of an optimizer, by tied parameter, in the shapes of the compact ones.
         pairs: the ties that have each parameter once, and their parameters.
+        engine: which knows what is kept of each.
         settings: of the parameters.
         lost: gets what cannot be converted; the parameter then has no state. With it, a parameter may have another
             shape than when it was tied, and what is kept in that shape is left as it is.
@@ -136,7 +143,7 @@ def expanded(
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        changed |= _Expansion(tie, params, state, settings).states(lost)
+        changed |= _Expansion(tie, params, state, engine, settings).states(lost)
     return changed
 
 
@@ -147,13 +154,19 @@ class _Expansion:
         tie: the component.
         params: its parameters.
         state: by parameter, in the shapes of the compact ones.
+        engine: which knows what is kept of each.
         settings: of the parameters.
     """
 
     def __init__(
-        self, tie: Component, params: Sequence[Tensor], state: Mapping[Tensor, State], settings: Settings
+        self,
+        tie: BoundTie,
+        params: Sequence[Tensor],
+        state: Mapping[Tensor, State],
+        engine: Engine,
+        settings: Settings,
     ) -> None:
-        self.slices, self.folded, self.params, self.settings = tie.slices, folded_for(tie), params, settings
+        self.slices, self.folded, self.params, self.settings = tie.slices, engine.folded(tie), params, settings
         self.held = [held_of(state, param) for param in params]
         # When it was tied: by now a parameter may have another one.
         self.whole = [place.shape for place in tie.places]
@@ -258,6 +271,42 @@ def without_history(
 
 def _is_vector(entries: int | None, tensor: Tensor) -> bool:
     return tensor.dim() > 0 and tensor.numel() != entries
+
+
+def converter(
+    mode: Mode, optimizer: Any, was_compact: bool | None
+) -> Callable[[Mapping[Any, Any]], dict[Any, Any]] | None:
+    """Return what converts a state that was saved in the other mode, or without a word; None if there is no need.
+
+    Args:
+        mode: the ties.
+        optimizer: the tied one.
+        was_compact: whether the state was saved in the compact mode; None where the checkpoint does not say.
+    """
+    if bool(was_compact) == mode.compact:
+        return None
+    param_groups, settings = optimizer.param_groups, settings_in(optimizer.param_groups)
+    ties = mode.applied if mode.compact else components(mode.ties, param_groups)
+    pairs = parameters_of(ties, param_groups)
+    entries = _count_entries(pairs, mode.engine, param_groups) if was_compact is None else None
+
+    def convert(state: Mapping[Any, Any]) -> dict[Any, Any]:
+        if pairs:
+            without_history(optimizer, state, entries=entries)
+        if was_compact:
+            return dict(expanded(state, pairs, mode.engine, settings))
+        return dict(compacted(state, pairs, mode.engine, maybe=was_compact is None))
+
+    return convert
+
+
+def _count_entries(pairs: Components, engine: Engine, param_groups: ParamGroups) -> int:
+    """How many entries the inner optimizer trains in the compact mode."""
+    entries = {id(param): param.numel() for settings in param_groups for param in settings["params"]}
+    for tie, params in pairs:
+        for slices, part, param in zip(tie.slices, engine.folded(tie), params, strict=True):
+            entries[id(param)] = _compact_shape(slices, part, param.shape).numel()
+    return sum(entries.values())
 
 
 def begun(optimizer: Optimizer, param: Tensor, settings: Mapping[str, Any]) -> State:

@@ -1,4 +1,4 @@
-"""The mode in which the inner optimizer trains every member: gradients are tied before its step, weights after it."""
+"""The full mode: the inner optimizer trains every member. Gradients are tied before its step, weights after it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tieopt.engine.compiled import is_under_compiler
-from tieopt.engine.engine import Pairs
+from tieopt.engine.compiled import Call, is_under_compiler
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
-from tieopt.errors import users_level
+from tieopt.errors import refusal, users_level
 from tieopt.modes.gradients import gradients_of, tie_gradients, with_gradients
-from tieopt.modes.mode import Binding
-from tieopt.modes.twin import held_optimizers
-from tieopt.tensors import is_sharded, traces
+from tieopt.modes.mode import Mode, Pairs
+from tieopt.tensors import traces
 from tieopt.ties.places import BoundTie, ParamGroups
+
+
+class FullMode(Mode):
+    """The ties of an optimizer that trains every member; arguments as for :class:`~tieopt.modes.mode.Mode`."""
+
+    compact = False
+    # Of a direction in which all members move together.
+    true_reduction = "mean"
+
+    def stepping(self, optimizer: Any, *, reads_gradients: bool = True) -> FullStep:
+        """Return what runs one step, see :class:`FullStep`."""
+        return FullStep(self, optimizer, ties_gradients=reads_gradients and not self.relaxed)
 
 
 class FullStep:
@@ -29,61 +39,90 @@ class FullStep:
     its own: in one of all of them it has whole copies of both.
 
     Args:
+        mode: the ties.
         optimizer: the tied one.
-        gradients: whether gradients are tied, too.
+        ties_gradients: whether gradients are tied, too.
     """
 
-    def __init__(self, optimizer: Any, *, gradients: bool = True) -> None:
+    def __init__(self, mode: Mode, optimizer: Any, *, ties_gradients: bool) -> None:
+        self._mode = mode
         self._optimizer = optimizer
-        self._binding: Binding = optimizer._tieopt
-        self._ties_gradients = gradients and not self._binding.relaxed
+        self._ties_gradients = ties_gradients
         # Whether a closure or another method than step() may have made others, which is what these are for.
         self._makes_gradients = False
+        # What turns the sums that the inner optimizer reads into the means that accumulate.
         self._undo: list[Callable[[], None]] = []
         self._took_part: dict[BoundTie, list[Tensor]] = {}
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Steps on the gradients that are there, tied."""
-        self._begin()
-        if is_under_compiler():
-            inner_step = self._binding.inner_copies.of(inner_step)
-        held, given = held_optimizers(self._optimizer), self._gradients()
-        if not held:
-            result = inner_step(self._optimizer, *args, **kwargs)
-            self._check_gradients(given)
-            return result
-        with self._tied_within(held):
-            return inner_step(self._optimizer, *args, **kwargs)
+        """Step on the gradients that are there, tied."""
+        compiled = is_under_compiler()
+        for function, arguments in self._begin(compiled):
+            function(*arguments)
+        if compiled:
+            inner_step = self._mode.inner_copies.of(inner_step)
+        held = self._mode.held(self._optimizer)
+        if held:
+            with self._tied_for(held):
+                return inner_step(self._optimizer, *args, **kwargs)
+        given = self._gradients()
+        result = inner_step(self._optimizer, *args, **kwargs)
+        self._check_gradients(given)
+        return result
 
     @untraced
+    def _begin(self, compiled: bool) -> Sequence[Call]:
+        """Tie the weights and gradients that are there, and return the calls that do the rest."""
+        pairs = with_gradients(self._mode.parameters(self._optimizer.param_groups))
+        self._check_weights(pairs)
+        self._took_part.update(pairs)
+        if not self._ties_gradients:
+            return ()
+        return tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
+
+    def _check_weights(self, pairs: Pairs[BoundTie]) -> None:
+        """Tie weights that something else has written since the last step; each tie as it begins to take part."""
+        trained = [(tie, params) for tie, params in pairs if params[0].requires_grad and tie not in self._took_part]
+        written = self._mode.written(trained, self._optimizer.param_groups)
+        if written and not self._mode.relaxed:
+            self._mode.tie_weights(written, self._optimizer)
+
+    @between_graphs
     def _gradients(self) -> list[tuple[Tensor, Tensor | None]]:
         return [(param, param.grad) for params in self._took_part.values() for param in params]
 
-    @untraced
+    @between_graphs
     def _check_gradients(self, given: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Warns of gradients that an optimizer has made within its step, after those that were there were tied."""
+        """Warn of gradients that an optimizer has made within its step, after those that were there were tied."""
         if not self._ties_gradients or self._makes_gradients:
             return
-        if any(param.grad is not grad and param.grad is not None for param, grad in given):
-            warnings.warn(
-                f"{type(self._optimizer).__name__} made gradients within its step, and these are not tied.\n"
-                "  Expected: gradients that are made before step() or in its closure; or an optimizer that makes them "
-                "and holds another one that steps, which sees them tied",
-                stacklevel=users_level(),
-            )
+        for param, grad in given:
+            if param.grad is not grad and param.grad is not None:
+                warnings.warn(
+                    refusal(
+                        f"{type(self._optimizer).__name__} made gradients within its step, and these are not tied.",
+                        expected="gradients that are made before step() or in its closure; or an optimizer that makes "
+                        "them and holds another one that steps, which sees them tied",
+                    ),
+                    stacklevel=users_level(),
+                )
+                return
 
     @contextmanager
-    def _tied_within(self, held: Sequence[Optimizer]) -> Iterator[None]:
-        """Ties gradients once more where an optimizer has replaced them before one that it holds steps on them."""
+    def _tied_for(self, held: Sequence[Optimizer]) -> Iterator[None]:
+        """Tie gradients once more where an optimizer has replaced them before one that it holds steps on them."""
         tied = self._gradient_traces()
 
         def tie_again(*_: object) -> None:
             if self._gradient_traces() != tied:
                 self._restore()
-                self._begin()
+                for function, arguments in self._begin(compiled=False):
+                    function(*arguments)
 
-        hooks = [one.register_step_pre_hook(tie_again) for one in held if hasattr(one, "_optimizer_step_pre_hooks")]
+        hooks = [
+            inner.register_step_pre_hook(tie_again) for inner in held if hasattr(inner, "_optimizer_step_pre_hooks")
+        ]
         try:
             yield
         finally:
@@ -91,70 +130,18 @@ class FullStep:
                 hook.remove()
 
     @untraced
-    def _gradient_traces(self) -> list[tuple[object, ...]]:
-        pairs = self._binding.parameters(self._optimizer.param_groups)
-        return [trace for _, params in pairs for trace in traces(gradients_of(params))]
-
-    @untraced
-    def _check_weights(self, pairs: Pairs) -> None:
-        """Ties weights that something else has written since the last step; each tie as it begins to take part."""
-        trained = [(tie, params) for tie, params in pairs if tie not in self._took_part and params[0].requires_grad]
-        written = self._binding.written(trained, self._optimizer.param_groups)
-        if not self._binding.relaxed:
-            self._binding.tie_weights(written, differentiable=is_differentiable(self._optimizer))
-
-    @between_graphs
-    def _begin(self) -> None:
-        """Ties the gradients that are there, and remembers whose they are."""
-        pairs = self._with_gradients()
-        if self._ties_gradients:
-            tie_gradients(pairs, self._binding.batches, self._binding.reduction, self._undo)
-
-    @untraced
-    def _with_gradients(self) -> Pairs:
-        pairs = with_gradients(self._binding.parameters(self._optimizer.param_groups))
-        self._check_weights(pairs)
-        self._took_part.update(pairs)
-        return pairs
+    def _gradient_traces(self) -> list[list[tuple[object, ...]]]:
+        return traces(gradients_of(params) for _, params in self._mode.parameters(self._optimizer.param_groups))
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls another method than ``step()``, which may write weights that have no gradients."""
-        pairs = self._binding.of_calls(self._binding.parameters(self._optimizer.param_groups), self._optimizer.state)
+        """Call another method than ``step()``, which may write weights that have no gradients."""
+        pairs = self._mode.pairs_of_calls(self._optimizer.param_groups, self._optimizer.state)
         self._check_weights(pairs)
         self._took_part, self._makes_gradients = dict(pairs), True
         return self.step(method, *args, **kwargs)
 
-    @untraced
-    def finish(self) -> None:
-        """Pulls relaxed members together, every so many steps."""
-        if self._binding.relaxed and not _is_at_rest(self._optimizer.param_groups):
-            self._binding.steps += 1
-            if self._binding.steps % self._binding.every == 0:
-                self._tie_weights(self._binding.strength)
-
-    def __enter__(self) -> None:
-        pass
-
-    @between_graphs
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Leaves the mean in ``.grad``, so that the next backward adds to the mean, and ties the weights."""
-        self._restore()
-        if kind is not None:
-            self._leave_sharded()
-        if not self._binding.relaxed:
-            self._tie_weights()
-        self._binding.note(self._took_part.items())
-
-    @untraced
-    def _leave_sharded(self) -> None:
-        """Leaves sharded weights as they are after an error, which may be that of one rank alone.
-
-        What it sent to others now, they would take for what they wait for.
-        """
-        self._took_part = {tie: params for tie, params in self._took_part.items() if not any(map(is_sharded, params))}
-
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """The closure, with the gradients that it leaves tied after each call."""
+        """Return the closure, with the gradients that it leaves tied after each call."""
 
         @wraps(closure)
         @between_graphs
@@ -162,10 +149,38 @@ class FullStep:
             self._restore()
             loss = closure(*args, **kwargs)
             self._makes_gradients = True
-            self._begin()
+            for function, arguments in self._begin(is_under_compiler()):
+                function(*arguments)
             return loss
 
         return tied_closure
+
+    @between_graphs
+    def finish(self) -> None:
+        """Pull relaxed members together, every so many steps."""
+        if self._mode.relaxed and not _is_at_rest(self._optimizer.param_groups):
+            self._mode.steps += 1
+            if self._mode.steps % self._mode.every == 0:
+                self._tie_weights(self._mode.strength)
+
+    @between_graphs
+    def __enter__(self) -> None:
+        self._was_running = self._mode.begin()
+
+    @between_graphs
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the mean in ``.grad``, so that the next backward adds to the mean, and tie the weights."""
+        self._mode.running = self._was_running
+        if self._undo:
+            self._restore()
+        if kind is not None:
+            # An error may be that of one rank alone: what it sent now, the others would take for what they wait for.
+            self._took_part = {
+                tie: params for tie, params in self._took_part.items() if not hasattr(params[0], "device_mesh")
+            }
+        if not self._mode.relaxed:
+            self._tie_weights()
+        self._mode.note(self._took_part.items())
 
     @untraced
     def _restore(self) -> None:
@@ -174,10 +189,7 @@ class FullStep:
 
     @between_graphs
     def _tie_weights(self, strength: float = 1.0) -> None:
-        pairs = list(self._took_part.items())
-        self._binding.tie_weights(
-            pairs, differentiable=is_differentiable(self._optimizer), strength=strength, stepped=True
-        )
+        self._mode.tie_weights(list(self._took_part.items()), self._optimizer, strength=strength, stepped=True)
 
 
 def _is_at_rest(param_groups: ParamGroups) -> bool:
@@ -189,8 +201,3 @@ def _is_zero(rate: Any) -> bool:
     if not isinstance(rate, Tensor):
         return bool(rate == 0)
     return not is_capturing() and not bool(rate.any())
-
-
-def is_differentiable(optimizer: Any) -> bool:
-    """Whether an optimizer makes its step part of a graph."""
-    return bool(getattr(optimizer, "defaults", {}).get("differentiable", False))

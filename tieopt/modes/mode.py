@@ -1,34 +1,39 @@
-"""Ties bound to an optimizer: how they are applied to the parameters that stand there now.
-
-Every method takes the parameter groups as they are at the moment.
-"""
+"""What both modes share: the ties of an optimizer, its options, and what a checkpoint and a summary say of them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from tieopt.engine.engine import Batches, Pairs
+from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, untraced
-from tieopt.engine.sharded import shards_for
-from tieopt.errors import shown, users_level
-from tieopt.modes.compact import Compact
-from tieopt.modes.state import with_state
-from tieopt.numbers.index import Indices
-from tieopt.numbers.reduction import Reduction, Workspace, drift, projected, tied
-from tieopt.tensors import is_sharded, traces
-from tieopt.ties.places import BoundTie, ParamGroups, T, all_places, check_apart, found, name_of, parameters_of
+from tieopt.errors import refusal, shown, users_level
+from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
+from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
+from tieopt.numbers.start import Start, check_start
+from tieopt.tensors import traces
+from tieopt.ties.places import BoundTie, ParamGroups, all_places, check_apart, found, name_of, parameters_of
+from tieopt.ties.slices import is_idle
 from tieopt.ties.tie import check_writable
 
+T = TypeVar("T", bound=BoundTie)
+Pairs = Sequence[tuple[T, list[Tensor]]]
+State = MutableMapping[Any, Any]
 
-class Binding:
-    """All the ties of an optimizer, and how to apply them.
+# Optimizers that compare how the loss changes with what the gradient says, by their names: a line search of LBFGS, the
+# step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
+_COMPARES_LOSS = {"LBFGS", "AliG"}
+
+
+class Mode(ABC):
+    """All the ties of an optimizer, and how they are applied.
 
     Args:
         param_groups: of the optimizer.
@@ -36,79 +41,171 @@ class Binding:
         reduction: ``"mean"`` or ``"sum"``, what the inner optimizer is to see of the gradients.
         strength: how far a projection moves the weights, from 0 to 1.
         every: they are projected after every so many steps.
-        compact: whether the inner optimizer trains one entry for each group.
-        holder: what has these parameter groups, as errors call it.
 
     Attributes:
+        ties: as they were given, bound to the places of their parameters.
+        applied: the ties as the mode applies them.
+        engine: the numbers.
         running: whether a step, or another method of the optimizer, is running.
+        set_aside: the parameters of the model that have others in their places now.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
 
+    compact: ClassVar[bool]
+    # What makes the gradient that the inner optimizer is given that of what it trains.
+    true_reduction: ClassVar[Reduction]
+
     running = False
+    set_aside: Sequence[Tensor] = ()
 
     def __init__(
-        self,
-        param_groups: ParamGroups,
-        ties: Any,
-        reduction: Reduction,
-        strength: float = 1.0,
-        every: int = 1,
-        compact: bool = False,
-        holder: str = "optimizer",
+        self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
     ) -> None:
-        _check_options(reduction, strength, every, compact)
-        self.reduction = reduction
+        check_options(reduction, strength, every)
+        self.reduction: Reduction = reduction
         self.strength = strength
         self.every = every
         self.steps = 0
-        self.ties = found(param_groups, ties, holder)
-        self.compact = Compact(self.ties, param_groups) if compact else None
-        self.batches = Batches()
+        self.ties = found(param_groups, ties)
+        self.applied: Sequence[BoundTie] = self.ties
+        self.engine = Engine()
         self.inner_copies = Copies()
         self._captured = False
-        self._replaced: Binding | None = None
+        self._replaced: Mode | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
-        # Compiled now, and not while a step is captured.
-        pairs = self.parameters(param_groups)
-        for tie, params in pairs:
-            if any(map(is_sharded, params)):
-                shards_for(tie, params, [name_of(param_groups, place) for place in tie.places])
-        pairs = [pair for pair in pairs if not any(map(is_sharded, pair[1]))]
-        for ties, params in (*pairs, *self.batches.of(pairs)):
-            ties.index_for(params)
+        self._fingerprints: dict[tuple[BoundTie, tuple[int, ...]], str] = {}
+        self._held: list[Optimizer] = []
+        self._held_for: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made in the middle of a step takes no part in it.
-        kept = {key: value for key, value in vars(self).items() if key != "running"}
-        return {**kept, "_seen": {}, "_captured": False, "_replaced": None}
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Marks that a step is running; a step may run within another one."""
-        before, self.running = self.running, True
-        self._captured = self._captured or is_capturing()
-        try:
-            yield
-        finally:
-            self.running = before
-
-    def replace(self, other: Binding) -> None:
-        """Takes the place of the ties that an optimizer had.
-
-        A CUDA graph that has captured one of their steps goes on to use their tensors, which therefore stay.
-        """
-        self.steps = other.steps
-        self._replaced = other if other._captured else other._replaced
+        state = {key: value for key, value in vars(self).items() if key not in ("running", "set_aside")}
+        return {**state, "_seen": {}, "_captured": False, "_replaced": None, "_held": [], "_held_for": []}
 
     @property
     def relaxed(self) -> bool:
         """Whether the ties are approximate: gradients stay as they are, and weights may drift apart."""
         return self.strength != 1 or self.every != 1
 
+    @between_graphs
+    def held(self, optimizer: Any) -> list[Optimizer]:
+        """Return the optimizers that an optimizer holds; looked for again when one of its attributes was replaced."""
+        attributes = list(map(id, vars(optimizer).values()))
+        if attributes != self._held_for:
+            self._held, self._held_for = held_optimizers(optimizer), attributes
+        return self._held
+
+    # --- what a mode does in its own way ---
+
+    @abstractmethod
+    def stepping(self, optimizer: Any, *, reads_gradients: bool = True) -> Any:
+        """Return what runs one step of the optimizer, or one call of another of its methods.
+
+        Args:
+            optimizer: the tied one.
+            reads_gradients: whether it may read gradients.
+        """
+
+    def param_groups_of(self, optimizer: Any) -> ParamGroups:
+        """Return the parameter groups with the parameters of the model, also in the middle of a step."""
+        param_groups: ParamGroups = optimizer.param_groups
+        return param_groups
+
+    def at_rest(self, optimizer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Return the attributes of an optimizer as they are between steps."""
+        return attributes
+
+    def check_served(self, optimizer: Any) -> None:
+        """Refuse an optimizer that the mode cannot serve, before anything is written.
+
+        Raises:
+            ValueError: it compares the loss with gradients that would not be of what it trains.
+        """
+        if self.reduction == self.true_reduction or self.relaxed or all(is_idle(tie.slices) for tie in self.ties):
+            return
+        kinds = (kind for held in [optimizer, *self.held(optimizer)] for kind in type(held).__mro__)
+        for kind in kinds:
+            if kind.__name__ in _COMPARES_LOSS:
+                raise ValueError(
+                    refusal(
+                        f"{kind.__name__} compares the loss with its gradient, which has to be that of what it trains.",
+                        expected="reduction='mean' with compact=False, or reduction='sum' with compact=True",
+                        got=f"reduction={self.reduction!r}, compact={self.compact}",
+                    )
+                )
+
+    def state_within(self, optimizer: Any, state: Mapping[Any, Any], start: Start, lost: Lost | None) -> dict[Any, Any]:
+        """Return the state that takes the place of that of an optimizer without ties.
+
+        Args:
+            optimizer: to be tied.
+            state: of it, or of an optimizer that it holds.
+            start: what the shared values start from.
+            lost: gets what cannot be converted, which is an error without it.
+        """
+        if self.relaxed:
+            return dict(state)
+        pairs, settings = self.parameters(optimizer.param_groups), settings_in(optimizer.param_groups)
+        # Also that of frozen parameters, which may be trained again.
+        return {**state, **tied_state(state, pairs, settings, start)}
+
+    def state_without(self, optimizer: Any, state: Mapping[Any, Any], lost: Lost) -> dict[Any, Any]:
+        """Return the state as an optimizer without ties has it; arguments as for :meth:`state_within`."""
+        return dict(state)
+
+    # --- the weights ---
+
+    def bind(
+        self, optimizer: Any, states: Sequence[Mapping[Any, Any]], start: Start, lost: Lost | None = None
+    ) -> list[dict[Any, Any]]:
+        """Tie the weights of an optimizer, and return what takes the places of its states.
+
+        Args:
+            optimizer: to be tied.
+            states: of it, and of the optimizers that it holds.
+            start: what the shared values start from.
+            lost: as for :meth:`state_within`.
+        """
+        check_start(start, relaxed=self.relaxed)
+        # Compiled now, and not while a step is captured.
+        self.engine.prepare(self.parameters(optimizer.param_groups))
+        self.check_served(optimizer)
+        changed = [self.state_within(optimizer, state, start, lost) for state in states]
+        trained = [pair for pair in self.parameters(optimizer.param_groups) if pair[1][0].requires_grad]
+        if start == "first":
+            for tie, params in trained:
+                self.engine.start_from_first_(tie, params, tie.order)
+        # What starts from the first members is tied already, and keeps its bits.
+        self.tie_weights(trained, optimizer, strength=self.strength)
+        self.note_all(optimizer.param_groups)
+        return changed
+
+    def replace(self, other: Mode, states: Sequence[Mapping[Any, Any]]) -> None:
+        """Take the place of the ties that an optimizer had.
+
+        Args:
+            other: these ties.
+            states: of the optimizer, and of those that it holds, from now on.
+        """
+        self.steps = other.steps
+        # A CUDA graph that has captured one of their steps goes on to use their tensors, which therefore stay.
+        self._replaced = other if other._captured else other._replaced
+        # What was compiled for tensors that are still there goes on.
+        self.engine.copies = other.engine.copies
+        if not self.compact and not any(states):
+            self.inner_copies = other.inner_copies
+
+    @between_graphs
+    def begin(self) -> bool:
+        """Mark that a step, or another method, is running, and return whether one was running already."""
+        was_running, self.running = self.running, True
+        self._captured = self._captured or is_capturing()
+        return was_running
+
     def parameters(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
-        """The ties with the parameters that stand in their places now.
+        """Return the ties with the parameters that stand in their places now.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -118,176 +215,197 @@ class Binding:
 
     @between_graphs
     def tie_weights(
-        self, pairs: Pairs, *, differentiable: bool = False, strength: float = 1.0, stepped: bool = False
+        self, pairs: Pairs[BoundTie], optimizer: Any, *, strength: float = 1.0, stepped: bool = False
     ) -> None:
-        """Ties parameters; where the step is part of a graph, the projection is too.
+        """Tie parameters; where the step is part of a graph, the projection is too.
 
         Args:
             pairs: ties and their parameters.
-            differentiable: whether steps may be part of a graph.
+            optimizer: of the parameters.
             strength: how far members are moved towards their mean.
             stepped: whether a step of the inner optimizer has just written them.
         """
-        if differentiable:
+        if is_differentiable(optimizer):
             pairs = self._tie_graphs(pairs, strength)
         if strength == 1:
-            self.batches.project_(pairs, stepped=stepped)
+            self.engine.apply_(Operation(project_, stepped=stepped), pairs)
         elif strength > 0:
-            self.batches.relax_(pairs, strength, stepped=stepped)
+            self.engine.apply_(Operation(relax_, stepped=stepped, strength=strength), pairs)
 
-    def of_calls(
-        self, pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]
-    ) -> list[tuple[T, list[Tensor]]]:
-        """The ties that a method other than ``step()`` may write.
+    @untraced
+    def _tie_graphs(self, pairs: Pairs[BoundTie], strength: float) -> Pairs[BoundTie]:
+        """Tie the parameters that are part of a graph, and return the other ones."""
+        graphs = [pair for pair in pairs if any(param.grad_fn is not None for param in pair[1])]
+        for tie, params in graphs:
+            with torch.enable_grad():
+                for param, result in zip(params, self.engine.projected(tie, params), strict=True):
+                    param.copy_(result if strength == 1 else param.lerp(result, strength))
+        return [pair for pair in pairs if pair not in graphs]
+
+    def pairs_of_calls(
+        self, param_groups: ParamGroups, state: Mapping[Any, Any]
+    ) -> list[tuple[BoundTie, list[Tensor]]]:
+        """Return the ties that a method other than ``step()`` may write.
 
         These are also frozen ones that the optimizer has state of, unless somebody has written their members apart:
         frozen parameters stay as they are.
         """
-        return [pair for pair in with_state(pairs, state) if pair[1][0].requires_grad or _is_still_tied(*pair)]
+        return [
+            (tie, params)
+            for tie, params in parameters_of(self.applied, param_groups)
+            if params[0].requires_grad
+            or (any(state.get(param) for param in params) and self._is_still_tied(tie, params))
+        ]
 
-    @untraced
+    @between_graphs
     def note(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> None:
-        """Remembers ties whose parameters are tied now."""
-        self._seen.update((tie, traces(params)) for tie, params in pairs)
+        """Remember ties whose parameters are tied now."""
+        pairs = list(pairs)
+        for (tie, _), seen in zip(pairs, traces([params for _, params in pairs]), strict=True):
+            self._seen[tie] = seen
 
     @untraced
     def note_all(self, param_groups: ParamGroups) -> None:
-        """Remembers that all parameters that are not frozen are tied now."""
-        ties = self.ties if self.compact is None else self.compact.components
-        self.note(pair for pair in parameters_of(ties, param_groups) if pair[1][0].requires_grad)
+        """Remember that all parameters that are not frozen are tied now."""
+        self.note(pair for pair in parameters_of(self.applied, param_groups) if pair[1][0].requires_grad)
 
-    @untraced
-    def written(
-        self, pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGroups
-    ) -> list[tuple[T, list[Tensor]]]:
-        """The ties whose parameters were replaced, moved or written to since they were noted.
+    def written(self, pairs: Pairs[T], param_groups: ParamGroups) -> list[tuple[T, list[Tensor]]]:
+        """Return the ties whose parameters were replaced, moved or written to since they were noted.
 
         Warns if the members of a group are not equal any more.
 
         Raises:
             ValueError: entries of a parameter share memory now, with each other or with those of another parameter.
         """
-        now = {tie: traces(params) for tie, params in pairs}
-        changed = [(tie, params) for tie, params in pairs if now[tie] != self._seen.get(tie)]
-        moved = [(tie, params) for tie, params in changed if _places(now[tie]) != _places(self._seen.get(tie, []))]
+        changed = []
+        for (tie, params), now in zip(pairs, traces([params for _, params in pairs]), strict=True):
+            before = self._seen.get(tie)
+            if now != before:
+                changed.append((tie, params, now, before))
+        if changed:
+            self._check_written(changed, param_groups)
+        return [(tie, params) for tie, params, _, _ in changed]
+
+    def _check_written(self, changed: Sequence[tuple[BoundTie, list[Tensor], Any, Any]], groups: ParamGroups) -> None:
+        # The last entry of a trace counts writes.
+        moved = [
+            (tie, params)
+            for tie, params, now, before in changed
+            if before is None or any(new[:-1] != old[:-1] for new, old in zip(now, before, strict=True))
+        ]
         for tie, params in moved:
             for place, param in zip(tie.places, params, strict=True):
-                check_writable(param, name_of(param_groups, place))
+                check_writable(param, name_of(groups, place))
         if moved:
-            check_apart(param_groups, self.ties)
-        for tie, params in changed:
-            if tie in self._seen and not self.relaxed and not _is_still_tied(tie, params):
-                names = ", ".join(name_of(param_groups, place) for place in tie.places)
+            check_apart(groups, self.ties)
+        for tie, params, _, before in changed:
+            if before is not None and not self.relaxed and not self._is_still_tied(tie, params):
+                names = ", ".join(name_of(groups, place) for place in tie.places)
                 warnings.warn(
-                    "Tied weights were replaced or written to between two steps, and their members differ now: "
-                    f"{names}. They go on from their mean.\n"
-                    "  Expected: the same written to all members, or tie_weights() afterwards; and no embedding with "
-                    "max_norm,\n"
-                    "            whose lookups write to single rows (instead call weight.renorm_() after each step)",
+                    refusal(
+                        "Tied weights were replaced or written to between two steps, and their members differ now: "
+                        f"{names}. They go on from their mean.",
+                        expected="the same written to all members, or tie_weights() afterwards; and no embedding with "
+                        "max_norm,\n            whose lookups write to single rows (instead call weight.renorm_() "
+                        "after each step)",
+                    ),
                     stacklevel=users_level(),
                 )
-        return changed
 
-    @untraced
-    def _tie_graphs(self, pairs: Pairs, strength: float) -> Pairs:
-        """Ties the parameters that are part of a graph, and returns the other ones."""
-        graphs = [pair for pair in pairs if any(param.grad_fn is not None for param in pair[1])]
-        for tie, params in graphs:
-            with torch.enable_grad():
-                for param, result in zip(params, projected(params, tie.index_for), strict=True):
-                    param.copy_(result if strength == 1 else param.lerp(result, strength))
-        return [pair for pair in pairs if pair not in graphs] if graphs else pairs
+    def _is_still_tied(self, tie: BoundTie, params: list[Tensor]) -> bool:
+        """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
+        unknown = any(param.grad_fn is not None or hasattr(param, "device_mesh") for param in params)
+        return unknown or is_capturing() or self.engine.is_tied([(tie, [param.detach() for param in params])])
 
-    def drift(self, tie: BoundTie, params: list[Tensor]) -> float:
-        """The largest distance of a member from its group's mean; of sharded parameters on any rank."""
-        # Not in the buffers of the steps: this may be asked in another thread, or after a step was captured.
-        workspace = Workspace()
-        if any(map(is_sharded, params)):
-            return shards_for(tie, params, list(map(str, tie.places))).drift(params, workspace)
-        return drift(params, tie.index_for(params), workspace)
+    # --- what a checkpoint says ---
+
+    def saved(self, param_groups: ParamGroups) -> dict[str, Any]:
+        """Return what a ``state_dict`` says of the ties; nothing if there are none."""
+        if not self.ties:
+            return {}
+        said: dict[str, Any] = {"ties": self.fingerprints(param_groups)}
+        if self.relaxed:
+            said["steps"] = self.steps
+        if self.compact:
+            said["compact"] = True
+        return said
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
-        """The fingerprints of its ties, for each parameter by the number that it has in a ``state_dict``."""
+        """Return the fingerprints of the ties, for each parameter by the number that it has in a ``state_dict``."""
         before = [0, *accumulate(len(group["params"]) for group in param_groups)]
         by_number: dict[int, list[str]] = {}
         for tie in self.ties:
             numbers = tuple(before[place.group] + place.position for place in tie.places)
+            if (tie, numbers) not in self._fingerprints:
+                self._fingerprints[tie, numbers] = tie.fingerprint_as(numbers)
             for number in dict.fromkeys(numbers):
-                by_number.setdefault(number, []).append(tie.fingerprint_as(numbers))
-        return {number: "; ".join(sorted(own)) for number, own in by_number.items()}
+                by_number.setdefault(number, []).append(self._fingerprints[tie, numbers])
+        return {number: "; ".join(sorted(texts)) for number, texts in by_number.items()}
 
     def check_saved(self, saved: Any, param_groups: ParamGroups) -> None:
-        """Compares what a checkpoint says of its ties with these.
+        """Compare what a checkpoint says of its ties with these.
 
         Raises:
             ValueError: they differ, or it says nothing of ties.
         """
         if not isinstance(saved, Mapping) or not isinstance(saved.get("ties"), Mapping):
             raise ValueError(
-                "The state does not say what its ties are.\n"
-                "  Expected: what state_dict() of a TiedOptimizer returned\n"
-                f"  Got:      {shown(saved)}"
+                refusal(
+                    "The state does not say what its ties are.",
+                    expected="what state_dict() of a TiedOptimizer returned",
+                    got=shown(saved),
+                )
             )
         steps = saved.get("steps", 0)
         if not isinstance(steps, int):
             raise ValueError(
-                f"The state does not say how many steps there were.\n  Expected: an integer\n  Got:      {shown(steps)}"
+                refusal("The state does not say how many steps there were.", expected="an integer", got=shown(steps))
             )
         # torch.distributed.checkpoint makes numbers strings, and puts what it has loaded beside what was there.
-        own, saved = (
-            {str(number): one for number, one in each.items()}
-            for each in (self.fingerprints(param_groups), saved["ties"])
+        ours, theirs = (
+            {str(number): text for number, text in texts.items()}
+            for texts in (self.fingerprints(param_groups), saved["ties"])
         )
         names = {str(number): name_of(param_groups, place) for number, place in enumerate(all_places(param_groups))}
-        for number in {**own, **saved}:
-            if own.get(number) != saved.get(number):
+        for number in {**ours, **theirs}:
+            if ours.get(number) != theirs.get(number):
                 raise ValueError(
-                    "The state was saved with other ties.\n"
-                    f"  Parameter: {names.get(number, f'number {number}')}\n"
-                    f"  Expected:  {own.get(number, 'no ties')}\n"
-                    f"  Got:       {saved.get(number, 'no ties')}\n"
-                    "  To change the ties, tie as when it was saved, load the state, and then call retie()."
+                    refusal(
+                        "The state was saved with other ties.",
+                        parameter=names.get(number, f"number {number}"),
+                        expected=ours.get(number, "no ties"),
+                        got=f"{theirs.get(number, 'no ties')}\n"
+                        "  To change the ties, tie as when it was saved, load the state, and then call retie().",
+                    )
                 )
 
 
-def _places(seen: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
-    """Traces without what counts writes."""
-    return [trace[:-1] for trace in seen]
+def is_differentiable(optimizer: Any) -> bool:
+    """Return whether an optimizer makes its step part of a graph."""
+    return bool(getattr(optimizer, "defaults", {}).get("differentiable", False))
 
 
-def _is_still_tied(tie: Indices, params: list[Tensor]) -> bool:
-    """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
-    if any(param.grad_fn is not None or is_sharded(param) for param in params) or is_capturing():
-        return True
-    return tied([param.detach() for param in params], tie.index_for(params), Workspace())
+def check_options(reduction: Any, strength: Any, every: Any) -> None:
+    """Refuse options that no mode has.
 
-
-def _check_options(reduction: Any, strength: Any, every: Any, compact: Any) -> None:
+    Raises:
+        TypeError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
+    """
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        raise ValueError(f"Unknown reduction.\n  Expected: 'mean' or 'sum'\n  Got:      {shown(reduction)}")
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not number or not 0 <= strength <= 1:
-        raise (ValueError if number else TypeError)(
-            f"strength says how far a projection goes.\n  Expected: a number from 0 to 1\n  Got:      {shown(strength)}"
-        )
-    whole = isinstance(every, int) and not isinstance(every, bool)
-    if not whole or every < 1:
-        raise (ValueError if whole else TypeError)(
-            "every says after how many steps the weights are projected.\n"
-            "  Expected: an integer from 1 on\n"
-            f"  Got:      {shown(every)}"
-        )
+        raise ValueError(refusal("Unknown reduction.", expected="'mean' or 'sum'", got=shown(reduction)))
+    is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not is_number or not 0 <= strength <= 1:
+        what, expected = "strength says how far a projection goes.", "a number from 0 to 1"
+        raise (ValueError if is_number else TypeError)(refusal(what, expected=expected, got=shown(strength)))
+    is_whole = isinstance(every, int) and not isinstance(every, bool)
+    if not is_whole or every < 1:
+        what, expected = "every says after how many steps the weights are projected.", "an integer from 1 on"
+        raise (ValueError if is_whole else TypeError)(refusal(what, expected=expected, got=shown(every)))
     if reduction == "sum" and (strength != 1 or every != 1):
         raise ValueError(
-            "Relaxed ties leave the gradients as they are, and do not add them up.\n"
-            "  Expected: reduction='mean', or strength=1 and every=1\n"
-            f"  Got:      reduction='sum', strength={strength}, every={every}"
-        )
-    if not isinstance(compact, bool):
-        raise TypeError(f"compact says which mode it is.\n  Expected: True or False\n  Got:      {shown(compact)}")
-    if compact and (strength != 1 or every != 1):
-        raise ValueError(
-            "Relaxed ties train every member by its own gradient, and not one entry for all of them.\n"
-            "  Expected: compact=False, or strength=1 and every=1\n"
-            f"  Got:      compact=True, strength={strength}, every={every}"
+            refusal(
+                "Relaxed ties leave the gradients as they are, and do not add them up.",
+                expected="reduction='mean', or strength=1 and every=1",
+                got=f"reduction='sum', strength={strength}, every={every}",
+            )
         )

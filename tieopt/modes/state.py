@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from tieopt.engine.sharded import on_any_rank, shards_for
-from tieopt.numbers.index import Indices
-from tieopt.numbers.reduction import Workspace, projected, rounded, tied
-from tieopt.numbers.start import Start, started_from_first
+from tieopt.engine.engine import Engine
+from tieopt.engine.graphs import untraced
+from tieopt.engine.sharded import on_any_rank
+from tieopt.numbers.reduction import rounded
+from tieopt.numbers.start import Start
 from tieopt.tensors import bits, calculable, is_sharded, is_sharded_as, local, real, sharded_as, wide_dtype
-from tieopt.ties.places import BoundTie, ParamGroups, T
-from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.places import BoundTie, ParamGroups
+from tieopt.ties.slices import FREE, Partition, Slices
 
 # How torch's optimizers call what has the sign of a gradient or a weight.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
@@ -48,9 +50,39 @@ def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
     return complex(start, start) if like.is_complex() else float(start)
 
 
-def with_state(pairs: Sequence[tuple[T, list[Tensor]]], state: Mapping[Any, Any]) -> list[tuple[T, list[Tensor]]]:
-    """The ties of parameters that are trained, or were: an optimizer has state of those that are frozen since."""
-    return [(tie, params) for tie, params in pairs if any(param.requires_grad or state.get(param) for param in params)]
+# What torch and the ties keep in an optimizer: it knows of the parameters, may be large, and holds no optimizer.
+KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
+
+# What is dropped where something cannot be converted: by parameter, the keys of its state.
+Lost = dict[Tensor, list[str]]
+
+
+@untraced
+def held_optimizers(optimizer: Any) -> list[Optimizer]:
+    """Return the optimizers that an optimizer has as attributes, or in lists and dictionaries, and those of these."""
+    found = {id(optimizer): optimizer}
+    waiting = [optimizer]
+    while waiting:
+        attributes = vars(waiting.pop())
+        for held in _optimizers_in([value for name, value in attributes.items() if name not in KEPT_BY_TORCH]):
+            if id(held) not in found:
+                found[id(held)] = held
+                waiting.append(held)
+    return list(found.values())[1:]
+
+
+def _optimizers_in(values: Iterable[Any], depth: int = 2) -> Iterator[Optimizer]:
+    for value in values:
+        if isinstance(value, Optimizer):
+            yield value
+        elif depth and isinstance(value, (list, tuple, dict)):
+            yield from _optimizers_in(value.values() if isinstance(value, dict) else value, depth - 1)
+
+
+def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
+    """Return the states of an optimizer and of those that it holds; one that they share occurs once."""
+    states = [holder.state for holder in (optimizer, *held_optimizers(optimizer))]
+    return list({id(state): state for state in states}.values())
 
 
 # Tensors that are made in inference mode could not be written to outside of it, by the next step.
@@ -82,6 +114,8 @@ def tied_state(
         What takes the place of the state of each parameter for which it changes.
     """
     changed: dict[Tensor, State] = {}
+    # Not that of the steps: what is compiled for the state is not needed again.
+    engine = Engine()
     for tie, params in pairs:
         held = [changed.get(param, state.get(param)) for param in params]
         states = [one if isinstance(one, dict) else {} for one in held]
@@ -97,16 +131,16 @@ def tied_state(
             if not parts:
                 continue
             values = [states[part][key] for part in parts]
-            own: Indices = tie if len(parts) == len(params) else Indices([tie.slices[part] for part in parts])
-            linear = _is_tied(own, values)
+            own: Partition = tie if len(parts) == len(params) else Partition([tie.slices[part] for part in parts])
+            linear = _is_tied(own, values, engine)
             if not linear and any(each.scale is not None for each in own.slices):
-                own = Indices(_scaled(own.slices, key, values))
-            if not linear and not _is_tied(own, values):
+                own = Partition(_scaled(own.slices, key, values))
+            if not linear and not _is_tied(own, values, engine):
                 if start == "first":
                     order = [parts.index(part) for part in tie.order if part in parts]
-                    values = started_from_first(own, values, order)
+                    values = engine.started_from_first(own, values, order)
                 else:
-                    values = _projected(own, values)
+                    values = engine.projected(own, values)
                 for part, value in zip(parts, values, strict=True):
                     _begin_pinned_(value, tie.slices[part], params[part], begins_at(key, settings(params[part]), value))
                     changed.setdefault(params[part], dict(states[part]))[key] = value
@@ -119,21 +153,8 @@ def tied_state(
     return changed
 
 
-def _is_tied(ties: Indices, values: Sequence[Tensor]) -> bool:
-    detached = [value.detach() for value in values]
-    if is_sharded(values[0]):
-        return shards_for(ties, detached).tied(detached, Workspace())
-    return tied(detached, ties.index_for(detached), Workspace())
-
-
-def _projected(ties: Indices, values: Sequence[Tensor]) -> list[Tensor]:
-    if not is_sharded(values[0]):
-        return list(projected(values, ties.index_for))
-    # A parameter that is joined with itself has one state.
-    copies = {id(value): value.detach().clone() for value in values}
-    results = [copies[id(value)] for value in values]
-    shards_for(ties, results).project_(results, Workspace())
-    return results
+def _is_tied(tie: Partition, values: Sequence[Tensor], engine: Engine) -> bool:
+    return engine.is_tied([(tie, [value.detach() for value in values])])
 
 
 @torch.no_grad()
@@ -146,14 +167,13 @@ def _begin_pinned_(value: Tensor, slices: Slices, param: Tensor, begin: complex)
     if not is_sharded(param):
         value.masked_fill_(pinned.to(value.device), begin)
     elif cast(Any, param).device_mesh.get_coordinate() is not None:
-        own, mask = local([value, sharded_as(param, pinned)])
-        own.masked_fill_(mask, begin)
+        local(value).masked_fill_(local(sharded_as(param, pinned)), begin)
 
 
 def _is_of(value: Any, param: Tensor) -> bool:
     """Whether a value of the state is plain numbers, one for each entry of the parameter."""
     if is_sharded(param):
-        return is_sharded_as(value, param) and _is_of(*local([value, param]))
+        return is_sharded_as(value, param) and _is_of(local(value), local(param))
     return is_plain(value) and value.shape == param.shape and value.device == param.device
 
 
@@ -182,7 +202,7 @@ def scales_for(key: str, values: Sequence[Tensor], scale: Tensor) -> Tensor:
 
 def _has_negative(value: Tensor) -> bool:
     if is_sharded(value):
-        return on_any_rank(_has_negative(*local([value])), value)
+        return on_any_rank(_has_negative(local(value)), value)
     return bool((calculable(real(value.resolve_conj())) < 0).any())
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Indices, Layout, Run, consecutive, in_one_order, sorted_members
+from tieopt.numbers.index import Index, Run, consecutive, in_one_order, sorted_members
 from tieopt.numbers.reduction import Reduction, Workspace, group_means, pin_, projected, rounded, write_values
 from tieopt.tensors import bits, column, in_memory, wide_dtype
 from tieopt.ties.slices import FREE, Slices
@@ -144,23 +144,6 @@ class Folding:
         return rows[: len(slices)], rows[len(slices) :]
 
 
-def folded_for(ties: Indices) -> tuple[Folded, ...]:
-    """What is kept of each tensor; worked out once."""
-    if ties.folded is None:
-        ties.folded = folded(ties.told_apart())
-    parts: tuple[Folded, ...] = ties.folded
-    return parts
-
-
-def folding_for(ties: Indices, tensors: Sequence[Tensor]) -> Folding:
-    """The folding of tensors; compiled for those of another layout, or on another device."""
-    layout = Layout.of(ties.slices, tensors)
-    if layout not in ties.foldings:
-        ties.foldings[layout] = Folding.compile(ties.index_for(tensors), folded_for(ties))
-    folding: Folding = ties.foldings[layout]
-    return folding
-
-
 def _places(parts: Sequence[Folded], positions: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
     places, before = [], 0
     for part, own in zip(parts, positions, strict=True):
@@ -203,13 +186,14 @@ def _lead_scales(run: Run, homes: Sequence[_Home], parts: Sequence[Folded], devi
 
 
 @torch.no_grad()
-def fold_(compacts: Sequence[Tensor], tensors: Sequence[Tensor], folding: Folding) -> None:
+def fold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding, workspace: Workspace) -> None:
     """Writes to compact tensors what the leads and the free slices of tensors are.
 
     Args:
-        compacts: to write to.
         tensors: tied ones.
+        compacts: to write to.
         folding: of the tensors.
+        workspace: buffers to work in.
     """
     rows, compact_rows = folding.rows(tensors, compacts)
     for own, kept, compact in zip(rows, folding.kept, compact_rows, strict=True):
@@ -225,8 +209,8 @@ def fold_(compacts: Sequence[Tensor], tensors: Sequence[Tensor], folding: Foldin
 
 @torch.no_grad()
 def fold_gradients_(
-    compacts: Sequence[Tensor],
     grads: Sequence[Tensor],
+    compacts: Sequence[Tensor],
     folding: Folding,
     workspace: Workspace,
     reduction: Reduction,
@@ -234,8 +218,8 @@ def fold_gradients_(
     """Writes the gradients of the shared values and of the free slices to compact tensors.
 
     Args:
-        compacts: to write to.
         grads: dense gradients of the members.
+        compacts: to write to.
         folding: of the gradients.
         workspace: buffers to work in.
         reduction: ``"mean"`` or ``"sum"``.
@@ -251,11 +235,11 @@ def fold_gradients_(
         targets = [compact_rows[home.part][home.place] for home in homes]
         values = rounded(values, targets[0].dtype)
         torch._foreach_copy_(targets, [values[home.slots] for home in homes])
-    fold_free_gradients_(compacts, grads, folding)
+    fold_free_gradients_(grads, compacts, folding)
 
 
 @torch.no_grad()
-def fold_free_gradients_(compacts: Sequence[Tensor], grads: Sequence[Tensor], folding: Folding) -> None:
+def fold_free_gradients_(grads: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding) -> None:
     """Writes the gradients of the free slices alone; see :func:`fold_gradients_`."""
     rows, compact_rows = folding.rows(grads, compacts)
     for own, kept, groups, compact in zip(rows, folding.kept, folding.groups, compact_rows, strict=True):

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,6 +205,10 @@ class Index:
         runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout)
         return cls(slices, layout, tuple(runs), {})
 
+    def keeping(self, slices: Sequence[Slices]) -> Index:
+        """The same index, which keeps other slices of the same shapes."""
+        return replace(self, slices=tuple(slices))
+
     def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as they are in memory: real rows, their entries in the order of the first one's.
 
@@ -255,52 +259,6 @@ class Index:
     def _for_rows(self, free: int, values: Tensor) -> Tensor:
         rows = torch.full((self.slices[0].labels.numel(),), free, device=self.sizes.device)
         return rows.index_put_((self.members.position,), values)
-
-
-# What is quickly compiled, and larger than the labels.
-_COMPILED = ("_indices", "foldings", "folded", "shards")
-
-
-class Indices:
-    """Labelled slices of tensors, and an index for each layout in which these tensors came.
-
-    Attributes:
-        slices: of each tensor, numbered.
-        foldings: for each layout, see :func:`~tieopt.numbers.folding.folding_for`.
-        folded: see :func:`~tieopt.numbers.folding.folded_for`.
-        shards: for each way to shard the tensors, see :func:`~tieopt.engine.sharded.shards_for`.
-        even: as for :meth:`Index.compile`.
-    """
-
-    def __init__(self, slices: Sequence[Slices], *, even: bool = True) -> None:
-        self.slices = tuple(slices)
-        self.even = even
-        self._begin()
-
-    def _begin(self) -> None:
-        self._indices: dict[Layout, Index] = {}
-        self.foldings: dict[Layout, Any] = {}
-        self.folded: Any = None
-        self.shards: dict[Any, Any] = {}
-
-    def index_for(self, tensors: Sequence[Tensor]) -> Index:
-        """The compiled slices; compiled again for tensors of another layout, or on another device."""
-        layout = Layout.of(self.slices, tensors)
-        if layout not in self._indices:
-            index = Index.compile(self.told_apart(), tensors, even=self.even)
-            self._indices[layout] = replace(index, slices=self.slices)
-        return self._indices[layout]
-
-    def told_apart(self) -> tuple[Slices, ...]:
-        """The slices, with labels that only members of one group share."""
-        return self.slices
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in _COMPILED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
 
 
 def in_one_order(rows: list[Tensor]) -> list[Tensor]:

@@ -60,16 +60,42 @@ class Workspace:
         return buffer[:entries].view(shape)
 
 
-def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, values_of: ValuesOf | None = None) -> bool:
+class Operation:
+    """An operation on the members of groups, as one of the functions below, with its options.
+
+    Args:
+        function: takes tensors, their index, a workspace and, unless it is :func:`divide_`, what gives the means of
+            groups that have members elsewhere, too.
+        stepped: whether it is for weights that a step has just written, see :func:`means_after_step`.
+        **options: of the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, stepped: bool = False, **options: Any) -> None:
+        self.function = function
+        self.stepped = stepped
+        self.options = options
+        self.needs_means = function not in (divide_, lead_)
+        self._means_of = means_after_step if stepped else None
+
+    def __call__(
+        self, tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None
+    ) -> Any:
+        """Apply it to plain tensors."""
+        if not self.needs_means:
+            return self.function(tensors, index, workspace)
+        return self.function(tensors, index, workspace, means_of=means_of or self._means_of, **self.options)
+
+
+def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> bool:
     """Whether dense tensors are what the leads of their groups say.
 
     Args:
         tensors: as for :func:`project_`.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
-        values_of: what gives the values of leads that have members elsewhere, too; by default their own.
+        means_of: what gives the values of leads that have members elsewhere, too; by default their own.
     """
-    compared = _compared(index.rows(tensors), index, values_of or _leads, workspace)
+    compared = _compared(index.rows(tensors), index, means_of or _leads, workspace)
     return all(torch.equal(members, expected) for _, _, members, expected in compared)
 
 
@@ -305,11 +331,6 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     for _ in range(2):
         means = _means_around(means, rows, run, workspace)
     return means
-
-
-def means_for(stepped: bool) -> ValuesOf:
-    """What gives the means of groups: of weights that a step has just written, or of anything else."""
-    return means_after_step if stepped else group_means
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:

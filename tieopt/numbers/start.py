@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tieopt.errors import shown
-from tieopt.numbers.index import Indices, Members, sorted_members
+from tieopt.numbers.index import Index, Members, sorted_members
 from tieopt.numbers.reduction import Workspace, lead_, rounded
-from tieopt.tensors import column, in_memory, is_sharded, local, real, sharded_as, wide_dtype
+from tieopt.tensors import column, in_memory, real, wide_dtype
 from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
@@ -36,44 +36,19 @@ def check_start(start: Any, *, relaxed: bool) -> None:
         )
 
 
-def start_from_first_(ties: Indices, tensors: Sequence[Any], order: Sequence[int]) -> None:
+def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, order: Sequence[int]) -> None:
     """Gives every group the value of its first member that is not pinned, and writes zero to what is pinned.
 
     What is written is tied, to the last bit, and what is tied already keeps its bits.
 
     Args:
-        ties: of the tensors.
-        tensors: dense ones, in which no two entries share memory; or sharded ones, of which every rank gathers the
-            whole for the time of this call.
+        tensors: dense ones, in which no two entries share memory.
+        index: of the tensors.
+        workspace: buffers to work in.
         order: the numbers of the tensors, that with the first members first.
     """
-    if not any(map(is_sharded, tensors)):
-        # Of tensors that are part of a graph what is written is to be part of it, too.
-        with torch.set_grad_enabled(any(tensor.grad_fn is not None for tensor in tensors)):
-            _start_from_first_(ties, tensors, order)
-        return
-    # A rank outside the mesh has nothing to write, and nothing to send.
-    if tensors[0].device_mesh.get_coordinate() is None:
-        return
-    with torch.no_grad():
-        whole = {id(tensor): tensor.full_tensor() for tensor in tensors}
-        _start_from_first_(ties, [whole[id(tensor)] for tensor in tensors], order)
-        for tensor in tensors:
-            for shard, own in zip(local([tensor]), local([sharded_as(tensor, whole[id(tensor)])]), strict=True):
-                shard.copy_(own)
-
-
-def started_from_first(ties: Indices, tensors: Sequence[Any], order: Sequence[int]) -> list[Any]:
-    """As :func:`start_from_first_`, out of place; a tensor that occurs twice has one result, twice."""
-    copies = {id(tensor): tensor.clone() for tensor in tensors}
-    results = [copies[id(tensor)] for tensor in tensors]
-    start_from_first_(ties, results, order)
-    return results
-
-
-def _start_from_first_(ties: Indices, tensors: Sequence[Tensor], order: Sequence[int]) -> None:
-    slices = [ties.slices[number] for number in order]
-    fronts = [real(in_memory(tensors[number])).movedim(ties.slices[number].dim, 0) for number in order]
+    slices = [index.slices[number] for number in order]
+    fronts = [real(in_memory(tensors[number])).movedim(index.slices[number].dim, 0) for number in order]
     # Counted in the order of their labels, whatever the layout of the tensors.
     flat = [Slices(each.labels.flatten(), each.scales.flatten()) for each in slices]
     members, _ = sorted_members(flat, [(1,)] * len(flat))
@@ -86,7 +61,7 @@ def _start_from_first_(ties: Indices, tensors: Sequence[Tensor], order: Sequence
             multiples = own.scale / leads.scale[own.group]
             front[_at(own.position, each.labels.shape, front)] = _times(values[own.group.to(front.device)], multiples)
     # Multiples are rounded as a projection rounds them, and what is pinned is written.
-    lead_(tensors, ties.index_for(tensors), Workspace())
+    lead_(tensors, index, workspace)
 
 
 def _lead_values(fronts: Sequence[Tensor], shapes: Sequence[torch.Size], members: Members, leads: Members) -> Tensor:

@@ -10,11 +10,7 @@ from tieopt.ties.places import BoundTie, ParamGroups, Place, parameter_at
 from tieopt.ties.slices import FREE, Slices, told_apart
 
 
-class Component(BoundTie):
-    """All the ties of parameters that have to be folded together, each parameter once."""
-
-
-def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[Component]:
+def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[BoundTie]:
     """Ties that have a parameter in common, or join some, as one."""
     sets: dict[Place, list[BoundTie]] = {}
     for tie in ties:
@@ -24,7 +20,7 @@ def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[Comp
     return [_component(own, param_groups) for own in {id(own): own for own in sets.values()}.values()]
 
 
-def _component(ties: Sequence[BoundTie], param_groups: ParamGroups) -> Component:
+def _component(ties: Sequence[BoundTie], param_groups: ParamGroups) -> BoundTie:
     kinds: dict[Place, set[tuple[int, torch.Size]]] = {}
     for tie in ties:
         for place, each in zip(tie.places, tie.slices, strict=True):
@@ -42,7 +38,7 @@ def _component(ties: Sequence[BoundTie], param_groups: ParamGroups) -> Component
     for tie, own in zip(ties, told_apart(slices), strict=True):
         for place, each in zip(tie.places, own, strict=True):
             parts.setdefault(place, []).append(each)
-    return Component(list(parts), [_overlaid(own) for own in parts.values()])
+    return BoundTie(list(parts), [_overlaid(own) for own in parts.values()])
 
 
 def _overlaid(slices: Sequence[Slices]) -> Slices:

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.engine.sharded import check_sharding
 from tieopt.errors import shown
-from tieopt.numbers.index import Indices
-from tieopt.tensors import is_sharded, local, sharing
+from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.idle import IdleTie, warn_of_idle
-from tieopt.ties.slices import FREE, Slices, fingerprint, is_idle, numbered
+from tieopt.ties.slices import FREE, Partition, Slices, fingerprint, is_idle, numbered
 from tieopt.ties.tie import Part, Tie, check_one_shape, check_writable
 from tieopt.ties.unheld import not_held
 
@@ -42,7 +40,7 @@ class Place(NamedTuple):
         return f"param_groups[{self.group}]['params'][{self.position}]"
 
 
-class BoundTie(Indices):
+class BoundTie(Partition):
     """The tie of one parameter, or of several that were joined.
 
     Args:
@@ -53,24 +51,19 @@ class BoundTie(Indices):
         places: of the parameters.
         slices: of each parameter; groups are numbered in the order of their first members.
         order: the numbers of the parameters in the order in which they were joined.
-        is_of_rows: whether it is of rows of one parameter, so that sparse gradients can be tied as they are.
     """
 
-    def __init__(self, places: Sequence[Place], slices: Sequence[Slices]) -> None:
+    def __init__(self, places: Sequence[Place], slices: Sequence[Slices], names: Sequence[str] | None = None) -> None:
         # In the order of the parameters, however they were joined: sums depend on it.
-        joined = list(zip(range(len(places)), places, slices, strict=True))
-        parts = sorted(joined, key=lambda part: (*part[1][:2], part[2].dim))
-        super().__init__(numbered([each for *_, each in parts]))
-        self.places = tuple(place for _, place, _ in parts)
-        self.order = tuple(sorted(range(len(parts)), key=lambda number: parts[number][0]))
-        self.is_of_rows = len(parts) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
-        self._fingerprints: dict[tuple[int, ...], str] = {}
+        by_place = sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
+        self.places = tuple(places[number] for number in by_place)
+        names = names or list(map(str, places))
+        super().__init__(numbered([slices[number] for number in by_place]), [names[number] for number in by_place])
+        self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
 
     def fingerprint_as(self, numbers: tuple[int, ...]) -> str:
-        """The fingerprint, where these are the numbers of the parameters in a ``state_dict``."""
-        if numbers not in self._fingerprints:
-            self._fingerprints[numbers] = fingerprint(self.slices, numbers)
-        return self._fingerprints[numbers]
+        """Return the fingerprint, where these are the numbers of the parameters in a ``state_dict``."""
+        return fingerprint(self.slices, numbers)
 
 
 def given_name(param_groups: ParamGroups, place: Place) -> str | None:
@@ -184,7 +177,7 @@ def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> li
             check_sharding(param, name)
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
-        bound.append(BoundTie(held, slices))
+        bound.append(BoundTie(held, slices, names))
         if is_idle(bound[-1].slices):
             written = [_written(param_groups, place) for place in held]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0])))
@@ -319,9 +312,7 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
     places = {id(parameter_at(param_groups, place)): place for place in reversed(all_places(param_groups))}
     held = sorted(places.values())
     params = [parameter_at(param_groups, place) for place in held]
-    shards = local([param for param in params if is_sharded(param)])
-    tensors = [shards.pop(0) if is_sharded(param) else param for param in params]
-    for pair in sharing(tensors):
+    for pair in sharing([local(param) for param in params]):
         if any(held[number][:2] in tied for number in pair):
             first, second = (f"{name_of(param_groups, held[n])} {tuple(held[n].shape)}" for n in sorted(pair))
             raise ValueError(

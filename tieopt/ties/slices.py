@@ -97,6 +97,23 @@ def _common(strides: tuple[int, ...]) -> int:
     return math.gcd(*strides) or 1
 
 
+class Partition:
+    """Labelled slices of one or several tensors: the same label is the same group, whichever tensor it is in.
+
+    Args:
+        slices: of each tensor.
+        names: how errors call the tensors.
+
+    Attributes:
+        is_of_rows: whether it is of rows of one tensor, so that sparse gradients can be tied as they are.
+    """
+
+    def __init__(self, slices: Sequence[Slices], names: Sequence[str] | None = None) -> None:
+        self.slices = tuple(slices)
+        self.names = tuple(names or [f"tensor {number}" for number in range(len(self.slices))])
+        self.is_of_rows = len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
+
+
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     """Groups numbered 0, 1, ... in the order of their first members.
 
