@@ -1,10 +1,10 @@
-"""What ties cost past the machines at hand: who would send how much to whom, and what each rank has to know.
+"""Plan the communication and memory of ties at a scale that cannot be run here.
 
-``python docs/benchmarks/scale.py`` hands labels to the code that ties sharded parameters, for 1024 ranks of which there
-is none, and writes what it plans into the page beside it, ``scale.md``. No weight exists and none is moved. It takes
-some minutes and 4 GiB, and is the same on every machine.
+``python docs/benchmarks/scale.py`` passes labels for 1024 simulated ranks to the code that ties sharded parameters, and
+writes what it plans to ``scale.md``, next to this script. No weights are allocated or moved. It takes some minutes and
+4 GiB of memory, and gives the same result on every machine.
 
-Two sizes are planned in full. What a size of 10^9 rows comes to is read off the growth from one to the other.
+Two sizes are planned in full. The size of 10^9 rows is extrapolated from the growth between them.
 """
 
 import argparse
@@ -35,25 +35,25 @@ TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->\n)", re.DOT
 
 
 def at_random(rows: int, size: int, generator: torch.Generator) -> Tensor:
-    """Groups of one size, their members anywhere."""
+    """Return labels of groups of one size, with members at random rows."""
     return torch.randperm(rows, generator=generator) // size
 
 
 def in_order(rows: int, size: int, generator: torch.Generator) -> Tensor:
-    """Groups of one size, their members beside each other."""
+    """Return labels of groups of one size, with members at adjacent rows."""
     return torch.arange(rows) // size
 
 
 def hot(rows: int, size: int, generator: torch.Generator) -> Tensor:
-    """Groups of so many members on average, the i-th largest with about 1/i of the largest; anywhere."""
+    """Return labels of groups of ``size`` members on average, the i-th largest with about 1/i of the largest."""
     count = rows // size
-    # The inverse of the logarithm, which is about the sum of 1/i.
+    # Inverse transform sampling: the sum of 1/i is about the logarithm.
     draws = torch.rand(rows, generator=generator, dtype=torch.float64)
     return (count**draws).long().sub_(1).clamp_(max=count - 1)
 
 
 def hot_in_order(rows: int, size: int, generator: torch.Generator) -> Tensor:
-    """The same, their members beside each other."""
+    """Return the labels of :func:`hot`, with members at adjacent rows."""
     return hot(rows, size, generator).sort().values
 
 
@@ -67,14 +67,14 @@ LAYOUTS: dict[str, tuple[Callable[[int, int, torch.Generator], Tensor], int]] = 
 
 
 class Cost(NamedTuple):
-    """What one rank has and does, the mean over some of them.
+    """Costs of one rank, or their mean over several ranks.
 
     Attributes:
-        rows: of its shard.
-        spanning: groups that it has members of and others, too.
+        rows: number of rows of its shard.
+        spanning: number of groups with members on this rank and on others.
         moved: rows that it sends to other ranks in a step.
-        all_reduced: rows that it would send if all ranks reduced all spanning groups, around a ring.
-        index_bytes: what tells its members and what it exchanges.
+        all_reduced: rows that it would send in a ring all-reduce of all spanning groups.
+        index_bytes: memory of the index of its members and of the exchange.
     """
 
     rows: float
@@ -85,7 +85,7 @@ class Cost(NamedTuple):
 
 
 def nbytes(value: Any) -> int:
-    """What the tensors within take."""
+    """Return the bytes of all tensors in a nested value."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, (tuple, list)):
@@ -96,7 +96,7 @@ def nbytes(value: Any) -> int:
 
 
 def index_bytes(labels: Tensor, plan: Plan, width: int) -> int:
-    """Of the index of a shard and of the plan of its rank."""
+    """Return the bytes of the index of a shard and of the plan of its rank."""
     sent = rows_sent(Slices(labels), plan)
     shard = torch.empty(1, 1).expand(len(labels), width)
     (whole,) = numbered([Slices(torch.where(sent == FREE, labels, FREE))])
@@ -106,7 +106,7 @@ def index_bytes(labels: Tensor, plan: Plan, width: int) -> int:
 
 
 def costs(labels: Tensor, ranks: int, sampled: Iterator[int] | range, width: int = WIDTH) -> list[Cost]:
-    """What some of the ranks have and do, where a matrix is cut into shards of rows."""
+    """Return the costs of the sampled ranks for a matrix that is sharded by rows."""
     shards = labels.chunk(ranks)
     shards += (labels[:0],) * (ranks - len(shards))
     holdings = Holdings.of(shards)
@@ -131,7 +131,7 @@ def mean(found: list[Cost]) -> Cost:
 
 
 def extrapolated(small: Cost, large: Cost, factor: float, target: float) -> Cost:
-    """What grows by some power of the number of rows goes on growing by it."""
+    """Extrapolate each cost with the power of the number of rows with which it grew from ``small`` to ``large``."""
 
     def onward(first: float, second: float) -> float:
         if not first or not second:
