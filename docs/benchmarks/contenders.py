@@ -1,4 +1,4 @@
-"""What ``benchmark.py`` compares: matrices and their ties, and the ways to train them tied."""
+"""The matrices and ties that ``benchmark.py`` measures, and the ways to train them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Cell:
-    """Matrices and their ties: rows in groups of ``size``, or single elements in ``groups`` groups of any size."""
+    """Matrices and their ties: rows in groups of ``size``, or single elements in ``groups`` groups of random sizes."""
 
     name: str
     rows: int
@@ -33,14 +33,14 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """In words, for the page."""
+        """Describe the cell on the page."""
         if self.groups:
             return f"{self.rows} x {self.width}, its elements in {self.groups} groups"
         count = f"{self.parameters} of " if self.parameters > 1 else ""
         return f"{count}{self.rows} x {self.width}, {100 * self.share:g} % of the rows in groups of {self.size}"
 
     def quick(self) -> "Cell":
-        """Of the same kind, tiny."""
+        """Return a tiny cell of the same kind."""
         rows, width = max(self.rows // 32, 64), max(self.width // 16, 16)
         return replace(self, rows=rows, width=width, parameters=-(-self.parameters // 20), groups=self.groups // 512)
 
@@ -58,9 +58,9 @@ CELLS = (
 
 
 class Problem(NamedTuple):
-    """The parameters of a cell with what they are trained on.
+    """The parameters of a cell, and the data to train on.
 
-    ``labels`` are for tieopt; ``places`` say, of free slices too, which entry of ``raw`` each slice is, so that
+    ``labels`` are for tieopt. ``places`` has, for each slice, tied or free, its index in ``raw``, so that
     ``raw[places]`` is the weight.
     """
 
@@ -72,16 +72,16 @@ class Problem(NamedTuple):
     target: Tensor
 
     def weights(self) -> list[nn.Parameter]:
-        """Parameters that are tied to begin with."""
+        """Return new parameters whose members are already equal."""
         return [nn.Parameter(raw[places]) for raw, places in zip(self.raw, self.places, strict=True)]
 
     def raw_weights(self) -> list[nn.Parameter]:
-        """The smaller parameters that the others are made of."""
+        """Return new smaller parameters, with the distinct slices of the weights."""
         return [nn.Parameter(raw.clone()) for raw in self.raw]
 
     @property
     def kept(self) -> float:
-        """Which part of the entries is distinct."""
+        """The share of entries that are distinct."""
         return sum(raw.shape[0] for raw in self.raw) / sum(places.numel() for places in self.places)
 
     @property
@@ -92,7 +92,7 @@ class Problem(NamedTuple):
 
 
 def build_problem(cell: Cell, device: torch.device) -> Problem:
-    """Rows are assigned to groups at random, elements each to a random group; all of it seeded."""
+    """Assign rows or elements to groups at random, with a fixed seed, and draw weights and data."""
     generator = torch.Generator().manual_seed(0)
     labels = []
     for _ in range(cell.parameters):
@@ -117,7 +117,7 @@ def build_problem(cell: Cell, device: torch.device) -> Problem:
     return Problem(cell, labels, places, raw, inputs, target)
 
 
-# --- Who trains it --------------------------------------------------------------------------------
+# --- How it is trained ----------------------------------------------------------------------------
 
 Make = Callable[[Sequence[Tensor]], Optimizer]
 
@@ -128,16 +128,16 @@ OPTIMIZERS: dict[str, Make] = {
 }
 if hasattr(torch.optim, "Muon"):
     OPTIMIZERS["Muon"] = partial(torch.optim.Muon, lr=1e-3)
-# Compiling takes up to a minute each time: where the targets ask for it.
+# Compiling takes up to a minute each time, so it is done only where the targets ask for it.
 COMPILED = "AdamW foreach"
 
 
 class LeftOutError(Exception):
-    """Why a contender does not take part."""
+    """The reason why a contender does not take part."""
 
 
 class Contender(NamedTuple):
-    """How the weights of the forward pass come about, and what stands for ``optimizer.step()``."""
+    """A way to train: how the forward pass gets its weights, and what is run as ``optimizer.step()``."""
 
     optimizer: Optimizer
     weights: Callable[[], Sequence[Tensor]]
@@ -146,14 +146,14 @@ class Contender(NamedTuple):
 
 
 def untied(problem: Problem, make: Make, *, compiled: bool = False) -> Contender:
-    """The training step that all others are compared with."""
+    """Train without ties, the baseline of all ratios."""
     params = problem.weights()
     optimizer = make(params)
     return Contender(optimizer, lambda: params, torch.compile(optimizer.step) if compiled else optimizer.step)
 
 
 def loop(problem: Problem, make: Make) -> Contender:
-    """The forum poster's: gather the rows of a group, average, write back; gradients before the step, weights after."""
+    """Average the rows of each group in a loop, as the forum poster does: gradients before the step, weights after."""
     if problem.cell.groups:
         raise LeftOutError("averages rows, not single elements")
     params = problem.weights()
@@ -178,7 +178,7 @@ def loop(problem: Problem, make: Make) -> Contender:
 
 
 def concatenated(problem: Problem, make: Make) -> Contender:
-    """``torch.cat`` of the rows of a smaller parameter."""
+    """Build the weight by ``torch.cat`` from the rows of a smaller parameter."""
     if problem.cell.groups:
         raise LeftOutError("joins rows, not single elements")
     raw = problem.raw_weights()
@@ -193,14 +193,14 @@ def concatenated(problem: Problem, make: Make) -> Contender:
 
 
 def indexed(problem: Problem, make: Make) -> Contender:
-    """``w[idx]``, as in a parametrization, without what ``torch.nn.utils.parametrize`` adds."""
+    """Build the weight by ``w[idx]``, as a parametrization does, without the overhead of ``parametrize``."""
     raw = problem.raw_weights()
     optimizer = make(raw)
     return Contender(optimizer, lambda: [w[i] for w, i in zip(raw, problem.places, strict=True)], optimizer.step)
 
 
 def selected(problem: Problem, make: Make) -> Contender:
-    """The same with ``index_select``."""
+    """Build the weight by ``index_select``."""
     raw = problem.raw_weights()
     optimizer = make(raw)
 
@@ -214,7 +214,7 @@ def selected(problem: Problem, make: Make) -> Contender:
 def tied(
     problem: Problem, make: Make, *, compact: bool = False, compiled: bool = False, deterministic: bool = False
 ) -> Contender:
-    """tieopt."""
+    """Train with tieopt."""
     params = problem.weights()
     optimizer = tie(make(params), params, problem, compact)
     step = torch.compile(optimizer.step) if compiled else optimizer.step
@@ -222,7 +222,7 @@ def tied(
 
 
 def tie(optimizer: Optimizer, params: Sequence[Tensor], problem: Problem, compact: bool) -> TiedOptimizer:
-    """Ties the parameters of a problem, if this tieopt has the mode."""
+    """Tie the parameters of a problem, if this version of tieopt has the mode."""
     if compact and "compact" not in signature(TiedOptimizer).parameters:
         raise LeftOutError(f"TiedOptimizer of tieopt {tieopt.__version__} has no argument compact")
     ties = dict(zip(params, problem.labels, strict=True))
@@ -235,7 +235,7 @@ OURS = {
     "tieopt deterministic": partial(tied, deterministic=True),
     "tieopt compact": partial(tied, compact=True),
 }
-# The targets compare the compiled steps with the fused one: they take turns with it.
+# The targets compare the compiled steps with the fused one, so it is measured in the same rounds.
 ONLY_COMPILED = {
     "untied fused": lambda problem, _: untied(problem, OPTIMIZERS["AdamW fused"]),
     "untied compiled": partial(untied, compiled=True),
