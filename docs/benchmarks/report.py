@@ -1,4 +1,4 @@
-"""The page and the figure of what ``benchmark.py`` measured; it calls this, also without measuring (``--render``)."""
+"""The page and the figure of what ``benchmark.py`` measured; ``benchmark.py --render`` makes them without measuring."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 class Quartiles(NamedTuple):
-    """Of the ratios of paired rounds."""
+    """Quartiles of the ratios of paired rounds."""
 
     low: float
     median: float
@@ -22,11 +22,11 @@ class Quartiles(NamedTuple):
 
 
 def compare(entry: Entry, name: str, base: str, key: str = "step") -> Quartiles | None:
-    """How many times as long one contender takes as another in the same round, if both were measured."""
+    """Return the ratios of the times of two contenders in the same round, or None if one was not measured."""
     mine, theirs = (entry["contenders"].get(contender, {}).get(key) for contender in (name, base))
     if not mine or not theirs:
         return None
-    # One that is slow takes part in the first rounds only.
+    # A slow contender takes part in the first rounds only.
     ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
     return Quartiles(*statistics.quantiles(ratios, n=4, method="inclusive"))
 
@@ -35,7 +35,7 @@ def compare(entry: Entry, name: str, base: str, key: str = "step") -> Quartiles 
 
 
 class Target(NamedTuple):
-    """What is to hold of every value; each is named by where it was measured."""
+    """An upper limit for some values, which are named by where they were measured."""
 
     text: str
     limit: float
@@ -44,7 +44,7 @@ class Target(NamedTuple):
 
     @property
     def row(self) -> list[str]:
-        """A row of the table of targets."""
+        """The row of the table of targets."""
         if not self.values:
             return [self.text, "not measured", ""]
         worst = max(self.values, key=lambda where: self.values[where])
@@ -54,18 +54,18 @@ class Target(NamedTuple):
 
 
 def medians(entries: Iterable[Entry], name: str, *bases: str, key: str = "step") -> dict[str, float]:
-    """The median ratios to each of the bases, wherever both were measured."""
+    """Return the median ratios of a contender to each of the bases, wherever both were measured."""
     found = {}
     for entry in entries:
         where = ", ".join(filter(None, (entry["cell"], entry.get("optimizer"))))
         for base in bases:
             if quartiles := compare(entry, name, base, key):
-                found[where + (f", beside {base}" if len(bases) > 1 else "")] = quartiles.median
+                found[where + (f", vs {base}" if len(bases) > 1 else "")] = quartiles.median
     return found
 
 
 def list_targets(results: dict[str, Any]) -> list[Target]:
-    """All that is to be reached."""
+    """Return all targets, with the values that were measured."""
     settings, steps = results["settings"], results["steps"]
 
     def where(holds: Callable[[dict[str, Any]], bool], entries: Iterable[Entry] = steps) -> list[Entry]:
@@ -76,7 +76,7 @@ def list_targets(results: dict[str, Any]) -> list[Target]:
     compiled = [entry for entry in steps if entry["optimizer"] == settings["compiled_with"]]
     pairs, larger = where(lambda cell: cell["size"] == 2, compiled), where(lambda cell: cell["size"] != 2, compiled)
     many = where(lambda cell: cell["parameters"] > 1)
-    # Rows of 512 and more; quick tries have smaller ones, and show the targets all the same.
+    # Rows of 512 and more. Quick runs have only smaller ones, and show the targets all the same.
     least = 0 if settings["quick"] else 512
     wide = where(lambda cell: cell["size"] and cell["width"] >= least, results["tie_weights"])
     extra = {e["cell"]: e["contenders"]["tieopt"]["peak"] / MIB for e in wide if "tieopt" in e["contenders"]}
@@ -97,13 +97,13 @@ def list_targets(results: dict[str, Any]) -> list[Target]:
             medians(wide, "tieopt compiled", "copy", key="seconds"),
         ),
         Target("`tie_weights()`: at most 16 MiB of extra memory", 16, extra, " MiB"),
-        Target("tieopt: ahead of the loop and of `w[idx]`", 1, medians(steps, "tieopt", "loop", "w[idx]")),
-        Target("compact: ahead of every peer", 1, medians(steps, compact, *settings["peers"])),
+        Target("tieopt: faster than the loop and `w[idx]`", 1, medians(steps, "tieopt", "loop", "w[idx]")),
+        Target("compact: faster than all other ways to tie", 1, medians(steps, compact, *settings["peers"])),
         Target(
             f"compact: at most 1.0 times the untied foreach step, {halving}", 1, medians(foreach, compact, "untied")
         ),
         Target(f"compact: at most 1.2 times the untied fused step, {halving}", 1.2, medians(fused, compact, "untied")),
-        Target("compact: the state of one entry per group, in bytes as that of `index_select`", 1, states),
+        Target("compact: the optimizer's state no larger than with `index_select`", 1, states),
         Target(
             f"compact, compiled: {alone} 1.0 times the untied fused one, for groups of 4 and more",
             1,
@@ -123,18 +123,18 @@ def list_targets(results: dict[str, Any]) -> list[Target]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """In markdown; numbers to the right."""
+    """Return a markdown table; numbers are aligned to the right."""
     marks = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows))
 
 
 def spread(quartiles: Quartiles | None) -> str:
-    """A median with its quartiles."""
+    """Format a median with its quartiles."""
     return f"{quartiles.median:.2f} ({quartiles.low:.2f}-{quartiles.high:.2f})" if quartiles else ""
 
 
 def time_table(entries: Sequence[Entry], base: str, key: str) -> str:
-    """The base in milliseconds, the others as ratios to it, a row for each cell."""
+    """Return a table with a row for each cell: the base in milliseconds, the others as ratios to it."""
     names = [name for name in column_names(entries) if name != base]
     return table(
         ["cell", f"{base}, ms", *names],
@@ -151,7 +151,7 @@ def time_table(entries: Sequence[Entry], base: str, key: str) -> str:
 
 
 def memory_table(entries: Sequence[Entry], key: str) -> str:
-    """In MiB, a row for each cell."""
+    """Return a table in MiB, with a row for each cell."""
     names = column_names(entries)
 
     def shown(entry: Entry, name: str) -> str:
@@ -162,12 +162,12 @@ def memory_table(entries: Sequence[Entry], key: str) -> str:
 
 
 def column_names(entries: Iterable[Entry]) -> list[str]:
-    """Every contender that was measured anywhere."""
+    """Return every contender that was measured anywhere."""
     return list(dict.fromkeys(name for entry in entries for name in entry["contenders"]))
 
 
 def notes(entries: Sequence[Entry], rounds: int) -> str:
-    """What was left out and why, what ran in fewer rounds, and what was not compiled in one piece."""
+    """List the contenders that were left out and why, that ran fewer rounds, and that had graph breaks."""
     said: dict[str, list[str]] = {}
     for entry in entries:
         for name, why in entry["left_out"].items():
@@ -191,29 +191,29 @@ HOW = """\
 Written by `python docs/benchmarks/benchmark.py`.
 
 - A step is a whole training step: a linear map of a batch of 64, the mean squared error, backward, the
-  optimizer's step and `zero_grad`. A matrix that is tall is applied to an input as long as it is tall, so that
-  forward and backward are in proportion to its entries, as everything else is.
+  optimizer's step and `zero_grad`. A tall matrix is applied to an input as long as its columns, so that the cost of
+  forward and backward is proportional to its number of entries, like all other costs.
 - Contenders take turns: each of up to {rounds} rounds runs each of them once, in random order. Ratios are
-  medians, with quartiles, of the ratios to the untied step *of the same round*. What needs more than
-  {budget:g} seconds for all its rounds runs in fewer, but no fewer than 3; what needs more than {limit:g} seconds
-  for a step is left out.
+  medians, with quartiles, of the ratios to the untied step *of the same round*. A contender that needs more than
+  {budget:g} seconds for all its rounds runs fewer, but at least 3. One that needs more than {limit:g} seconds for a
+  step is left out.
 - *loop* gathers the rows of a group, averages them and writes them back, group by group: gradients before the
   step, weights after it. *torch.cat*, *w[idx]* and *index_select* build the weight in each forward pass, from a
-  parameter with one entry for each group and each free one. So their optimizer step alone has nothing of their
-  ties, while that of the loop and of tieopt has all.
-- *deterministic* is the whole step under `torch.use_deterministic_algorithms(True)`, beside an untied step
-  without. *compiled* is `torch.compile(optimizer.step)`, or `torch.compile(optimizer.tie_weights)`.
-- Extra memory is the most that PyTorch's allocator had handed out at once, beside what it had before: on the
-  processor from the events of `torch.profiler`, on CUDA from `torch.cuda.max_memory_allocated`. The state of
+  parameter with one slice for each group and each free slice. Their optimizer step alone therefore has none of the
+  cost of their ties, while that of the loop and of tieopt has all of it.
+- *deterministic* is the whole step under `torch.use_deterministic_algorithms(True)`, compared with an untied step
+  without it. *compiled* is `torch.compile(optimizer.step)`, or `torch.compile(optimizer.tie_weights)`.
+- Extra memory is the most that PyTorch's allocator had handed out at once, less what it had handed out before: on
+  the processor from the events of `torch.profiler`, on CUDA from `torch.cuda.max_memory_allocated`. The state of
   the optimizer is all tensors in the `"state"` of its `state_dict()`.
-- `tie_weights()` runs on weights that are not tied, with cold caches, beside `copy_` between two buffers of as
-  many bytes as all members have. What tieopt keeps from call to call is in no other number than there."""
+- `tie_weights()` runs on weights that are not tied, with cold caches, and is compared with `copy_` between two
+  buffers of as many bytes as all members. Memory that tieopt keeps between calls is counted there only."""
 
-QUICK = "> **A quick try with tiny matrices and few rounds: none of the numbers mean anything.**"
+QUICK = "> **A quick run with tiny matrices and few rounds: the numbers mean nothing.**"
 
 
 def page(results: dict[str, Any]) -> str:
-    """All of it, in markdown."""
+    """Return the page in markdown."""
     settings, projections = results["settings"], results["tie_weights"]
     cells = (
         [name, cell["title"], f"{cell['kept']:.1%}", f"{cell['tied_bytes'] / MIB:.3g}"]
@@ -222,7 +222,7 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         "# Benchmarks",
         QUICK if settings["quick"] else "",
-        "What a tied training step costs, beside the untied one and beside other ways to tie weights.",
+        "The cost of a tied training step, compared with the untied step and with other ways to tie weights.",
         "![Time of a training step as a ratio to the untied one](results.png)",
         "## Targets",
         table(["target", "verdict", "worst"], (target.row for target in list_targets(results)), numbers=False),
@@ -250,9 +250,9 @@ def page(results: dict[str, Any]) -> str:
         "## `tie_weights()`",
         "As a ratio to a plain copy of the tied bytes:",
         time_table(projections, "copy", "seconds"),
-        "Extra memory during it, with what is kept since the ties were made, MiB:",
+        "Extra memory during the call, including what was kept since the ties were made, MiB:",
         memory_table(projections, "peak"),
-        "Of that, kept from call to call (labels, indices and workspace), MiB:",
+        "Of that, kept between calls (labels, indices and workspace), MiB:",
         memory_table(projections, "kept"),
         notes(projections, settings["rounds"]),
     ]
@@ -261,7 +261,7 @@ def page(results: dict[str, Any]) -> str:
 
 # --- The figure -----------------------------------------------------------------------------------
 
-# Colour, marker: peers are open, tieopt is filled.
+# Colour and marker. The markers of tieopt are filled, the others open.
 STYLES = {
     "loop": ("#777777", "v"),
     "torch.cat": ("#CC79A7", "^"),
@@ -273,7 +273,7 @@ STYLES = {
 
 
 def draw_ratios(axes: Axes, entries: Sequence[Entry], cells: Sequence[str]) -> None:
-    """A dot for each contender in each cell, with its quartiles; contenders of a cell stand below each other."""
+    """Draw the median and quartiles of each contender in each cell; contenders of a cell are below each other."""
     for number, (name, (color, marker)) in enumerate(STYLES.items()):
         offset = (number - (len(STYLES) - 1) / 2) * 0.12
         for entry in entries:
@@ -296,7 +296,7 @@ def draw_ratios(axes: Axes, entries: Sequence[Entry], cells: Sequence[str]) -> N
 
 
 def figure(results: dict[str, Any]) -> Figure:
-    """A panel for each optimizer, a line for each cell."""
+    """Draw a panel for each optimizer, with a line for each cell."""
     cells, optimizers = list(results["cells"]), list(dict.fromkeys(e["optimizer"] for e in results["steps"]))
     drawn = Figure(figsize=(3 + 2.6 * len(optimizers), 1.6 + 0.62 * len(cells)), layout="constrained")
     panels = drawn.subplots(1, len(optimizers), sharex=True, sharey=True, squeeze=False)[0]
@@ -319,7 +319,7 @@ def figure(results: dict[str, Any]) -> Figure:
 
 
 def label(cell: dict[str, Any]) -> str:
-    """A cell in two short lines."""
+    """Describe a cell in two short lines."""
     shape = f"{cell['rows']} x {cell['width']}"
     if cell["groups"]:
         return f"{shape}\nelements in {cell['groups']} groups"
@@ -328,6 +328,6 @@ def label(cell: dict[str, Any]) -> str:
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """Writes the page and its figure."""
+    """Write the page and its figure."""
     (folder / "results.md").write_text(page(results), encoding="utf-8")
     figure(results).savefig(folder / "results.png", dpi=150)
