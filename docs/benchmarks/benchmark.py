@@ -1,20 +1,20 @@
-"""What a tied training step costs beside the untied one, and beside the other ways to tie weights.
+"""Measure the cost of a tied training step, compared with the untied step and with other ways to tie weights.
 
-``python docs/benchmarks/benchmark.py`` measures everything and writes, beside itself, the numbers
-(``results.json``), a page made of them (``results.md``) and a figure (``results.png``). ``--quick`` tries
-all of it with tiny matrices, whose numbers mean nothing; ``--render results.json`` makes the page and the
-figure anew without measuring.
+``python docs/benchmarks/benchmark.py`` measures everything and writes, next to itself, the numbers
+(``results.json``), a page (``results.md``) and a figure (``results.png``). ``--quick`` tries everything with
+tiny matrices, whose numbers mean nothing; ``--render results.json`` makes the page and the figure again
+without measuring.
 
 A step is a whole training step: a linear map of a batch of 64, the mean squared error, backward, the
-optimizer's step and ``zero_grad``. A matrix ``[rows, width]`` is applied from its longer side: to an input
-``[64, width]``, or, where it is tall, transposed to an input ``[64, rows]``. So the output is never longer
-than the shorter side, and forward and backward are in proportion to the entries, as everything else is:
-200000 rows of 16 would else have an output four times as large as the weights.
+optimizer's step and ``zero_grad``. A matrix ``[rows, width]`` is applied to an input ``[64, width]`` or, if it
+is tall, transposed to an input ``[64, rows]``. The output is then never longer than the shorter side, and the
+cost of forward and backward is proportional to the number of entries, like all other costs. Otherwise, 200000
+rows of 16 would have an output four times as large as the weights.
 
-A machine is noisy, so what is compared is measured in turns: each round runs each contender once, in random
-order, and what counts is the median over the rounds of the ratio to the untied step of the same round.
+Machines are noisy, so contenders take turns: each round runs each contender once, in random order, and the
+result is the median over the rounds of the ratio to the untied step of the same round.
 
-It needs matplotlib and tqdm, a C++ compiler for what is compiled, and no more than 8 GiB of memory.
+It needs matplotlib and tqdm, a C++ compiler for the compiled steps, and at most 8 GiB of memory.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What deterministic matrix products need on CUDA; it is read when CUDA starts.
+# Deterministic matrix products need this on CUDA, which reads it when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
@@ -63,7 +63,7 @@ from tieopt import TiedOptimizer, is_tied
 
 WARM_UP = 3
 FEWEST_ROUNDS = 3
-# Larger than any cache: to touch it is to flush them.
+# A buffer of this size is larger than any cache, so writing to it flushes them.
 FLUSHED_BYTES = 2**28
 
 
@@ -71,14 +71,14 @@ FLUSHED_BYTES = 2**28
 
 
 class Clock:
-    """Marks in time: on the processor's clock, or as events in the stream of the accelerator."""
+    """Marks in time, by the processor's clock or as events in the stream of the accelerator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[Any] = []
 
     def mark(self) -> None:
-        """Now."""
+        """Set a mark now."""
         if self.device.type == "cuda":
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -86,7 +86,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def laps(self) -> list[float]:
-        """The seconds between the marks, which are forgotten."""
+        """Return the seconds between the marks, and clear the marks."""
         synchronize(self.device)
         pairs, self.marks = list(pairwise(self.marks)), []
         if self.device.type == "cuda":
@@ -95,13 +95,13 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the accelerator, outside of what is timed."""
+    """Wait for the accelerator, outside of the timed region."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def train_step(contender: Contender, problem: Problem, clock: Clock) -> tuple[float, float]:
-    """The seconds of one training step, and of the optimizer's part in it."""
+    """Run one training step, and return its seconds and those of the optimizer's step."""
     torch.use_deterministic_algorithms(contender.deterministic)
     tall = problem.cell.rows > problem.cell.width
     try:
@@ -123,7 +123,7 @@ def train_step(contender: Contender, problem: Problem, clock: Clock) -> tuple[fl
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Nothing on stderr: the profiler says that it starts and stops, whatever the log level."""
+    """Redirect stderr to nowhere, because the profiler logs its start and stop at any log level."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -136,17 +136,17 @@ def silence() -> Iterator[None]:
 
 
 class Memory(NamedTuple):
-    """The most bytes that were held at once, and those held in the end, beside what was there before."""
+    """The most bytes that were allocated at once, and those at the end, less those before."""
 
     peak: int
     kept: int
 
 
 def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory:
-    """What a call takes.
+    """Measure the memory that a call takes.
 
-    On the processor the profiler reports what PyTorch's allocator hands out and takes back, also inside of an
-    operation. What a library allocates for itself is in neither count.
+    On the processor, the profiler reports what PyTorch's allocator hands out and takes back, including inside an
+    operation. Memory that a library allocates for itself is not counted, on either device.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -164,14 +164,14 @@ def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory:
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"):
         held += size
         peak = max(peak, held)
-    # A million events of a loop take gigabytes, in reference cycles.
+    # The million events of the Python loop take gigabytes, and are in reference cycles.
     del profiler, recorded
     gc.collect()
     return Memory(peak, held)
 
 
 def count_bytes(state: Any) -> int:
-    """The bytes of all tensors in a nested state."""
+    """Return the bytes of all tensors in a nested state."""
     if isinstance(state, Tensor):
         return state.nbytes
     if isinstance(state, dict):
@@ -180,25 +180,25 @@ def count_bytes(state: Any) -> int:
 
 
 def reason(error: Exception) -> str:
-    """Its first line, for a note under a table."""
+    """Return the first line of an error's message, for a note under a table."""
     first = (str(error).strip() or "no message").splitlines()[0]
     return first if isinstance(error, LeftOutError) else f"{type(error).__name__}: {first[:150]}"
 
 
 def rounded(seconds: float) -> float:
-    """To more digits than mean anything."""
+    """Round to four digits, more than are significant."""
     return float(f"{seconds:.4g}")
 
 
 def interleave(plan: dict[str, int], generator: torch.Generator) -> Iterable[str]:
-    """Who runs when: each round all that have rounds left, in random order."""
+    """Yield who runs when: in each round, all contenders that have rounds left, in random order."""
     for turn in range(max(plan.values())):
         names = [name for name, rounds in plan.items() if turn < rounds]
         yield from (names[i] for i in torch.randperm(len(names), generator=generator).tolist())
 
 
 def measure_steps(cell: Cell, optimizer: str, args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
-    """All contenders with one optimizer: seconds of each round, peak memory, state."""
+    """Measure all contenders with one optimizer: the seconds of each round, peak memory and state."""
     problem, clock = build_problem(cell, args.device), Clock(args.device)
     builders = {"untied": untied, **PEERS, **OURS, **(ONLY_COMPILED if args.compile and optimizer == COMPILED else {})}
     contenders: dict[str, Contender] = {}
@@ -250,14 +250,14 @@ def measure_steps(cell: Cell, optimizer: str, args: argparse.Namespace, note: Ca
 def tie_weights_of(
     params: Sequence[Tensor], problem: Problem, compact: bool, keep: Callable[[TiedOptimizer], None]
 ) -> None:
-    """A first ``tie_weights()``, with all that it makes to be kept."""
+    """Call ``tie_weights()`` for the first time, and pass the optimizer to ``keep`` with everything that it caches."""
     optimizer = tie(torch.optim.SGD(params), params, problem, compact)
     optimizer.tie_weights()
     keep(optimizer)
 
 
 def measure_projections(cell: Cell, args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
-    """``tie_weights()`` alone, on weights that are not tied, beside a copy of as many bytes; caches are cold."""
+    """Measure ``tie_weights()`` on untied weights with cold caches, and a copy of the same number of bytes."""
     problem, clock = build_problem(cell, args.device), Clock(args.device)
     kept_random = [torch.randn_like(weight) for weight in problem.weights()]
     buffer = torch.ones(FLUSHED_BYTES // 4, device=args.device)
@@ -304,7 +304,7 @@ def measure_projections(cell: Cell, args: argparse.Namespace, note: Callable[[st
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers hold for."""
+    """Describe the machine and the versions that the numbers were measured with."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
@@ -322,7 +322,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Measures all that was asked for; the file is written anew after each part."""
+    """Measure everything that was asked for, and write the file after each part."""
     cells = [cell.quick() if args.quick else cell for cell in CELLS if cell.name in args.cells]
     results: dict[str, Any] = {
         "machine": describe_machine(args.device),
@@ -345,7 +345,7 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             results["cells"][cell.name] = asdict(cell) | about
             del problem
             for optimizer in (None, *args.optimizers):
-                # Compiled code of one part is of no use to the next.
+                # The next part does not use the compiled code of the last one.
                 torch._dynamo.reset()
                 if optimizer is None:
                     results["tie_weights"].append(measure_projections(cell, args, progress.set_description))
@@ -362,27 +362,27 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What to measure, and how long."""
-    parser = argparse.ArgumentParser(description="Measure tied training steps beside untied ones.")
+    """Parse what to measure, and for how long."""
+    parser = argparse.ArgumentParser(description="Compare tied training steps with untied ones.")
     names = [cell.name for cell in CELLS]
-    parser.add_argument("--cells", nargs="+", choices=names, default=names, metavar="CELL", help=f"of {names}")
+    parser.add_argument("--cells", nargs="+", choices=names, default=names, metavar="CELL", help=f"some of {names}")
     parser.add_argument(
         "--optimizers",
         nargs="+",
         choices=OPTIMIZERS,
         default=list(OPTIMIZERS),
         metavar="OPTIMIZER",
-        help=f"of {list(OPTIMIZERS)}",
+        help=f"some of {list(OPTIMIZERS)}",
     )
     parser.add_argument("--rounds", type=int, default=15, help="how often each contender runs (default: 15)")
     parser.add_argument("--budget", type=float, default=10, help="seconds for each, at least 3 rounds (default: 10)")
-    parser.add_argument("--limit", type=float, default=20, help="leave out what takes longer a step (default: 20 s)")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: as PyTorch chooses)")
+    parser.add_argument("--limit", type=float, default=20, help="skip contenders with longer steps (default: 20 s)")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (the default) or cuda")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled steps as well"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny matrices, few rounds: a try, no measurement")
+    parser.add_argument("--quick", action="store_true", help="tiny matrices, few rounds: the numbers mean nothing")
     parser.add_argument("--render", type=Path, metavar="JSON", help="make the page from this file, without measuring")
     parser.add_argument(
         "--output",
@@ -399,7 +399,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, or reads what was measured, and writes the page."""
+    """Measure, or read earlier measurements, and write the page."""
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.render:
