@@ -42,7 +42,7 @@ nitpick_ignore_regex = [
     # Names that annotations import.
     ("py:class", "Axes|Figure|Optimizer|Reduction|SearchStrategy|SubFigure|Tensor"),
     # What an annotation says is all that there is to say of them.
-    ("py:class", r"tieopt\.ties\.(Part|SupportsArray)"),
+    ("py:class", r"tieopt\.ties\.tie\.(Part|SupportsArray)"),
 ]
 
 myst_heading_anchors = 3
