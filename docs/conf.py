@@ -1,6 +1,6 @@
-"""How the site is built: pages in Markdown, the reference from the docstrings, the gallery from the examples.
+"""Build the site: pages in Markdown, the reference from the docstrings, the gallery from the examples.
 
-Build it with ``sphinx-build -W --keep-going docs docs/_build/html`` in the root of the repository.
+Run ``sphinx-build -W --keep-going docs docs/_build/html`` in the root of the repository.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from sphinx.util import logging
 
 import tieopt
 
-# For gallery_arguments, also in the processes that run the examples.
+# The processes that run the examples import gallery_arguments, too.
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "tieopt"
@@ -36,12 +36,12 @@ extensions = [
 ]
 exclude_patterns = ["_build", "examples", "gallery/GALLERY_HEADER.rst"]
 nitpicky = True
-# Their documentation is elsewhere.
+# Targets that this site does not document.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|matplotlib|hypothesis|os|numpy)\..*"),
-    # Names that annotations import.
+    # Names that annotations use without their module.
     ("py:class", "Axes|Figure|Optimizer|Reduction|SearchStrategy|SubFigure|Tensor"),
-    # What an annotation says is all that there is to say of them.
+    # Private names, which their annotations explain.
     ("py:class", r"tieopt\.ties\.tie\.(Part|SupportsArray)"),
 ]
 
@@ -74,34 +74,34 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "write_computation_times": False,
     "thumbnail_size": (640, 360),
-    # As many at a time as there are cores here and in continuous integration: each has one thread.
+    # Each example uses one thread, and continuous integration has two cores.
     "parallel": 2,
 }
 
 logger = logging.getLogger(__name__)
 
-# The modules of which everything public has to stand in the reference.
+# Every public name of these modules must be in the reference.
 PUBLIC_MODULES = ("tieopt", "tieopt.export", "tieopt.patterns", "tieopt.plot", "tieopt.testing")
 
 
 def adapt_page(app: Sphinx, page: str, source: list[str]) -> None:
-    """Has a page, which can be read where it lies in the repository, be one of this site."""
+    """Adapt a page, which is written to be read in the repository, to this site."""
     text = source[0].replace("](../README.md)", "](/index.md)")
-    # The empty line at the end of a snippet is for doctest.
+    # Doctest needs the empty line at the end of a snippet; readers do not.
     text = re.sub(r"(^```pycon\n.*?\n)\n(?=```$)", r"\1", text, flags=re.MULTILINE | re.DOTALL)
-    # Examples have pages in the gallery, where their figures were drawn by this build.
+    # Link to the gallery, which has the figures that this build has drawn.
     text = re.sub(r"\]\((?:\.\./)*examples/(plot_\w+)\.py\)", r"](/gallery/\1.rst)", text)
     if app.config.plot_gallery != "0":
         text = re.sub(r"\]\((?:\.\./)*images/(\w+)\.png\)", r"](/gallery/images/sphx_glr_plot_\1_001.png)", text)
-        # An example draws at its end what a reader wants to see first.
+        # Show the figure first, which an example draws last.
         if page.startswith("gallery/plot_"):
-            figure = f".. image:: /{page.replace('/', '/images/sphx_glr_')}_001.png\n   :alt: What the example draws.\n"
+            figure = f".. image:: /{page.replace('/', '/images/sphx_glr_')}_001.png\n   :alt: Figure of the example.\n"
             text = re.sub(r"(?<=\n)(=+\n)", rf"\1\n{figure}", text, count=1)
     source[0] = text
 
 
 def public_names(module: ModuleType) -> Iterator[str]:
-    """What a module offers, and the methods and properties of its classes."""
+    """Yield the public names of a module, and the methods and properties of its classes."""
     for name in module.__all__:
         yield name
         thing = getattr(module, name)
@@ -111,15 +111,15 @@ def public_names(module: ModuleType) -> Iterator[str]:
 
 
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
-    """Warns of public names that are not in the reference, as those without a docstring; warnings fail the build."""
+    """Warn about public names that the reference lacks, such as names without a docstring; warnings fail the build."""
     documented = env.domains.python_domain.objects
     for module in map(import_module, PUBLIC_MODULES):
         for name in public_names(module):
             if f"{module.__name__}.{name}" not in documented:
-                logger.warning("%s.%s is public, and has no place in the reference", module.__name__, name)
+                logger.warning("%s.%s is public, but missing in the reference", module.__name__, name)
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this."""
+    """Connect the functions above; Sphinx calls this."""
     app.connect("source-read", adapt_page)
     app.connect("env-check-consistency", check_reference)
