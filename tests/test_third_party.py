@@ -208,7 +208,7 @@ NOT_BARE = {
                 "lion", "lion8bit", "sgd", "sgd8bit"
             )
         ],
-        "timm makes it only where there is CUDA; those of bitsandbytes itself are below.",
+        "timm creates it only with CUDA; the optimizers of bitsandbytes itself are below.",
     ),
     **dict.fromkeys(
         [f"timm-fused{name}" for name in ("adam", "adamw", "lamb", "novograd", "sgd")],
@@ -216,11 +216,11 @@ NOT_BARE = {
     ),
     **dict.fromkeys(
         ["pytorch_optimizer-CPUOffloadOptimizer", "torchao-CPUOffloadOptimizer"],
-        "It moves states between CUDA and the CPU.",
+        "It moves state between CUDA and the CPU.",
     ),
     **dict.fromkeys(
         ["bitsandbytes-AdEMAMix32bit", "bitsandbytes-PagedAdEMAMix32bit"],
-        "It fails on the CPU, for the shape of the state that it makes.",
+        "It fails on the CPU because of the shape of the state that it creates.",
     ),
 }  # fmt: skip
 
@@ -233,7 +233,7 @@ NO_WRAPPER = {
     "pytorch_optimizer-SafeFP16Optimizer": "It has no parameter groups, and trains a flat copy of all parameters.",
     **dict.fromkeys(
         ["schedulefree-ScheduleFreeWrapper", "schedulefree-ScheduleFreeWrapperReference"],
-        "It is no torch.optim.Optimizer.",
+        "It is not a torch.optim.Optimizer.",
     ),
 }
 
@@ -241,10 +241,10 @@ NO_WRAPPER = {
 NOT_COMPACT = {
     **dict.fromkeys(
         ["pytorch_optimizer-AdaHessian", "pytorch_optimizer-SophiaH"],
-        "It goes back through the gradients, and in the compact mode these have no graph.",
+        "It differentiates the gradients, which have no graph in the compact mode.",
     ),
-    "timm-adahessian": "It keeps what it estimates as attributes of the parameters, which compact ones do not have.",
-    "pytorch_optimizer-DeMo": "It prepares for the shapes of the parameters when it is made.",
+    "timm-adahessian": "It stores estimates as attributes of the parameters, which compact parameters do not have.",
+    "pytorch_optimizer-DeMo": "It adapts to the shapes of the parameters when it is created.",
 }
 
 
@@ -960,21 +960,21 @@ HEAD = """\
 
 <!-- Written by `pytest tests/test_third_party.py --write-page`; do not edit. -->
 
-`TiedOptimizer` wraps any `torch.optim.Optimizer`. This is what was seen with every optimizer of some packages,
-with torch {torch} on the CPU, in {steps} steps on parameters of shapes {shapes} in float32, uncompiled.
+`TiedOptimizer` wraps any `torch.optim.Optimizer`. This page shows what was seen with every optimizer of some packages,
+with torch {torch} on the CPU, in {steps} steps on parameters of shapes {shapes} in float32, not compiled.
 
 {summary}
-An optimizer counts as served where
+An optimizer counts as served if
 
-- tied rows were equal to the last bit after every step, and after `train()` and `eval()` of those that have them;
-- a parameter without ties was trained bit for bit as by the bare optimizer, where that trains parameters apart from
-  each other;
-- in the default mode rows without ties were trained so as well, and tied ones as by the bare optimizer with one row
-  for each group, where that trains each row by the gradients of the row alone;
+- tied rows were equal to the last bit after every step, and after `train()` and `eval()` if it has these methods;
+- a parameter without ties was trained bit for bit as by the bare optimizer, provided that it trains parameters
+  independently of each other;
+- in the default mode, rows without ties were trained bit for bit as by the bare optimizer, and tied rows as by the bare
+  optimizer with one row for each group, provided that it trains each row by the gradients of this row alone;
 - in the compact mode, everything was trained bit for bit as by the bare optimizer with one row for each group;
-- a run that was saved and loaded went on bit for bit.
+- a run that was saved and loaded continued bit for bit.
 
-All but the first were asked only where the bare optimizer does the same twice, the last where it resumes.
+All but the first are required only if the bare optimizer is reproducible, and the last only if it resumes bit for bit.
 
 ## What no wrapper can serve
 
@@ -987,25 +987,26 @@ All but the first were asked only where the bare optimizer does the same twice, 
 {not_compact}
 ## bfloat16
 
-Rows that were alike were trained by gradients that were alike, with steps of about {pace:g} units in the last place.
-In the default mode tied ones went as far as the same rows of the bare optimizer, or a way between theirs where it
-treats rows that are alike differently, as SOAP does; in the compact mode bit for bit as those of the bare optimizer
-with one row for each group. Most optimizers round to nearest: such steps leave all rows where they are, tied or not.
+Equal rows were trained with equal gradients, in steps of about {pace:g} units in the last place. In the default mode,
+tied rows moved as far as the same rows of the bare optimizer, or by a distance between theirs if it treats equal rows
+differently, as SOAP does. In the compact mode, they moved bit for bit like those of the bare optimizer with one row for
+each group. Most optimizers round to nearest: steps this small leave all rows where they are, tied or not.
 
 {bfloat16}
 ## Methods other than `step()`
 
-These methods of their classes were seen to write to weights or gradients; each class is listed once. In both modes rows
-were equal to the last bit after each call, and in the compact mode all rows were, bit for bit, what the bare optimizer
-with one row for each group made of them. Methods that take what only their own `step()` has were not called.
+These methods of the optimizers were seen to write to weights or gradients; each class is listed once. In both modes,
+tied rows were equal to the last bit after each call, and in the compact mode, all rows were bit for bit those of the
+bare optimizer with one row for each group. Methods with arguments that only their own `step()` can provide were not
+called.
 
 {methods}
 ## Every optimizer
 
-An optimizer that reads the loss compares it with the gradient: `TiedOptimizer` asks for `reduction="mean"` in the
-default mode and for `reduction="sum"` in the compact mode.
+An optimizer that reads the loss compares it with the gradient. For these optimizers, `TiedOptimizer` requires
+`reduction="mean"` in the default mode and `reduction="sum"` in the compact mode.
 
-| package | optimizer | default mode | compact mode | the bare one |
+| package | optimizer | default mode | compact mode | the bare optimizer |
 | --- | --- | --- | --- | --- |
 {rows}"""
 
@@ -1040,7 +1041,7 @@ def listed(reasons: dict[str, str]) -> str:
 
 # What the page says of what the bare optimizer does in bfloat16.
 IN_BFLOAT16 = {
-    "noisy": "It draws something for each entry, mostly to round at random: what was compared is the average of a row.",
+    "noisy": "It draws a random number for each entry, mostly for stochastic rounding: averages of rows were compared.",
     "fails": "It fails in bfloat16, tied or not.",
 }
 
@@ -1070,7 +1071,7 @@ def row(case: Case) -> str:
         notes = {
             "couples parameters": any(one.couples for one in seen),
             "couples rows": not all(one.rowwise for one in seen),
-            "does not do the same twice": not all(one.reproducible for one in seen),
+            "is not reproducible": not all(one.reproducible for one in seen),
             "does not resume bit for bit": not resumes(case),
             "reads the loss": SEEN[case.id]["loss"],
         }
