@@ -265,7 +265,7 @@ def curve(runs: list[Run]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the accuracy over the seeds, ``[evaluations]`` each."""
     accuracy = torch.tensor([run.accuracy for run in runs])
     mean = accuracy.mean(dim=0)
-    # One seed has no spread to speak of.
+    # The standard deviation of a single seed is undefined.
     return mean, accuracy.std(dim=0) if len(runs) > 1 else torch.full_like(mean, torch.nan)
 
 
@@ -363,8 +363,8 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Tie a dense network into a convolutional one.")
     parser.add_argument("--seeds", type=int, default=3, help="how many repetitions (default: 3)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
@@ -375,7 +375,7 @@ def main() -> None:
     difference = check_equivalence(signals)
 
     single = signals._replace(train_signals=signals.train_signals.float(), test_signals=signals.test_signals.float())
-    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     with tqdm(desc="training", total=args.seeds * len(VARIANTS) * STEPS, unit="step", disable=None) as progress:
         runs = {variant: [train(variant, seed, single, progress) for seed in range(args.seeds)] for variant in VARIANTS}
 

@@ -250,7 +250,7 @@ Runs = dict[str, list[Run]]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation; one seed has none of that to speak of."""
+    """Return mean and standard deviation, which is NaN for a single seed."""
     numbers = torch.tensor(values, dtype=torch.float64)
     return numbers.mean().item(), numbers.std().item() if len(values) > 1 else torch.nan
 
@@ -332,8 +332,8 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Train LeCun's five networks of 1989 as ties of dense layers.")
     parser.add_argument("--seeds", type=int, default=20, help="how many repetitions (default: 20)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
@@ -341,7 +341,7 @@ def main() -> None:
     """Checks, trains, prints and draws."""
     args = parse_arguments()
     check_counts()
-    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     with tqdm(desc="training", total=args.seeds * len(NETWORKS) * STEPS, unit="step", disable=None) as progress:
         images = [draw_digits(seed) for seed in range(args.seeds)]
         runs = {

@@ -284,15 +284,15 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Compare the mean of the members' gradients with their sum.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
     """Trains, checks, prints and draws."""
     args = parse_arguments()
-    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     with tqdm(desc="comparing", total=args.seeds * len(COMPARISONS), disable=None) as progress:
         results: Results = {}
         for name, comparison in COMPARISONS.items():

@@ -192,7 +192,7 @@ def curve(runs: list[Run]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the accuracy over the seeds, ``[angles]`` each."""
     accuracy = torch.tensor([run.accuracy for run in runs])
     mean = accuracy.mean(dim=0)
-    # One seed has no spread to speak of.
+    # The standard deviation of a single seed is undefined.
     return mean, accuracy.std(dim=0) if len(runs) > 1 else torch.full_like(mean, torch.nan)
 
 
@@ -324,8 +324,8 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Tie kernels that equal themselves rotated.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
@@ -333,7 +333,7 @@ def main() -> None:
     """Trains, measures, checks, prints and draws."""
     args = parse_arguments()
     runs: Runs = {variant: [] for variant in VARIANTS}
-    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     with tqdm(desc="training", total=args.seeds * len(VARIANTS) * EPOCHS, unit="epoch", disable=None) as progress:
         for seed in range(args.seeds):
             digits = split_digits(seed)

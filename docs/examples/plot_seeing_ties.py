@@ -89,8 +89,8 @@ def main() -> None:
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Draw ties, the sizes of their groups, and their drift.")
     figure = script and Path(script).resolve().with_suffix(".png")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
     torch.manual_seed(0)

@@ -116,7 +116,7 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, seed: int, progress: tqdm) -> None:
-    """The usual loop; with ties or without, it is the same."""
+    """Run the usual training loop, which is the same with and without ties."""
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
@@ -212,7 +212,7 @@ def measure(seed: int, progress: tqdm) -> Seed:
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation; one seed has none of that to speak of."""
+    """Return mean and standard deviation, which is NaN for a single seed."""
     numbers = torch.tensor(values, dtype=torch.float64)
     return numbers.mean().item(), numbers.std().item() if len(values) > 1 else torch.nan
 
@@ -318,15 +318,15 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Share values within the layers of a network.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
     """Trains, checks, prints and draws."""
     args = parse_arguments()
-    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     total = args.seeds * (2 + len(VALUES)) * EPOCHS
     with tqdm(desc="training", total=total, unit="epoch", disable=None) as progress:
         seeds = [measure(seed, progress) for seed in range(args.seeds)]

@@ -5,21 +5,21 @@ Tying the neurons that resemble each other
 How many *different* neurons does a network need?
 
 A multilayer perceptron with 128 hidden neurons learns to read handwritten digits. Then k-means finds
-the neurons that resemble each other, and :class:`tieopt.TiedOptimizer` ties each group: its members
-share one row of weights and one bias, at once and through all further training.
+the neurons that resemble each other, and :class:`tieopt.TiedOptimizer` ties each group: from then on,
+its members share one row of weights and one bias.
 
-Tied neurons compute the same activation. So a network with :math:`k` distinct rows computes exactly
-what a network with :math:`k` hidden neurons does, whose outgoing weights are the sums over the
-groups:
+Tied neurons compute the same activation. A network with :math:`k` distinct rows therefore computes
+exactly the same as a network with :math:`k` hidden neurons whose outgoing weights are the sums over
+the groups:
 
 .. math::
 
     \sum_i v_i \, \phi(w_{g(i)} \cdot x + b_{g(i)})
     = \sum_{j=1}^{k} \Bigl(\sum_{i :\, g(i) = j} v_i\Bigr) \, \phi(w_j \cdot x + b_j)
 
-This is why tying neurons is a way of pruning them: train the large network, tie, fine-tune, merge.
-The example measures the accuracy on held-out digits right after tying and after fine-tuning, for
-4 to 64 groups, and compares it with small networks trained from scratch.
+Tying neurons is therefore a way of pruning them: train the large network, tie, fine-tune, merge. The
+example measures the accuracy on held-out digits right after tying and after fine-tuning, for 4 to 64
+groups, and compares it with small networks that are trained from scratch.
 
 It takes about a minute on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_tied_neurons.py``; ``--seeds 1`` is a quick try.
@@ -59,9 +59,9 @@ parser.add_argument(
     "--output",
     type=Path,
     default=script and Path(script).resolve().with_suffix(".png"),
-    help="where the figure goes (default: beside this script)",
+    help="path of the figure (default: next to this script)",
 )
-# Those of a notebook are its kernel's.
+# In a notebook, the arguments are those of its kernel.
 args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 # The matrices are small: more threads would spend their time waiting for each other.
@@ -71,12 +71,12 @@ torch.set_num_threads(1)
 # %%
 # The digits
 # ----------
-# 1797 images of 8 x 8 pixels, a quarter of them held out. Each seed draws its own split. The mean
+# 1797 images of 8 x 8 pixels, a quarter of which is held out. Each seed draws its own split. The mean
 # image and the scale come from the training part alone.
 
 
 class Digits(NamedTuple):
-    """Images ``[n, 64]`` and their digits ``[n]``, to train on and held out."""
+    """Images ``[n, 64]`` and their digits ``[n]``, for training and held out."""
 
     train_images: Tensor
     train_digits: Tensor
@@ -85,12 +85,12 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> Digits:
-    """A stratified split with standardised images."""
+    """Draw a stratified split, with standardised images."""
     images, digits = load_digits(return_X_y=True)
     parts = train_test_split(images, digits, test_size=0.25, stratify=digits, random_state=seed)
     train_images, test_images, train_digits, test_digits = map(torch.as_tensor, parts)
     mean = train_images.mean(dim=0)
-    # One scale for all pixels: a scale for each would blow up those that are almost always blank.
+    # One scale for all pixels: scaling each pixel would amplify those that are almost always blank.
     scale = (train_images - mean).std()
     return Digits(
         ((train_images - mean) / scale).float(),
@@ -103,18 +103,18 @@ def split_digits(seed: int) -> Digits:
 # %%
 # The network
 # -----------
-# One hidden layer. SGD with momentum makes the rows pleasant to look at: pixels that are almost
-# always blank keep small weights, where an adaptive optimizer scales their tiny gradients up. The
-# ties do not mind either way.
+# One hidden layer. SGD with momentum makes the rows easy to look at: pixels that are almost always
+# blank keep small weights, whereas an adaptive optimizer scales up their tiny gradients. The ties
+# work with either.
 
 
 def build_network(hidden: int) -> nn.Sequential:
-    """A perceptron from 64 pixels to 10 digits."""
+    """Build a perceptron from 64 pixels to 10 digits."""
     return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of every training here, so that only the ties differ."""
+    """Build the optimizer that every training run uses, so that only the ties differ."""
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=3e-3)
 
 
@@ -125,7 +125,7 @@ def train(
     epochs: int,
     progress: tqdm,
 ) -> None:
-    """The usual loop; with ties or without, it is the same."""
+    """Run the usual training loop, which is the same with and without ties."""
     for _ in range(epochs):
         for batch in torch.randperm(len(digits.train_images)).split(BATCH):
             optimizer.zero_grad()
@@ -137,7 +137,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The share of held-out digits that the model reads correctly, in percent."""
+    """Return the percentage of held-out digits that the model reads correctly."""
     hits = model(digits.test_images).argmax(dim=1) == digits.test_digits
     return 100 * hits.double().mean().item()
 
@@ -145,12 +145,12 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 # %%
 # Tie, fine-tune, merge
 # ---------------------
-# The labels of k-means are what ties are made of: an integer for each row, the same integer for all
-# that shall be equal. One line ties them.
+# The labels of k-means are the labels of a tie: an integer for each row, and the same integer for all
+# rows that should be equal. One line ties them.
 
 
 def find_groups(layer: nn.Linear, groups: int, seed: int) -> Tensor:
-    """Labels ``[neurons]`` by k-means over what each neuron computes: its weights and its bias."""
+    """Return labels ``[neurons]`` by k-means over the weights and the bias of each neuron."""
     neurons = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach().numpy()
     kmeans = KMeans(groups, n_init=4, random_state=seed).fit(neurons)
     return torch.as_tensor(kmeans.labels_).long()
@@ -158,7 +158,7 @@ def find_groups(layer: nn.Linear, groups: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def merge_neurons(model: nn.Sequential, labels: Tensor) -> nn.Sequential:
-    """The small network that computes the same: a neuron for each group, outgoing weights added."""
+    """Build the small network that computes the same: a neuron for each group, outgoing weights added."""
     membership = nn.functional.one_hot(labels).float()  # [neurons, groups]
     representative = membership.argmax(dim=0)
     merged = build_network(membership.shape[1])
@@ -170,7 +170,7 @@ def merge_neurons(model: nn.Sequential, labels: Tensor) -> nn.Sequential:
 
 
 class Run(NamedTuple):
-    """What one seed and one number of groups gave: accuracies, and rows ``[neurons, 64]``."""
+    """Results for one seed and one number of groups: accuracies, and rows ``[neurons, 64]``."""
 
     groups: int
     untied: float
@@ -191,7 +191,7 @@ def tie_and_fine_tune(
     seed: int,
     progress: tqdm,
 ) -> Run:
-    """Ties and fine-tunes a copy of the trained network; trains a small rival from scratch."""
+    """Tie and fine-tune a copy of the trained network, and train a small rival from scratch."""
     model = build_network(HIDDEN)
     model.load_state_dict(trained.state_dict())
     labels = find_groups(model[0], groups, seed)
@@ -201,8 +201,7 @@ def tie_and_fine_tune(
     tied, tied_rows = accuracy(model, digits), model[0].weight.detach().clone()
     train(model, optimizer, digits, FINE_TUNE_EPOCHS, progress)
 
-    # Checked, not assumed: the rows are equal to the last bit, and the merged network computes the
-    # same but for rounding.
+    # The rows are equal to the last bit, and the merged network computes the same up to rounding.
     drift = optimizer.tie_drift()
     assert drift == 0.0, f"the tied rows drifted apart by {drift}"
     assert len(model[0].weight.unique(dim=0)) == groups
@@ -210,7 +209,7 @@ def tie_and_fine_tune(
     images = digits.test_images
     torch.testing.assert_close(merged(images), model(images), rtol=1e-4, atol=1e-4)
 
-    # As many epochs as the tied network had in all.
+    # As many epochs as the tied network had in total.
     rival = build_network(groups)
     train(rival, build_optimizer(rival), digits, EPOCHS + FINE_TUNE_EPOCHS, progress)
 
@@ -234,7 +233,7 @@ def tie_and_fine_tune(
 
 
 def run_seed(seed: int, progress: tqdm) -> list[Run]:
-    """Trains one network and ties it into each number of groups."""
+    """Train one network, and tie it into each number of groups."""
     torch.manual_seed(seed)
     digits = split_digits(seed)
     trained = build_network(HIDDEN)
@@ -243,7 +242,7 @@ def run_seed(seed: int, progress: tqdm) -> list[Run]:
 
 
 epochs_per_seed = EPOCHS + len(GROUPS) * (FINE_TUNE_EPOCHS + EPOCHS + FINE_TUNE_EPOCHS)
-# `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+# With `disable=None`, the bar appears only on a terminal, and does not fill log files.
 with tqdm(
     desc="training",
     total=args.seeds * epochs_per_seed,
@@ -259,10 +258,10 @@ with tqdm(
 # Mean and standard deviation over the seeds. The drift is the largest of all seeds, and it is
 # exactly zero: the rows of a group are equal bit for bit.
 #
-# Tying into 32 groups or more costs about a point of accuracy at most. Into fewer it costs more, and
-# fine-tuning the tied network recovers most of it. Where it ends, a small network trained from
-# scratch ends as well: on a task this easy tying finds no better small network. It gets there from a
-# network that is already trained.
+# Tying into 32 groups or more costs about one point of accuracy at most. Tying into fewer costs more,
+# and fine-tuning the tied network recovers most of it. A small network trained from scratch reaches
+# the same accuracy: on a task this easy, tying finds no better small network, but it gets there from
+# a network that is already trained.
 
 
 class Curve(NamedTuple):
@@ -273,16 +272,16 @@ class Curve(NamedTuple):
 
 
 def curve(field: str) -> Curve:
-    """How an accuracy depends on the number of groups."""
+    """Return an accuracy for each number of groups."""
     by_groups = [[getattr(run, field) for run in runs if run.groups == k] for k in GROUPS]
     values = torch.tensor(by_groups)
     mean = values.mean(dim=1)
-    # One seed has no spread to speak of.
+    # The standard deviation of a single seed is undefined.
     return Curve(mean, values.std(dim=1) if args.seeds > 1 else torch.full_like(mean, torch.nan))
 
 
 def print_table() -> None:
-    """A line for each number of groups."""
+    """Print a line for each number of groups."""
     columns = {
         "before tying": curve("untied"),
         "right after": curve("tied"),
@@ -304,10 +303,10 @@ print_table()
 # %%
 # The figure
 # ----------
-# Left, the rows of the first layer as images, one line for each group of one network: some of its
-# members as they were trained, from the one nearest to the mean to the farthest, then the row that
-# they all share. Purple is negative and green positive; the colours are scaled line by line, to the
-# largest weight of the fine-tuned row. Right, what tying does to the accuracy.
+# The left panel shows rows of the first layer as images, with one line for each group of one network:
+# some of its members as trained, from the nearest to the mean to the farthest, then the row that they
+# all share. Purple is negative and green positive; the colours of each line are scaled to the largest
+# weight of the fine-tuned row. The right panel shows the accuracy.
 
 SHOWN_GROUPS = 8
 SHOWN_MEMBERS = 5
@@ -324,20 +323,20 @@ def draw_row(
     limit: float,
     frame: str,
 ) -> None:
-    """One weight row as an image of unit size; ``corner`` is the upper left one."""
+    """Draw a weight row as an image of unit size, with its upper left corner at ``corner``."""
     x, y = corner
     axes.imshow(row.view(8, 8), cmap="PRGn", vmin=-limit, vmax=limit, extent=(x, x + 1, y + 1, y))
     axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=frame, linewidth=1.3))
 
 
 def draw_arrow(axes: Axes, x: float, y: float) -> None:
-    """A short arrow to the left edge of an image at ``x``."""
+    """Draw a short arrow to the left edge of an image at ``x``."""
     style = {"arrowstyle": "->", "color": "#444444", "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", xy=(x - 0.09, y + 0.5), xytext=(x - 0.51, y + 0.5), arrowprops=style)
 
 
 def draw_groups(axes: Axes, run: Run) -> None:
-    """The groups, largest first: members as trained, the shared row, the shared row fine-tuned."""
+    """Draw the groups, largest first: members as trained, the shared row, the fine-tuned shared row."""
     sizes = run.labels.bincount()
     for line, group in enumerate(sizes.argsort(descending=True)):
         members = (run.labels == group).nonzero()[:, 0]
@@ -371,7 +370,7 @@ def draw_groups(axes: Axes, run: Run) -> None:
 
 
 def draw_accuracy(axes: Axes) -> None:
-    """Accuracy against the number of distinct rows, labelled on the lines."""
+    """Draw the accuracy against the number of distinct rows, with labels at the lines."""
     untied, tied, tuned, scratch = map(curve, ("untied", "tied", "tuned", "scratch"))
     reference = untied.mean[0].item()
     axes.axhline(reference, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -399,7 +398,7 @@ def draw_accuracy(axes: Axes) -> None:
 
 
 def draw_figure() -> Figure:
-    """Both panels, and the finding above them, in the numbers of these runs."""
+    """Draw both panels, and a title with the numbers of these runs."""
     figure = plt.figure(figsize=(10.5, 5.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))

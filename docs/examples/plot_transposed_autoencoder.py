@@ -367,8 +367,8 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Tie a decoder to its encoder transposed.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: beside this script)")
-    # Those of a notebook are its kernel's.
+    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
@@ -378,7 +378,7 @@ def main() -> None:
     difference = check_equivalence(split_digits(0))
 
     results = Results({(code, tied): [] for code in CODES for tied in (True, False)}, {code: [] for code in CODES})
-    # `disable=None` draws the bar only on a terminal; a log file would keep every state of it.
+    # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     with tqdm(desc="training", total=args.seeds * len(results.runs) * EPOCHS, unit="epoch", disable=None) as progress:
         for seed in range(args.seeds):
             digits = split_digits(seed)
