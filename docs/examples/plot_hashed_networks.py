@@ -274,7 +274,7 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Compare hashed networks with plain ones of equal size.")
     parser.add_argument("--seeds", type=int, default=10, help="how many repetitions (default: 10)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    parser.add_argument("--output", type=Path, default=figure, help="path of the figure (default: next to this script)")
     # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 

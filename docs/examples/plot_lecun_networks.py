@@ -2,16 +2,16 @@ r"""
 Five networks from 1989, as ties of dense layers
 ================================================
 
-Five networks that LeCun compared in 1989, from fully connected to convolutional, are told apart by ties alone.
+LeCun compared five networks in 1989, from fully connected to convolutional. Here they differ only in their ties.
 
 "Generalization and Network Design Strategies" (LeCun, 1989) trains them on 320 small images of digits. The training
-images are linearly separable, so that each network can learn them; but they read other images the better the more they
-are constrained: first connections are left out, then the weights of those that are left are shared. The last one is
-what became LeNet.
+images are linearly separable, so that each network can learn them, but the more a network is constrained, the better it
+reads other images: some networks leave out connections, and some also share the weights of the connections that are
+left. The last network became LeNet.
 
-Here all five are stacks of :class:`torch.nn.Linear`, and what tells them apart are ties. A connection that is
-left out is pinned at zero, by the scale 0; shared weights are one group; whatever else is free. The labels are
-:func:`tieopt.patterns.convolution`'s.
+Here all five are stacks of :class:`torch.nn.Linear` that differ only in their ties. The scale 0 pins left-out
+connections at zero, shared weights are one group, and everything else is free. The labels come from
+:func:`tieopt.patterns.convolution`.
 
 .. code-block:: text
 
@@ -23,21 +23,22 @@ left out is pinned at zero, by the scale 0; shared weights are one group; whatev
 
 Two statements are checked.
 
-1. *The networks are those of the paper*, to the last link and weight. A link is an entry that is not pinned, a weight a
-   distinct value; biases are not shared.
-2. *The more constrained, the better, in three steps*: on average over the seeds the networks without constraints (Net-1
-   and Net-2) read fewest of the held-out images, those with local connections (Net-3 and Net-4) more, and Net-5, which
-   shares the weights of both hidden layers, by far the most, though it has the most links. This is the order of the
-   paper; but within a step, where it has differences of 7.0 and 5.5 points, 20 seeds cannot tell the networks apart.
+1. *The networks are those of the paper*, to the last link and weight. A link is an entry that is not pinned, and a
+   weight is a distinct value; biases are not shared.
+2. *The more constrained, the better, in three steps*: on average over the seeds, the networks without constraints
+   (Net-1 and Net-2) read the fewest held-out images, the networks with local connections (Net-3 and Net-4) read more,
+   and Net-5, which shares the weights of both hidden layers, reads by far the most, although it has the most links.
+   The order is that of the paper. But within a step, where the paper reports differences of 7.0 and 5.5 points,
+   20 seeds do not separate the networks.
 
-The images are made as those of the paper. There 12 drawings of each digit, of 16 x 13 pixels, were put into four
-consecutive positions of 16 x 16 pixels; 32 of these 48 images were drawn for training, and 16 held out. So what is
-held out are other positions of drawings, rather than other drawings.
+The images are made like those of the paper, where 12 drawings of each digit, of 16 x 13 pixels, were put into four
+consecutive positions of 16 x 16 pixels; 32 of these 48 images were drawn for training, and 16 were held out. The
+held-out images are therefore other positions of the drawings rather than other drawings.
 
-What differs: the drawings were made with a mouse and cannot be had any more. Digits from scikit-learn, by many writers,
-grey and of 8 x 8 pixels, are enlarged in their place. Adam replaces plain gradient descent, with the learning rate for
-each network that suited it best on other draws of images; the loss is the paper's, squared errors of tanh units. So the
-order is to be compared, and not the percentages.
+Some things differ. The original drawings were made with a mouse and are no longer available. Enlarged digits from
+scikit-learn, by many writers, grey and of 8 x 8 pixels, replace them. Adam replaces plain gradient descent, with the
+best learning rate for each network on other draws of images. The loss is that of the paper, the squared error of tanh
+units. Compare the order, therefore, and not the percentages.
 
 It takes about five minutes on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_lecun_networks.py``; ``--seeds 1`` is a quicker try, too few for the second statement.
@@ -61,13 +62,13 @@ from tieopt import Tie, TiedOptimizer, patterns
 
 SIDE = 16
 PIXELS = (SIDE + 1) ** 2
-# Of each digit: drawings, columns of a drawing, positions of it, and how many of the images that makes are trained on.
+# For each digit: the number of drawings, of columns of a drawing, of its positions, and of training images.
 DRAWINGS, COLUMNS, POSITIONS, TRAINED_ON = 12, 13, 4, 32
 BATCH = 32
 STEPS = 2000
 # The targets of LeCun's output units.
 ON, OFF = 0.8, -0.8
-# Fewer seeds than this say nothing of an order.
+# Fewer seeds than this do not show an order.
 ENOUGH_SEEDS = 20
 
 # The matrices are small: more threads would spend their time waiting for each other.
@@ -77,11 +78,11 @@ torch.set_num_threads(1)
 # %%
 # The images
 # ----------
-# Each seed draws its own. They have one more line and column of background, for the last 3 x 3 pixels.
+# Each seed draws its own. The images have an extra row and column of background, for the last 3 x 3 pixels.
 
 
 class Digits(NamedTuple):
-    """Images ``[n, 289]`` and their digits ``[n]``, to train on and held out."""
+    """Images ``[n, 289]`` and their digits ``[n]``, for training and held out."""
 
     train_images: Tensor
     train_digits: Tensor
@@ -90,7 +91,7 @@ class Digits(NamedTuple):
 
 
 def draw_digits(seed: int) -> Digits:
-    """Drawings in all their positions, from -1 to 1; of each digit 32 images to train on and 16 held out."""
+    """Draw images from -1 to 1, with all positions of the drawings: of each digit 32 for training and 16 held out."""
     generator = torch.Generator().manual_seed(seed)
     images, digits = map(torch.as_tensor, load_digits(return_X_y=True))
     train, test = [], []
@@ -112,24 +113,24 @@ def draw_digits(seed: int) -> Digits:
 # %%
 # The networks
 # ------------
-# A layer is its inputs, its outputs, and what ties it: labels and scales, or nothing.
+# A layer is its number of inputs, its number of outputs, and its ties: labels and scales, or nothing.
 
 Layer = tuple[int, int, tuple[Tensor, Tensor] | None]
 
 
 def shared(maps: int, to: int, size: int, stride: int, side: int) -> tuple[Tensor, Tensor]:
-    """A convolution: all units of a map have the same weights."""
+    """Tie a layer as a convolution: all units of a map have the same weights."""
     return patterns.convolution(nn.Conv2d(maps, to, size, stride=stride, bias=False), side)
 
 
 def local(maps: int, to: int, size: int, stride: int, side: int) -> tuple[Tensor, Tensor]:
-    """The connections of a convolution, each with a weight of its own."""
+    """Leave the connections of a convolution, each with its own weight."""
     _, scale = shared(maps, to, size, stride, side)
     return torch.where(scale == 0, 0, -1), scale
 
 
 def within_image(units: int) -> tuple[Tensor, Tensor]:
-    """Connections to all pixels but those of the added line and column."""
+    """Leave the connections to all pixels except those of the extra row and column."""
     inside = torch.zeros(SIDE + 1, SIDE + 1)
     inside[:SIDE, :SIDE] = 1
     scale = inside.flatten().expand(units, -1).clone()
@@ -140,11 +141,11 @@ class Network(NamedTuple):
     """A network of the paper.
 
     Attributes:
-        layers: what it is made of.
-        rate: the learning rate; of 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2 the best over seeds 100 to 103.
-        links: how many it has in the paper.
-        weights: how many of them are distinct there.
-        published: what share of the held-out images it read correctly there, in percent.
+        layers: builds the layers.
+        rate: the learning rate, the best of 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2 over seeds 100 to 103.
+        links: number of links in the paper.
+        weights: number of distinct weights in the paper.
+        published: percentage of the held-out images that the paper's network reads correctly.
     """
 
     layers: Callable[[], list[Layer]]
@@ -173,14 +174,14 @@ NETWORKS = {
 
 
 def build(layers: list[Layer]) -> tuple[nn.Sequential, list[Tie]]:
-    """The dense network, and the ties that make it the one of the paper."""
+    """Build the dense network, and the ties that make it the network of the paper."""
     modules, ties = [], []
     for inputs, outputs, tied in layers:
         linear = nn.Linear(inputs, outputs)
         if tied is not None:
             labels, scale = tied
             ties.append(Tie(linear.weight, labels, scale=scale))
-            # PyTorch's start is for as many inputs as a layer has, of which most are pinned.
+            # PyTorch initialises for the number of inputs, but most of them are pinned.
             with torch.no_grad():
                 linear.weight.mul_((inputs * outputs / scale.count_nonzero()).sqrt())
         modules += [linear, nn.Tanh()]
@@ -188,7 +189,7 @@ def build(layers: list[Layer]) -> tuple[nn.Sequential, list[Tie]]:
 
 
 def count(model: nn.Sequential, ties: list[Tie]) -> tuple[int, int]:
-    """How many links there are, and how many distinct weights."""
+    """Return the number of links and of distinct weights."""
     links = weights = sum(param.numel() for param in model.parameters())
     for part in (tie.parts[0] for tie in ties):
         linked = part.scale != 0 if part.scale is not None else torch.ones_like(part.groups, dtype=torch.bool)
@@ -199,7 +200,7 @@ def count(model: nn.Sequential, ties: list[Tie]) -> tuple[int, int]:
 
 
 def check_counts() -> None:
-    """Compares links and weights with those of the paper."""
+    """Check that links and weights are those of the paper."""
     for name, network in NETWORKS.items():
         counted = count(*build(network.layers()))
         assert counted == (network.links, network.weights), f"{name} has {counted} links and weights"
@@ -211,7 +212,7 @@ def check_counts() -> None:
 
 
 class Run(NamedTuple):
-    """What one training gave: correct answers in %, and the weight of the first layer."""
+    """Results of one training run: correct answers in %, and the weight of the first layer."""
 
     trained: float
     tested: float
@@ -220,12 +221,12 @@ class Run(NamedTuple):
 
 @torch.no_grad()
 def correct(model: nn.Module, images: Tensor, digits: Tensor) -> float:
-    """The share of images that the model reads correctly, in percent."""
+    """Return the percentage of images that the model reads correctly."""
     return 100 * (model(images).argmax(dim=1) == digits).double().mean().item()
 
 
 def train(network: Network, seed: int, digits: Digits, progress: tqdm) -> Run:
-    """Trains one network."""
+    """Train one network."""
     torch.manual_seed(seed)
     model, ties = build(network.layers())
     optimizer = TiedOptimizer(torch.optim.Adam(model.parameters(), lr=network.rate), ties, reduction="sum")
@@ -256,7 +257,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(runs: Runs) -> None:
-    """A line for each network."""
+    """Print a line for each network."""
     print(f"Correct answers in % (mean ± standard deviation); seeds: {len(runs['Net-1'])}\n")
     print(f"{'network':8s} {'links':>6s} {'weights':>8s} {'training':>9s} {'held out':>13s}  published in 1989")
     for name, network in NETWORKS.items():
@@ -275,7 +276,7 @@ SHOWN = {"Net-2": (0, 1, 2), "Net-3": (18, 27, 45), "Net-5": (18, 27, 45)}
 
 
 def draw_accuracy(axes: Axes, runs: Runs) -> None:
-    """A mark for each seed, their mean, and what was published."""
+    """Draw a mark for each seed, their mean, and the published value."""
     for at, (name, network) in enumerate(NETWORKS.items()):
         tested = [run.tested for run in runs[name]]
         mean, _ = spread(tested)
@@ -295,7 +296,7 @@ def draw_accuracy(axes: Axes, runs: Runs) -> None:
 
 
 def draw_figure(runs: Runs) -> Figure:
-    """The accuracies and some units, and the finding above them, in the numbers of these runs."""
+    """Draw the accuracies and some units, and a title with the numbers of these runs."""
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
@@ -320,25 +321,26 @@ def draw_figure(runs: Runs) -> Figure:
 # %%
 # The result
 # ----------
-# In the figure left, the share of held-out images that are read correctly. Right, rows of the first layer's dense
-# weight, each as an image of what a unit sees: of Net-2 all pixels, of Net-3 nine with weights of its own, of Net-5
-# nine with those of all units of its map. Purple is negative and green positive.
+# The left panel shows the percentage of held-out images that are read correctly. The right panel shows rows of the
+# first layer's dense weight, each as an image of what a unit sees: all pixels in Net-2, nine pixels with its own
+# weights in Net-3, nine pixels with the weights of all units of its map in Net-5. Purple is negative and green
+# positive.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """How many seeds, and where the figure goes."""
+    """Parse the number of seeds and the path of the figure."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Train LeCun's five networks of 1989 as ties of dense layers.")
     parser.add_argument("--seeds", type=int, default=20, help="how many repetitions (default: 20)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    parser.add_argument("--output", type=Path, default=figure, help="path of the figure (default: next to this script)")
     # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
 
 def main() -> None:
-    """Checks, trains, prints and draws."""
+    """Check, train, print and draw."""
     args = parse_arguments()
     check_counts()
     # With `disable=None`, the bar appears only on a terminal, and does not fill log files.

@@ -284,7 +284,7 @@ def parse_arguments() -> argparse.Namespace:
     figure = script and Path(script).resolve().with_suffix(".png")
     parser = argparse.ArgumentParser(description="Compare the mean of the members' gradients with their sum.")
     parser.add_argument("--seeds", type=int, default=5, help="how many repetitions (default: 5)")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    parser.add_argument("--output", type=Path, default=figure, help="path of the figure (default: next to this script)")
     # In a notebook, the arguments are those of its kernel.
     return parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 

@@ -116,7 +116,7 @@ def main() -> None:
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Train a layer under each of eight patterns, and draw them.")
     figure = script and Path(script).resolve().with_suffix(".png")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    parser.add_argument("--output", type=Path, default=figure, help="path of the figure (default: next to this script)")
     # In a notebook, the arguments are those of its kernel.
     args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 

@@ -89,7 +89,7 @@ def main() -> None:
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Draw ties, the sizes of their groups, and their drift.")
     figure = script and Path(script).resolve().with_suffix(".png")
-    parser.add_argument("--output", type=Path, default=figure, help="the figure (default: next to this script)")
+    parser.add_argument("--output", type=Path, default=figure, help="path of the figure (default: next to this script)")
     # In a notebook, the arguments are those of its kernel.
     args = parser.parse_args([] if "kernel_launcher" in Path(sys.argv[0]).name else None)
 
