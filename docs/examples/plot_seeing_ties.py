@@ -2,13 +2,13 @@
 Seeing ties
 ===========
 
-:mod:`tieopt.plot` draws three things: which entries are one, how large the groups are, and how far members are apart.
+:mod:`tieopt.plot` draws three things: which entries are equal, how large the groups are, and how far members are apart.
 
-An autoencoder 12-5-12 has a decoder that is the encoder transposed, and output biases that are tied by k-means; the
-figure shows both, as the optimizer has them. Then a dense layer of 300 rows is tied into 40 clusters, whose sizes
-differ. Last, ties are *relaxed*: with ``every=20`` the members train by themselves and are pulled together at each
-twentieth step, and :meth:`tieopt.TiedOptimizer.tie_drift` says how far they had come. Ties that are not relaxed have a
-drift of exactly zero after every step, which is checked.
+First, an autoencoder 12-5-12 has a decoder that is the transposed encoder, and output biases that are tied by k-means.
+The figure shows both, as the optimizer has them. Second, a dense layer of 300 rows is tied into 40 clusters of
+different sizes. Third, ties are *relaxed*: with ``every=20`` the members train separately and are made equal in each
+twentieth step, and :meth:`tieopt.TiedOptimizer.tie_drift` returns how far apart they are. The example checks that ties
+that are not relaxed have a drift of exactly zero after every step.
 
 It takes seconds and needs scikit-learn and matplotlib. Run it as ``python plot_seeing_ties.py``.
 """
@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 
 
 def tie_autoencoder() -> TiedOptimizer:
-    """The rows of the encoder are the columns of the decoder, and its biases have three values."""
+    """Tie the rows of the encoder to the columns of the decoder, and the decoder's biases to three values."""
     model = nn.ModuleDict({"encoder": nn.Linear(12, 5), "decoder": nn.Linear(5, 12)})
     encoder, decoder = model["encoder"], model["decoder"]
     transposed = Tie.join(Tie(encoder.weight, torch.arange(5)), Tie(decoder.weight, torch.arange(5), dim=1))
@@ -45,13 +45,13 @@ def tie_autoencoder() -> TiedOptimizer:
 
 
 def tie_clusters() -> TiedOptimizer:
-    """300 rows in 40 clusters."""
+    """Tie 300 rows into 40 clusters."""
     layer = nn.Linear(16, 300)
     return TiedOptimizer(torch.optim.AdamW(layer.parameters()), {layer.weight: patterns.clusters(layer.weight, 40)})
 
 
 def measure_drift(every: int) -> list[float]:
-    """How far members are apart after each step."""
+    """Return how far members are apart after each step."""
     layer = nn.Linear(8, 6)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     optimizer = TiedOptimizer(optimizer, {layer.weight: [[0, 2], [1, 4, 5]]}, every=every)
@@ -71,7 +71,7 @@ def measure_drift(every: int) -> list[float]:
 
 
 def draw_figure(autoencoder: TiedOptimizer, clusters: TiedOptimizer, drifts: list[float]) -> Figure:
-    """The groups above, their sizes and the drift below."""
+    """Draw the groups at the top, and their sizes and the drift at the bottom."""
     figure = plt.figure(figsize=(11, 7.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
     plot.draw_groups(autoencoder, figure=above)
@@ -84,7 +84,7 @@ def draw_figure(autoencoder: TiedOptimizer, clusters: TiedOptimizer, drifts: lis
 
 
 def main() -> None:
-    """Ties, checks, prints and draws."""
+    """Tie, check, print and draw."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Draw ties, the sizes of their groups, and their drift.")
@@ -98,7 +98,7 @@ def main() -> None:
     print(autoencoder.tie_summary(), end="\n\n")
     assert set(measure_drift(every=1)) == {0.0}
     drifts = measure_drift(every=20)
-    print(f"the largest drift of relaxed ties in {STEPS} steps: {max(drifts):.3f}; of others: 0")
+    print(f"the largest drift in {STEPS} steps: {max(drifts):.3f} for relaxed ties, 0 for the others")
     figure = draw_figure(autoencoder, clusters, drifts)
     if args.output:
         figure.savefig(args.output, dpi=130)
