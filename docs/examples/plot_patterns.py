@@ -2,11 +2,12 @@ r"""
 What the patterns tie
 =====================
 
-:mod:`tieopt.patterns` has functions that say which entries of a weight are one: those of a symmetric matrix, of a
-kernel that looks the same from all sides, of a weight that is drawn from a hash table. Here are eight, in colours.
+:mod:`tieopt.patterns` has functions that return which entries of a weight are equal: in a symmetric matrix, in a kernel
+that looks the same from all sides, in a weight that is filled from a hash table. This example shows eight of them.
 
-Each is an equation, such as :math:`W = W^\top`. A weight is trained under each for 100 steps of AdamW towards a target
-that does not obey it, and the statement that is checked is that the equation holds afterwards *in every bit*.
+Each pattern is an equation, such as :math:`W = W^\top`. A weight is trained under each pattern for 100 steps of AdamW,
+towards a target that does not satisfy the equation. The example checks that the weight then satisfies it *in every
+bit*.
 
 .. code-block:: python
 
@@ -38,12 +39,12 @@ torch.set_num_threads(1)
 # %%
 # The patterns
 # ------------
-# A pattern returns labels, and scales where it has signs or zeros. Its equation tells whether a weight obeys it, with
-# ``torch.equal`` and without a tolerance.
+# A pattern returns labels, and scales if it has signs or zeros. Its equation is checked with ``torch.equal``, without a
+# tolerance.
 
 
 class Pattern(NamedTuple):
-    """A shape, what is tied, and the equation that then holds."""
+    """A shape, what is tied, and the equation that holds for a tied weight."""
 
     shape: tuple[int, ...]
     labels: Tensor
@@ -52,12 +53,12 @@ class Pattern(NamedTuple):
 
 
 def is_circulant(weight: Tensor) -> bool:
-    """Each row is the one above it, rolled by one."""
+    """Check that each row is the row above it, rolled by one."""
     return torch.equal(weight.roll(1, dims=1)[:-1], weight[1:])
 
 
 def list_patterns() -> dict[str, Pattern]:
-    """Eight patterns of matrices and kernels."""
+    """Return eight patterns of matrices and kernels."""
     matrix, kernel, conv = (6, 6), (1, 1, 7, 7), nn.Conv2d(1, 1, 2)
     table, unrolled = patterns.hashed((8, 8), 6), patterns.convolution(conv, (3, 3))
     return {
@@ -78,7 +79,7 @@ def list_patterns() -> dict[str, Pattern]:
 
 
 def train(pattern: Pattern) -> nn.Parameter:
-    """A weight that was trained under the pattern, towards a target that does not obey it."""
+    """Train a weight under the pattern, towards a target that does not satisfy it."""
     weight = nn.Parameter(torch.randn(pattern.shape))
     target = torch.randn(pattern.shape)
     tie = Tie(weight, pattern.labels, scale=pattern.scale)
@@ -93,11 +94,11 @@ def train(pattern: Pattern) -> nn.Parameter:
 # %%
 # The figure
 # ----------
-# :func:`tieopt.plot.draw_groups` draws a weight with its groups in colour; one legend does for all of them.
+# :func:`tieopt.plot.draw_groups` draws a weight with its groups in colour. One legend is enough for all panels.
 
 
 def draw_figure(listed: dict[str, Pattern]) -> Figure:
-    """A panel for each pattern."""
+    """Draw a panel for each pattern."""
     figure = plt.figure(figsize=(12, 6.4), layout="constrained")
     panels = figure.subfigures(2, 4).flatten()
     for panel, (name, pattern) in zip(panels, listed.items(), strict=True):
@@ -111,7 +112,7 @@ def draw_figure(listed: dict[str, Pattern]) -> Figure:
 
 
 def main() -> None:
-    """Trains, checks, prints and draws."""
+    """Train, check, print and draw."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     parser = argparse.ArgumentParser(description="Train a layer under each of eight patterns, and draw them.")
