@@ -71,7 +71,7 @@ torch.set_num_threads(1)
 # %%
 # The digits
 # ----------
-# 1797 images of 8 x 8 pixels, a quarter of which is held out. Each seed draws its own split. The mean
+# 1797 images of 8 x 8 pixels, a quarter of them held out. Each seed draws its own split. The mean
 # image and the scale come from the training part alone.
 
 

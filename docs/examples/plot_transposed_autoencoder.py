@@ -2,29 +2,28 @@ r"""
 An autoencoder whose decoder is its encoder transposed
 ======================================================
 
-One tie over two layers keeps a decoder the transpose of its encoder, and halves the number of weights.
+One tie across two layers keeps a decoder equal to the transposed encoder, and halves the number of weights.
 
-An autoencoder squeezes an image through a short code and draws it again from the code. Here it has two layers:
+An autoencoder compresses an image into a short code and reconstructs it from the code. Here it has two layers:
 
 .. math::
 
     c = \operatorname{relu}(W x + b), \qquad \hat x = V c + d
 
-Row :math:`i` of :math:`W` says what code number :math:`i` looks for in the image, and column :math:`i` of
-:math:`V` what it draws. It is an old idea that these should be the same, :math:`V = W^\top` (Vincent et al.,
-"Stacked Denoising Autoencoders", JMLR 2010): it halves the number of weights.
+Row :math:`i` of :math:`W` is what number :math:`i` of the code looks for in the image, and column :math:`i` of
+:math:`V` is what it draws. An old idea is to make them equal, :math:`V = W^\top` (Vincent et al., "Stacked
+Denoising Autoencoders", JMLR 2010), which halves the number of weights.
 
-With PyTorch alone there is no second layer then; a module of one's own calls ``linear(code, W.T)``. Here model
-and checkpoint keep their two ``Linear`` layers, and a tie over both says what is equal. Rows of one weight and
+With PyTorch alone, there is then no second layer, and a custom module calls ``linear(code, W.T)``. Here, model
+and checkpoint keep their two ``Linear`` layers, and a tie across both makes them equal. Rows of one weight and
 columns of the other with the same label are one group::
 
     Tie.join(Tie(encoder.weight, torch.arange(k)), Tie(decoder.weight, torch.arange(k), dim=1))
 
-Two statements are checked: after every training ``torch.equal(encoder.weight, decoder.weight.T)``, and in
-float64 the training takes the very course of the module with one shared weight that is used twice, to
-a relative 1e-9 over 50 steps of Adam. Then the example measures what the tie costs: the reconstruction error on
-held-out digits for codes of 2 to 48 numbers, tied and not tied. Both start from the same values, and only the
-tie differs.
+Two statements are checked: ``torch.equal(encoder.weight, decoder.weight.T)`` holds after every training run, and
+in float64 the training follows that of a module with one shared weight that is used twice, to a relative 1e-9
+over 50 steps of Adam. Then the example measures the cost of the tie: the reconstruction error on held-out digits
+for codes of 2 to 48 numbers, tied and not tied. Both start from the same values, and only the tie differs.
 
 It takes about a minute on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_transposed_autoencoder.py``; ``--seeds 1`` is a quick try.
@@ -65,7 +64,7 @@ torch.set_num_threads(1)
 
 
 class Digits(NamedTuple):
-    """Images ``[n, 64]`` to train on and held out, and the digits of those held out; ink is 1 and paper 0."""
+    """Images ``[n, 64]`` for training and held out, and the held-out digits; ink is 1 and paper is 0."""
 
     train_images: Tensor
     test_images: Tensor
@@ -73,7 +72,7 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> Digits:
-    """A stratified split."""
+    """Draw a stratified split."""
     images, digits = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, digits, test_size=0.25, stratify=digits, random_state=seed)
     train_images, test_images, _, test_digits = map(torch.as_tensor, parts)
@@ -86,7 +85,7 @@ def split_digits(seed: int) -> Digits:
 
 
 def build_autoencoder(code: int) -> nn.Sequential:
-    """Encoder and decoder; the decoder starts as the encoder transposed, whether it is tied or not."""
+    """Build encoder and decoder; tied or not, the decoder starts as the transposed encoder."""
     encoder, decoder = nn.Linear(PIXELS, code), nn.Linear(code, PIXELS)
     with torch.no_grad():
         decoder.weight.copy_(encoder.weight.T)
@@ -94,7 +93,7 @@ def build_autoencoder(code: int) -> nn.Sequential:
 
 
 def tie(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> TiedOptimizer:
-    """The decoder is the encoder transposed; the gradients are those of one weight that is used twice."""
+    """Tie the decoder to the transposed encoder; the gradients are those of one weight that is used twice."""
     encoder, _, decoder = model
     codes = torch.arange(encoder.out_features)
     transposed = Tie.join(Tie(encoder.weight, codes), Tie(decoder.weight, codes, dim=1))
@@ -102,17 +101,17 @@ def tie(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> TiedOptimizer
 
 
 def is_transposed(model: nn.Sequential) -> bool:
-    """Whether the decoder is the encoder transposed, bit for bit."""
+    """Return whether the decoder is the transposed encoder, bit for bit."""
     return torch.equal(model[0].weight, model[2].weight.T)
 
 
 # %%
-# The statement: it is the shared weight
-# --------------------------------------
+# The tied autoencoder is the one with a shared weight
+# ----------------------------------------------------
 
 
 class SharedAutoencoder(nn.Module):
-    """What one writes without ties: a single weight, used twice."""
+    """An autoencoder without ties: a single weight, used twice."""
 
     def __init__(self, model: nn.Sequential) -> None:
         super().__init__()
@@ -126,14 +125,14 @@ class SharedAutoencoder(nn.Module):
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
-    """One step of training; with ties or without, it is the same."""
+    """Run one training step, which is the same with and without ties."""
     optimizer.zero_grad()
     nn.functional.mse_loss(model(images), images).backward()
     optimizer.step()
 
 
 def check_equivalence(digits: Digits) -> float:
-    """Trains the tied and the shared weight side by side in float64; returns the largest difference."""
+    """Train the tied and the shared weight side by side in float64, and return the largest difference."""
     torch.manual_seed(0)
     tied = build_autoencoder(16).double()
     shared = SharedAutoencoder(tied)
@@ -151,20 +150,23 @@ def check_equivalence(digits: Digits) -> float:
 
 
 # %%
-# What the tie costs
-# ------------------
+# The cost of the tie
+# -------------------
 # The error is the share of the variance of the held-out pixels that the reconstruction misses. Principal
-# components, which reconstruct best of all linear codes of a size, are there for comparison; a code that cannot
-# be negative falls short of them.
+# components, the best linear codes of a given size, are there for comparison; a code that cannot be negative does
+# not reach them.
 #
-# The tied autoencoder misses about as much as the one without ties, a little more with the longest codes, and has
-# half of its values. So at equal numbers of values the tied one is far ahead: its code is almost twice as long. The
-# other comes close to the tie by itself, but only close: the cosine of an encoder row and its decoder column is about
-# 0.9.
+# The tied autoencoder has half of the values and misses about as much as the untied one, or slightly more with
+# the longest codes. At equal numbers of values, the tied autoencoder is therefore far ahead: its code is almost
+# twice as long. The untied autoencoder approaches the tie by itself, but does not reach it: the cosine of an encoder
+# row and its decoder column is about 0.9.
 
 
 class Run(NamedTuple):
-    """What one training gave: the error in %, how many distinct values it needed, and the model."""
+    """Results of one training run: the error in %, the number of distinct values, and the model.
+
+    ``likeness`` is the mean cosine of an encoder row and its decoder column.
+    """
 
     error: float
     values: int
@@ -173,19 +175,19 @@ class Run(NamedTuple):
 
 
 def reconstruction_error(reconstruction: Tensor, digits: Digits) -> float:
-    """The share of the variance that is missed, in percent."""
+    """Return the percentage of the variance that the reconstruction misses."""
     missed = (reconstruction - digits.test_images).square().mean()
     return (100 * missed / (digits.test_images - digits.train_images.mean(dim=0)).square().mean()).item()
 
 
 def count_values(model: nn.Sequential, tied: bool) -> int:
-    """How many distinct values the network learns."""
+    """Return the number of distinct values that the network learns."""
     total = sum(param.numel() for param in model.parameters())
     return total - model[0].weight.numel() if tied else total
 
 
 def train(code: int, tied: bool, seed: int, digits: Digits, progress: tqdm) -> Run:
-    """Trains one autoencoder; tied or not, those of a seed start from the same values and see the same batches."""
+    """Train one autoencoder; for a seed, tied and untied start from the same values and see the same batches."""
     torch.manual_seed(seed)
     model = build_autoencoder(code)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
@@ -207,32 +209,32 @@ def train(code: int, tied: bool, seed: int, digits: Digits, progress: tqdm) -> R
 
 
 def principal_components_error(code: int, digits: Digits) -> float:
-    """The error of as many principal components."""
+    """Return the error of the same number of principal components."""
     components = PCA(code).fit(digits.train_images.numpy())
     codes = components.transform(digits.test_images.numpy())
     return reconstruction_error(torch.as_tensor(components.inverse_transform(codes)), digits)
 
 
 class Results(NamedTuple):
-    """All runs by code size and tie, and the errors of the principal components by code size."""
+    """All runs by code size and tie, and the errors of principal components by code size."""
 
     runs: dict[tuple[int, bool], list[Run]]
     principal: dict[int, list[float]]
 
     def curve(self, tied: bool, field: str = "error") -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the seeds, ``[len(CODES)]`` each."""
+        """Return mean and standard deviation over the seeds, each ``[len(CODES)]``."""
         return mean_and_std([[getattr(run, field) for run in self.runs[code, tied]] for code in CODES])
 
 
 def mean_and_std(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Over the seeds; one seed has no spread to speak of."""
+    """Return mean and standard deviation of each row, which is NaN for a single seed."""
     values = torch.tensor(rows, dtype=torch.float64)
     mean = values.mean(dim=1)
     return mean, values.std(dim=1) if values.shape[1] > 1 else torch.full_like(mean, torch.nan)
 
 
 def print_table(results: Results, difference: float) -> None:
-    """A line for each code size."""
+    """Print a line for each code size."""
     print(f"Largest difference between tied and shared weight, {CHECKED_STEPS} steps: {difference:.1e}")
     print(f"\nReconstruction error on held-out digits in % of the variance; seeds: {len(results.principal[CODES[0]])}")
     print("Likeness: mean cosine of an encoder row and its decoder column\n")
@@ -259,7 +261,7 @@ SHOWN_FILTERS = 8
 
 
 def draw_image(axes: Axes, image: Tensor, color: str, cmap: str = "Greys") -> None:
-    """64 pixels or weights as a small image without ticks, framed."""
+    """Draw 64 pixels or weights as a small framed image without ticks."""
     limit = image.abs().max().item() if cmap == "PRGn" else 1
     low = -limit if cmap == "PRGn" else 0
     axes.imshow(image.view(8, 8), cmap=cmap, vmin=low, vmax=limit, interpolation="nearest")
@@ -269,7 +271,7 @@ def draw_image(axes: Axes, image: Tensor, color: str, cmap: str = "Greys") -> No
 
 @torch.no_grad()
 def draw_reconstructions(panel: SubFigure, results: Results, digits: Digits) -> None:
-    """A held-out image of some digits, and what both autoencoders make of it."""
+    """Draw a held-out image of some digits, and the reconstructions of both autoencoders."""
     shown = digits.test_images[[int((digits.test_digits == digit).nonzero()[0]) for digit in range(SHOWN_FILTERS)]]
     columns = {
         "input": (shown, "black"),
@@ -285,7 +287,7 @@ def draw_reconstructions(panel: SubFigure, results: Results, digits: Digits) -> 
 
 
 def draw_filters(panel: SubFigure, results: Results) -> None:
-    """The largest filters of the tied one, and what became of them without the tie, from the same start."""
+    """Draw the largest filters of the tied autoencoder, and the same filters without the tie."""
     tied, untied = (results.runs[SHOWN_CODE, which][0].model for which in (True, False))
     largest = tied[0].weight.norm(dim=1).argsort(descending=True)[:SHOWN_FILTERS]
     columns = {
@@ -302,7 +304,7 @@ def draw_filters(panel: SubFigure, results: Results) -> None:
 
 
 def draw_errors(axes: Axes, results: Results) -> None:
-    """Error against distinct values, labelled on the lines; equal codes are joined by thin lines."""
+    """Draw the error against the number of distinct values; thin lines join equal codes."""
     points = {}
     for tied, color in ((True, TIED_COLOR), (False, UNTIED_COLOR)):
         mean, std = results.curve(tied)
@@ -333,7 +335,7 @@ def draw_errors(axes: Axes, results: Results) -> None:
 
 
 def draw_figure(results: Results, digits: Digits) -> Figure:
-    """Three panels, and the finding above them, in the numbers of these runs."""
+    """Draw three panels, and a title with the numbers of these runs."""
     figure = plt.figure(figsize=(13, 6.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1, 2.2), wspace=0.04)
@@ -355,13 +357,14 @@ def draw_figure(results: Results, digits: Digits) -> Figure:
 # %%
 # The result
 # ----------
-# In the figure left, held-out digits and what comes out. In the middle, the filters: with the tie one image says what a
-# code number looks for and what it draws; without, two images do. Purple is negative and green positive, each image
-# scaled to its largest weight. Right, the error against the number of distinct values: the tied curve lies to the left.
+# The left panel shows held-out digits and their reconstructions. The middle panel shows the filters: with the tie, one
+# image is both what a number of the code looks for and what it draws; without the tie, these are two images. Purple is
+# negative and green positive, and each image is scaled to its largest weight. The right panel shows the error against
+# the number of distinct values: the tied curve is further left.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """How many seeds, and where the figure goes."""
+    """Parse the number of seeds and the path of the figure."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     figure = script and Path(script).resolve().with_suffix(".png")
@@ -373,7 +376,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Checks, trains, prints and draws."""
+    """Check, train, print and draw."""
     args = parse_arguments()
     difference = check_equivalence(split_digits(0))
 
