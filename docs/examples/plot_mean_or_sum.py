@@ -2,22 +2,23 @@ r"""
 Mean or sum of the gradients: when it matters
 =============================================
 
-With groups of one size, stepping on the mean of the members' gradients is stepping on their sum with other settings.
+If all groups have one size, training on the mean of the members' gradients equals training on their sum with other
+settings.
 
-The gradient of a shared value is the *sum* of its members' gradients; autograd gives that where a parameter is used
-several times. tieopt's default is their *mean*. For groups of :math:`m` members the one is :math:`m` times the other,
-and what that does depends on the optimizer:
+The gradient of a shared value is the *sum* of its members' gradients, which autograd computes for a parameter that is
+used several times. tieopt's default is their *mean*. For groups of :math:`m` members, the sum is :math:`m` times the
+mean. The effect depends on the optimizer:
 
 .. list-table::
    :header-rows: 1
 
    * - optimizer
-     - with the sum, and learning rate :math:`\eta`, decay :math:`\lambda`
-     - the same with the mean
+     - settings with the sum: learning rate :math:`\eta`, decay :math:`\lambda`
+     - equivalent settings with the mean
    * - SGD, with momentum or without
      - :math:`\eta`
      - :math:`m \eta`
-   * - SGD with weight decay, which is added to the gradient
+   * - SGD with weight decay that is added to the gradient
      - :math:`\eta, \lambda`
      - :math:`m \eta, \lambda / m`
    * - Adam, RMSprop, Adagrad, ...
@@ -26,20 +27,20 @@ and what that does depends on the optimizer:
    * - Adam with weight decay that is added to the gradient
      - :math:`\eta, \lambda, \epsilon`
      - :math:`\eta, \lambda / m, \epsilon / m`
-   * - AdamW, whose weight decay is apart
+   * - AdamW, whose weight decay is decoupled
      - :math:`\eta, \lambda, \epsilon`
      - :math:`\eta, \lambda, \epsilon / m`
 
-Two statements are checked, on a perceptron 64-30-10 whose hidden neurons are tied in sixes.
+Two statements are checked, on a perceptron 64-30-10 whose hidden neurons are tied in groups of six.
 
-1. *With these settings the two are one*: after 200 steps in float64 the weights differ by rounding.
-2. *With equal settings they are not*, but for Adam and AdamW, where they differ by what :math:`\epsilon` does.
+1. *With these settings, mean and sum are equivalent*: after 200 steps in float64, the weights differ only by rounding.
+2. *With equal settings they are not*, except for Adam and AdamW, where only the effect of :math:`\epsilon` differs.
 
-The table needs groups of one size. With others no learning rate turns the mean into the sum: the sum's steps are the
-longer the larger a group is, the mean's are not. The last line of the figure has groups of 1, 3, 10 and 16; nine
-learning rates up to 16 times as large are tried for the mean, and the one that comes closest to the sum is shown.
+The table requires groups of one size. If the sizes differ, no learning rate turns the mean into the sum: the steps of
+the sum grow with the size of the group, and those of the mean do not. The last line of the figure has groups of 1, 3,
+10 and 16. For the mean, nine learning rates up to 16 times as large are tried, and the closest to the sum is shown.
 
-Only the hidden layer is trained: the gradients of what is not tied are the same with the mean and the sum, and no one
+Only the hidden layer is trained: the gradients of untied weights are the same with the mean and the sum, and no single
 learning rate would suit both. There are no published figures to compare with; all of this is arithmetic.
 
 It takes about a minute on one core and needs scikit-learn, matplotlib and tqdm. Run it as
@@ -66,10 +67,10 @@ from tieopt import TiedOptimizer
 HIDDEN = 30
 STEPS = 200
 BATCH = 64
-# Groups of hidden neurons: all of one size, or of several.
+# Groups of hidden neurons, of one size or of several sizes.
 EVEN = [list(range(start, start + 6)) for start in range(0, HIDDEN, 6)]
 UNEVEN = [[0], [1, 2, 3], list(range(4, 14)), list(range(14, 30))]
-# Weights that differ by less than this, relatively, differ by rounding; by more than that they differ.
+# Relative differences of weights: rounding is below the first bound, real differences are above the second.
 ROUNDING, DIFFERENCE = 1e-9, 1e-3
 
 # The matrices are small: more threads would spend their time waiting for each other.
@@ -82,12 +83,12 @@ torch.set_num_threads(1)
 
 
 class Comparison(NamedTuple):
-    """An optimizer for the sum, and the settings of the mean that give the same.
+    """An optimizer with settings for the sum, and the equivalent settings for the mean.
 
     Attributes:
-        inner: what is wrapped.
-        settings: of the sum; a comparison with equal settings gives them to the mean, too.
-        equivalent: of the mean, where they differ, for groups of so many members.
+        inner: class of the optimizer.
+        settings: settings with the sum, and with the mean when settings are equal.
+        equivalent: returns the different settings with the mean for a size of groups.
         groups: the ties.
     """
 
@@ -98,7 +99,7 @@ class Comparison(NamedTuple):
 
     @property
     def factors(self) -> list[float]:
-        """By how much the sum may be larger than the mean: the size of the groups, or nine from 1 to 16 to try."""
+        """Factors to try between sum and mean: the size of the groups, or nine factors from 1 to 16."""
         sizes = {len(group) for group in self.groups}
         return [*map(float, sizes)] if len(sizes) == 1 else [2 ** (step / 2) for step in range(9)]
 
@@ -119,12 +120,12 @@ COMPARISONS = {
     "AdamW": Comparison(torch.optim.AdamW, {**ADAM, "weight_decay": 0.1}, lambda m: {"eps": ADAM["eps"] / m}),
     "SGD, groups of several sizes": Comparison(torch.optim.SGD, SGD, lambda m: {"lr": SGD["lr"] * m}, UNEVEN),
 }  # fmt: skip
-# Where equal settings give nearly the same.
+# Optimizers for which equal settings give nearly the same result.
 SCALE_FREE = ("Adam", "AdamW")
 
 
 class Run(NamedTuple):
-    """What one training gave: the tied weights and the losses."""
+    """Results of one training run: the tied weights and the losses."""
 
     weight: Tensor
     losses: list[float]
@@ -132,17 +133,17 @@ class Run(NamedTuple):
 
 @cache
 def load_images() -> tuple[Tensor, Tensor]:
-    """All images ``[n, 64]`` with pixels from -1 to 1, and their digits ``[n]``."""
+    """Load all images ``[n, 64]`` with pixels from -1 to 1, and their digits ``[n]``."""
     images, digits = map(torch.as_tensor, load_digits(return_X_y=True))
     return images.double() / 8 - 1, digits
 
 
 def train(comparison: Comparison, reduction: str, settings: dict[str, Any], seed: int) -> Run:
-    """Trains the hidden layer in float64; a seed gives the same start and batches to all."""
+    """Train the hidden layer in float64; runs with the same seed have the same start and batches."""
     torch.manual_seed(seed)
     images, digits = load_images()
     model = nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
-    # The last layer is no part of it: its gradients are those of no group.
+    # The last layer is not trained, because it is not tied.
     hidden, last = model[0], model[2].requires_grad_(False)
     with torch.no_grad():
         last.weight.mul_(3)
@@ -162,20 +163,20 @@ def train(comparison: Comparison, reduction: str, settings: dict[str, Any], seed
 
 
 class Result(NamedTuple):
-    """The runs of one comparison and seed: with the sum, and with the mean with equal settings and equivalent ones."""
+    """Runs of one comparison and seed: with the sum, and with the mean with equal and with equivalent settings."""
 
     sum: Run
     equal: Run
     equivalent: Run
 
     def distance(self, kind: str) -> float:
-        """How far the weights of the mean are from those of the sum, relative to these."""
+        """Return the distance between the weights of the mean and of the sum, relative to those of the sum."""
         other: Run = getattr(self, kind)
         return ((other.weight - self.sum.weight).norm() / self.sum.weight.norm()).item()
 
 
 def compare(comparison: Comparison, seed: int) -> Result:
-    """Trains with the sum, and with the mean; of the settings that may be equivalent, those that come closest."""
+    """Train with the sum and with the mean, and keep the equivalent settings that come closest to the sum."""
     summed, equal = train(comparison, "sum", {}, seed), train(comparison, "mean", {}, seed)
     results = [
         Result(summed, equal, train(comparison, "mean", comparison.equivalent(factor), seed))
@@ -188,7 +189,7 @@ Results = dict[str, list[Result]]
 
 
 def check(results: Results) -> None:
-    """Both statements."""
+    """Check both statements."""
     for name, own in results.items():
         for result in own:
             equal, equivalent = result.distance("equal"), result.distance("equivalent")
@@ -203,13 +204,13 @@ def check(results: Results) -> None:
 
 
 def print_table(results: Results) -> None:
-    """A line for each comparison, with the largest difference of any seed."""
-    print(f"Relative difference of the weights, mean and sum, {STEPS} steps; the largest of the seeds\n")
-    print(f"{'optimizer':30s} {'equal settings':>15s} {'equivalent ones':>16s}")
+    """Print a line for each comparison, with the largest difference of any seed."""
+    print(f"Relative difference of the weights, mean and sum, {STEPS} steps; largest of the seeds\n")
+    print(f"{'optimizer':30s} {'equal settings':>15s} {'equivalent':>16s}")
     for name, own in results.items():
         equal, equivalent = (max(result.distance(kind) for result in own) for kind in ("equal", "equivalent"))
         print(f"{name:30s} {equal:15.1e} {equivalent:16.1e}")
-    print("\nOf groups of several sizes: the learning rate that comes closest")
+    print("\nFor groups of several sizes: the learning rate that comes closest")
 
 
 # %%
@@ -220,10 +221,10 @@ EQUAL, EQUIVALENT = "#D55E00", "#0072B2"
 
 
 def draw_differences(axes: Axes, results: Results) -> None:
-    """A line for each comparison, a mark for each seed."""
+    """Draw a line for each comparison, with a mark for each seed."""
     for at, own in enumerate(results.values()):
         for kind, color in (("equal", EQUAL), ("equivalent", EQUIVALENT)):
-            # What is equal to the last bit would have no place on a logarithmic axis.
+            # A logarithmic axis cannot show a distance of zero.
             distances = [max(result.distance(kind), 1e-17) for result in own]
             axes.plot(distances, [at] * len(own), "o", color=color, alpha=0.6, markeredgewidth=0, markersize=8)
     axes.plot([], [], "o", color=EQUAL, label="equal settings")
@@ -239,7 +240,7 @@ def draw_differences(axes: Axes, results: Results) -> None:
 
 
 def draw_losses(axes: Axes, result: Result) -> None:
-    """The losses of SGD, smoothed."""
+    """Draw the smoothed losses of SGD."""
     smooth = torch.ones(10, dtype=torch.float64) / 10
     size = len(EVEN[0])
     lines = {
@@ -256,7 +257,7 @@ def draw_losses(axes: Axes, result: Result) -> None:
 
 
 def draw_figure(results: Results) -> Figure:
-    """The differences and the losses, and the finding above them."""
+    """Draw the differences and the losses, and a title with the numbers of these runs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(3, 2))
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     draw_differences(left, results)
@@ -273,12 +274,13 @@ def draw_figure(results: Results) -> Figure:
 # %%
 # The result
 # ----------
-# In the figure left, how far the weights that were trained with the mean are from those trained with the sum, a mark
-# for each seed. Right, what equal settings do to SGD: with the mean it is slower by the size of the groups.
+# The left panel shows how far the weights that were trained with the mean are from those trained with the sum, with a
+# mark for each seed. The right panel shows SGD with equal settings: with the mean, it is slower by the size of the
+# groups.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """How many seeds, and where the figure goes."""
+    """Parse the number of seeds and the path of the figure."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     figure = script and Path(script).resolve().with_suffix(".png")
@@ -290,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, checks, prints and draws."""
+    """Train, check, print and draw."""
     args = parse_arguments()
     # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     with tqdm(desc="comparing", total=args.seeds * len(COMPARISONS), disable=None) as progress:
