@@ -2,12 +2,12 @@ r"""
 A large network in the memory of a small one
 ============================================
 
-A hash function sorts the weights of a wide network into a few buckets, each with one value for all that are in it.
+A hash function sorts the weights of a wide network into a few buckets, and all weights of a bucket share one value.
 
-HashedNets (Chen et al., "Compressing Neural Networks with the Hashing Trick", ICML 2015) keep a network's width and
-give up on its weights: all entries of a matrix that fall into the same bucket share one value, with a sign from a
-second hash. The paper finds that such a network is better than a plain one with as many weights, and the more so the
-fewer there are.
+HashedNets (Chen et al., "Compressing Neural Networks with the Hashing Trick", ICML 2015) keep the width of a network
+and reduce its number of weights: all entries of a matrix in the same bucket share one value, with a sign from a second
+hash. The paper finds that such a network is better than a plain network with as many weights, and that the advantage
+grows as the number of weights shrinks.
 
 Here a perceptron 64-200-10 learns to read digits, in full and with 1/2 to 1/64 of its weights:
 
@@ -17,17 +17,17 @@ Here a perceptron 64-200-10 learns to read digits, in full and with 1/2 to 1/64 
     tie = Tie(layer.weight, labels, scale=signs)
     optimizer = TiedOptimizer(Adam(model.parameters()), tie, reduction="sum", compact=True)
 
-Its rival for each size is a plain perceptron with fewer hidden neurons, but so many that it has at least as many values
-to learn. Hidden neurons have no biases, which would be half of what the smallest hashed network learns; pixels that are
-always blank take their place.
+Its rival for each size is a plain perceptron with fewer hidden neurons, just enough to have at least as many values to
+learn. Hidden neurons have no biases, which would be half of the values of the smallest hashed network; pixels that are
+always blank replace them.
 
-Published on MNIST, for three layers: with 1/8 of the weights a plain network of equal size errs in 1.69 % and the
-hashed one in 1.45 %, with 1/64 in 6.28 % and 2.79 %. What differs here: scikit-learn's 1797 digits of 8 x 8 pixels, 200
-hidden neurons instead of 1000, no dropout, and one learning rate for all networks, where the paper tunes each; it is
-the one that suited the plain networks best on other splits. So the percentages are not to be compared; the statement
-that is checked is the paper's:
+Published errors on MNIST, for three layers: with 1/8 of the weights, 1.69 % for a plain network of equal size and
+1.45 % for the hashed network; with 1/64, 6.28 % and 2.79 %. This example uses scikit-learn's 1797 digits of 8 x 8
+pixels, 200 hidden neurons instead of 1000, no dropout, and one learning rate for all networks, the best one for the
+plain networks on other splits, whereas the paper tunes it for each network. Do not compare the percentages, therefore.
+The example checks the paper's statement:
 
-*With 1/64 of the weights the hashed network errs less than the plain one of equal size*, for every seed.
+*With 1/64 of the weights, the hashed network has a lower error than the plain network of equal size*, for every seed.
 
 It takes about three minutes on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_hashed_networks.py``; ``--seeds 1`` is a quicker try.
@@ -51,14 +51,14 @@ from tqdm import tqdm
 from tieopt import Tie, TiedOptimizer, patterns
 
 HIDDEN = 200
-# So many times fewer weights than the full network has.
+# Factors by which the number of weights is reduced.
 COMPRESSIONS = (2, 4, 8, 16, 32, 64)
 EPOCHS = 60
 BATCH = 64
-# Of 1e-3, 3e-3, 1e-2 and 3e-2 the best for plain networks (all weights, 1/8 and 1/64), over seeds 100 to 102.
+# The best of 1e-3, 3e-3, 1e-2 and 3e-2 for plain networks (all weights, 1/8 and 1/64), over seeds 100 to 102.
 RATE = 1e-2
 
-# Errors in % on MNIST of a plain network of equal size and of the hashed one.
+# Errors in % on MNIST of a plain network of equal size and of the hashed network.
 PUBLISHED = {8: (1.69, 1.45), 64: (6.28, 2.79)}
 
 # The matrices are small: more threads would spend their time waiting for each other.
@@ -72,7 +72,7 @@ torch.set_num_threads(1)
 
 
 class Digits(NamedTuple):
-    """Images ``[n, 64]`` and their digits ``[n]``, to train on and held out."""
+    """Images ``[n, 64]`` and their digits ``[n]``, for training and held out."""
 
     train_images: Tensor
     train_digits: Tensor
@@ -81,7 +81,7 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> Digits:
-    """A stratified split; pixels from -1 to 1."""
+    """Draw a stratified split, with pixels from -1 to 1."""
     images, digits = load_digits(return_X_y=True)
     parts = train_test_split(images / 8 - 1, digits, test_size=1 / 3, stratify=digits, random_state=seed)
     train_images, test_images, train_digits, test_digits = map(torch.as_tensor, parts)
@@ -94,19 +94,19 @@ def split_digits(seed: int) -> Digits:
 
 
 def build(hidden: int) -> nn.Sequential:
-    """A perceptron from 64 pixels to 10 digits."""
+    """Build a perceptron from 64 pixels to 10 digits."""
     return nn.Sequential(nn.Linear(64, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, 10))
 
 
 def hash_weights(model: nn.Sequential, compression: int, seed: int) -> TiedOptimizer:
-    """Ties the weights of both layers in buckets, each layer with its own hashes; biases stay as they are."""
+    """Tie the weights of both layers in buckets, with different hashes for each layer; biases are not tied."""
     ties = []
     for number, layer in enumerate((model[0], model[2])):
         count = layer.weight.numel()
         labels, signs = patterns.hashed(layer.weight.shape, count // compression, seed=2 * seed + number)
         ties.append(Tie(layer.weight, labels, scale=signs))
     optimizer = TiedOptimizer(torch.optim.Adam(model.parameters(), lr=RATE), ties, reduction="sum", compact=True)
-    # A shared value starts as the mean of random ones, which is the smaller the more there are.
+    # A shared value starts as the mean of random values, which shrinks with their number.
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.weight.mul_(compression**0.5)
@@ -115,19 +115,19 @@ def hash_weights(model: nn.Sequential, compression: int, seed: int) -> TiedOptim
 
 
 def count_values(optimizer: torch.optim.Optimizer) -> int:
-    """How many values the optimizer trains: in the compact mode its state is of just these."""
+    """Return the number of values that the optimizer trains, which is the size of its state in the compact mode."""
     return sum(
         optimizer.state[param]["exp_avg"].numel() for group in optimizer.param_groups for param in group["params"]
     )
 
 
 def hidden_for(values: int) -> int:
-    """The hidden neurons of a plain network with at least so many values."""
+    """Return the number of hidden neurons of a plain network with at least this number of values."""
     return math.ceil((values - 10) / (64 + 10))
 
 
 class Run(NamedTuple):
-    """What one training gave: how many values were trained, and the held-out error in %."""
+    """Results of one training run: the number of trained values, and the held-out error in %."""
 
     values: int
     error: float
@@ -151,7 +151,7 @@ def train(model: nn.Sequential, optimizer: torch.optim.Optimizer, digits: Digits
 
 
 class Seed(NamedTuple):
-    """What one seed gave: the full network, and for each compression a hashed and a plain one."""
+    """Results of one seed: for the full network, and for a hashed and a plain network of each compression."""
 
     full: Run
     hashed: dict[int, Run]
@@ -160,7 +160,7 @@ class Seed(NamedTuple):
 
 
 def measure(seed: int, progress: tqdm) -> Seed:
-    """Trains all networks of a seed."""
+    """Train all networks of a seed."""
     digits = split_digits(seed)
 
     def train_plain(hidden: int) -> Run:
@@ -187,7 +187,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(seeds: list[Seed]) -> None:
-    """A line for each size."""
+    """Print a line for each size."""
     full = spread([seed.full.error for seed in seeds])
     print(f"Held-out errors in % (mean ± standard deviation); seeds: {len(seeds)}\n")
     print(f"{'weights':>8s} {'plain':>22s} {'hashed':>22s}   hashed better   published on MNIST")
@@ -201,7 +201,7 @@ def print_table(seeds: list[Seed]) -> None:
         published = "{} and {}".format(*PUBLISHED[compression]) if compression in PUBLISHED else ""
         better = sum(seed.hashed[compression].error < seed.plain[compression].error for seed in seeds)
         print(f"{f'1/{compression}':>8s} {columns[0]} {columns[1]} {better:6d} of {len(seeds):3d}   {published}")
-    print("\nIn brackets: values that are trained, biases included")
+    print("\nIn brackets: number of trained values, including biases")
 
 
 # %%
@@ -213,7 +213,7 @@ LABELS = {"plain": "plain, fewer hidden neurons", "hashed": f"hashed, {HIDDEN} h
 
 
 def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
-    """Errors over the share of weights."""
+    """Draw the errors over the share of weights."""
     full, _ = spread([seed.full.error for seed in seeds])
     axes.axhline(full, color="black", linewidth=1, linestyle=(0, (4, 3)))
     axes.text(COMPRESSIONS[-1], full * 0.94, f"all weights: {full:.1f} %", ha="right", va="top")
@@ -224,13 +224,11 @@ def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
         label = f"{LABELS[kind]}: {means[-1]:.1f} % at 1/64"
         axes.plot(COMPRESSIONS, means, color=color, marker="o", markersize=7, label=label)
         published = [pair[kind == "hashed"] for pair in PUBLISHED.values()]
-        # Beside the marks of this example.
+        # Next to the marks of this example.
         at = [1.1 * k for k in PUBLISHED]
         axes.plot(at, published, "D", color=color, markerfacecolor="none", markersize=7)
     axes.plot([], [], "D", color="black", markerfacecolor="none", label="published, on MNIST")
-    axes.set(
-        xscale="log", yscale="log", xlabel="weights, beside those of the full network", ylabel="held-out error (%)"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="weights, relative to the full network", ylabel="held-out error (%)")
     axes.minorticks_off()
     axes.set_xticks(COMPRESSIONS, [f"1/{k}" for k in COMPRESSIONS])
     axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
@@ -239,7 +237,7 @@ def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
 
 
 def draw_figure(seeds: list[Seed]) -> Figure:
-    """The errors and a weight, and the finding above them, in the numbers of these runs."""
+    """Draw the errors and a weight, and a title with the numbers of these runs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained", width_ratios=(3, 2))
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     draw_errors(left, seeds)
@@ -259,16 +257,16 @@ def draw_figure(seeds: list[Seed]) -> Figure:
 # %%
 # The result
 # ----------
-# With 1/32 and 1/64 of the weights the hashed network errs less for each of ten seeds, although the plain one has some
-# values more. With 1/8 it does so on average, by half a point, but not for every seed; with more weights the two are
-# not to be told apart.
+# With 1/32 and 1/64 of the weights, the hashed network has a lower error for each of ten seeds, although the plain
+# network has slightly more values. With 1/8 it has a lower error on average, by half a point, but not for every seed.
+# With more weights, there is no visible difference.
 #
-# In the figure left, the errors: a mark for each seed, and lines through their means. Right, some rows of the first
-# layer with 1/64 of the weights: a wide layer of few values, with both signs.
+# The left panel shows the errors, with a mark for each seed and lines through their means. The right panel shows some
+# rows of the first layer with 1/64 of the weights: a wide layer of few values, with both signs.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """How many seeds, and where the figure goes."""
+    """Parse the number of seeds and the path of the figure."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     figure = script and Path(script).resolve().with_suffix(".png")
@@ -280,7 +278,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, checks, prints and draws."""
+    """Train, check, print and draw."""
     args = parse_arguments()
     # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     total = args.seeds * (1 + 2 * len(COMPRESSIONS)) * EPOCHS
