@@ -2,36 +2,36 @@ r"""
 A network of a few values, in a file of a few bits
 ==================================================
 
-A few values stand for all weights of a layer: k-means finds them, ties train them, and a file keeps the indices.
+A few values replace all weights of a layer: k-means finds them, ties train them, and a file stores the indices.
 
 Deep Compression (Han, Mao and Dally, ICLR 2016) replaces the weights of a trained layer by a few values: k-means finds
-them, every weight becomes the nearest, and training goes on with the gradient of a value, the sum of those of all
-weights that share it. A file then has the values, a codebook, and for each weight an index of
-:math:`\log_2 k` bits.
+the values, every weight takes the nearest value, and training continues with the gradient of each value, which is the
+sum of the gradients of all weights that share it. A file then contains the values, a codebook, and for each weight an
+index of :math:`\log_2 k` bits.
 
-Here a perceptron 64-300-100-10 learns to read digits, and gets 2 to 64 values for each layer:
+Here a perceptron 64-300-100-10 learns to read digits, and then gets 2 to 64 values for each layer:
 
 .. code-block:: python
 
     labels = patterns.clusters(layer.weight, k, of="values")
     optimizer = TiedOptimizer(Adam(model.parameters()), {layer.weight: labels, ...}, reduction="sum", compact=True)
 
-``compact=True`` has Adam train the k values alone, with a state of that size. :func:`tieopt.export.save` writes
-codebook and indices to a safetensors file.
+With ``compact=True``, Adam trains only the k values, with a state of that size. :func:`tieopt.export.save` writes the
+codebook and the indices to a safetensors file.
 
 Two statements are checked.
 
-1. *Nothing is lost on the way.* What is read back from the file is the trained network bit for bit, and each layer has
-   k values at most.
-2. *Training the values makes up for most of what clustering costs.* For two values per layer the error on
-   held-out digits is much smaller after the training than right after the clustering.
+1. *Nothing is lost on the way.* The network that is read back from the file is the trained network bit for bit, and
+   each layer has at most k values.
+2. *Training the values recovers most of the cost of clustering.* With two values per layer, the error on held-out
+   digits is much smaller after the training than right after the clustering.
 
-Published for a network of this kind, LeNet-300-100, on MNIST: with Deep Compression 1.64 % errors become 1.58 % (with
-pruning, and 64 values per layer), and a learning-compression algorithm (Carreira-Perpinan and Idelbayev, 2017)
-reports 2.13 % with all values and 2.56 % with two per layer. What differs here: scikit-learn's 1797 digits of 8 x 8
-pixels instead of the 70 000 of MNIST, which would have to be downloaded; no pruning; and the clusters are found once
-and kept, where the learning-compression algorithm clusters again as it trains. So the figures are not to be
-compared, but their course is: two values for each layer cost something, and with more of them there is little to tell.
+Published errors for a network of this kind, LeNet-300-100, on MNIST: with Deep Compression, 1.64 % become 1.58 % (with
+pruning, and 64 values per layer); with a learning-compression algorithm (Carreira-Perpinan and Idelbayev, 2017), 2.13 %
+with all values become 2.56 % with two per layer. This example uses scikit-learn's 1797 digits of 8 x 8 pixels instead
+of the 70 000 of MNIST, which would have to be downloaded; it does not prune; and it clusters once, whereas the
+learning-compression algorithm clusters again as it trains. Compare the trend, therefore, and not the figures: two
+values for each layer increase the error, and more values make little difference.
 
 It takes one to two minutes on one core and needs safetensors, scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_shared_values.py``; ``--seeds 1`` is a quicker try.
@@ -62,8 +62,8 @@ BATCH = 64
 RATE = 1e-3
 WEIGHT_DECAY = 1e-2
 
-# Errors in % on MNIST with LeNet-300-100, before and with two values per layer, of a learning-compression algorithm;
-# and before and with 64 values per layer, of Deep Compression.
+# Errors in % of LeNet-300-100 on MNIST, with all values and with this number of values per layer: for 2, of a
+# learning-compression algorithm; for 64, of Deep Compression.
 PUBLISHED = {2: (2.13, 2.56), 64: (1.64, 1.58)}
 
 # The matrices are small: more threads would spend their time waiting for each other.
@@ -77,7 +77,7 @@ torch.set_num_threads(1)
 
 
 class Digits(NamedTuple):
-    """Images ``[n, 64]`` and their digits ``[n]``, to train on and held out."""
+    """Images ``[n, 64]`` and their digits ``[n]``, for training and held out."""
 
     train_images: Tensor
     train_digits: Tensor
@@ -86,7 +86,7 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> Digits:
-    """A stratified split; pixels from -1 to 1."""
+    """Draw a stratified split, with pixels from -1 to 1."""
     images, digits = load_digits(return_X_y=True)
     parts = train_test_split(images / 8 - 1, digits, test_size=1 / 3, stratify=digits, random_state=seed)
     train_images, test_images, train_digits, test_digits = map(torch.as_tensor, parts)
@@ -99,19 +99,19 @@ def split_digits(seed: int) -> Digits:
 
 
 def build_network() -> nn.Sequential:
-    """A perceptron from 64 pixels to 10 digits."""
+    """Build a perceptron from 64 pixels to 10 digits."""
     return nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
 def share_values(model: nn.Sequential, count: int) -> TiedOptimizer:
-    """Clusters the weights of each layer, and ties those of a cluster; biases stay as they are."""
+    """Cluster the weights of each layer, and tie the weights of each cluster; biases are not tied."""
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
     ties = {weight: patterns.clusters(weight, count, of="values") for weight in weights}
     return TiedOptimizer(build_optimizer(model), ties, reduction="sum", compact=True)
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of every training here, so that only the ties differ."""
+    """Build the optimizer that every training run uses, so that only the ties differ."""
     return torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
 
 
@@ -131,7 +131,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, se
 
 @torch.no_grad()
 def error(model: nn.Module, digits: Digits) -> float:
-    """The share of held-out digits that the model misreads, in percent."""
+    """Return the percentage of held-out digits that the model misreads."""
     misses = model(digits.test_images).argmax(dim=1) != digits.test_digits
     return 100 * misses.double().mean().item()
 
@@ -142,7 +142,7 @@ def error(model: nn.Module, digits: Digits) -> float:
 
 
 def file_size(model: nn.Sequential, optimizer: TiedOptimizer, count: int) -> int:
-    """The bytes of the file with codebooks and indices, once it was read back bit for bit."""
+    """Return the bytes of the file with codebooks and indices, after checking that it is read back bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.safetensors"
         export.save(model, optimizer, file)
@@ -154,7 +154,7 @@ def file_size(model: nn.Sequential, optimizer: TiedOptimizer, count: int) -> int
 
 
 def dense_file_size(model: nn.Sequential) -> int:
-    """The bytes of the file with all weights."""
+    """Return the bytes of the file with all weights."""
     with tempfile.TemporaryDirectory() as folder:
         save_file(model.state_dict(), Path(folder) / "network.safetensors")
         return (Path(folder) / "network.safetensors").stat().st_size
@@ -163,11 +163,11 @@ def dense_file_size(model: nn.Sequential) -> int:
 # %%
 # The measurement
 # ---------------
-# The network without ties is trained on for as many epochs, too: the training of the values is to have no head start.
+# The network without ties is also trained for the additional epochs, for a fair comparison with trained values.
 
 
 class Run(NamedTuple):
-    """What one number of values gave: held-out errors in %, and the bytes of the file."""
+    """Results for one number of values: held-out errors in %, and the bytes of the file."""
 
     clustered: float
     trained: float
@@ -175,14 +175,14 @@ class Run(NamedTuple):
 
 
 class Seed(NamedTuple):
-    """What one seed gave.
+    """Results of one seed.
 
     Attributes:
-        error: held-out, in %, with all values, trained on for as long as the shared ones.
-        before: the same when these are made.
-        size: the bytes of the file with all of them.
-        runs: for each number of values.
-        histograms: the weights of the middle layer, flattened, for each number of values; at 0 all of them.
+        error: held-out error in % with all values, after the additional epochs.
+        before: held-out error in % with all values, before clustering.
+        size: bytes of the file with all values.
+        runs: results for each number of values.
+        histograms: the flattened weights of the middle layer for each number of values; key 0 has all values.
     """
 
     error: float
@@ -193,7 +193,7 @@ class Seed(NamedTuple):
 
 
 def measure(seed: int, progress: tqdm) -> Seed:
-    """Trains a network, and a copy of it for each number of values."""
+    """Train a network, and a copy of it for each number of values."""
     torch.manual_seed(seed)
     digits, model = split_digits(seed), build_network()
     train(model, build_optimizer(model), digits, seed, progress)
@@ -218,7 +218,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(seeds: list[Seed]) -> None:
-    """A line for each number of values."""
+    """Print a line for each number of values."""
     before, dense = spread([seed.before for seed in seeds]), spread([seed.error for seed in seeds])
     print(f"Held-out errors in % (mean ± standard deviation); seeds: {len(seeds)}\n")
     print(f"{'values':>7s} {'clustered':>14s} {'trained on':>14s} {'file':>10s} {'smaller':>9s}  published on MNIST")
@@ -233,7 +233,7 @@ def print_table(seeds: list[Seed]) -> None:
             f"{count:7d} {clustered[0]:7.2f} ± {clustered[1]:4.2f} {trained[0]:7.2f} ± {trained[1]:4.2f}"
             f" {size:8d} B {seeds[0].size / size:8.1f}x  {published}"
         )
-    print("\nPublished: with all values and with so many; with 64 after pruning, by Deep Compression")
+    print("\nPublished: with all values -> with this number; for 64 after pruning, by Deep Compression")
 
 
 # %%
@@ -245,7 +245,7 @@ LABELS = {"clustered": "right after clustering", "trained": "after training the 
 
 
 def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
-    """Errors over the number of values."""
+    """Draw the errors over the number of values."""
     dense, _ = spread([seed.error for seed in seeds])
     axes.axhline(dense, color="black", linewidth=1, linestyle=(0, (4, 3)))
     axes.text(VALUES[-1], dense * 0.93, f"all values: {dense:.1f} %", ha="right", va="top")
@@ -253,7 +253,7 @@ def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
         means, deviations = torch.tensor([spread([getattr(s.runs[k], kind) for s in seeds]) for k in VALUES]).T
         axes.fill_between(VALUES, means - deviations, means + deviations, color=color, alpha=0.2, linewidth=0)
         axes.plot(VALUES, means, color=color, marker="o", label=LABELS[kind])
-    # Beside the marks of this example.
+    # Next to the marks of this example.
     at, published = [0.92 * k for k in PUBLISHED], [after for _, after in PUBLISHED.values()]
     axes.plot(at, published, "D", color="black", markerfacecolor="none", label="published, on MNIST")
     axes.set(xscale="log", yscale="log", xticks=VALUES, xlabel="values for each layer", ylabel="held-out error (%)")
@@ -272,7 +272,7 @@ def draw_errors(axes: Axes, seeds: list[Seed]) -> None:
 
 
 def draw_values(axes: Axes, before: Tensor, after: Tensor) -> None:
-    """A histogram of the weights before, and a line for each value after."""
+    """Draw a histogram of the weights before clustering, and a line for each value after training."""
     axes.hist(before, bins=100, color="#999999", label="all values")
     values, counts = after.unique(return_counts=True)
     heights = axes.get_ylim()[1] * counts / counts.max()
@@ -285,7 +285,7 @@ def draw_values(axes: Axes, before: Tensor, after: Tensor) -> None:
 
 
 def draw_figure(seeds: list[Seed]) -> Figure:
-    """The errors and the values, and the finding above them, in the numbers of these runs."""
+    """Draw the errors and the values, and a title with the numbers of these runs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", width_ratios=(3, 2))
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     draw_errors(left, seeds)
@@ -303,16 +303,16 @@ def draw_figure(seeds: list[Seed]) -> Figure:
 # %%
 # The result
 # ----------
-# Two values for each layer lose most of the accuracy, and training them brings most of that back. From 16 values on
-# clustering costs nothing that could be told from chance, so that there is nothing for the training to bring back. The
-# network without ties gains a little more from as much training.
+# Clustering into two values for each layer loses most of the accuracy, and training the values recovers most of it.
+# From 16 values on, the cost of clustering is not distinguishable from chance, so training has nothing to recover. The
+# network without ties gains slightly more from the same training.
 #
-# In the figure left, the errors: lines are means of the seeds, bands their standard deviations. Right, where the values
-# of the middle layer are: before, and when there are four of them.
+# The left panel shows the errors: lines are the means of the seeds, and bands their standard deviations. The right
+# panel shows the values of the middle layer, before clustering and with four values.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """How many seeds, and where the figure goes."""
+    """Parse the number of seeds and the path of the figure."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     figure = script and Path(script).resolve().with_suffix(".png")
@@ -324,7 +324,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, checks, prints and draws."""
+    """Train, check, print and draw."""
     args = parse_arguments()
     # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
     total = args.seeds * (2 + len(VALUES)) * EPOCHS
