@@ -1,31 +1,31 @@
 r"""
-Kernels that do not mind a quarter turn
-=======================================
+Kernels that do not change under a quarter turn
+===============================================
 
-A network whose kernels equal themselves rotated reads turned digits as it reads upright ones.
+A network whose kernels are symmetric under rotation reads rotated digits just as it reads upright digits.
 
-Rotate an image and convolve it: in general you do not get the rotated feature map, because the kernel has a
-direction of its own. If the kernel :math:`k` equals itself rotated, :math:`R k = k`, then it has none, and
+Rotate an image and convolve it: in general the result is not the rotated feature map, because the kernel itself has a
+direction. If the kernel :math:`k` equals itself rotated, :math:`R k = k`, it has no direction, and
 
 .. math::
 
     k * (R x) = (R k) * (R x) = R (k * x)
 
 Padding, ReLU, batch normalisation and max pooling over 2 x 2 pixels commute with a quarter turn :math:`R` as
-well, so the features of a whole network rotate with its input, and after a global pooling its answer does not
+well, so the features of the whole network rotate with its input, and after a global pooling its answer does not
 change at all.
 
-The example trains such a network on upright handwritten digits and asks it to read rotated ones. Its
-kernels are tied by :func:`tieopt.patterns.rotated`: the entries that a rotation maps to each other are a group,
-7 of them in a kernel of 5 x 5 (the symmetry is called C4). With ``mirrored=True`` mirror images are tied, too
-(D4), which leaves 6. In kernels of 3 x 3 the two are the same, center, edges and corners, hence the larger ones
-here. The layers are ordinary :class:`torch.nn.Conv2d`, and the training is the same with ties and without.
+The example trains such a network on upright handwritten digits and lets it read rotated digits. Its kernels are tied by
+:func:`tieopt.patterns.rotated`: entries that a rotation maps to each other are a group, which leaves 7 groups in a
+kernel of 5 x 5 (the symmetry is called C4). With ``mirrored=True``, mirror images are tied too (D4), which leaves 6.
+Kernels of 3 x 3 have the same groups in both cases, center, edges and corners, so the kernels here are larger. The
+layers are ordinary :class:`torch.nn.Conv2d`, and the training is the same with and without ties.
 
-Three statements are checked, in float64 and for every held-out digit: the tied features rotate with the input,
-up to rounding (1e-12), and those of D4 are mirrored with it; those of the network without ties do neither; and the
-tied networks read every digit alike at 0, 90, 180 and 270 degrees. Networks that are symmetric under rotation are
-due to Cohen and Welling, "Group Equivariant Convolutional Networks" (ICML 2016), whose kernels need no symmetry
-of their own because each is applied in all four directions. Tying is the plainest special case.
+Three statements are checked, in float64 and for every held-out digit: the tied features rotate with the input, up to
+rounding (1e-12), and with D4 they are also mirrored with it; the features of the network without ties do neither; and
+the tied networks give the same answer for every digit at 0, 90, 180 and 270 degrees. Networks with rotation symmetry go
+back to Cohen and Welling, "Group Equivariant Convolutional Networks" (ICML 2016). Their kernels need not be symmetric
+themselves, because each is applied in all four directions. Tying is the simplest special case.
 
 It takes about two minutes on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_rotated_kernels.py``; ``--seeds 1`` is a quick try.
@@ -63,12 +63,12 @@ torch.set_num_threads(1)
 
 
 # %%
-# The digits, and how to turn them
-# --------------------------------
+# The digits and their rotation
+# -----------------------------
 
 
 class Digits(NamedTuple):
-    """Images ``[n, 1, 8, 8]`` and their digits ``[n]``, to train on and held out."""
+    """Images ``[n, 1, 8, 8]`` and their digits ``[n]``, for training and held out."""
 
     train_images: Tensor
     train_digits: Tensor
@@ -77,7 +77,7 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> Digits:
-    """A stratified split of 1797 digits, a quarter of them held out; ink is 1 and paper 0."""
+    """Draw a stratified split of 1797 digits, a quarter of them held out; ink is 1 and paper is 0."""
     images, digits = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, digits, test_size=0.25, stratify=digits, random_state=seed)
     train_images, test_images, train_digits, test_digits = map(torch.as_tensor, parts)
@@ -86,7 +86,7 @@ def split_digits(seed: int) -> Digits:
 
 
 def rotate(images: Tensor, degrees: int) -> Tensor:
-    """Turned counterclockwise: by quarters exactly, by the rest between the pixels."""
+    """Rotate images counterclockwise: exactly by quarter turns, and by interpolation for the rest."""
     quarters, rest = divmod(degrees, 90)
     images = images.rot90(quarters, (2, 3))
     if rest == 0:
@@ -100,12 +100,12 @@ def rotate(images: Tensor, degrees: int) -> Tensor:
 # %%
 # The network
 # -----------
-# Three convolutions. What a group of rotations needs from the rest is that no step prefers a direction: sizes
-# are even where they are halved, and the head sees only the largest value of each feature map.
+# Three convolutions. For the symmetry, no other operation may prefer a direction either: sizes are even where they
+# are halved, and the head sees only the largest value of each feature map.
 
 
 def build_network() -> nn.Sequential:
-    """A convolutional network: its features ``[n, channels, 4, 4]``, and the head."""
+    """Build a convolutional network, of a module for features ``[n, channels, 4, 4]`` and the head."""
 
     def block(channels: int) -> list[nn.Module]:
         conv = nn.Conv2d(channels, CHANNELS, KERNEL, padding="same", bias=False)
@@ -116,7 +116,7 @@ def build_network() -> nn.Sequential:
 
 
 def tie(model: nn.Module, optimizer: torch.optim.Optimizer, variant: str) -> TiedOptimizer:
-    """The optimizer that keeps all kernels symmetric; for "not tied" the same, with nothing tied."""
+    """Tie all kernels so that they stay symmetric, or nothing if the variant is "not tied"."""
     weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     if variant == "not tied":
         weights = []
@@ -124,7 +124,7 @@ def tie(model: nn.Module, optimizer: torch.optim.Optimizer, variant: str) -> Tie
 
 
 def train(variant: str, seed: int, digits: Digits, progress: tqdm) -> nn.Sequential:
-    """Trains a network on upright digits."""
+    """Train a network on upright digits."""
     torch.manual_seed(seed)
     model = build_network()
     optimizer = tie(model, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), variant)
@@ -143,12 +143,12 @@ def train(variant: str, seed: int, digits: Digits, progress: tqdm) -> nn.Sequent
 
 
 # %%
-# What is measured, and what is checked
-# -------------------------------------
+# Measurements and checks
+# -----------------------
 
 
 class Run(NamedTuple):
-    """What one training gave: accuracies in % at all angles, and how far features are from rotating along."""
+    """Results of one training run: accuracies in % at all angles, and how far features are from being symmetric."""
 
     model: nn.Sequential
     accuracy: list[float]
@@ -158,26 +158,26 @@ class Run(NamedTuple):
 
 @torch.no_grad()
 def error(model: nn.Sequential, images: Tensor, turned: Tensor, turned_features: Tensor) -> float:
-    """How far the features of turned images are from the turned features, relative to the largest."""
+    """Return how far the features of turned images are from the turned features, relative to the largest feature."""
     return ((model[0](turned) - turned_features).abs().max() / model[0](images).abs().max()).item()
 
 
 @torch.no_grad()
 def measure(model: nn.Sequential, variant: str, digits: Digits) -> Run:
-    """Reads the held-out digits at all angles, and checks the symmetries in float64."""
+    """Read the held-out digits at all angles, and check the symmetries in float64."""
     exact, images = deepcopy(model).double(), digits.test_images.double()
     features = exact[0](images)
     rotation_error = error(exact, images, images.rot90(1, (2, 3)), features.rot90(1, (2, 3)))
     mirror_error = error(exact, images, images.flip(3), features.flip(3))
 
     if variant == "not tied":
-        assert rotation_error > 0.1, f"features without ties rotate along up to {rotation_error}"
+        assert rotation_error > 0.1, f"features without ties rotate with the input, up to {rotation_error}"
     else:
-        assert rotation_error < 1e-12, f"tied features are {rotation_error} from rotating along"
+        assert rotation_error < 1e-12, f"tied features do not rotate with the input: {rotation_error}"
         answers = exact(images)
         for quarters in (1, 2, 3):
             torch.testing.assert_close(exact(images.rot90(quarters, (2, 3))), answers, rtol=0, atol=1e-10)
-    # Only D4 knows mirror images.
+    # Only D4 is symmetric under mirroring.
     assert (mirror_error < 1e-12) == (variant == "D4"), f"{variant}: {mirror_error}"
 
     read = [model(rotate(digits.test_images, angle)).argmax(dim=1) for angle in ANGLES]
@@ -189,7 +189,7 @@ Runs = dict[str, list[Run]]
 
 
 def curve(runs: list[Run]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the accuracy over the seeds, ``[angles]`` each."""
+    """Return mean and standard deviation of the accuracy over the seeds, each ``[angles]``."""
     accuracy = torch.tensor([run.accuracy for run in runs])
     mean = accuracy.mean(dim=0)
     # The standard deviation of a single seed is undefined.
@@ -197,15 +197,15 @@ def curve(runs: list[Run]) -> tuple[Tensor, Tensor]:
 
 
 def values_per_kernel(variant: str) -> int:
-    """How many different values a kernel has."""
+    """Return the number of different values of a kernel."""
     shape = (KERNEL, KERNEL)
     return KERNEL**2 if variant == "not tied" else len(patterns.rotated(shape, mirrored=variant == "D4").unique())
 
 
 def print_table(runs: Runs) -> None:
-    """A line for each symmetry; errors are the largest of all seeds."""
+    """Print a line for each symmetry; errors are the largest of all seeds."""
     print(f"Test accuracy in %, trained on upright digits only; seeds: {len(runs['C4'])}")
-    print("Errors: how far the features are from rotating with the input, or being mirrored with it\n")
+    print("Errors: how far the features are from being rotated or mirrored with the input\n")
     columns = [f"{angle}°" for angle in (0, *QUARTERS)]
     print("kernels   values", *(f"{column:>12}" for column in columns), "    rotated   mirrored")
     for variant in VARIANTS:
@@ -225,20 +225,20 @@ SHOWN = 4
 
 
 def draw_image(axes: Axes, image: Tensor, color: str, cmap: str, limit: float) -> None:
-    """A small image without ticks, framed."""
+    """Draw a small framed image without ticks."""
     axes.imshow(image, cmap=cmap, vmin=-limit if cmap == "PRGn" else 0, vmax=limit, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color(color)
 
 
 def strongest_channels(model: nn.Sequential, image: Tensor) -> Tensor:
-    """The channels of the first layer, those that respond most to an image first."""
+    """Return the channels of the first layer, sorted by their response to an image, largest first."""
     with torch.no_grad():
         return model[0][:3](image)[0].sum(dim=(1, 2)).argsort(descending=True)
 
 
 def draw_kernels(panel: SubFigure, runs: Runs, image: Tensor) -> None:
-    """Two lines of kernels for each symmetry; the first is that of the middle panel."""
+    """Draw two lines of kernels for each symmetry, the first for the channels of the middle panel."""
     grid = panel.subplots(2 * len(VARIANTS), SHOWN).reshape(len(VARIANTS), 2 * SHOWN)
     for variant, cells in zip(VARIANTS, grid, strict=True):
         model = runs[variant][0].model
@@ -252,7 +252,7 @@ def draw_kernels(panel: SubFigure, runs: Runs, image: Tensor) -> None:
 
 @torch.no_grad()
 def draw_features(panel: SubFigure, runs: Runs, image: Tensor) -> None:
-    """Feature maps of a digit, and those of the turned digit, turned back."""
+    """Draw feature maps of a digit, and feature maps of the turned digit, turned back."""
     turned = image.rot90(1, (2, 3))
     grid = panel.subplots(4, SHOWN + 1)
     for lines, variant in zip((grid[:2], grid[2:]), VARIANTS, strict=False):
@@ -272,7 +272,7 @@ def draw_features(panel: SubFigure, runs: Runs, image: Tensor) -> None:
 
 
 def draw_accuracy(axes: Axes, runs: Runs) -> None:
-    """Accuracy against the angle, labelled on the lines."""
+    """Draw the accuracy against the angle, with labels at the lines."""
     for variant in VARIANTS:
         mean, std = curve(runs[variant])
         axes.fill_between(ANGLES, mean - std, mean + std, color=COLORS[variant], alpha=0.2, linewidth=0)
@@ -290,7 +290,7 @@ def draw_accuracy(axes: Axes, runs: Runs) -> None:
 
 
 def draw_figure(runs: Runs, image: Tensor) -> Figure:
-    """Three panels, and the finding above them, in the numbers of these runs."""
+    """Draw three panels, and a title with the numbers of these runs."""
     figure = plt.figure(figsize=(14, 5.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.2, 1.15), wspace=0.03)
@@ -311,14 +311,14 @@ def draw_figure(runs: Runs, image: Tensor) -> Figure:
 # %%
 # The result
 # ----------
-# In the figure left, kernels of the first layer, purple for negative and green for positive weights, each scaled to its
-# largest. In the middle, what the first layer makes of a digit, and of the same digit turned, where the maps are
-# turned back to be compared: with tied kernels they are the same. Right, the accuracy at all angles. Between quarter
-# turns the pixels are interpolated, and no kernel on a grid is quite symmetric.
+# The left panel shows kernels of the first layer, with purple for negative and green for positive weights, each scaled
+# to its largest weight. The middle panel shows the output of the first layer for a digit and for the same digit turned,
+# with the maps turned back for comparison: with tied kernels they are the same. The right panel shows the accuracy at
+# all angles. Between quarter turns, pixels are interpolated, and no kernel on a grid is fully symmetric.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """How many seeds, and where the figure goes."""
+    """Parse the number of seeds and the path of the figure."""
     # Galleries and notebooks run this without a file, and show the figure themselves.
     script = globals().get("__file__")
     figure = script and Path(script).resolve().with_suffix(".png")
@@ -330,7 +330,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, measures, checks, prints and draws."""
+    """Train, measure, check, print and draw."""
     args = parse_arguments()
     runs: Runs = {variant: [] for variant in VARIANTS}
     # With `disable=None`, the bar appears only on a terminal, and does not fill log files.
