@@ -89,7 +89,7 @@ def make_signals() -> Signals:
 # %%
 # The three networks
 # ------------------
-# The convolutional network provides the initial values, and is the one to compare with.
+# The convolutional network provides the initial values and the reference.
 
 
 def build_convolutional() -> nn.Sequential:

@@ -90,7 +90,7 @@ def split_digits(seed: int) -> Digits:
     parts = train_test_split(images, digits, test_size=0.25, stratify=digits, random_state=seed)
     train_images, test_images, train_digits, test_digits = map(torch.as_tensor, parts)
     mean = train_images.mean(dim=0)
-    # One scale for all pixels: scaling each pixel would amplify those that are almost always blank.
+    # One scale for all pixels: scaling each pixel would amplify pixels that are almost always blank.
     scale = (train_images - mean).std()
     return Digits(
         ((train_images - mean) / scale).float(),
