@@ -1,9 +1,11 @@
-"""What errors and warnings say, and at which call they point."""
+"""Messages of errors and warnings, and the call that a warning points to."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -20,12 +22,13 @@ def users_level() -> int:
     return level
 
 
-def refusal(what: str, /, **lines: object) -> str:
+def refusal(what: str, hint: str = "", /, **lines: object) -> str:
     """Write the message of an error or a warning.
 
     Args:
-        what: a sentence.
-        **lines: what stands behind "Expected:", "Got:" and, where it helps, "Parameter:" and the like, in this order.
+        what: a sentence that says what is wrong.
+        hint: what to do instead, if there is something to say: in brackets after the last line.
+        **lines: the texts after "Expected:", "Got:" and, where it helps, "Parameter:" and the like, in this order.
 
     Example:
         >>> print(refusal("Unknown reduction.", expected="'mean' or 'sum'", got=shown("max")))
@@ -33,18 +36,45 @@ def refusal(what: str, /, **lines: object) -> str:
           Expected: 'mean' or 'sum'
           Got:      'max' (str)
     """
-    width = max(map(len, lines)) + 1
-    return "\n".join([what, *(f"  {f'{name.capitalize()}:':{width}} {line}" for name, line in lines.items())])
+    width = max(map(len, lines), default=0) + 1
+    rows = [f"  {f'{name.capitalize()}:':{width}} {text}" for name, text in lines.items()]
+    return "\n".join([what, *rows]) + (f" ({hint})" if hint else "")
 
 
-def shown_position(position: tuple[int, ...]) -> str:
-    """A position, without brackets where it is a single number."""
-    return str(position[0] if len(position) == 1 else position)
+def shown_entry(tensor: Tensor, marked: Tensor) -> str:
+    """Return the first entry of a tensor that a mask marks, and its position, as text."""
+    position = tuple(marked.nonzero()[0].tolist())
+    return f"{tensor[position].item()} at position {position[0] if len(position) == 1 else position}"
+
+
+def shown_list(texts: Sequence[str], limit: int = 4, separator: str = ", ") -> str:
+    """Return texts as one, with a count in the place of those after the limit."""
+    more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
+    return separator.join([*texts[:limit], *more])
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value and its type, short enough for an error message."""
+    """Return a value and its type as text, short enough for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     text = " ".join(repr(value).split())
     return f"{text if len(text) <= limit else text[: limit - 3] + '...'} ({type(value).__name__})"
+
+
+def as_integer(value: Any, what: str, **lines: object) -> int:
+    """Return a value as an integer.
+
+    Args:
+        value: to be converted; a bool is no integer here.
+        what: the name of the value in the error.
+        **lines: as for :func:`refusal`, before "Got:".
+
+    Raises:
+        TypeError: the value is no integer.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise TypeError(refusal(f"{what} is not an integer.", **lines, got=shown(value))) from None

@@ -1,14 +1,14 @@
-"""What is tied: from what the user wrote to labelled slices.
+"""Ties as a user writes them, read into labelled slices.
 
-Lists of indices, or a tensor of labels -> :class:`~tieopt.ties.slices.Slices`. Everything that a user can get
-wrong about a tie is found here, before anything is written; whoever holds slices may trust them.
+A :class:`Tie` says which slices of a parameter share a value, and :func:`slices_for` reads it: lists of indices, or
+labels in a tensor or an array, become :class:`~tieopt.ties.slices.Slices`. Whatever a user can get wrong about the tie
+of one tensor is refused here, before anything is written, so that other code can rely on slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from operator import index as as_int
 from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
@@ -16,91 +16,37 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import shown, shown_position
-from tieopt.tensors import is_sharded, overlaps
+from tieopt.errors import as_integer, refusal, shown, shown_entry, shown_list
+from tieopt.tensors import overlaps
 from tieopt.ties.slices import FREE, Slices
-
-# The dtypes that have a mean and that torch converts to the others.
-_DTYPES = {
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex32,
-    torch.complex64,
-    torch.complex128,
-}
-
-
-# Scales whose squares and quotients, and sums of many of them, are neither infinite nor zero.
-_LARGEST_SCALE = 2.0**100
-
-# Of a joined tie, so that it is shown on one line that can be read.
-_SHOWN_PARTS = 4
-
-# Labels, or lists of indices. A NumPy array is an iterable of anything.
-Groups = Tensor | Iterable[Iterable[SupportsIndex]]
 
 
 class SupportsArray(Protocol):
-    """What can be read as a NumPy array."""
+    """An object that can be read as a NumPy array."""
 
     def __array__(self) -> Any: ...
 
 
-class _Fields(NamedTuple):
-    param: Tensor | str
-    groups: Any
-    dim: int
-    scale: Any
-
-
-class Part(_Fields):
-    """What a tie labels in one parameter: a named tuple.
-
-    Attributes:
-        param: the parameter, or its name.
-        groups: the labels, int64 on the CPU, if a :class:`Tie` was made for a tensor; else what was given.
-        dim: the dimension along which the slices lie.
-        scale: as ``groups``, float64 on the CPU, or None.
-    """
-
-    # The name of a parameter that is a tensor, to be shown; not a field, because the four are unpacked.
-    _name: str | None = None
-
-    def slices(self, tensor: Tensor, name: str) -> Slices:
-        """The slices of a tensor that it labels; raises as :class:`Tie`."""
-        return slices_for(tensor, self.groups, self.dim, self.scale, name)
-
-    def __repr__(self) -> str:
-        if isinstance(self.param, Tensor):
-            name = "parameter" if self._name is None else repr(self._name)
-            return f"Tie({name} of shape {tuple(self.param.shape)}, {Slices(self.groups, self.scale, self.dim)})"
-        dim = f", dim={self.dim!r}" if self.dim != 0 else ""
-        scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
-        return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale})"
+# Lists of indices, or labels in a tensor. A NumPy array is an iterable of anything.
+Groups = Tensor | Iterable[Iterable[SupportsIndex]]
 
 
 class Tie:
-    r"""Which slices of a parameter share one value.
+    r"""Slices of a parameter, in groups that share one value each.
 
-    A *slice* is what one label labels: a row of a matrix, a kernel of a convolution, an entry of a bias,
-    or a single element. Slices in one *group* are tied to each other; slices in no group are
-    *free* and never touched.
+    A *slice* is the unit that is tied, and has one label: a row of a matrix, a kernel of a convolution, an entry of a
+    bias, or a single element. Slices in one *group* are tied to each other; slices in no group are *free* and never
+    touched.
 
     The members of a group are multiples of its shared value :math:`w_0`. Tying takes the :math:`w_0` whose
-    multiples come nearest to the members as they were, by least squares:
+    multiples are nearest to the members as they were, by least squares:
 
     .. math:: w_i = s_i w_0, \qquad w_0 = \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
     Without ``scale`` every :math:`s_i` is 1, and :math:`w_0` the mean. A scale of -1 is a flipped sign, and
     0 pins a slice at zero; a group whose scales are all 0 is pinned as a whole.
 
-    A tie for a name is checked when an optimizer finds the parameter. Labels and scales are copied.
+    A tie of a named parameter is checked when an optimizer finds the parameter. Labels and scales are copied.
 
     Args:
         param: the parameter, or its name if the optimizer was built from ``named_parameters()``: of one
@@ -108,14 +54,15 @@ class Tie:
             memory layout.
         groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy
             array) of labels, any integer dtype but uint64: slices with the same label are tied, -1 is free.
-            The shape of labels is a leading part of the parameter's: for a convolution's weight
+            The shape of the labels is that of the parameter or of its first dimensions: for a convolution's weight
             ``[out, in, k, k]``, ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single
             elements.
         dim: the dimension along which the slices lie; 1 ties the columns of a matrix, and negative ones
-            count from the end. The shape of labels is then that of ``param.movedim(dim, 0)``, or how it begins.
-        scale: what multiple of its group's shared value each slice is, a tensor (or NumPy array) in the
-            shape of the labels (for lists, one for each index of ``dim``), any real dtype: finite, and if
-            not zero from 2**-100 to 2**100 in magnitude.
+            count from the end. The shape of the labels is then that of ``param.movedim(dim, 0)``, or of its first
+            dimensions.
+        scale: the factor :math:`s_i` of each slice, a tensor (or NumPy array) in the shape of the labels (for lists,
+            one for each index of ``dim``), any real dtype: finite, and if not zero from 2**-100 to 2**100 in
+            magnitude.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or has a dtype, layout or class that cannot be tied;
@@ -143,9 +90,9 @@ class Tie:
         (True, False)
 
     Attributes:
-        parts: what it labels, for each parameter that was joined a named tuple of ``param``, ``groups``,
-            ``dim`` and ``scale``. If ``param`` is a tensor, ``groups`` are int64 labels and ``scale`` is None
-            or float64, both on the CPU; for a name they are what was given.
+        parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim`` and ``scale``. If
+            ``param`` is a tensor, ``groups`` are int64 labels and ``scale`` is None or float64, both on the CPU; for a
+            name they are what was given.
     """
 
     parts: tuple[Part, ...]
@@ -154,39 +101,37 @@ class Tie:
         self, param: Tensor | str, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None
     ) -> None:
         if not isinstance(param, (Tensor, str)):
-            hint = " (tie its parameters, such as its .weight)" if isinstance(param, Module) else ""
-            raise TypeError(
-                "A tie needs a parameter.\n"
-                "  Expected: a tensor, or the name of a parameter\n"
-                f"  Got:      {shown(param)}{hint}"
-            )
+            hint = "tie its parameters, such as its .weight" if isinstance(param, Module) else ""
+            expected = "a tensor, or the name of a parameter"
+            raise TypeError(refusal("A tie needs a parameter.", hint, expected=expected, got=shown(param)))
         if isinstance(param, Tensor):
             slices = slices_for(param, groups, dim, scale, "the parameter")
-            groups, scale, dim = slices.labels, slices.scale, slices.dim
+            groups, dim, scale = slices.labels, slices.dim, slices.scale
         elif isinstance(groups, Iterator):
+            # It can be read once, and the tie be given to several optimizers.
             groups = [list(group) for group in groups]
         self.parts = (Part(param, groups, dim, scale),)
 
     @classmethod
     def join(cls, *ties: Tie) -> Tie:
-        """Ties slices of several parameters, or along several dimensions: the same label, the same group.
+        """Tie slices of several parameters, or along several dimensions: the same label is the same group.
 
         The slices must have one shape, and the parameters one dtype and device. Lists of indices are
-        labelled by their place: the first list of each tie is one group.
+        numbered in their order: the first lists of all ties are one group.
 
-        Sharing between two layers is most often done by assigning one Parameter to both modules; this also
-        does it for a part of a parameter, or across a transposition.
+        Two layers most often share a weight by assigning one Parameter to both modules; a joined tie can also share a
+        part of a parameter, or a transposed one.
 
-        A group starts from the mean of its members, which of independent random weights is smaller than they are. With
-        ``TiedOptimizer(..., start="first")`` it starts from the first of them, as where modules share a Parameter:
-        that of the tie which is given first.
+        A group starts from the mean of its members; the mean of independent random weights is smaller than they are.
+        With ``TiedOptimizer(..., start="first")`` it starts from its first member, as if modules shared a Parameter:
+        that of the tie that is given first.
 
         Args:
-            *ties: those to join, at least one.
+            *ties: the ties to join, at least one.
 
         Returns:
-            One tie, whose ``parts`` are those of all. A :class:`~tieopt.TiedOptimizer` checks dtypes and
-            devices, and the shapes of what is joined by name.
+            One tie, with the ``parts`` of all. A :class:`~tieopt.TiedOptimizer` checks dtypes and
+            devices, and the shapes of parameters that are joined by name.
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing.
@@ -208,23 +153,55 @@ class Tie:
         """
         for tie in ties or (None,):
             if not isinstance(tie, Tie):
-                hint = " (Tie.join(*ties) joins those of a list)" if isinstance(tie, (list, tuple)) else ""
-                raise TypeError(f"Tie.join joins ties.\n  Expected: Ties, at least one\n  Got:      {shown(tie)}{hint}")
+                hint = "Tie.join(*ties) joins those of a list" if isinstance(tie, (list, tuple)) else ""
+                raise TypeError(refusal("Tie.join joins ties.", hint, expected="Ties, at least one", got=shown(tie)))
         joined = cls.__new__(cls)
-        joined.parts = tuple(chain.from_iterable(tie.parts for tie in ties))
-        known = [part for part in joined.parts if isinstance(part.param, Tensor)]
-        check_one_shape([(part.slices(part.param, "the parameter"), part.param) for part in known])  # type: ignore
+        joined.parts = tuple(part for tie in ties for part in tie.parts)
+        known = [(part, part.param) for part in joined.parts if isinstance(part.param, Tensor)]
+        check_one_shape([(part.slices(param, "the parameter"), param) for part, param in known])
         return joined
 
     def __repr__(self) -> str:
         if len(self.parts) == 1:
             return repr(self.parts[0])
-        more = [f"and {len(self.parts) - _SHOWN_PARTS} more"] if len(self.parts) > _SHOWN_PARTS else []
-        return f"Tie.join({', '.join([*map(repr, self.parts[:_SHOWN_PARTS]), *more])})"
+        return f"Tie.join({shown_list([repr(part) for part in self.parts])})"
+
+
+class _Fields(NamedTuple):
+    param: Tensor | str
+    groups: Any
+    dim: int
+    scale: Any
+
+
+class Part(_Fields):
+    """The part of a tie that lies in one parameter: a named tuple.
+
+    Attributes:
+        param: the parameter, or its name.
+        groups: the labels, int64 on the CPU, if ``param`` is a tensor; else what the user gave.
+        dim: the dimension along which the slices lie.
+        scale: as ``groups``, float64 on the CPU, or None.
+    """
+
+    # The name of a parameter that is a tensor, to be shown. It is no field, so that the tuple has four.
+    _name: str | None = None
+
+    def slices(self, tensor: Tensor, name: str) -> Slices:
+        """Return the labelled slices of a tensor; raise as :func:`slices_for`."""
+        return slices_for(tensor, self.groups, self.dim, self.scale, name)
+
+    def __repr__(self) -> str:
+        if isinstance(self.param, Tensor):
+            name = "parameter" if self._name is None else repr(self._name)
+            return f"Tie({name} of shape {tuple(self.param.shape)}, {Slices(self.groups, self.scale, self.dim)})"
+        dim = f", dim={self.dim!r}" if self.dim != 0 else ""
+        scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
+        return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale})"
 
 
 def with_name(tie: Tie, name: str | None) -> Tie:
-    """Show a tie of one parameter, which is a tensor, with the name that the parameter has."""
+    """Return a tie of one tensor, shown with the tensor's name from now on."""
     tie.parts[0]._name = name
     return tie
 
@@ -233,73 +210,83 @@ def with_name(tie: Tie, name: str | None) -> Tie:
 Ties = Mapping[Any, Any] | Tie | Iterable[Tie]
 
 
+# --- one tie of one tensor, read and checked ---
+
+_EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+# The dtypes that have a mean and that torch converts to the others.
+_DTYPES = _EIGHT_BITS | _FLOATS | {torch.complex32, torch.complex64, torch.complex128}
+
+# Squares, quotients and long sums of scales between its inverse and it are neither infinite nor zero.
+_LARGEST_SCALE = 2.0**100
+
+_GROUPS = "a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels"
+
+
 def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> Slices:
-    """Validates a tie against the tensor that it is for.
+    """Read a tie of a tensor into labelled slices.
 
     Args:
-        tensor: what is to be tied.
+        tensor: the tensor to be tied.
         groups: as in :class:`Tie`.
         dim: as in :class:`Tie`.
         scale: as in :class:`Tie`.
-        name: how the errors call the tensor.
+        name: the name of the tensor in errors.
 
     Returns:
-        The slices, with the labels that were given.
+        The slices, with labels as they were given; lists are numbered from 0 on.
+
+    Raises:
+        TypeError, IndexError, ValueError: as :class:`Tie`.
     """
-    if not isinstance(tensor, Tensor) or is_lazy(tensor):
-        hint = " (call the module once, which gives it one)" if isinstance(tensor, Tensor) else ""
-        raise TypeError(
-            f"{name} cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      {type(tensor).__name__}{hint}"
-        )
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-        raise TypeError(
-            f"{name} of shape {tuple(tensor.shape)} cannot be tied.\n"
-            "  Expected: a dense tensor of a floating or complex dtype, on a device that holds its data\n"
-            f"  Got:      {tensor.dtype}, {tensor.layout}, device {tensor.device}{_way_to_plain(tensor)}"
-        )
-    if tensor.dim() == 0:
-        raise ValueError(
-            f"{name} has no slices to tie.\n"
-            "  Expected: a tensor of one or more dimensions, for example of shape (1,)\n"
-            "  Got:      a tensor of shape ()"
-        )
-    if not writes_through_views(tensor):
-        raise TypeError(
-            f"{name} of shape {tuple(tensor.shape)} cannot be tied, because its entries cannot be written one by one.\n"
-            "  Expected: a plain tensor: tie and train the weights as they are before they are quantised or packed\n"
-            f"  Got:      {type(tensor).__name__} of {tensor.dtype}"
-        )
-    dim = _checked_dim(dim, tensor, name)
-    shape = tensor.movedim(dim, 0).shape
-    along = f"along dimension {dim}"
-    if isinstance(groups, Tensor):
-        labels = _checked_labels(groups, tensor, shape, along, name)
-    elif hasattr(groups, "__array__"):
-        labels = _checked_labels(_from_array(groups, "Labels", "an integer dtype", name), tensor, shape, along, name)
+    _check_can_be_tied(tensor, name)
+    dim = _read_dim(dim, tensor, name)
+    if isinstance(groups, Tensor) or hasattr(groups, "__array__"):
+        labels = _read_labels(groups, dim, tensor, name)
     else:
-        labels = _labels_from_lists(groups, tensor, shape[0], name)
-    return Slices(labels, _checked_scale(scale, labels, tensor, name), dim)
+        labels = _read_lists(groups, dim, tensor, name)
+    return Slices(labels, _read_scale(scale, labels, tensor, name), dim)
 
 
-def _way_to_plain(tensor: Tensor) -> str:
-    """How a tensor can be tied that is not as it has to be, in brackets; nothing where there is no general way."""
+def _check_can_be_tied(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, Tensor) or is_lazy(tensor):
+        hint = "call the module once, which gives it one" if isinstance(tensor, Tensor) else ""
+        got = type(tensor).__name__
+        raise TypeError(refusal(f"{name} cannot be tied.", hint, expected="a tensor, with a shape", got=got))
+    cannot = f"{name} of shape {tuple(tensor.shape)} cannot be tied"
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+        expected = "a dense tensor of a floating or complex dtype, on a device that holds its data"
+        got = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
+        raise TypeError(refusal(f"{cannot}.", _way_to_a_plain_tensor(tensor), expected=expected, got=got))
+    if tensor.dim() == 0:
+        expected = "a tensor of one or more dimensions, for example of shape (1,)"
+        raise ValueError(refusal(f"{name} has no slices to tie.", expected=expected, got="a tensor of shape ()"))
+    if not _writes_through_views(tensor):
+        what = f"{cannot}, because its entries cannot be written one by one."
+        expected = "a plain tensor: tie and train the weights as they are before they are quantised or packed"
+        raise TypeError(refusal(what, expected=expected, got=f"{type(tensor).__name__} of {tensor.dtype}"))
+
+
+def _way_to_a_plain_tensor(tensor: Tensor) -> str:
+    """Return how to make a tensor one that can be tied; nothing if there is no general way."""
     if tensor.is_meta:
-        return " (give it data first, as module.to_empty(device=...) does)"
+        return "give it data first, as module.to_empty(device=...) does"
     if tensor.layout != torch.strided:
-        return " (to_dense() makes it dense)" if tensor.layout != torch.jagged else ""
+        return "to_dense() makes it dense" if tensor.layout != torch.jagged else ""
     if not tensor.is_floating_point() and not tensor.is_complex():
-        return " (tie and train the floating weights, and quantise them afterwards)"
+        return "tie and train the floating weights, and quantise them afterwards"
     return ""
 
 
-def writes_through_views(tensor: Tensor) -> bool:
-    """Whether what is written to a view of a tensor is then read from it, as tying relies on.
+def _writes_through_views(tensor: Tensor) -> bool:
+    """Return whether what is written to a view of a tensor is then read from the tensor, as tying relies on.
 
-    It always is for plain tensors. Classes that replace torch's operators, such as those of quantised weights, may have
+    Plain tensors do so. Classes that replace torch's operators, such as those of quantised weights, may have
     no views, views that are copies, or round what they are given, so it is tried on a copy.
     """
-    own_operators = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if not own_operators or is_sharded(tensor):
+    is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    # A DTensor, which has placements, is written shard by shard.
+    if is_plain or hasattr(tensor, "placements"):
         return True
     try:
         copy = tensor.detach().clone()
@@ -310,201 +297,150 @@ def writes_through_views(tensor: Tensor) -> bool:
         return False
 
 
-def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str] | None = None) -> None:
-    """Refuses to join slices of different shapes.
-
-    Raises:
-        ValueError: they differ.
-    """
-    for number, (each, tensor) in enumerate(slices):
-        first, other = slices[0][0].slice_shape(slices[0][1]), each.slice_shape(tensor)
-        if first != other:
-            called = [names[i] if names else f"part {i}" for i in (0, number)]
-            raise ValueError(
-                "Joined slices have different shapes.\n"
-                f"  Expected: slices of shape {tuple(first)}, as in {called[0]} {tuple(slices[0][1].shape)}\n"
-                f"  Got:      {tuple(other)} in {called[1]} {tuple(tensor.shape)}"
-            )
-
-
-def _checked_dim(dim: Any, tensor: Tensor, name: str) -> int:
-    expected = (
-        f"  Parameter: {tuple(tensor.shape)}\n  Expected:  an integer from {-tensor.dim()} to {tensor.dim() - 1}\n"
-    )
-    try:
-        if isinstance(dim, bool):
-            raise TypeError
-        number = as_int(dim)
-    except TypeError:
-        raise TypeError(f"dim for {name} is not an integer.\n{expected}  Got:       {shown(dim)}") from None
+def _read_dim(dim: Any, tensor: Tensor, name: str) -> int:
+    lines = {"parameter": tuple(tensor.shape), "expected": f"an integer from {-tensor.dim()} to {tensor.dim() - 1}"}
+    number = as_integer(dim, f"dim for {name}", **lines)
     if not -tensor.dim() <= number < tensor.dim():
-        raise IndexError(f"dim for {name} is out of range.\n{expected}  Got:       {number}")
+        raise IndexError(refusal(f"dim for {name} is out of range.", **lines, got=number))
     return number % tensor.dim()
 
 
-def _checked_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor | None:
+def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
+    labels = _as_tensor(values, "Labels", "an integer dtype", name)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
+        expected = "an integer dtype that fits into int64"
+        raise TypeError(refusal(f"Labels for {name} have the wrong dtype.", expected=expected, got=labels.dtype))
+    shape = tensor.movedim(dim, 0).shape
+    if not labels.dim() or labels.shape != shape[: labels.dim()]:
+        fitting = [other for other, size in enumerate(tensor.shape) if labels.shape == (size,)]
+        hint = f"as many as there are slices along dimension {fitting[0]}" if fitting else ""
+        more = f", or more of the leading dimensions of {tuple(shape)}" if len(shape) > 1 else ""
+        expected = f"{tuple(shape[:1])}, one label for each slice along dimension {dim}{more}"
+        lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": tuple(labels.shape)}
+        raise ValueError(refusal(f"Labels for {name} have the wrong shape.", hint, **lines))
+    labels = labels.detach().to("cpu", torch.int64, copy=True)
+    wrong = labels < FREE
+    if wrong.any():
+        expected, got = f"group numbers from 0 on, or {FREE} for a free slice", shown_entry(labels, wrong)
+        raise ValueError(refusal(f"Labels for {name} have a negative value.", expected=expected, got=got))
+    return labels
+
+
+def _read_lists(groups: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
+    """Return labels for lists of indices: in the first list 0, in the second one 1, and so on."""
+    lists = _checked_lists(groups, name)
+    indices = list(chain.from_iterable(lists))
+    # There may be millions of indices, and most are plain integers, which need no conversion.
+    if not set(map(type, indices)) <= {int}:
+        indices = [as_integer(index, f"An index for {name}", expected=_GROUPS) for index in indices]
+    count = tensor.shape[dim]
+    outside = [index for index in indices if not 0 <= index < count]
+    if outside:
+        expected = f"indices from 0 to {count - 1}" if count else "none, as there is nothing to index"
+        lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": outside[0]}
+        raise IndexError(refusal(f"An index for {name} is out of range.", **lines))
+    members = torch.tensor(indices, dtype=torch.int64, device="cpu")
+    sizes = torch.tensor([len(group) for group in lists], dtype=torch.int64, device="cpu")
+    numbers = torch.arange(len(lists), device="cpu").repeat_interleave(sizes)
+    repeated = (torch.bincount(members, minlength=count) > 1).nonzero()
+    if len(repeated):
+        index = int(repeated[0])
+        got = f"{index} in groups {numbers[members == index].tolist()}"
+        expected = "each index in one group, once"
+        raise ValueError(refusal(f"An index for {name} occurs more than once.", expected=expected, got=got))
+    return torch.full((count,), FREE, device="cpu").index_put_((members,), numbers)
+
+
+def _checked_lists(groups: Any, name: str) -> list[list[Any]]:
+    if isinstance(groups, tuple) and len(groups) == 2 and all(isinstance(group, Tensor) for group in groups):
+        labels, scale = groups
+        if labels.dim() and labels.shape == scale.shape and scale.is_floating_point():
+            expected, got = "Tie(parameter, labels, scale=scale)", f"{shown(labels)}, and {shown(scale)}"
+            raise TypeError(refusal(f"Groups for {name} are labels and a scale.", expected=expected, got=got))
+    try:
+        if isinstance(groups, (str, bytes)):
+            raise TypeError
+        # There may be millions of lists, and isinstance(group, Tensor) is slow.
+        return [
+            group if type(group) is list else list(group.tolist() if isinstance(group, Tensor) else group)
+            for group in groups
+        ]
+    except TypeError:
+        hint = "a Tie stands for itself, in a list of Ties" if isinstance(groups, Tie) else ""
+        hint = "labels go into a tensor: torch.tensor(labels)" if isinstance(groups, (list, tuple)) else hint
+        what = f"Groups for {name} are not groups."
+        raise TypeError(refusal(what, hint, expected=_GROUPS, got=shown(groups))) from None
+
+
+def _read_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor | None:
     if scale is None:
         return None
-    if not isinstance(scale, Tensor):
-        if not hasattr(scale, "__array__"):
-            raise TypeError(
-                f"The scale for {name} is no tensor.\n"
-                f"  Expected: a tensor of real numbers of shape {tuple(labels.shape)}, or None\n"
-                f"  Got:      {shown(scale)}"
-            )
-        scale = _from_array(scale, "Scales", "a real dtype", name)
-    _check_readable(scale, "Scales", name)
+    if not isinstance(scale, Tensor) and not hasattr(scale, "__array__"):
+        expected = f"a tensor of real numbers of shape {tuple(labels.shape)}, or None"
+        raise TypeError(refusal(f"The scale for {name} is no tensor.", expected=expected, got=shown(scale)))
+    scale = _as_tensor(scale, "Scales", "a real dtype", name)
     if scale.is_complex() or scale.dtype == torch.bool:
-        raise TypeError(
-            f"The scale for {name} has the wrong dtype.\n  Expected: a real dtype\n  Got:      {scale.dtype}"
-        )
+        what = f"The scale for {name} has the wrong dtype."
+        raise TypeError(refusal(what, expected="a real dtype", got=scale.dtype))
     if scale.shape != labels.shape:
-        raise ValueError(
-            f"The scale for {name} has the wrong shape.\n"
-            f"  Parameter: {tuple(tensor.shape)}\n"
-            f"  Expected:  {tuple(labels.shape)}, one number for each label\n"
-            f"  Got:       {tuple(scale.shape)}"
-        )
+        expected = f"{tuple(labels.shape)}, one number for each label"
+        lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": tuple(scale.shape)}
+        raise ValueError(refusal(f"The scale for {name} has the wrong shape.", **lines))
     scale = scale.detach().to("cpu", torch.float64, copy=True)
     size = scale.abs()
     wrong = ~((size == 0) | ((size >= 1 / _LARGEST_SCALE) & (size <= _LARGEST_SCALE)))
     if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"The scale for {name} has a value that scales nothing.\n"
-            "  Expected: finite numbers, zero or from 2**-100 to 2**100 in magnitude\n"
-            f"  Got:      {float(scale[at])} at position {shown_position(at)}"
-        )
+        what = f"The scale for {name} has a value that scales nothing."
+        expected = "finite numbers, zero or from 2**-100 to 2**100 in magnitude"
+        raise ValueError(refusal(what, expected=expected, got=shown_entry(scale, wrong)))
     return None if bool((scale == 1).all()) else scale
 
 
-def _from_array(array: Any, what: str, expected: str, name: str) -> Tensor:
-    """A NumPy array as a tensor; a copy, because torch takes none that is read-only or reversed."""
-    try:
-        return torch.as_tensor(array.copy())
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{what} for {name} have the wrong dtype.\n"
-            f"  Expected: {expected}, in the byte order of this machine\n"
-            f"  Got:      {array.dtype!r}"
-        ) from None
+def _as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
+    """Return labels or scales, given as a tensor or a NumPy array, as a tensor that can be read on every rank."""
+    if not isinstance(values, Tensor):
+        try:
+            # A copy, because torch takes no array that is read-only or reversed.
+            return torch.as_tensor(values.copy())
+        except (TypeError, ValueError):
+            expected, got = f"{dtype}, in the byte order of this machine", repr(values.dtype)
+            raise TypeError(refusal(f"{what} for {name} have the wrong dtype.", expected=expected, got=got)) from None
+    if values.layout != torch.strided or values.is_meta or values.is_nested or values.is_quantized:
+        expected = "a dense tensor, on a device that holds its data"
+        got = f"{shown(values)}, {values.layout}, device {values.device}"
+        raise TypeError(refusal(f"{what} for {name} cannot be read.", expected=expected, got=got))
+    if hasattr(values, "placements"):
+        expected = "those of the whole parameter on every rank, as full_tensor() returns them"
+        got = f"{type(values).__name__} with placements {values.placements}"
+        raise TypeError(refusal(f"{what} for {name} are sharded.", expected=expected, got=got))
+    return values
 
 
-def _check_readable(tensor: Tensor, what: str, name: str) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
-        raise TypeError(
-            f"{what} for {name} cannot be read.\n"
-            "  Expected: a dense tensor, on a device that holds its data\n"
-            f"  Got:      {shown(tensor)}, {tensor.layout}, device {tensor.device}"
-        )
-    if is_sharded(tensor):
-        raise TypeError(
-            f"{what} for {name} are sharded.\n"
-            "  Expected: those of the whole parameter on every rank, as full_tensor() returns them\n"
-            f"  Got:      {type(tensor).__name__} with placements {tensor.placements}"  # type: ignore[attr-defined]
-        )
+# --- tensors that are joined, or written ---
+
+
+def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str] | None = None) -> None:
+    """Refuse to join slices of different shapes.
+
+    Raises:
+        ValueError: they differ.
+    """
+    shapes = [labelled.slice_shape(tensor) for labelled, tensor in slices]
+    for number, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            first, other = (f"{names[i] if names else f'part {i}'} {tuple(slices[i][1].shape)}" for i in (0, number))
+            expected = f"slices of shape {tuple(shapes[0])}, as in {first}"
+            got = f"{tuple(shape)} in {other}"
+            raise ValueError(refusal("Joined slices have different shapes.", expected=expected, got=got))
 
 
 def check_writable(tensor: Tensor, name: str) -> None:
-    """Refuses a dense tensor in which entries share memory.
+    """Refuse a dense tensor in which entries share memory.
 
     Raises:
         ValueError: it is one.
     """
     if overlaps(tensor):
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} cannot be written.\n"
-            "  Expected: a place in memory for every entry, as after clone()\n"
-            f"  Got:      strides {tensor.stride()}"
-        )
-
-
-def _checked_labels(labels: Tensor, tensor: Tensor, shape: torch.Size, along: str, name: str) -> Tensor:
-    _check_readable(labels, "Labels", name)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
-        raise TypeError(
-            f"Labels for {name} have the wrong dtype.\n"
-            "  Expected: an integer dtype that fits into int64\n"
-            f"  Got:      {labels.dtype}"
-        )
-    if not labels.dim() or labels.shape != shape[: labels.dim()]:
-        deeper = f", or more of the leading dimensions of {tuple(shape)}" if len(shape) > 1 else ""
-        raise ValueError(
-            f"Labels for {name} have the wrong shape.\n"
-            f"  Parameter: {tuple(tensor.shape)}\n"
-            f"  Expected:  {tuple(shape[:1])}, one label for each slice {along}{deeper}\n"
-            f"  Got:       {tuple(labels.shape)}{_fitting_dim(labels, tensor)}"
-        )
-    labels = labels.detach().to("cpu", torch.int64, copy=True)
-    wrong = (labels < FREE).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        raise ValueError(
-            f"Labels for {name} have a negative value.\n"
-            f"  Expected: group numbers from 0 on, or {FREE} for a free slice\n"
-            f"  Got:      {int(labels[at])} at position {shown_position(at)}"
-        )
-    return labels
-
-
-def _fitting_dim(labels: Tensor, tensor: Tensor) -> str:
-    """Along which dimension labels fit that do not fit as they were given, in brackets."""
-    fitting = [dim for dim, size in enumerate(tensor.shape) if labels.shape == (size,)]
-    return f" (as many as there are slices along dimension {fitting[0]})" if fitting else ""
-
-
-def _labels_from_lists(groups: Any, tensor: Tensor, count: int, name: str) -> Tensor:
-    expected = "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
-    try:
-        if isinstance(groups, (str, bytes)):
-            raise TypeError
-        # To ask for the type of a million lists takes longer than to read them.
-        members = [
-            group if type(group) is list else list(group.tolist() if isinstance(group, Tensor) else group)
-            for group in groups
-        ]
-    except TypeError:
-        hint = " (labels go into a tensor: torch.tensor(labels))" if isinstance(groups, (list, tuple)) else ""
-        hint = " (a Tie stands for itself, in a list of Ties)" if isinstance(groups, Tie) else hint
-        raise TypeError(f"Groups for {name} are not groups.\n{expected}  Got:      {shown(groups)}{hint}") from None
-    if isinstance(groups, tuple) and len(groups) == 2 and all(isinstance(one, Tensor) and one.dim() for one in groups):
-        first, second = groups
-        if first.shape == second.shape and second.is_floating_point():
-            got = f"  Got:      {shown(first)}, and {shown(second)}"
-            raise TypeError(
-                f"Groups for {name} are labels and a scale.\n  Expected: Tie(parameter, labels, scale=scale)\n{got}"
-            )
-    flat = list(chain.from_iterable(members))
-    if not set(map(type, flat)) <= {int}:
-        flat = [_integer(i, name, expected) for i in flat]
-
-    outside = [i for i in flat if not 0 <= i < count]
-    if outside:
-        raise IndexError(
-            f"An index for {name} is out of range.\n"
-            f"  Parameter: {tuple(tensor.shape)}\n"
-            f"  Expected:  {f'indices from 0 to {count - 1}' if count else 'none, as there is nothing to index'}\n"
-            f"  Got:       {outside[0]}"
-        )
-    indices = torch.tensor(flat, dtype=torch.int64, device="cpu")
-    numbers = torch.arange(len(members), device="cpu").repeat_interleave(
-        torch.tensor([len(m) for m in members], dtype=torch.int64, device="cpu")
-    )
-    repeated = (torch.bincount(indices, minlength=count) > 1).nonzero()
-    if len(repeated):
-        at = int(repeated[0])
-        raise ValueError(
-            f"An index for {name} occurs more than once.\n"
-            "  Expected: each index in one group, once\n"
-            f"  Got:      {at} in groups {numbers[indices == at].tolist()}"
-        )
-    return torch.full((count,), FREE, device="cpu").index_put_((indices,), numbers)
-
-
-def _integer(value: Any, name: str, expected: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return as_int(value)
-    except TypeError:
-        raise TypeError(f"An index for {name} is not an integer.\n{expected}  Got:      {shown(value)}") from None
+        what = f"{name} of shape {tuple(tensor.shape)} cannot be written."
+        expected = "a place in memory for every entry, as after clone()"
+        raise ValueError(refusal(what, expected=expected, got=f"strides {tensor.stride()}"))
