@@ -15,10 +15,9 @@ from torch import Tensor
 
 from tieopt.errors import shown
 from tieopt.tensors import check_sharding, local, sharing
-from tieopt.ties.idle import IdleTie, warn_of_idle
+from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.slices import FREE, Partition, Slices, fingerprint, is_idle, numbered
 from tieopt.ties.tie import Part, Tie, check_one_shape, check_writable
-from tieopt.ties.unheld import not_held
 
 ParamGroups = list[dict[str, Any]]
 
