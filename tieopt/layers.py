@@ -1,4 +1,4 @@
-"""The ties of whole neurons: what belongs to a unit of a layer, and what reads it."""
+"""Ties of whole neurons: the weights of a unit of a layer, and the weights by which other layers read it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import shown, users_level
+from tieopt.errors import refusal, shown, users_level
 from tieopt.functional import tie_
 from tieopt.ties.slices import FREE, numbered
 from tieopt.ties.tie import Groups, Tie, check_writable, slices_for
@@ -19,11 +19,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _READERS = (nn.Linear, *_CONVOLUTIONS)
 _LAYERS = (*_READERS, nn.Embedding)
 
-# Layers with entries for each unit.
+# Layers that have entries for each unit.
 _SHAPED_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _READ_FLATTENED = (*_SHAPED_NORMS, nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.GroupNorm, nn.PReLU)
 _NORMS = (*_READ_FLATTENED, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Layers without weights that do the same to each unit. A positive list: others may mix units.
+# Their attributes for the shape of these entries, which a norm without parameters has too.
+_SIZES = ("normalized_shape", "num_features", "num_channels", "num_parameters", "out_channels")
+# Layers without weights that do the same to each unit. All of them are listed, because others may mix units.
 _PASSED_OVER = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
     *(nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus),
@@ -45,17 +47,17 @@ _FOLLOWING = (
 def neurons(
     module: nn.Module, groups: Groups, *, following: nn.Module | Iterable[nn.Module] | None = None
 ) -> list[Tie]:
-    r"""Ties whole units of a layer: the slices of its weight, and the entries of its bias.
+    r"""Return ties of whole units of a layer: of the slices of its weight, and of the entries of its bias.
 
-    A unit is a row of a linear layer, an output channel of a convolution, the vector of an embedding's
-    entry. With ``following``, what the next layers have for each unit is tied, too: its entries in the norms that
-    come next, and the weights by which a layer then reads it. Those are its input columns or, after flattening, the
+    A unit is a row of a linear layer, an output channel of a convolution, or the vector of an embedding's
+    entry. With ``following``, the weights of a unit in the next layers are tied, too: its entries in the norms that
+    come next, and the weights by which a layer then reads it. These are its input columns or, after flattening, the
     columns of a channel, position by position. For linear layers :math:`h = W x + b` and :math:`y = V h + c`, units
     :math:`i` and :math:`j` of one group have
 
     .. math:: W_{i,:} = W_{j,:}, \qquad b_i = b_j, \qquad V_{:,i} = V_{:,j}
 
-    What is exact are the weights: those of tied units are equal bit for bit. Their outputs for one input are equal up
+    The weights of tied units are exactly equal, bit for bit. Their outputs for one input are equal up
     to the order in which a kernel adds, and stay so through pointwise functions, pooling over positions, flattening,
     dropout in ``eval()`` mode, and the norms in ``following``, in either mode. After dropout in ``train()`` mode, or
     after a norm that is not in ``following``, they may differ.
@@ -64,11 +66,11 @@ def neurons(
     mean of each group: at once, in place, and before the optimizer ties the weights. Forward passes in ``train()`` mode
     then update them by the statistics of tied units, which are equal up to the order in which a kernel adds;
     :func:`~tieopt.tie_` makes them equal to the bit again. They are the mean even if the optimizer is then given
-    ``start="first"``, and fit the first units only after training for a while.
+    ``start="first"``, and fit the first units only after some training.
 
     A :class:`~tieopt.TiedOptimizer` starts from the mean of each group. For :math:`n` independent random units, as in a
-    freshly initialised layer, this is about :math:`\sqrt n` times smaller than each of them; ``start="first"`` keeps
-    the size.
+    freshly initialised layer, the mean is about :math:`\sqrt n` times smaller than each of them; ``start="first"``
+    keeps the size.
 
     Args:
         module: ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Embedding``, whose weight has
@@ -88,8 +90,8 @@ def neurons(
             - The pointwise functions, pooling, dropout and flattening of ``torch.nn`` are passed over.
 
     Returns:
-        One tie for each parameter, to be given to :class:`~tieopt.TiedOptimizer`. First that of the weight, then
-        that of the bias, if there is one, and then those of the layers in ``following``, in the same order.
+        One tie for each parameter, to be given to :class:`~tieopt.TiedOptimizer`. The weight comes first, then the
+        bias, if there is one, and then the parameters of the layers in ``following``, in the same order.
 
     Raises:
         TypeError: ``module`` or a layer in ``following`` is another kind of layer, or is lazy and has no weight yet;
@@ -123,45 +125,48 @@ def neurons(
         (True, True)
     """
     if not isinstance(module, _LAYERS):
-        by_hand = "or ties of another layer's parameters, as Tie(layer.weight, groups, dim=1) if its units are columns"
-        expected = [*(layer.__name__ for layer in _LAYERS), by_hand]
-        raise TypeError(_wrong("This layer has no neurons to tie.", expected, module))
+        expected = (
+            f"{', '.join(layer.__name__ for layer in _LAYERS)}, or ties of another layer's parameters, "
+            "as Tie(layer.weight, groups, dim=1) if its units are columns"
+        )
+        raise TypeError(refusal("This layer has no neurons to tie.", expected=expected, got=_shown_layer(module)))
     (slices,) = numbered([slices_for(module.weight, groups, 0, None, f"the weight of {module}")])
     labels = slices.labels
     if labels.dim() != 1:
-        raise ValueError(
-            _wrong("Neurons are tied whole.", f"labels of shape {tuple(module.weight.shape[:1])}", tuple(labels.shape))
-        )
+        expected = f"labels of shape {tuple(module.weight.shape[:1])}"
+        raise ValueError(refusal("Neurons are tied whole.", expected=expected, got=tuple(labels.shape)))
     ties = _ties_of(module, labels)
     statistics: list[tuple[Tensor, Tensor]] = []
     reader = ""
-    for layer, place in _layers(module, following):
+    for layer, text in _layers(module, following):
         if reader:
             what = "A layer comes after the one that reads these neurons."
-            raise ValueError(_wrong(what, f"nothing after {reader}", layer, place))
+            raise ValueError(refusal(what, expected=f"nothing after {reader}", got=text))
         if isinstance(layer, _NORMS) or _is_depthwise(layer, len(labels)):
-            entries, dim = _entries(module, labels, layer, place)
+            entries, dim = _entries(module, labels, layer, text)
             ties += _ties_of(layer, entries, dim)
             statistics += [(statistic, entries) for statistic in _statistics_of(layer, entries)]
         else:
-            ties.append(_readers(module, labels, layer, place))
-            reader = f"{layer}{place}"
-    _warn(module, labels)
+            ties.append(_reader_tie(module, labels, layer, text))
+            reader = text
+    _warn_of_different_units(module, labels)
     for statistic, entries in statistics:
         tie_(statistic, entries)
     return ties
 
 
+def _tensors(layer: nn.Module, *names: str) -> list[Tensor]:
+    """Return the parameters or buffers of these names, where a layer has them."""
+    return [tensor for name in names if (tensor := getattr(layer, name, None)) is not None]
+
+
 def _ties_of(layer: nn.Module, labels: Tensor, dim: int = 0) -> list[Tie]:
-    """The ties of the weight and the bias, where a layer has them."""
-    parameters = [getattr(layer, name, None) for name in ("weight", "bias")]
-    return [Tie(param, labels, dim=dim) for param in parameters if param is not None]
+    return [Tie(param, labels, dim=dim) for param in _tensors(layer, "weight", "bias")]
 
 
 def _statistics_of(norm: nn.Module, entries: Tensor) -> list[Tensor]:
-    """The running statistics, where a norm has them; checked, so that all of them can be tied."""
-    buffers = [getattr(norm, name, None) for name in ("running_mean", "running_var")]
-    statistics = [buffer for buffer in buffers if buffer is not None]
+    """Return the running statistics of a norm, after a check that all of them can be tied."""
+    statistics = _tensors(norm, "running_mean", "running_var")
     for statistic in statistics:
         slices_for(statistic, entries, 0, None, f"a running statistic of {norm}")
         check_writable(statistic, f"a running statistic of {norm}")
@@ -169,28 +174,29 @@ def _statistics_of(norm: nn.Module, entries: Tensor) -> list[Tensor]:
 
 
 def _layers(module: nn.Module, following: Any) -> list[tuple[Any, str]]:
-    """The layers that follow and are not passed over, each with its position in words."""
-    given = [(layer, place and f", at position {place} of following") for layer, place in _unpacked(following)]
-    layers = [(layer, place) for layer, place in given if not _is_passed_over(layer)]
-    if isinstance(module, nn.Embedding) or not layers:
-        for layer, place in given:
-            raise TypeError(_wrong(_NO_READER, _FOLLOWING, layer, place))
+    """Return the layers that follow and are not passed over, each with its text for errors."""
+    given = [] if following is None else list(_unpacked(following))
+    layers = [(layer, text) for layer, text in given if not _is_passed_over(layer)]
+    if given and (isinstance(module, nn.Embedding) or not layers):
+        raise TypeError(refusal(_NO_READER, expected=_FOLLOWING, got=given[0][1]))
     return layers
 
 
 def _unpacked(following: Any, place: str = "") -> Iterator[tuple[Any, str]]:
-    """Single layers with their positions: 2, or 2.0 for the first in a Sequential at 2; none for one given alone."""
-    if following is None and not place:
-        return
-    if isinstance(following, nn.Module | Tensor | str):
-        single = not isinstance(following, nn.Sequential | nn.ModuleList)
-    else:
-        single = not isinstance(following, Iterable)
-    if single:
-        yield following, place
+    """Yield single layers, each with its text for errors.
+
+    A layer in a Sequential at position 2 has the position 2.0, and a layer that is given alone has none.
+    """
+    is_layer = isinstance(following, nn.Module) and not isinstance(following, nn.Sequential | nn.ModuleList)
+    if is_layer or isinstance(following, Tensor | str) or not isinstance(following, Iterable):
+        yield following, _shown_layer(following) + (f", at position {place} of following" if place else "")
         return
     for number, layer in enumerate(following):
         yield from _unpacked(layer, f"{place}.{number}" if place else str(number))
+
+
+def _shown_layer(layer: Any) -> str:
+    return str(layer) if isinstance(layer, nn.Module) else shown(layer)
 
 
 def _is_passed_over(layer: Any) -> bool:
@@ -198,13 +204,18 @@ def _is_passed_over(layer: Any) -> bool:
 
 
 def _is_depthwise(layer: Any, units: int) -> bool:
-    """Whether it is a convolution with one kernel for each unit, which makes one channel of it."""
+    """Return whether a layer is a convolution with one kernel for each unit, which makes one channel of it."""
     return isinstance(layer, _CONVOLUTIONS) and layer.in_channels == layer.out_channels == layer.groups == units > 1
 
 
-def _entries(module: nn.Module, labels: Tensor, layer: nn.Module, place: str) -> tuple[Tensor, int]:
-    """The labels of what a norm or a depthwise convolution has for the units, and the dimension along which it lies."""
-    shape, after_linear = _features(layer), isinstance(module, nn.Linear)
+def _entries(module: nn.Module, labels: Tensor, layer: nn.Module, text: str) -> tuple[Tensor, int]:
+    """Return the labels of the entries that a norm or a depthwise convolution has for the units, and their dimension.
+
+    A linear layer has its units in the last dimension of its output, and a convolution in the first after the batch.
+    """
+    size = next(getattr(layer, name) for name in _SIZES if hasattr(layer, name))
+    shape = tuple(size) if isinstance(layer, _SHAPED_NORMS) else (size,)
+    after_linear = isinstance(module, nn.Linear)
     # (channels, height, width), and so on: as many dimensions as an output has without its batch.
     channels_first = module.weight.dim() - 1  # type: ignore[operator]
     known = len(shape) > 0 if after_linear else len(shape) in (1, channels_first)
@@ -216,59 +227,52 @@ def _entries(module: nn.Module, labels: Tensor, layer: nn.Module, place: str) ->
         if isinstance(layer, _SHAPED_NORMS):
             where = "last dimension" if after_linear else f"first of {channels_first} dimensions, or in the only one"
             expected = f"{expected}, in the {where}"
-        raise ValueError(_wrong("The following layer does not fit these neurons.", expected, layer, place))
+        raise ValueError(refusal("The following layer does not fit these neurons.", expected=expected, got=text))
     if isinstance(layer, nn.GroupNorm):
-        _check_statistics(layer, labels, entries, place)
+        _check_statistics(layer, len(labels), entries, text)
     return entries, dim
 
 
-def _features(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of the entries that a norm or a depthwise convolution has, whether or not it has parameters."""
-    if isinstance(layer, _SHAPED_NORMS):
-        return tuple(layer.normalized_shape)
-    names = ("num_features", "num_channels", "num_parameters", "out_channels")
-    return (next(getattr(layer, name) for name in names if hasattr(layer, name)),)
-
-
-def _check_statistics(norm: nn.GroupNorm, labels: Tensor, entries: Tensor, place: str) -> None:
-    """Refuses a norm whose statistics differ for tied units.
+def _check_statistics(norm: nn.GroupNorm, count: int, entries: Tensor, text: str) -> None:
+    """Refuse a norm whose statistics differ for tied units.
 
     Two norm groups have equal statistics if they hold the same tied units.
     """
-    told_apart = torch.where(entries == FREE, FREE - torch.arange(len(entries), device="cpu") - 1, entries)
-    held = told_apart.view(norm.num_groups, -1).sort(dim=1).values
+    # Each free entry gets a label of its own, below -1.
+    distinct = torch.where(entries == FREE, FREE - 1 - torch.arange(len(entries), device="cpu"), entries)
+    held = distinct.view(norm.num_groups, -1).sort(dim=1).values
     _, kinds = torch.unique(held, dim=0, return_inverse=True)
-    units = _parted(entries, kinds.repeat_interleave(held.shape[1]))
-    if units:
-        positions = len(entries) // len(labels)
-        got = f"{place}, with {sorted({unit // positions for unit in units})} as one group"
+    members = _first_mixed_group(entries, kinds.repeat_interleave(held.shape[1]))
+    if members:
+        what = "The following norm has different statistics for tied neurons."
         expected = "tied units in one norm group, or in norm groups of the same tied units"
-        raise ValueError(_wrong("The following norm has different statistics for tied neurons.", expected, norm, got))
+        units = sorted({member // (len(entries) // count) for member in members})
+        raise ValueError(refusal(what, expected=expected, got=f"{text}, with {units} as one group"))
 
 
-def _parted(labels: Tensor, kinds: Tensor) -> list[int]:
-    """The members of the first group that are not all of one kind; empty if there is no such group."""
+def _first_mixed_group(labels: Tensor, kinds: Tensor) -> list[int]:
+    """Return the members of the first group that are not all of one kind; none if there is no such group."""
     pairs = torch.unique(torch.stack([labels, kinds])[:, labels != FREE], dim=1)
     repeated = pairs[0, 1:][pairs[0, 1:] == pairs[0, :-1]]
     return (labels == repeated[0]).nonzero().flatten().tolist() if len(repeated) else []
 
 
-def _readers(module: nn.Module, labels: Tensor, following: nn.Module, place: str) -> Tie:
-    """The tie of the weights by which a layer reads the units."""
+def _reader_tie(module: nn.Module, labels: Tensor, following: nn.Module, text: str) -> Tie:
+    """Return the tie of the weights by which a layer reads the units."""
     if not isinstance(following, _READERS) or is_lazy(following.weight):
-        raise TypeError(_wrong(_NO_READER, _FOLLOWING, following, place))
+        raise TypeError(refusal(_NO_READER, expected=_FOLLOWING, got=text))
     flattened = isinstance(following, nn.Linear) and not isinstance(module, nn.Linear)
     entries = _spread(labels, following.weight.shape[1], flattened)
     if entries is None or getattr(following, "groups", 1) != 1:
         expected = f"a layer without groups and with {len(labels)} inputs{', or a multiple' * flattened}"
-        raise ValueError(_wrong("The following layer does not read these neurons.", expected, following, place))
+        raise ValueError(refusal("The following layer does not read these neurons.", expected=expected, got=text))
     return Tie(following.weight, entries, dim=1)
 
 
 def _spread(labels: Tensor, count: int, flattened: bool) -> Tensor | None:
-    """The labels of ``count`` entries, one for each unit or, where a channel is flattened, for each position of it.
+    """Return labels of ``count`` entries: one for each unit or, if channels are flattened, for each position of a unit.
 
-    None if that does not come out even.
+    None if the entries are not equally many for all units.
     """
     units = len(labels)
     positions = count // units if flattened and units else 1
@@ -278,21 +282,16 @@ def _spread(labels: Tensor, count: int, flattened: bool) -> Tensor | None:
     return torch.where(labels[:, None] == FREE, FREE, spread).flatten()
 
 
-def _warn(module: nn.Module, labels: Tensor) -> None:
-    """Warns if tied units do not compute the same for a reason that lies in the layer itself."""
+def _warn_of_different_units(module: nn.Module, labels: Tensor) -> None:
+    """Warn if tied units do not compute the same for a reason that lies in the layer itself."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         what = "A lookup with max_norm writes to the rows that it looks up, but not to the rows that are tied to them."
         expected = "an embedding without max_norm; limit the norms of all rows after each step, with weight.renorm_()"
-        warnings.warn(_wrong(what, expected, module), stacklevel=users_level())
+        warnings.warn(refusal(what, expected=expected, got=module), stacklevel=users_level())
     if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
-        units = _parted(labels, torch.arange(len(labels), device="cpu") // (len(labels) // module.groups))
+        units = _first_mixed_group(labels, torch.arange(len(labels), device="cpu") // (len(labels) // module.groups))
         if units:
             what = "Tied units of a convolution with groups read different inputs."
             expected = "units in one of its groups, or a depthwise convolution in following of the layer before it"
-            warnings.warn(_wrong(what, expected, module, f", with {units} as one group"), stacklevel=users_level())
-
-
-def _wrong(what: str, expected: object, got: object, place: str = "") -> str:
-    listed = ", ".join(map(str, expected)) if isinstance(expected, list) else expected
-    got = got if isinstance(got, nn.Module | tuple) else shown(got)
-    return f"{what}\n  Expected: {listed}\n  Got:      {got}{place}"
+            got = f"{module}, with {units} as one group"
+            warnings.warn(refusal(what, expected=expected, got=got), stacklevel=users_level())
