@@ -61,20 +61,22 @@ def shown(value: Any, limit: int = 80) -> str:
     return f"{text if len(text) <= limit else text[: limit - 3] + '...'} ({type(value).__name__})"
 
 
-def as_integer(value: Any, what: str, **lines: object) -> int:
-    """Return a value as an integer.
-
-    Args:
-        value: to be converted; a bool is no integer here.
-        what: the name of the value in the error.
-        **lines: as for :func:`refusal`, before "Got:".
-
-    Raises:
-        TypeError: the value is no integer.
-    """
+def as_integer(value: Any, what: str, /, **lines: object) -> int:
+    """Return a value as an integer; raise a TypeError, with these lines before "Got:", if it is none or a bool."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return index(value)
     except TypeError:
         raise TypeError(refusal(f"{what} is not an integer.", **lines, got=shown(value))) from None
+
+
+def integer_between(
+    value: Any, what: str, low: int, high: int, /, error: type[Exception] = ValueError, **lines: object
+) -> int:
+    """Return a value as an integer, as :func:`as_integer`; raise ``error`` unless it is from ``low`` to ``high``."""
+    lines["expected"] = f"an integer from {low} to {high}"
+    number = as_integer(value, what, **lines)
+    if not low <= number <= high:
+        raise error(refusal(f"{what} is out of range.", **lines, got=number))
+    return number

@@ -12,8 +12,8 @@ layer and whole kernels of the weight of a convolution are tied::
     labels, scale = patterns.antisymmetric(layer.weight.shape)
     ties = Tie(layer.weight, labels, scale=scale)
 
-What is drawn at random depends on a seed alone, and no argument is written to. A pattern is made for a shape,
-whatever the weights are; only :func:`clusters` reads them. :func:`orbits` needs scipy, and
+Random patterns depend on a seed alone, and no argument is written to. A pattern depends on a shape and not on
+weights; only :func:`clusters` reads them. :func:`orbits` needs scipy, and
 :func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
 """
 
@@ -23,13 +23,13 @@ from collections.abc import Sequence
 from functools import reduce
 from importlib import import_module
 from math import prod
-from operator import index as as_int
+from operator import index
 from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from tieopt.errors import shown
+from tieopt.errors import integer_between, refusal, shown
 
 __all__ = [
     "antisymmetric",
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _INT32_MAX = 2**31 - 1
-# Of more distinct values than this, k-means sees a summary.
+# k-means sees so many distinct values as they are, and a summary of more.
 _SUMMARY = 2**12
 
 # --- matrices ---
@@ -248,9 +248,10 @@ def block_circulant(shape: Sequence[int], block: int) -> Tensor:
         True
     """
     m, n = _sizes(shape, least=2)[:2]
-    block = _whole(block, "The size of a block", 1, max(m, n) or _INT32_MAX)
+    block = integer_between(block, "The size of a block", 1, max(m, n) or _INT32_MAX)
     if m % block or n % block:
-        raise ValueError(_message("A matrix cannot be cut into such blocks.", f"a divisor of {m} and of {n}", block))
+        expected = f"a divisor of {m} and of {n}"
+        raise ValueError(refusal("A matrix cannot be cut into such blocks.", expected=expected, got=block))
     i, j = _grid(m, n)
     return (i // block * (n // block) + j // block) * block + (j - i) % block
 
@@ -321,7 +322,7 @@ def hankel(shape: Sequence[int]) -> Tensor:
 
 
 def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
-    r"""Entries that equal their mirror image along each of some dimensions: ``W = W.flip(d)`` for each ``d``.
+    r"""Entries that equal their mirror image along each given dimension: ``W = W.flip(d)`` for each ``d``.
 
     .. math:: W_{\dots, i_d, \dots} = W_{\dots,\, n_d - 1 - i_d, \dots}
 
@@ -355,10 +356,10 @@ def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
                 [0, 1, 0]])
     """
     sizes = _sizes(shape, least=1)
-    places = _places(dims, len(sizes))
-    halves = [(size + 1) // 2 if dim in places else size for dim, size in enumerate(sizes)]
+    dims = _dims(dims, len(sizes))
+    halves = [(size + 1) // 2 if dim in dims else size for dim, size in enumerate(sizes)]
     labels = torch.arange(prod(halves), device="cpu").view(halves)
-    for dim in places:
+    for dim in dims:
         entries = torch.arange(sizes[dim], device="cpu")
         labels = labels.index_select(dim, torch.minimum(entries, entries.flip(0)))
     return labels
@@ -403,7 +404,8 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
     sizes = _sizes(shape, least=2)
     *kernels, k, other = sizes
     if k != other:
-        raise ValueError(_message("Such kernels cannot be rotated.", "the last two dimensions to be equal", sizes))
+        expected = "the last two dimensions to be equal"
+        raise ValueError(refusal("Such kernels cannot be rotated.", expected=expected, got=sizes))
     entries = torch.arange(k * k, device="cpu").view(k, k)
     views = [entries, entries.flip(0)] if mirrored else [entries]
     first = torch.stack([view.rot90(turns) for view in views for turns in range(4)]).amin(0)
@@ -413,20 +415,20 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
 
 
 def orbits(*permutations: Tensor) -> Tensor:
-    r"""Entries that any composition of some permutations maps to each other.
+    r"""Entries that permutations map to each other, alone or one after the other.
 
     .. math:: W_i = W_{\pi(i)} \quad \text{for every permutation } \pi
 
-    That is for any symmetry that has no function of its own here, and how layers are made equivariant by sharing
-    their parameters (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_). Number the entries, and write
-    down what stands in the place of each. ``W[i, j, a, b] = W[j, i, k - 1 - a, k - 1 - b]``, for instance, says that
-    swapping input and output mirrors a kernel of ``k x k`` entries about its center::
+    Use it for any symmetry without a function of its own here. Layers are made equivariant by sharing their parameters
+    in this way (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_). Number the entries, and put in the
+    place of each entry the number of the entry that it equals. ``W[i, j, a, b] = W[j, i, k - 1 - a, k - 1 - b]``, for
+    instance, says that swapping input and output mirrors a kernel of ``k x k`` entries about its center::
 
         entries = torch.arange(weight.numel()).view(weight.shape)
         labels = patterns.orbits(entries.transpose(0, 1).flip(2, 3))
 
-    The inverses need not be given: some power of each permutation is its inverse. Found as the connected
-    components of a graph, by scipy.
+    The inverses need not be given: some power of each permutation is its inverse. scipy finds the orbits, as the
+    connected components of a graph.
 
     Args:
         *permutations: one or more tensors of one shape, any integer dtype but uint64, each a rearrangement of
@@ -455,7 +457,7 @@ def orbits(*permutations: Tensor) -> Tensor:
                 [0, 0, 0]])
     """
     if not permutations:
-        raise TypeError(_message("Orbits need a permutation.", "one integer tensor or more", "none"))
+        raise TypeError(refusal("Orbits need a permutation.", expected="one integer tensor or more", got="none"))
     images = [_image(entries, number, permutations[0]) for number, entries in enumerate(permutations)]
     sparse, graphs = _optional("scipy.sparse"), _optional("scipy.sparse.csgraph")
     edges = torch.stack(images, dim=1)
@@ -481,20 +483,20 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
             0 & \text{if there is no such } t
         \end{cases}
 
-    and so for each dimension of two; with groups, :math:`c` counts within that of :math:`o`, and between groups there
-    is 0. That shared weights make a dense layer a convolution is from LeCun, "Generalization and network design
-    strategies", 1989.
+    and likewise for each of two dimensions. With groups, :math:`c` counts the channels in the group of :math:`o`, and
+    the entries between groups are 0. The convolution as a dense layer with shared weights is from LeCun,
+    "Generalization and network design strategies", 1989.
 
-    The label of an entry is the position in ``conv.weight.flatten()`` of its value. Entries out of the
+    The label of an entry is the position of its value in ``conv.weight.flatten()``. Entries out of the
     kernel's reach are pinned at zero by scale 0, and their label is the number after the last position,
     ``conv.weight.numel()``. So padding the weight with one zero gives the dense layer::
 
         dense.weight = nn.functional.pad(conv.weight.flatten(), (0, 1))[labels]
 
     Args:
-        conv: of any stride, dilation, groups and zero padding; its weight has shape
-            ``[out_channels, in_channels / groups, *kernel_size]``, and any values.
-        input_size: length or ``(height, width)`` of the input, in entries; one number stands for both.
+        conv: a convolution of any stride, dilation, groups and zero padding, with a weight of shape
+            ``[out_channels, in_channels / groups, *kernel_size]`` and any values.
+        input_size: the length or ``(height, width)`` of the input, in entries; one number stands for both.
 
     Returns:
         Labels of shape ``[out_channels * out_positions, in_channels * in_positions]``, int64, in the order of
@@ -532,7 +534,7 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
 
 
 def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> Tensor:
-    r"""The bias of the dense layer of :func:`convolution`: each channel's, at all its positions.
+    r"""The bias of the dense layer of :func:`convolution`: that of each channel, at all its positions.
 
     .. math:: b_{(o,y)} = b_o
 
@@ -563,7 +565,7 @@ def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int
     """
     positions = prod(len(taps) for taps in _taps(conv, input_size))
     if conv.bias is None:
-        raise ValueError(_message("A convolution has no bias.", "bias=True", conv))
+        raise ValueError(refusal("A convolution has no bias.", expected="bias=True", got=conv))
     return torch.arange(conv.out_channels, device="cpu").repeat_interleave(positions)
 
 
@@ -578,13 +580,13 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
     .. math:: W_i = \xi(i)\, w_{h(i)}, \qquad h(i) \in \{0, \dots, B - 1\}, \quad \xi(i) \in \{-1, 1\}
 
     The signs make the products of inputs that meet in a bucket cancel on average. Both hashes are the 32-bit
-    MurmurHash3 of the position :math:`i` in the flattened weight, from scikit-learn, with seeds of their own:
-    the same on every machine. Give every layer its own seed.
+    MurmurHash3 of the position :math:`i` in the flattened weight, from scikit-learn, with different seeds. They are the
+    same on every machine. Give every layer its own seed.
 
     Args:
         shape: one dimension or more, of fewer than ``2^31`` entries.
-        buckets: how many values there are, 1 or more: :math:`B`.
-        seed: of both hashes, from 0 to ``2^32 - 1``.
+        buckets: the number of values, 1 or more: :math:`B`.
+        seed: the seed of both hashes, from 0 to ``2^32 - 1``.
 
     Returns:
         Labels of shape ``shape``, int64, at most ``buckets`` groups; and their scales, float32, 1 or -1.
@@ -610,14 +612,11 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
         3
     """
     sizes = _sizes(shape, least=1)
-    buckets = _whole(buckets, "The number of buckets", 1, _INT32_MAX)
-    seed = _whole(seed, "A seed", 0, 2**32 - 1)
+    buckets = integer_between(buckets, "The number of buckets", 1, _INT32_MAX)
+    seed = integer_between(seed, "A seed", 0, 2**32 - 1)
     if prod(sizes) > _INT32_MAX:
-        raise ValueError(
-            _message(
-                "A shape has too many entries to be hashed.", f"{_INT32_MAX} or fewer", f"{prod(sizes)} in {sizes}"
-            )
-        )
+        expected, got = f"{_INT32_MAX} or fewer", f"{prod(sizes)} in {sizes}"
+        raise ValueError(refusal("A shape has too many entries to be hashed.", expected=expected, got=got))
     murmur = _optional("sklearn.utils").murmurhash3_32
     keys = torch.arange(prod(sizes), dtype=torch.int32, device="cpu").numpy()
     label, sign = (
@@ -632,28 +631,28 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
 
     .. math:: \min_{c, \mu} \sum_i \left\| w_i - \mu_{c(i)} \right\|^2
 
-    The labels :math:`c` come near a local minimum of it, where :math:`w_i` are the rows or the values. Clusters of
+    The labels :math:`c` are near a local minimum of this sum, where :math:`w_i` are the rows or the values. Clusters of
     values are the shared weights of Deep Compression (`Han et al., 2016 <https://arxiv.org/abs/1510.00149>`_).
 
-    Equal rows, and equal values, are in one cluster, and what the clusters are does not depend on the order of the
-    rows. If there are no more distinct ones than clusters, each has its own. The clusters are those of one start by
-    k-means++; for more than a few thousand distinct values they are found on a fine histogram of them, and then each
-    value goes to the nearest center. By scikit-learn, in float64; another version of it may find others.
+    Equal rows, and equal values, are in one cluster, and the clusters do not depend on the order of the rows. If there
+    are no more distinct ones than clusters, each has its own. scikit-learn runs k-means in float64, from one start by
+    k-means++; another version of it may find other clusters. More than a few thousand distinct values are clustered by
+    a fine histogram of them, and then each value goes to the nearest center.
 
     Args:
-        tensor: the weights now, shape ``[n, ...]``, dense, any real floating dtype. It is read only.
-        count: of clusters, at most the number of rows or values.
+        tensor: the weights now, shape ``[n, ...]``, dense, any real floating dtype. It is not written to.
+        count: the number of clusters, at most the number of rows or values.
         of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries.
-        seed: of the start, from 0 to ``2^32 - 1``.
+        seed: the seed of the start, from 0 to ``2^32 - 1``.
 
     Returns:
-        Int64 labels of at most ``count`` groups, for rows of shape ``[n]``, for values of the shape of ``tensor``
-        and larger for larger values.
+        Int64 labels of at most ``count`` groups, for rows of shape ``[n]``, for values of the shape of ``tensor``.
+        Labels of values are larger for larger values.
 
     Raises:
         TypeError: ``tensor`` is not a dense floating tensor, or ``count`` or ``seed`` is not an integer.
         ValueError: ``tensor`` has no rows or no entries or one that is not finite, ``count`` or ``seed``
-            is out of range, or ``of`` is neither of the two.
+            is out of range, or ``of`` is neither ``"rows"`` nor ``"values"``.
         ImportError: scikit-learn is not installed.
 
     Example:
@@ -672,14 +671,15 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
         2
     """
     if of not in ("rows", "values"):
-        raise ValueError(_message("Clusters are of something else.", "of='rows' or of='values'", shown(of)))
+        expected = "of='rows' or of='values'"
+        raise ValueError(refusal("Clusters are of something else.", expected=expected, got=shown(of)))
     rows = of == "rows"
     points = _points(tensor, rows)
-    count = _whole(count, "The number of clusters", 1, len(points))
-    seed = _whole(seed, "A seed", 0, 2**32 - 1)
+    count = integer_between(count, "The number of clusters", 1, len(points))
+    seed = integer_between(seed, "A seed", 0, 2**32 - 1)
     k_means = _optional("sklearn.cluster").KMeans(count, random_state=seed, n_init=1)
 
-    points, own, sizes = torch.unique(points, dim=0 if rows else None, return_inverse=True, return_counts=True)
+    points, inverse, sizes = torch.unique(points, dim=0 if rows else None, return_inverse=True, return_counts=True)
     if len(points) <= count:
         labels = torch.arange(len(points), device="cpu")
     elif rows:
@@ -689,27 +689,23 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
         k_means.fit(means.unsqueeze(1).numpy(), sample_weight=masses.numpy())
         centers = torch.from_numpy(k_means.cluster_centers_).flatten().sort().values
         labels = torch.bucketize(points, (centers[1:] + centers[:-1]) / 2)
-    return labels[own].view(tensor.shape[:1] if rows else tensor.shape)
+    return labels[inverse].view(tensor.shape[:1] if rows else tensor.shape)
 
 
 # --- what the patterns share ---
 
 
-def _message(wrong: str, expected: object, got: object) -> str:
-    return f"{wrong}\n  Expected: {expected}\n  Got:      {got}"
-
-
 def _grid(m: int, n: int) -> tuple[Tensor, Tensor]:
-    """The indices of rows, as a column, and of columns, as a row."""
+    """Return the indices of rows, as a column, and of columns, as a row."""
     return torch.arange(m, device="cpu").unsqueeze(1), torch.arange(n, device="cpu").unsqueeze(0)
 
 
 def _sizes(shape: Sequence[int], least: int) -> tuple[int, ...]:
-    """A shape of at least so many dimensions, checked."""
+    """Return a shape, which must have at least so many dimensions."""
     sizes = _integers(shape, "A shape", "the sizes of a parameter, as weight.shape")
     if len(sizes) < least or min(sizes) < 0:
         expected = f"{least} dimension{'s' * (least > 1)} or more, of no negative size"
-        raise ValueError(_message("A pattern does not fit this shape.", expected, sizes))
+        raise ValueError(refusal("A pattern does not fit this shape.", expected=expected, got=sizes))
     return sizes
 
 
@@ -717,7 +713,7 @@ def _square(shape: Sequence[int], name: str) -> tuple[int, int]:
     sizes = _sizes(shape, least=2)
     if sizes[0] != sizes[1]:
         expected = "the first two dimensions to be equal"
-        raise ValueError(_message(f"A matrix of this shape cannot be {name}.", expected, sizes))
+        raise ValueError(refusal(f"A matrix of this shape cannot be {name}.", expected=expected, got=sizes))
     return sizes[0], sizes[1]
 
 
@@ -725,126 +721,117 @@ def _integers(values: Any, what: str, expected: str) -> tuple[int, ...]:
     try:
         if isinstance(values, (Tensor, str, bytes)):
             raise TypeError
-        return tuple(as_int(value) for value in values)
+        return tuple(index(value) for value in values)
     except TypeError:
-        raise TypeError(_message(f"{what} is not a sequence of integers.", expected, shown(values))) from None
+        what = f"{what} is not a sequence of integers."
+        raise TypeError(refusal(what, expected=expected, got=shown(values))) from None
 
 
-def _whole(value: Any, what: str, low: int, high: int) -> int:
-    """An integer within bounds, checked."""
-    expected = f"an integer from {low} to {high}"
-    try:
-        if isinstance(value, (bool, Tensor)):
-            raise TypeError
-        number = as_int(value)
-    except TypeError:
-        raise TypeError(_message(f"{what} is not an integer.", expected, shown(value))) from None
-    if not low <= number <= high:
-        raise ValueError(_message(f"{what} is out of range.", expected, number))
-    return number
-
-
-def _places(dims: Sequence[int], count: int) -> list[int]:
-    """Dimensions counted from the front, checked."""
+def _dims(dims: Sequence[int], count: int) -> list[int]:
+    """Return dimensions counted from the front; each must be there, and once."""
     numbers = _integers(dims, "What is mirrored", "the numbers of dimensions, as (0, 1)")
     outside = [dim for dim in numbers if not -count <= dim < count]
     if outside:
-        raise IndexError(_message("A dimension is out of range.", f"from {-count} to {count - 1}", outside[0]))
-    places = [dim % count for dim in numbers]
-    if len(set(places)) < len(places):
-        raise ValueError(_message("A dimension occurs more than once.", "each dimension once", numbers))
-    return places
+        expected = f"from {-count} to {count - 1}"
+        raise IndexError(refusal("A dimension is out of range.", expected=expected, got=outside[0]))
+    from_front = [dim % count for dim in numbers]
+    if len(set(from_front)) < len(from_front):
+        raise ValueError(refusal("A dimension occurs more than once.", expected="each dimension once", got=numbers))
+    return from_front
 
 
 def _image(permutation: Any, number: int, first: Tensor) -> Tensor:
-    """A permutation, flat and checked."""
-    if (
-        not isinstance(permutation, Tensor)
-        or permutation.is_floating_point()
-        or permutation.is_complex()
-        or permutation.dtype in (torch.bool, torch.uint64)
-    ):
+    """Return where a permutation, which must have the shape of the first one, maps each entry."""
+    is_integer = isinstance(permutation, Tensor) and torch.can_cast(permutation.dtype, torch.int64)
+    if not is_integer or permutation.dtype in (torch.bool, torch.uint64):
+        what = f"Permutation {number} is not one of integers."
         expected = "an integer tensor, as torch.arange(n).view(shape) rearranged"
-        raise TypeError(_message(f"Permutation {number} is not one of integers.", expected, shown(permutation)))
+        raise TypeError(refusal(what, expected=expected, got=shown(permutation)))
     if permutation.shape != first.shape:
-        wrong = f"Permutation {number} has another shape than the first."
-        raise ValueError(_message(wrong, tuple(first.shape), tuple(permutation.shape)))
-    image = permutation.detach().to("cpu", torch.int64).flatten()
+        what = f"Permutation {number} has another shape than the first."
+        raise ValueError(refusal(what, expected=tuple(first.shape), got=tuple(permutation.shape)))
+    image: Tensor = permutation.detach().to("cpu", torch.int64).flatten()
     outside = (image < 0) | (image >= len(image))
-    wrong_ones = outside if outside.any() else torch.bincount(image)[image] > 1
-    if wrong_ones.any():
+    wrong = outside if outside.any() else torch.bincount(image)[image] > 1
+    if wrong.any():
         expected = f"each number from 0 to {len(image) - 1}, once"
-        got = f"{image[wrong_ones][0].item()}{'' if outside.any() else ' more than once'}"
-        raise ValueError(_message(f"Permutation {number} is not a rearrangement.", expected, got))
+        got = f"{image[wrong][0].item()}{'' if outside.any() else ' more than once'}"
+        raise ValueError(refusal(f"Permutation {number} is not a rearrangement.", expected=expected, got=got))
     return image
 
 
 def _taps(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> list[Tensor]:
-    """For each dimension the tap by which an output sees an input: shape ``[out, in]``, -1 for none."""
+    """Return for each dimension the tap by which an output sees an input: shape ``[out, in]``, -1 for none."""
     if not isinstance(conv, (nn.Conv1d, nn.Conv2d)):
         expected = "torch.nn.Conv1d or torch.nn.Conv2d"
-        raise TypeError(_message("Only a convolution can be unrolled.", expected, shown(conv)))
+        raise TypeError(refusal("Only a convolution can be unrolled.", expected=expected, got=shown(conv)))
     if conv.padding_mode != "zeros":
-        raise ValueError(_message("Such padding cannot be unrolled.", "padding_mode='zeros'", repr(conv.padding_mode)))
+        what, got = "Such padding cannot be unrolled.", repr(conv.padding_mode)
+        raise ValueError(refusal(what, expected="padding_mode='zeros'", got=got))
     count = len(conv.kernel_size)
     sizes = (input_size,) * count if isinstance(input_size, SupportsIndex) else input_size
     expected = f"{count} integer{'s' * (count > 1)} from 1 on"
     sizes = _integers(sizes, "The size of an input", expected)
     if len(sizes) != count or min(sizes) < 1:
-        raise ValueError(_message("The input of a convolution cannot have this size.", expected, sizes))
+        raise ValueError(refusal("The input of a convolution cannot have this size.", expected=expected, got=sizes))
     taps = []
     for dim, size in enumerate(sizes):
-        reach = conv.dilation[dim] * (conv.kernel_size[dim] - 1)
+        stride, dilation = conv.stride[dim], conv.dilation[dim]
+        reach = dilation * (conv.kernel_size[dim] - 1)
         padding = {"same": reach, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[dim]
         if size + padding <= reach:
-            wrong = f"The input of a convolution is too small in dimension {dim}."
-            raise ValueError(_message(wrong, f"{reach + 1 - padding} or more, for {conv}", size))
-        o, i = _grid((size + padding - reach - 1) // conv.stride[dim] + 1, size)
+            what = f"The input of a convolution is too small in dimension {dim}."
+            expected = f"{reach + 1 - padding} or more, for {conv}"
+            raise ValueError(refusal(what, expected=expected, got=size))
+        o, i = _grid((size + padding - reach - 1) // stride + 1, size)
         # An odd padding has one less on the left.
-        offset = i + padding // 2 - o * conv.stride[dim]
-        seen = (offset >= 0) & (offset <= reach) & (offset % conv.dilation[dim] == 0)
-        taps.append(torch.where(seen, offset // conv.dilation[dim], -1))
+        offset = i + padding // 2 - o * stride
+        seen = (offset >= 0) & (offset <= reach) & (offset % dilation == 0)
+        taps.append(torch.where(seen, offset // dilation, -1))
     return taps
 
 
 def _nested(outer: Tensor, inner: tuple[Tensor, int]) -> Tensor:
-    """Each entry of a matrix replaced by a matrix: ``outer * size + inner``, and -1 where either is -1."""
-    first, second = outer[:, None, :, None], inner[0][None, :, None, :]
-    labels = torch.where((first >= 0) & (second >= 0), first * inner[1] + second, -1)
-    return labels.flatten(2, 3).flatten(0, 1)
+    """Replace each entry of a matrix by a matrix: ``outer * size + inner``, and -1 where either is -1."""
+    labels, size = inner
+    first, second = outer[:, None, :, None], labels[None, :, None, :]
+    nested = torch.where((first >= 0) & (second >= 0), first * size + second, -1)
+    return nested.flatten(2, 3).flatten(0, 1)
 
 
 def _points(tensor: Any, rows: bool) -> Tensor:
-    """What is clustered: the rows ``[n, columns]`` or values ``[n]`` of a tensor, in float64."""
+    """Return what is clustered, in float64: the rows ``[n, columns]`` or values ``[n]`` of a tensor."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-        expected = "a dense tensor of a real floating dtype"
         got = f"{shown(tensor)}, {tensor.layout}" if isinstance(tensor, Tensor) else shown(tensor)
-        raise TypeError(_message("This cannot be clustered.", expected, got))
+        expected = "a dense tensor of a real floating dtype"
+        raise TypeError(refusal("This cannot be clustered.", expected=expected, got=got))
     if tensor.numel() == 0 or tensor.dim() == 0:
-        raise ValueError(_message("There is nothing to cluster.", "one entry or more", shown(tensor)))
-    points = tensor.detach().to("cpu", torch.float64).reshape((len(tensor), -1) if rows else (-1,))
-    finite = points.isfinite()
-    if not finite.all():
-        at = tuple((~finite.view(tensor.shape)).nonzero()[0].tolist())
-        raise ValueError(_message("A tensor cannot be clustered.", "finite entries", f"{tensor[at].item()} at {at}"))
-    return points
+        raise ValueError(refusal("There is nothing to cluster.", expected="one entry or more", got=shown(tensor)))
+    entries: Tensor = tensor.detach().to("cpu", torch.float64)
+    wrong = ~entries.isfinite()
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        got = f"{entries[at].item()} at {at}"
+        raise ValueError(refusal("A tensor cannot be clustered.", expected="finite entries", got=got))
+    return entries.reshape((len(entries), -1) if rows else (-1,))
 
 
 def _summary(values: Tensor, sizes: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Distinct, ascending values in bins, both of small width and of few values: their means and masses."""
+    """Return the means and masses of distinct, ascending values in bins, both of small width and of few values."""
     if len(values) <= 2 * bins:
         return values, sizes
     even = torch.linspace(values[0].item(), values[-1].item(), bins, dtype=torch.float64, device="cpu")
     ranks = values[torch.arange(bins, device="cpu") * (len(values) - 1) // (bins - 1)]
-    place = torch.bucketize(values, torch.unique(torch.cat([even, ranks])))
-    masses = torch.bincount(place, weights=sizes)
+    numbers = torch.bucketize(values, torch.unique(torch.cat([even, ranks])))
+    masses = torch.bincount(numbers, weights=sizes)
     filled = masses > 0
-    return torch.bincount(place, weights=values * sizes)[filled] / masses[filled], masses[filled]
+    return torch.bincount(numbers, weights=values * sizes)[filled] / masses[filled], masses[filled]
 
 
 def _optional(module: str) -> Any:
-    """A module that only some patterns need."""
+    """Import a module that only some patterns need."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(_message(f"This pattern needs {module}.", "pip install 'tieopt[patterns]'", error)) from None
+        expected = "pip install 'tieopt[patterns]'"
+        raise ImportError(refusal(f"This pattern needs {module}.", expected=expected, got=error)) from None

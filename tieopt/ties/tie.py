@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import as_integer, refusal, shown, shown_entry, shown_list
+from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry, shown_list
 from tieopt.tensors import overlaps
 from tieopt.ties.slices import FREE, Slices
 
@@ -240,7 +240,8 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
         TypeError, IndexError, ValueError: as :class:`Tie`.
     """
     _check_can_be_tied(tensor, name)
-    dim = _read_dim(dim, tensor, name)
+    count = tensor.dim()
+    dim = integer_between(dim, f"dim for {name}", -count, count - 1, IndexError, parameter=tuple(tensor.shape)) % count
     if isinstance(groups, Tensor) or hasattr(groups, "__array__"):
         labels = _read_labels(groups, dim, tensor, name)
     else:
@@ -297,17 +298,9 @@ def _writes_through_views(tensor: Tensor) -> bool:
         return False
 
 
-def _read_dim(dim: Any, tensor: Tensor, name: str) -> int:
-    lines = {"parameter": tuple(tensor.shape), "expected": f"an integer from {-tensor.dim()} to {tensor.dim() - 1}"}
-    number = as_integer(dim, f"dim for {name}", **lines)
-    if not -tensor.dim() <= number < tensor.dim():
-        raise IndexError(refusal(f"dim for {name} is out of range.", **lines, got=number))
-    return number % tensor.dim()
-
-
 def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
     labels = _as_tensor(values, "Labels", "an integer dtype", name)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
+    if not torch.can_cast(labels.dtype, torch.int64) or labels.dtype in (torch.bool, torch.uint64):
         expected = "an integer dtype that fits into int64"
         raise TypeError(refusal(f"Labels for {name} have the wrong dtype.", expected=expected, got=labels.dtype))
     shape = tensor.movedim(dim, 0).shape
@@ -340,8 +333,7 @@ def _read_lists(groups: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
         lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": outside[0]}
         raise IndexError(refusal(f"An index for {name} is out of range.", **lines))
     members = torch.tensor(indices, dtype=torch.int64, device="cpu")
-    sizes = torch.tensor([len(group) for group in lists], dtype=torch.int64, device="cpu")
-    numbers = torch.arange(len(lists), device="cpu").repeat_interleave(sizes)
+    numbers = torch.tensor([n for n, group in enumerate(lists) for _ in group], dtype=torch.int64, device="cpu")
     repeated = (torch.bincount(members, minlength=count) > 1).nonzero()
     if len(repeated):
         index = int(repeated[0])
