@@ -11,9 +11,9 @@ from tieopt.ties.tie import Groups, SupportsArray, check_writable, slices_for
 
 
 def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> Tensor:
-    r"""Replaces the members of each group by their mean, in place.
+    r"""Replace the members of each group by their mean, in place.
 
-    This is the orthogonal projection onto tied tensors: none is nearer. With scales :math:`s`, which are 1
+    This is the orthogonal projection onto tied tensors: no tied tensor is nearer. With scales :math:`s`, which are 1
     if not given, member :math:`i` becomes
 
     .. math:: w_i \leftarrow s_i w_0, \qquad w_0 = \frac{\sum_j s_j w_j}{\sum_j s_j^2}
@@ -21,9 +21,9 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
     where the sums are over its group. It is idempotent bit for bit, and free slices are not touched. As with
     the functions of ``torch.nn.init``, autograd does not record it.
 
-    It is the helper of a `forum question
-    <https://discuss.pytorch.org/t/tying-weights-from-different-neurons-and-averaging-the-gradients/20934>`_,
-    without its loop over rows.
+    It does what the helper in a `forum question
+    <https://discuss.pytorch.org/t/tying-weights-from-different-neurons-and-averaging-the-gradients/20934>`_
+    does, without a loop over rows.
 
     Args:
         tensor: one dimension or more, dense, any dtype that :class:`~tieopt.Tie` takes, any memory layout in
@@ -31,8 +31,7 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
         groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, of shape
             ``[n]`` for slices along ``dim`` or more dimensions for smaller ones, as for :class:`~tieopt.Tie`.
         dim: the dimension along which the slices lie.
-        scale: what multiple of its group's shared value each slice is, in the shape of the labels, as for
-            :class:`~tieopt.Tie`.
+        scale: the factor :math:`s_i` of each slice, in the shape of the labels, as for :class:`~tieopt.Tie`.
 
     Returns:
         ``tensor`` itself.
@@ -68,7 +67,7 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
 
 
 def is_tied(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> bool:
-    r"""Whether all the members of each group are equal, exactly; with scales, multiples of one value.
+    r"""Return whether all the members of each group are exactly equal; with scales, exact multiples of one value.
 
     .. math:: w_i = s_i w_0 \quad \text{for every member } i \text{ of a group, and some } w_0
 
