@@ -27,7 +27,7 @@ def refusal(what: str, hint: str = "", /, **lines: object) -> str:
 
     Args:
         what: a sentence that says what is wrong.
-        hint: what to do instead, if there is something to say: in brackets after the last line.
+        hint: a way out, shown in brackets after the last line, if there is one.
         **lines: the texts after "Expected:", "Got:" and, where it helps, "Parameter:" and the like, in this order.
 
     Example:
@@ -48,7 +48,7 @@ def shown_entry(tensor: Tensor, marked: Tensor) -> str:
 
 
 def shown_list(texts: Sequence[str], limit: int = 4, separator: str = ", ") -> str:
-    """Return texts as one, with a count in the place of those after the limit."""
+    """Return texts joined into one, with a count in place of those after the limit."""
     more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
     return separator.join([*texts[:limit], *more])
 
@@ -62,7 +62,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def as_integer(value: Any, what: str, /, **lines: object) -> int:
-    """Return a value as an integer; raise a TypeError, with these lines before "Got:", if it is none or a bool."""
+    """Return a value as an integer; raise a TypeError with these lines for anything else, and for a bool."""
     try:
         if isinstance(value, bool):
             raise TypeError

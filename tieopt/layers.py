@@ -23,7 +23,7 @@ _LAYERS = (*_READERS, nn.Embedding)
 _SHAPED_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _READ_FLATTENED = (*_SHAPED_NORMS, nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.GroupNorm, nn.PReLU)
 _NORMS = (*_READ_FLATTENED, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Their attributes for the shape of these entries, which a norm without parameters has too.
+# Their attributes that hold the shape of these entries, even without parameters.
 _SIZES = ("normalized_shape", "num_features", "num_channels", "num_parameters", "out_channels")
 # Layers without weights that do the same to each unit. All of them are listed, because others may mix units.
 _PASSED_OVER = (
@@ -182,17 +182,17 @@ def _layers(module: nn.Module, following: Any) -> list[tuple[Any, str]]:
     return layers
 
 
-def _unpacked(following: Any, place: str = "") -> Iterator[tuple[Any, str]]:
+def _unpacked(following: Any, position: str = "") -> Iterator[tuple[Any, str]]:
     """Yield single layers, each with its text for errors.
 
     A layer in a Sequential at position 2 has the position 2.0, and a layer that is given alone has none.
     """
     is_layer = isinstance(following, nn.Module) and not isinstance(following, nn.Sequential | nn.ModuleList)
     if is_layer or isinstance(following, Tensor | str) or not isinstance(following, Iterable):
-        yield following, _shown_layer(following) + (f", at position {place} of following" if place else "")
+        yield following, _shown_layer(following) + (f", at position {position} of following" if position else "")
         return
     for number, layer in enumerate(following):
-        yield from _unpacked(layer, f"{place}.{number}" if place else str(number))
+        yield from _unpacked(layer, f"{position}.{number}" if position else str(number))
 
 
 def _shown_layer(layer: Any) -> str:
@@ -204,7 +204,7 @@ def _is_passed_over(layer: Any) -> bool:
 
 
 def _is_depthwise(layer: Any, units: int) -> bool:
-    """Return whether a layer is a convolution with one kernel for each unit, which makes one channel of it."""
+    """Return whether a layer is a convolution with one kernel, and one output channel, for each unit."""
     return isinstance(layer, _CONVOLUTIONS) and layer.in_channels == layer.out_channels == layer.groups == units > 1
 
 

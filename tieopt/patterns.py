@@ -211,9 +211,8 @@ def circulant(shape: Sequence[int]) -> Tensor:
         >>> torch.equal(labels, labels.roll((1, 1), (0, 1)))
         True
     """
-    n, _ = _square(shape, "circulant")
-    i, j = _grid(n, n)
-    return (j - i) % n
+    i, j = _grid(*_square(shape, "circulant"))
+    return (j - i) % len(i)
 
 
 def block_circulant(shape: Sequence[int], block: int) -> Tensor:
@@ -284,9 +283,8 @@ def toeplitz(shape: Sequence[int]) -> Tensor:
         >>> torch.equal(labels[1:, 1:], labels[:-1, :-1])
         True
     """
-    m, n = _sizes(shape, least=2)[:2]
-    i, j = _grid(m, n)
-    return j - i + (m - 1)
+    i, j = _grid(*_sizes(shape, least=2)[:2])
+    return j - i + (len(i) - 1)
 
 
 def hankel(shape: Sequence[int]) -> Tensor:

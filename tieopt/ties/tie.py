@@ -108,7 +108,7 @@ class Tie:
             slices = slices_for(param, groups, dim, scale, "the parameter")
             groups, dim, scale = slices.labels, slices.dim, slices.scale
         elif isinstance(groups, Iterator):
-            # It can be read once, and the tie be given to several optimizers.
+            # An iterator can be read only once, but a tie may be given to several optimizers.
             groups = [list(group) for group in groups]
         self.parts = (Part(param, groups, dim, scale),)
 
@@ -188,7 +188,7 @@ class Part(_Fields):
     _name: str | None = None
 
     def slices(self, tensor: Tensor, name: str) -> Slices:
-        """Return the labelled slices of a tensor; raise as :func:`slices_for`."""
+        """Return the labelled slices of a tensor, checked as by :func:`slices_for`."""
         return slices_for(tensor, self.groups, self.dim, self.scale, name)
 
     def __repr__(self) -> str:
@@ -217,7 +217,7 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 # The dtypes that have a mean and that torch converts to the others.
 _DTYPES = _EIGHT_BITS | _FLOATS | {torch.complex32, torch.complex64, torch.complex128}
 
-# Squares, quotients and long sums of scales between its inverse and it are neither infinite nor zero.
+# For scales up to here and down to its inverse, squares, quotients and long sums are neither infinite nor zero.
 _LARGEST_SCALE = 2.0**100
 
 _GROUPS = "a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels"
@@ -240,8 +240,8 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
         TypeError, IndexError, ValueError: as :class:`Tie`.
     """
     _check_can_be_tied(tensor, name)
-    count = tensor.dim()
-    dim = integer_between(dim, f"dim for {name}", -count, count - 1, IndexError, parameter=tuple(tensor.shape)) % count
+    ndim = tensor.dim()
+    dim = integer_between(dim, f"dim for {name}", -ndim, ndim - 1, IndexError, parameter=tuple(tensor.shape)) % ndim
     if isinstance(groups, Tensor) or hasattr(groups, "__array__"):
         labels = _read_labels(groups, dim, tensor, name)
     else:
@@ -269,7 +269,7 @@ def _check_can_be_tied(tensor: Any, name: str) -> None:
 
 
 def _way_to_a_plain_tensor(tensor: Tensor) -> str:
-    """Return how to make a tensor one that can be tied; nothing if there is no general way."""
+    """Return how to get from a tensor to one that can be tied; nothing if there is no general way."""
     if tensor.is_meta:
         return "give it data first, as module.to_empty(device=...) does"
     if tensor.layout != torch.strided:
@@ -320,7 +320,7 @@ def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
 
 
 def _read_lists(groups: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
-    """Return labels for lists of indices: in the first list 0, in the second one 1, and so on."""
+    """Return labels for lists of indices: 0 for the indices in the first list, 1 for the second, and so on."""
     lists = _checked_lists(groups, name)
     indices = list(chain.from_iterable(lists))
     # There may be millions of indices, and most are plain integers, which need no conversion.
