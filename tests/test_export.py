@@ -32,7 +32,8 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieopt.testing
-from tieopt import Tie, TiedOptimizer, codebook, export, tie_
+from tieopt import Tie, TiedOptimizer, export, tie_
+from tieopt.export import codebook
 from tieopt.export.tensor_file import Reader, Writer
 from tieopt.tensors import bits
 
