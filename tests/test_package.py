@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """The functions and classes of a module that users call, whether it lists them or not."""
+    """The functions and classes of a module, or of its files, that users call, whether it lists them or not."""
     if module is tieopt:
         return module.__all__
     return [
@@ -32,7 +32,7 @@ def public_names(module: ModuleType) -> list[str]:
         for name, thing in vars(module).items()
         if not name.startswith("_")
         and (inspect.isfunction(thing) or (inspect.isclass(thing) and not getattr(thing, "_is_protocol", False)))
-        and thing.__module__ == module.__name__
+        and f"{thing.__module__}.".startswith(f"{module.__name__}.")
     ]
 
 

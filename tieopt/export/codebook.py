@@ -1,7 +1,7 @@
-"""The numbers of a codebook: which entries it has, which each slice is, and indices of as few bits as they need.
+"""Codebooks: the values of tied slices, each once, and for every slice the index of its value.
 
-An entry is what stands in a tensor, bit for bit, so that reading it takes no arithmetic: a group that has members of
-several scales has an entry for each. Pure functions of tensors on the CPU.
+Entries are copied from slices bit for bit, so that decoding takes no arithmetic. A group whose members have several
+scales has an entry for each of them.
 """
 
 from __future__ import annotations
@@ -11,103 +11,170 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from tieopt.errors import refusal
+from tieopt.export.tensor_file import checked_dense, plain
 from tieopt.tensors import bits
 from tieopt.ties.slices import FREE, Slices, numbered
+from tieopt.ties.tie import Groups, SupportsArray, slices_for
 
-# So many entries, and indices, are worked on at a time; a multiple of 8.
+# Entries of tensors, and indices, that are worked on at a time; a multiple of 8.
 _CHUNK = 2**16
 
 
-class Entries(NamedTuple):
-    """What a codebook has an entry for: each multiple of a group's shared value that occurs.
+def encode(
+    param: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None
+) -> tuple[Tensor, Tensor]:
+    """Encode a tied tensor as a codebook and indices.
+
+    ``codebook[indices]`` is the tensor again, bit for bit; along another dimension
+    ``codebook[indices].movedim(0, dim)`` is.
+
+    Args:
+        param: the tied tensor, of any dtype and layout that :class:`~tieopt.Tie` takes.
+        groups: as in :class:`~tieopt.Tie`.
+        dim: as in :class:`~tieopt.Tie`.
+        scale: as in :class:`~tieopt.Tie`.
+
+    Returns:
+        The codebook, of shape ``[entries, *slice]`` and the dtype of the tensor, and the indices, int64, in the shape
+        of the labels. Both are on the device of the tensor. The codebook has an entry for each group and each free
+        slice, in the order in which they occur; with scales, an entry for each scale in each group.
+
+    Raises:
+        TypeError, IndexError, ValueError: as :class:`~tieopt.Tie` says; or the tensor is sharded, or is not tied.
+
+    Example:
+        Sixteen values for a matrix, each with both signs:
+
+        >>> import torch
+        >>> from tieopt import export, patterns, tie_
+        >>> weight = torch.randn(64, 64)
+        >>> labels, signs = patterns.hashed(weight.shape, 16)
+        >>> _ = tie_(weight, labels, scale=signs)
+        >>> codebook, indices = export.encode(weight, labels, scale=signs)
+        >>> codebook.shape, indices.shape
+        (torch.Size([32]), torch.Size([64, 64]))
+        >>> torch.equal(codebook[indices], weight)
+        True
+    """
+    (slices,) = numbered([slices_for(param, groups, dim, scale, "the tensor")])
+    tensor = plain(checked_dense("the tensor", param))
+    # Each free slice becomes a group of its own.
+    labels = slices.labels
+    alone = torch.arange(labels.numel(), device="cpu").view(labels.shape) + labels.numel()
+    with_free = numbered([slices._replace(labels=torch.where(labels == FREE, alone, labels))])
+    codebook = codebook_of(with_free, [tensor], ["the tensor"])
+    return codebook.entries.to(param.device), codebook.indices[0].to(param.device)
+
+
+class Codebook(NamedTuple):
+    """The codebook of a tie.
 
     Attributes:
-        symbols: for the slices of each tensor the number of its entry, and for a free one the number of all entries;
-            int64, of the shape of the labels.
+        entries: the values, shape ``[entries, *slice]``.
+        indices: for each tensor the entry of every slice, int64, in the shape of the labels. A free slice has the
+            number of entries.
         groups: the group of each entry, int64.
-        scales: what multiple of the shared value it is, float64.
-        firsts: the first slice that is this entry, by its number among those of all tensors, int64; they ascend.
+        scales: the scale of each entry, float64.
     """
 
-    symbols: list[Tensor]
+    entries: Tensor
+    indices: list[Tensor]
     groups: Tensor
     scales: Tensor
-    firsts: Tensor
 
 
-def entries_of(slices: Sequence[Slices]) -> Entries:
-    """The entries for slices of several tensors, numbered ones, in the order in which they occur."""
-    labels = torch.cat([each.labels.flatten() for each in slices])
-    scales = torch.cat([each.scales.flatten() for each in slices])
+def codebook_of(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequence[str]) -> Codebook:
+    """Return the codebook of a tie, with its entries in the order in which they occur.
+
+    Args:
+        slices: of each tensor, their groups numbered by :func:`~tieopt.ties.slices.numbered`.
+        tensors: the tied tensors, on the CPU.
+        names: of the tensors, for the error.
+
+    Raises:
+        ValueError: members with the same group and scale are not equal bit for bit.
+    """
+    labels = torch.cat([labelled.labels.flatten() for labelled in slices])
+    scales = torch.cat([labelled.scales.flatten() for labelled in slices])
     pairs = labels
-    if any(each.scale is not None for each in slices):
+    if any(labelled.scale is not None for labelled in slices):
         multiples, which = torch.unique(scales, return_inverse=True)
         pairs = numbered([Slices(torch.where(labels == FREE, FREE, labels * len(multiples) + which))])[0].labels
-    total = len(pairs)
-    count = int(pairs.max()) + 1 if total else 0
-    symbols = torch.where(pairs == FREE, count, pairs)
-    firsts = torch.full((count + 1,), total, device="cpu")
-    firsts = firsts.scatter_reduce_(0, symbols, torch.arange(total, device="cpu"), "amin")[:count]
-    own = torch.split(symbols, [each.labels.numel() for each in slices])
-    parts = [part.view(each.labels.shape) for part, each in zip(own, slices, strict=True)]
-    return Entries(parts, labels[firsts], scales[firsts], firsts)
+    # Pairs of a group and a scale are numbered as they occur, so that each new pair is a new maximum.
+    highest = pairs.cummax(0).values
+    is_first = highest.diff(prepend=highest.new_full((1,), FREE)) > 0
+    indices = _split(torch.where(pairs == FREE, is_first.sum(), pairs), slices)
+    firsts = zip(slices, tensors, _split(is_first, slices), strict=True)
+    entries = torch.cat([bits(tensor).movedim(labelled.dim, 0)[first] for labelled, tensor, first in firsts])
+    entries = entries.view(tensors[0].dtype)
+    for labelled, tensor, name, index in zip(slices, tensors, names, indices, strict=True):
+        _check_tied(tensor, entries, labelled.dim, index, name)
+    return Codebook(entries, indices, labels[is_first], scales[is_first])
 
 
-def codebook_of(entries: Entries, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Tensor:
-    """The first slices that are each entry, ``[entries, *slice]``; see :func:`differing` for the others."""
-    found, start = [], 0
-    for each, tensor in zip(slices, tensors, strict=True):
-        end = start + each.labels.numel()
-        own = entries.firsts[(entries.firsts >= start) & (entries.firsts < end)] - start
-        found.append(bits(tensor).movedim(each.dim, 0)[torch.unravel_index(own, each.labels.shape)])
-        start = end
-    return torch.cat(found).view(tensors[0].dtype)
+def _split(column: Tensor, slices: Sequence[Slices]) -> list[Tensor]:
+    """Split what is known of all slices by the tensors that they are in."""
+    shapes = [labelled.labels.shape for labelled in slices]
+    parts = torch.split(column, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def differing(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor) -> int:
-    """How many members in a tensor are not what the codebook says they are, bit for bit."""
-    found = 0
-    for part, members, expected in _members(codebook, tensor, dim, symbols):
-        own, wanted = (one.unsqueeze(-1).contiguous().view(torch.uint8) for one in (part[members], expected))
-        found += int((own != wanted).flatten(1).any(1).sum())
-    return found
+def _check_tied(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor, name: str) -> None:
+    compared = _members(tensor, entries, dim, indices)
+    wrong = sum(int((_bytes(view[members]) != _bytes(expected)).any(1).sum()) for view, members, expected in compared)
+    if wrong:
+        what, parameter = "What is not tied cannot be written as a codebook.", f"{name} of shape {tuple(tensor.shape)}"
+        expected = "members that are equal bit for bit, as after tie_weights()"
+        got = f"{wrong} that differ from the first one of their group"
+        raise ValueError(refusal(what, parameter=parameter, expected=expected, got=got))
 
 
-def fill_(tensor: Tensor, codebook: Tensor, dim: int, symbols: Tensor) -> None:
-    """Writes the members into a tensor."""
-    for part, members, values in _members(codebook, tensor, dim, symbols):
-        part[members] = values
+def _bytes(slices: Tensor) -> Tensor:
+    """Return slices as bytes, shape ``[n, bytes]``: unlike numbers, NaNs can be equal, and 0.0 and -0.0 differ."""
+    return slices.unsqueeze(-1).flatten(1).contiguous().view(torch.uint8)
 
 
-def _members(codebook: Tensor, tensor: Tensor, dim: int, symbols: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A tensor part by part: a view of it, which of its slices are members, and what the codebook says of these."""
-    front = bits(tensor).movedim(dim, 0)
-    length = max(_CHUNK * len(front) // max(front.numel(), 1), 1)
-    for part, own in zip(torch.split(front, length), torch.split(symbols, length), strict=True):
-        members = own < len(codebook)
-        yield part, members, bits(codebook)[own[members]]
+def fill_(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> None:
+    """Write the members of groups to a tensor; free slices stay as they are."""
+    for view, is_member, values in _members(tensor, entries, dim, indices):
+        view[is_member] = values
+
+
+def _members(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield views of a tensor, chunk by chunk, with a mask of their members and the entries of these."""
+    slices = bits(tensor).movedim(dim, 0)
+    length = max(_CHUNK * len(slices) // max(slices.numel(), 1), 1)
+    for view, chosen in zip(torch.split(slices, length), torch.split(indices, length), strict=True):
+        is_member = chosen < len(entries)
+        yield view, is_member, bits(entries)[chosen[is_member]]
 
 
 def packed(numbers: Tensor, width: int) -> Tensor:
-    """Numbers of so many bits each, without gaps; the lowest bit first, uint8."""
-    chunks = [_packed(chunk, width) for chunk in torch.split(numbers.flatten(), _CHUNK)]
-    return torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *chunks])
+    """Pack numbers of ``width`` bits into bytes without gaps, the lowest bit first."""
+    chunks = [torch.empty(0, dtype=torch.uint8, device="cpu")]
+    for chunk in torch.split(numbers.flatten(), _CHUNK):
+        binary = _binary(chunk, width).view(-1)
+        chunks.append(_from_binary(pad(binary, (0, -binary.numel() % 8)).view(-1, 8)).byte())
+    return torch.cat(chunks)
 
 
-def _packed(numbers: Tensor, width: int) -> Tensor:
-    each = (numbers[:, None] >> torch.arange(width, device="cpu")) & 1
-    octets = torch.nn.functional.pad(each.view(-1), (0, -each.numel() % 8)).view(-1, 8)
-    return (octets << torch.arange(8, device="cpu")).sum(1).byte()
-
-
-def unpacked(octets: Tensor, width: int, shape: torch.Size) -> Tensor:
-    """The numbers that were packed, int64; of so many octets as these numbers take."""
+def unpacked(data: Tensor, width: int, shape: torch.Size) -> Tensor:
+    """Return the numbers that :func:`packed` made ``data`` of, int64 and of a shape."""
     if not width:
         return torch.zeros((), dtype=torch.int64, device="cpu").expand(shape)
     numbers = torch.empty(shape.numel(), dtype=torch.int64, device="cpu")
-    for chunk, target in zip(torch.split(octets, _CHUNK // 8 * width), torch.split(numbers, _CHUNK), strict=True):
-        each = (chunk[:, None].long() >> torch.arange(8, device="cpu")) & 1
-        each = each.view(-1)[: len(target) * width].view(-1, width)
-        target.copy_((each << torch.arange(width, device="cpu")).sum(1))
+    for chunk, target in zip(torch.split(data, _CHUNK // 8 * width), torch.split(numbers, _CHUNK), strict=True):
+        target.copy_(_from_binary(_binary(chunk, 8).view(-1)[: len(target) * width].view(-1, width)))
     return numbers.view(shape)
+
+
+def _binary(numbers: Tensor, width: int) -> Tensor:
+    """Return the binary digits of numbers, shape ``[n, width]``, the lowest first."""
+    return (numbers.long()[:, None] >> torch.arange(width, device="cpu")) & 1
+
+
+def _from_binary(digits: Tensor) -> Tensor:
+    return (digits << torch.arange(digits.shape[1], device="cpu")).sum(1)

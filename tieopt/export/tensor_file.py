@@ -1,8 +1,8 @@
 """Safetensors files, written tensor by tensor, and read with a check of every tensor.
 
-The `format <https://github.com/huggingface/safetensors#format>`_ is a header, which says where each tensor stands, and
-then the tensors. The safetensors package, which reads them here, writes a file only from all tensors at once. So the
-tensors go into temporary files first, beside what they are to become, and are put behind the header in the end.
+The `format <https://github.com/huggingface/safetensors#format>`_ is a header, which says where each tensor is, followed
+by the tensors. The safetensors package, which reads the files here, can only write all tensors at once. To hold one
+tensor at a time, the writer collects them in temporary files and copies these behind the header at the end.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import json
 import os
 import secrets
 import shutil
-import stat
-from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from tieopt.tensors import octets
+from tieopt.errors import refusal, shown
+from tieopt.tensors import is_sharded, octets
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -46,122 +47,110 @@ _NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _METADATA = "__metadata__"
-# Under which the metadata has what was written, and the hash of that.
+# Keys of the metadata: the contents that the writer is given, as JSON, and the hash of this text.
 _CONTENTS, _HASH = "tieopt", "tieopt.sha256"
 
 
 class Writer:
-    """Writes a file that is there as a whole in the end, or not at all; a context.
+    """A context that writes a file: in the end it is there as a whole, or not at all.
 
     Args:
-        file: where to. What is there is replaced, and its permissions are kept.
+        file: where to. A file that is there is replaced, and its permissions are kept.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
-        # Behind a symbolic link, which stays one.
-        self._file = os.path.realpath(os.fsdecode(file))
-        self._header: dict[str, dict[str, Any]] = {}
+        # A symbolic link stays one: the file that it points to is replaced.
+        self._file = Path(os.path.realpath(os.fsdecode(file)))
+        self._tensors: dict[str, tuple[torch.dtype, torch.Size]] = {}
         self._hashes: dict[str, str] = {}
-        # By the size of their entries: with the large ones first, all stand where their type may stand in memory.
-        self._data: dict[int, IO[bytes]] = {}
-        self._stack = ExitStack()
+        # By the size of an entry: with the large ones first, every tensor is aligned for its dtype.
+        self._data = {size: TemporaryFile(dir=self._file.parent) for size in (8, 4, 2, 1)}  # noqa: SIM115 - __exit__
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        for data in self._data.values():
+            data.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor, which may be changed or forgotten then.
+        """Add a tensor, which may be changed or deleted afterwards.
 
         Raises:
-            TypeError: the format has not its dtype.
-            ValueError: there is one of that name, or the format has another use for it.
+            TypeError: the format does not have its dtype.
+            ValueError: there is a tensor of that name, or the format uses the name itself.
         """
         if tensor.dtype not in _NAMES:
-            raise TypeError(
-                f"{name} cannot be written to a file.\n"
-                f"  Expected: a dtype that safetensors has: {', '.join(map(str, _NAMES))}\n"
-                f"  Got:      {tensor.dtype}"
-            )
-        if name in self._header or name == _METADATA:
-            raise ValueError(
-                "Two tensors of a file would have one name.\n"
-                "  Expected: names that are no others followed by .codebook, .indices, .groups, .scales or .free, and "
-                f"not {_METADATA}\n  Got:      {name}"
-            )
+            expected = f"a dtype that safetensors has: {', '.join(map(str, _NAMES))}"
+            raise TypeError(refusal(f"{name} cannot be written to a file.", expected=expected, got=tensor.dtype))
+        if name in self._tensors or name == _METADATA:
+            endings = ".codebook, .indices, .groups, .scales or .free"
+            expected = f"names that are not another name followed by {endings}, and not {_METADATA}"
+            raise ValueError(refusal("Two tensors of a file would have one name.", expected=expected, got=name))
         tensor = plain(tensor).contiguous()
-        size = tensor.dtype.itemsize
-        if size not in self._data:
-            beside = TemporaryFile(dir=os.path.dirname(self._file))  # noqa: SIM115 - the stack closes it
-            self._data[size] = self._stack.enter_context(beside)
-        start = self._data[size].tell()
-        self._data[size].write(octets(tensor))
-        self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, start + tensor.nbytes],
-        }
+        self._data[tensor.dtype.itemsize].write(octets(tensor))
+        self._tensors[name] = tensor.dtype, tensor.shape
         self._hashes[name] = _hash(name, tensor)
 
     def finish(self, contents: dict[str, Any]) -> None:
-        """Writes the file, with contents in its metadata that can be written as JSON."""
+        """Write the file, with contents in its metadata that JSON can represent."""
         text = json.dumps({**contents, "sha256": self._hashes})
         metadata = {"format": "pt", _CONTENTS: text, _HASH: hashlib.sha256(text.encode()).hexdigest()}
-        data = [(size, self._data[size]) for size in sorted(self._data, reverse=True)]
-        header: dict[str, Any] = {_METADATA: metadata}
+        entries: dict[str, Any] = {_METADATA: metadata}
         end = 0
-        for size, part in data:
-            for name, entry in self._header.items():
-                if _DTYPES[entry["dtype"]].itemsize == size:
-                    header[name] = {**entry, "data_offsets": [end + offset for offset in entry["data_offsets"]]}
-            end += part.tell()
-        written = json.dumps(header, ensure_ascii=False).encode()
-        written += b" " * (-len(written) % 8)
-        mode = _permissions(self._file)
-        # Until it is complete, nobody else can read what may replace a private file.
-        private = None if mode is None else partial(os.open, mode=0o600)
-        beside = os.path.join(os.path.dirname(self._file), f".{secrets.token_hex(8)}.partial")
+        for name, (dtype, shape) in sorted(self._tensors.items(), key=lambda tensor: -tensor[1][0].itemsize):
+            start, end = end, end + shape.numel() * dtype.itemsize
+            entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header = json.dumps(entries, ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+
+        replaces = self._file.exists()
+        # Until it is complete, nobody else may read what is to replace a private file.
+        opener = partial(os.open, mode=0o600) if replaces else None
+        unfinished = self._file.parent / f".{secrets.token_hex(8)}.partial"
         try:
-            with open(beside, "xb", opener=private) as whole:
-                whole.write(len(written).to_bytes(8, "little") + written)
-                for _, part in data:
-                    part.seek(0)
-                    shutil.copyfileobj(part, whole, 2**20)
-            if mode is not None:
-                os.chmod(beside, mode)
-            os.replace(beside, self._file)
+            with open(unfinished, "xb", opener=opener) as target:
+                target.write(len(header).to_bytes(8, "little") + header)
+                for data in self._data.values():
+                    data.seek(0)
+                    shutil.copyfileobj(data, target, 2**20)
+            if replaces:
+                shutil.copymode(self._file, unfinished)
+            unfinished.replace(self._file)
         finally:
-            if os.path.exists(beside):
-                os.remove(beside)
+            unfinished.unlink(missing_ok=True)
 
 
 class Reader:
-    """Reads a file that :class:`Writer` has written, and nothing of it that is not as it was written; a context.
+    """A context that reads a file of :class:`Writer`, and refuses what is not as it was written.
 
     Args:
-        file: where it is.
+        file: the path of the file.
 
     Attributes:
-        contents: what :meth:`Writer.finish` was given.
+        contents: the contents that :meth:`Writer.finish` was given.
         names: of the tensors.
 
     Raises:
         ImportError: safetensors is missing.
         OSError: the file cannot be opened.
-        ValueError: it is none, or was cut off or altered.
+        ValueError: it is no such file, or was cut off or altered.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
-        safetensors = _safetensors()
+        try:
+            safetensors = import_module("safetensors")
+        except ImportError as error:
+            expected = "pip install 'tieopt[export]'"
+            raise ImportError(refusal("Files are read with safetensors.", expected=expected, got=error)) from None
         self._file = os.fsdecode(file)
-        self._failure = safetensors.SafetensorError
+        # Where the shape of a tensor is impossible, torch raises one of the other two.
+        self._unreadable = safetensors.SafetensorError, TypeError, RuntimeError
         try:
             self._handle = safetensors.safe_open(self._file, framework="pt", device="cpu")
             metadata = self._handle.metadata() or {}
         except safetensors.SafetensorError as error:
-            raise self.error("a whole safetensors file", str(error)) from None
+            raise self.error("a whole safetensors file", error) from None
         text = metadata.get(_CONTENTS)
         if text is None:
             raise self.error("a file that tieopt.export.save has written", "one without its metadata")
@@ -170,11 +159,11 @@ class Reader:
         try:
             self.contents: dict[str, Any] = json.loads(text)
             self._hashes: dict[str, str] = self.contents.pop("sha256")
-            self.names = set(self._hashes.keys())
+            self.names = self._hashes.keys()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise self.error("metadata that tieopt.export.save has written", "others") from None
-        if differing := sorted(self.names ^ set(self._handle.keys())):
-            raise self.error("the tensors that were written", f"others: {', '.join(differing)}")
+        if unlike := sorted(self.names ^ set(self._handle.keys())):
+            raise self.error("the tensors that were written", f"others: {', '.join(unlike)}")
         for name in self.names:
             if (dtype := self._handle.get_slice(name).get_dtype()) not in _DTYPES:
                 raise self.error("dtypes that tieopt.export.save writes", f"{name} of {dtype}")
@@ -186,15 +175,15 @@ class Reader:
     def __exit__(self, *exception: object) -> None:
         self._handle.__exit__(*exception)
 
-    def error(self, expected: str, got: str) -> ValueError:
-        """What is raised where a file is not as it should be."""
-        return ValueError(f"{self._file} cannot be read.\n  Expected: {expected}\n  Got:      {got}")
+    def error(self, expected: str, got: object) -> ValueError:
+        """Return the error for a file that is not as it should be."""
+        return ValueError(refusal(f"{self._file} cannot be read.", expected=expected, got=got))
 
     def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
-        """The dtype and the shape of a tensor, which is not read.
+        """Return the dtype and the shape of a tensor, without reading it.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: there is no tensor of that name.
         """
         if name not in self.names:
             raise self.error(f"{name} as it was written", "no tensor of that name")
@@ -202,45 +191,45 @@ class Reader:
         return _DTYPES[entry.get_dtype()], torch.Size(entry.get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the file, with memory of its own.
+        """Return a tensor of the file.
 
         Raises:
             ValueError: it is not as it was written.
         """
         try:
-            # What comes from the file is mapped, and changes with it.
+            # A copy, because the tensor of the handle is mapped: it changes with the file.
             tensor: Tensor = self._handle.get_tensor(name).clone()
-        # Of a shape that no tensor can have, torch raises one of the others.
-        except (self._failure, TypeError, RuntimeError) as error:
-            raise self.error(f"{name} as it was written", str(error)) from None
+        except self._unreadable as error:
+            raise self.error(f"{name} as it was written", error) from None
         if _hash(name, tensor) != self._hashes[name]:
             raise self.error(f"{name} as it was written", "other values")
         return tensor
 
 
+def checked_dense(name: str, value: Any) -> Tensor:
+    """Return a value, if it is a tensor with memory of its own, which can be written.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if isinstance(value, Tensor):
+        special = is_lazy(value) or is_sharded(value) or value.is_nested or value.is_quantized
+        # Wrappers of other tensors, and tensors on the meta device, have no address.
+        if not special and value.layout == torch.strided and (not value.numel() or value.data_ptr()):
+            return value
+        got = f"{type(value).__name__} of {value.dtype}, {value.layout}, device {value.device}"
+    else:
+        got = shown(value)
+    expected = "a dense tensor that is whole in the memory of this process"
+    raise TypeError(refusal(f"{name} cannot be written as it is.", expected=expected, got=got))
+
+
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, without a graph; what torch negates or conjugates on reading is written out."""
+    """Return a tensor on the CPU, without a graph, whose memory holds its values: not negated, nor conjugated."""
     return tensor.detach().cpu().resolve_conj().resolve_neg()
 
 
-def _permissions(file: str) -> int | None:
-    """Those of a file that is there."""
-    try:
-        return stat.S_IMODE(os.stat(file).st_mode)
-    except FileNotFoundError:
-        return None
-
-
 def _hash(name: str, tensor: Tensor) -> str:
-    found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(octets(tensor))
-    return found.hexdigest()
-
-
-def _safetensors() -> Any:
-    try:
-        return import_module("safetensors")
-    except ImportError as error:
-        raise ImportError(
-            f"Files are read with safetensors.\n  Expected: pip install 'tieopt[export]'\n  Got:      {error}"
-        ) from None
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(octets(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,392 @@
+"""Models in files: tied parameters as codebooks, everything else as it is.
+
+A reader trusts nothing in the metadata: each file is checked as a whole before a tensor is read or made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from tieopt.errors import refusal, shown
+from tieopt.export.codebook import codebook_of, fill_, packed, unpacked
+from tieopt.export.tensor_file import Reader, Writer, checked_dense, plain
+from tieopt.optimizer import TiedOptimizer
+from tieopt.tensors import bits
+from tieopt.ties.places import BoundTie, found, parameters_of
+from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.tie import Tie, Ties
+
+_FORMAT = "1"
+
+# Version 1.0.0 wrote indices without bits where all slices are one entry. The size of the file does not limit their
+# number then.
+_LABELS_WITHOUT_BITS = 2**24
+
+# The dtypes of the groups and the scales of entries: the first that represents all of them exactly.
+_GROUPS = torch.uint8, torch.int16, torch.int32, torch.int64
+_SCALES = torch.int8, torch.float32, torch.float64
+
+# The slices that are tied of each parameter, by name.
+_Tied = defaultdict[str, list[Slices]]
+
+
+def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]) -> None:
+    """Write the state of a model to a safetensors file, its tied parameters as codebooks and indices.
+
+    The file is there as a whole in the end, or not at all. Tensors are written one after the other, so that memory is
+    needed for one tie at a time. The folder needs room for two such files for a moment.
+
+    Args:
+        model: the model whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
+        ties: the tied optimizer; or what it takes, with parameters of the model or their names.
+        file: where to. A file that is there is replaced, and its permissions are kept.
+
+    Raises:
+        TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or not
+            in the model; or something in the state is not a dense tensor, is sharded, or has a dtype that the format
+            does not have.
+        RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tieopt import TiedOptimizer, export
+        >>> model = torch.nn.Linear(8, 6)
+        >>> optimizer = TiedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), {model.weight: [[0, 5], [1, 2, 3]]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export.save(model, optimizer, f"{folder}/model.safetensors")
+        ...     state = export.load(f"{folder}/model.safetensors")
+        >>> torch.equal(state["weight"], model.weight)
+        True
+    """
+    if not isinstance(model, Module):
+        raise TypeError(refusal("This cannot be written.", expected="a torch.nn.Module", got=shown(model)))
+    state = {name: checked_dense(name, value) for name, value in model.state_dict(keep_vars=True).items()}
+    names: dict[Any, list[str]] = {}
+    # Parameters first: an optimizer does not know the name of a buffer that is the same tensor.
+    for name in sorted(state, key=lambda name: not isinstance(state[name], Parameter)):
+        names.setdefault(_identity(state[name]), []).append(name)
+    tied: _Tied = defaultdict(list)
+    with Writer(file) as writer:
+        written = [
+            _write_tie(writer, tie, params, [_name_of(param, names) for param in params], tied)
+            for tie, params in _bound(model, ties)
+        ]
+        for name, slices in tied.items():
+            _write_free(writer, name, state[name], slices)
+        whole = [name for name, *_ in names.values() if name not in tied]
+        for name in whole:
+            writer.add(name, state[name])
+        sizes = {name: state[name].shape for name in tied}
+        aliases = {name: others for name, *others in names.values() if others}
+        writer.finish({"format": _FORMAT, "ties": written, "tied": sizes, "whole": whole, "aliases": aliases})
+
+
+def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the state that :func:`save` has written, bit for bit, for ``load_state_dict``.
+
+    Args:
+        file: the path of the file.
+
+    Returns:
+        The tensor of each name, contiguous, on the CPU. Names of one tensor in the model have one tensor here, too.
+
+    Raises:
+        ImportError, OSError, ValueError: as :func:`stream`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tieopt import export
+        >>> model = torch.nn.Linear(8, 6)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export.save(model, {}, f"{folder}/model.safetensors")
+        ...     model.load_state_dict(export.load(f"{folder}/model.safetensors"))
+        <All keys matched successfully>
+    """
+    return dict(stream(file))
+
+
+def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of a file, one after the other, with one tensor in memory at a time.
+
+    The sizes of all tensors are checked against the file before one is made. The indices in the file limit the number
+    of slices, and the codebook limits the size of a slice. Nothing limits their product, because it is what a codebook
+    saves: a small file may well contain a large tensor.
+
+    Args:
+        file: the path of the file.
+
+    Yields:
+        The items of what :func:`load` returns, in another order.
+
+    Raises:
+        ImportError: safetensors is missing.
+        OSError: the file cannot be opened.
+        ValueError: the file was cut off or altered, or was not written by :func:`save`; or a tensor is larger than the
+            memory. Tensors that were yielded before are as they were written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tieopt import export, tie_
+        >>> model, groups = torch.nn.Linear(8, 6), [[0, 5], [1, 2, 3]]
+        >>> _ = tie_(model.weight, groups)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export.save(model, {"weight": groups}, f"{folder}/model.safetensors")
+        ...     for name, tensor in export.stream(f"{folder}/model.safetensors"):
+        ...         print(name, tuple(tensor.shape))
+        bias (6,)
+        weight (6, 8)
+    """
+    with _ModelReader(file) as reader:
+        for name in (*reader.whole, *reader.tied):
+            tensor = reader.read_tied(name) if name in reader.tied else reader.read(name)
+            for alias in (name, *reader.aliases.get(name, ())):
+                yield alias, tensor
+            del tensor  # before the next is read
+
+
+def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
+    """Read the ties of a file, by the names of the parameters, to continue a training.
+
+    Args:
+        file: the path of the file.
+
+    Returns:
+        Ties for a :class:`~tieopt.TiedOptimizer` of ``named_parameters()``. It can load the ``state_dict`` of the
+        optimizer whose ties were saved.
+
+    Raises:
+        ImportError, OSError, ValueError: as :func:`stream`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tieopt import TiedOptimizer, export, tie_
+        >>> model, groups = torch.nn.Linear(8, 6), [[0, 5], [1, 2, 3]]
+        >>> _ = tie_(model.weight, groups)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export.save(model, {"weight": groups}, f"{folder}/model.safetensors")
+        ...     ties = export.load_ties(f"{folder}/model.safetensors")
+        >>> ties
+        [Tie('weight', a tensor of shape (6,) and torch.int64)]
+        >>> optimizer = TiedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), ties)
+    """
+    with _ModelReader(file) as reader:
+        return [reader.read_tie(tie) for tie in reader.ties]
+
+
+class _Part(NamedTuple):
+    """The labels of one parameter in a tie, as the metadata describe them.
+
+    Attributes:
+        name: of the parameter.
+        key: the name of its indices in the file, without ".indices". The key of the first part of a tie is that of the
+            codebook as well.
+        dim: the dimension along which the slices lie.
+        shape: of the labels.
+        bits: the width of an index.
+    """
+
+    name: str
+    key: str
+    dim: int
+    shape: torch.Size
+    bits: int
+
+
+# --- writing ---
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a key that is equal for two tensors if they are the same entries in memory."""
+    address = tensor.data_ptr() if tensor.numel() else id(tensor)
+    kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return address, *kind, tensor.is_conj(), tensor.is_neg()
+
+
+def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
+    """Return the ties of an optimizer or for a model, with the parameters of each."""
+    if isinstance(ties, TiedOptimizer):
+        return ties._tieopt.parameters(ties.param_groups)
+    named = dict(model.named_parameters())
+    param_groups = [{"params": list(named.values()), "param_names": list(named)}]
+    return parameters_of(found(param_groups, ties, "model"), param_groups)
+
+
+def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[str], tied: _Tied) -> list[Any]:
+    """Write a tie, add its slices to those of its parameters, and return its metadata."""
+    codebook = codebook_of(tie.slices, [plain(param) for param in params], names)
+    parts = []
+    for name, labelled, indices in zip(names, tie.slices, codebook.indices, strict=True):
+        key = f"{name}.{len(tied[name])}" if tied[name] else name
+        # At least one bit, so that the size of the file limits how many there are.
+        width = max(int(indices.max()).bit_length(), 1) if indices.numel() else 0
+        writer.add(f"{key}.indices", packed(indices, width))
+        parts.append(_Part(name, key, labelled.dim, labelled.labels.shape, width))
+        tied[name].append(labelled)
+    writer.add(f"{parts[0].key}.codebook", codebook.entries)
+    if any(labelled.scale is not None for labelled in tie.slices):
+        writer.add(f"{parts[0].key}.groups", _narrow(codebook.groups, _GROUPS))
+        writer.add(f"{parts[0].key}.scales", _narrow(codebook.scales, _SCALES))
+    return [part._asdict() for part in parts]
+
+
+def _name_of(param: Tensor, names: dict[Any, list[str]]) -> str:
+    key = _identity(checked_dense("A tied parameter", param))
+    if key not in names:
+        what, expected = "A tied parameter is not in the state of the model.", "a parameter that model.state_dict() has"
+        raise ValueError(refusal(what, expected=expected, got=f"a parameter of shape {tuple(param.shape)}"))
+    return names[key][0]
+
+
+def _write_free(writer: Writer, name: str, param: Tensor, slices: Sequence[Slices]) -> None:
+    """Write the entries of a parameter that are in no group."""
+    free = torch.ones(param.shape, dtype=torch.bool, device="cpu")
+    for labelled in slices:
+        free.movedim(labelled.dim, 0)[labelled.labels != FREE] = False
+    if bool(free.any()):
+        writer.add(f"{name}.free", bits(plain(param))[free].view(param.dtype))
+
+
+def _narrow(numbers: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """Convert numbers to the first dtype that represents all of them exactly."""
+    casts = (numbers.to(dtype) for dtype in dtypes)
+    return next(cast for cast in casts if torch.equal(cast.to(numbers.dtype), numbers))
+
+
+# --- reading ---
+
+
+class _ModelReader(Reader):
+    """A context that reads the file of a model, once its metadata and the sizes of its tensors were checked.
+
+    Attributes:
+        ties: the parts of each tie.
+        tied: the shapes of tied parameters, by name.
+        whole: the names of tensors that are stored as they are.
+        aliases: the further names of tensors, by name.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        super().__init__(file)
+        stated = self.contents
+        if stated.get("format") != _FORMAT:
+            raise self.error(f"format {_FORMAT}", f"{shown(stated.get('format'))}, of another version of tieopt")
+        try:
+            self.ties = [[_Part(**part | {"shape": torch.Size(part["shape"])}) for part in t] for t in stated["ties"]]
+            self.tied = {name: torch.Size(shape) for name, shape in stated["tied"].items()}
+            self.whole: list[str] = list(stated["whole"])
+            self.aliases: dict[str, list[str]] = dict(stated["aliases"])
+            sound = all(self._conditions())
+        except (LookupError, TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise self.error("metadata that tieopt.export.save has written", "others")
+        self._check_sizes()
+
+    def _conditions(self) -> Iterator[bool]:
+        """Yield what must hold of the metadata; a condition may be evaluated only if all before it hold."""
+        for shape in self.tied.values():
+            # In the strides of a tensor without entries, a size of 0 counts as 1.
+            yield all(size >= 0 for size in shape) and math.prod(max(size, 1) for size in shape) < 2**59
+        parts = [part for tie in self.ties for part in tie]
+        for part in parts:
+            yield type(part.dim) is type(part.bits) is int and isinstance(part.key, str)
+            yield part.dim >= 0 and 0 <= part.bits < 64
+            yield len(part.shape) > 0 and part.shape == self._moved_shape(part)[: len(part.shape)]
+        yield all(self.ties)
+        yield self.tied.keys() == {part.name for part in parts}
+        # Parts that share indices would let a small file make many large tensors.
+        yield len({part.key for part in parts}) == len(parts)
+        names = [*self.tied, *self.whole, *(alias for others in self.aliases.values() for alias in others)]
+        yield all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+    def _check_sizes(self) -> None:
+        """Refuse tensors that do not fit each other, before one is read, or made as large as the metadata say."""
+        dtypes: dict[str, torch.dtype] = {}
+        with_entries = set()
+        for tie in self.ties:
+            key = tie[0].key
+            dtype, shape = self.described(f"{key}.codebook")
+            # Entries without numbers take no room in the file, but there cannot be more of them than labels.
+            fits = len(shape) > 0 and shape[0] <= sum(part.shape.numel() for part in tie)
+            fits = fits and (dtype.is_floating_point or dtype.is_complex)
+            for part in tie:
+                fits = fits and shape[1:] == self._moved_shape(part)[len(part.shape) :]
+                self._require(fits and dtypes.setdefault(part.name, dtype) == dtype, f"{key}.codebook", part.name)
+                labels = part.shape.numel()
+                has_indices = self.described(f"{part.key}.indices") == (torch.uint8, (-(-part.bits * labels // 8),))
+                has_width = part.bits <= max(shape[0].bit_length(), 1) and (part.bits or labels <= _LABELS_WITHOUT_BITS)
+                self._require(has_indices and bool(has_width), f"{part.key}.indices", part.name)
+                if shape[0]:
+                    with_entries.add(part.name)
+            if f"{key}.scales" in self.names:
+                for name, allowed in ((f"{key}.groups", _GROUPS), (f"{key}.scales", _SCALES)):
+                    dtype, numbers = self.described(name)
+                    self._require(dtype in allowed and numbers == shape[:1], name, tie[0].name)
+        for name, shape in self.tied.items():
+            # Without an entry of a codebook, all of the parameter is free.
+            if shape.numel() and name not in with_entries:
+                self._require(self.described(f"{name}.free")[1] == (shape.numel(),), f"{name}.free", name)
+
+    def _moved_shape(self, part: _Part) -> tuple[int, ...]:
+        """Return the shape of a parameter with the dimension of its slices moved to the front."""
+        shape = self.tied[part.name]
+        return (shape[part.dim], *shape[: part.dim], *shape[part.dim + 1 :])
+
+    def _require(self, fits: bool, key: str, name: str) -> None:
+        """Refuse a tensor that does not fit the others of a parameter."""
+        if not fits:
+            raise self.error(f"tensors that make up {name}", f"{key} that does not fit the others")
+
+    def read_tied(self, name: str) -> Tensor:
+        """Read a tied parameter from the codebooks of its ties and its free entries."""
+        shape = self.tied[name]
+        sources = [(f"{tie[0].key}.codebook", part) for tie in self.ties for part in tie if part.name == name]
+        dtype, _ = self.described(sources[0][0])
+        try:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+            free = torch.ones(shape, dtype=torch.bool, device="cpu")
+        except RuntimeError:
+            got = f"{name} of shape {tuple(shape)} and {dtype}"
+            raise self.error("tensors that fit into memory", got) from None
+        for key, part in sources:
+            entries = self.read(key)
+            indices = self._read_indices(part, len(entries))
+            fill_(tensor, entries, part.dim, indices)
+            free.movedim(part.dim, 0)[indices < len(entries)] = False
+        if bool(free.any()):
+            values = self.read(f"{name}.free")
+            self._require(values.dtype == dtype and values.shape == (int(free.sum()),), f"{name}.free", name)
+            bits(tensor)[free] = bits(values)
+        return tensor
+
+    def read_tie(self, tie: Sequence[_Part]) -> Tie:
+        """Read a tie, by the names of its parameters."""
+        key, name = tie[0].key, tie[0].name
+        count = len(self.read(f"{key}.codebook"))
+        groups, scales = torch.arange(count, device="cpu"), None
+        if f"{key}.scales" in self.names:
+            groups, scales = self.read(f"{key}.groups").long(), self.read(f"{key}.scales").double()
+            self._require(bool((groups >= 0).all()), f"{key}.groups", name)
+            self._require(bool(scales.isfinite().all()), f"{key}.scales", name)
+        ties = []
+        for part in tie:
+            indices = self._read_indices(part, count)
+            labels = torch.cat([groups, groups.new_full((1,), FREE)])[indices]
+            scale = None if scales is None else torch.cat([scales, scales.new_ones(1)])[indices]
+            ties.append(Tie(part.name, labels, dim=part.dim, scale=scale))
+        return Tie.join(*ties)
+
+    def _read_indices(self, part: _Part, count: int) -> Tensor:
+        """Read the entry of each slice: one of so many, or for a free slice their number."""
+        indices = unpacked(self.read(f"{part.key}.indices"), part.bits, part.shape)
+        self._require(bool((indices <= count).all()), f"{part.key}.indices", part.name)
+        return indices
