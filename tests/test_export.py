@@ -91,10 +91,10 @@ def test_labels_may_be_as_large_as_integers_are():
 def test_packed_numbers_are_unpacked(width, count, seed):
     numbers = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(seed))
 
-    octets = codebook.packed(numbers, width)
+    data = codebook.packed(numbers, width)
 
-    assert len(octets) == math.ceil(width * count / 8)
-    assert torch.equal(codebook.unpacked(octets, width, numbers.shape), numbers)
+    assert len(data) == math.ceil(width * count / 8)
+    assert torch.equal(codebook.unpacked(data, width, numbers.shape), numbers)
 
 
 def test_numbers_are_packed_in_chunks_without_gaps(monkeypatch):
@@ -172,11 +172,11 @@ def test_a_trained_model_comes_back_bit_for_bit_with_its_ties(tmp_path, compact)
     assert same_tree(other.state_dict(), before)  # It was tied.
     assert fingerprints(again) == fingerprints(optimizer)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for one, stepped in ((model, optimizer), (other, again)):
-        one.train()
-        stepped.zero_grad()
-        one[3](one[2](one[1](one[0](randn(5, 6, seed=3))))).square().mean().backward()
-        stepped.step()
+    for trained, trainer in ((model, optimizer), (other, again)):
+        trained.train()
+        trainer.zero_grad()
+        trained[3](trained[2](trained[1](trained[0](randn(5, 6, seed=3))))).square().mean().backward()
+        trainer.step()
     assert all(map(same_bits, model.parameters(), other.parameters()))
 
 
@@ -185,11 +185,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.com
 
 @given(data=st.data(), seed=seeds, dtype=st.sampled_from(DTYPES), tied_first=st.booleans())
 def test_ties_of_every_kind_come_back(data, seed, dtype, tied_first, tmp_path_factory):
-    every = [(4, 3), (3, 4), (5,), (2, 3, 2), (0, 3), (3, 0)]
-    chosen = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=3))
+    all_shapes = [(4, 3), (3, 4), (5,), (2, 3, 2), (0, 3), (3, 0)]
+    chosen = data.draw(st.lists(st.sampled_from(all_shapes), min_size=1, max_size=3))
     model = nn.ParameterDict({f"p{i}": nn.Parameter(normal(shape, dtype, seed + i)) for i, shape in enumerate(chosen)})
     params = list(model.values())
-    if data.draw(st.booleans()):  # one that is transposed in memory
+    if data.draw(st.booleans()):  # transposed in memory
         params[0].data = params[0].data.movedim(0, -1).contiguous().movedim(-1, 0)
     given_ties = data.draw(tieopt.testing.ties(params))
     optimizer = TiedOptimizer(SGD(model.named_parameters()), given_ties)
@@ -210,12 +210,12 @@ def test_names_and_an_optimizer_say_the_same(tmp_path):
     model = network()
     optimizer = TiedOptimizer(SGD(model.parameters(), lr=0.1), {model[2].weight: [[0, 1]]})
 
-    export.save(model, optimizer, tmp_path / "one")
-    export.save(model, {"2.weight": [[0, 1]]}, tmp_path / "other")
+    export.save(model, optimizer, tmp_path / "optimizer")
+    export.save(model, {"2.weight": [[0, 1]]}, tmp_path / "names")
 
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
-    with safe_open(tmp_path / "one", "pt") as one:
-        names = set(one.keys())
+    assert (tmp_path / "optimizer").read_bytes() == (tmp_path / "names").read_bytes()
+    with safe_open(tmp_path / "names", "pt") as opened:
+        names = set(opened.keys())
     assert {"2.weight.codebook", "2.weight.indices", "2.weight.free"} <= names
     assert not {"2.weight", "2.weight.groups", "2.weight.scales"} & names
 
@@ -320,7 +320,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
 
     def watched(self: Writer, name: str, tensor: Tensor) -> None:
         written.append(weakref.ref(tensor))
-        assert sum(one() is not None for one in written) <= 2  # the indices, and the codebook
+        assert sum(reference() is not None for reference in written) <= 2  # the indices, and the codebook
         add(self, name, tensor)
 
     monkeypatch.setattr(Writer, "add", watched)
@@ -332,7 +332,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
     for _, tensor in export.stream(tmp_path / "model"):
         given_out.append(weakref.ref(tensor))
         del tensor
-        assert sum(one() is not None for one in given_out) <= 1
+        assert sum(reference() is not None for reference in given_out) <= 1
 
 
 def test_another_default_device_does_not_matter(tmp_path):
@@ -403,7 +403,7 @@ def forged(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Non
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [place, *(one for key in keys for one in places(value[key], (*place, key)))]
+    return [place, *(inner for key in keys for inner in places(value[key], (*place, key)))]
 
 
 NONSENSE = [None, -1, 0, 1, 7, 2**70, True, 1.5, math.nan, "x", "0.weight", [], [1], [-1], [2**70], [[]], {}, {"a": 1}]
@@ -447,10 +447,10 @@ def test_metadata_that_make_no_sense_are_refused(tmp_path):
     [
         lambda _: torch.zeros(0),
         lambda _: torch.zeros(()),
-        lambda own: torch.full((len(own) + 1, *own.shape[1:]), 255).to(own.dtype),
-        lambda own: own[:-1].clone(),
-        lambda own: own[None].clone(),
-        lambda own: own.to(torch.complex64),
+        lambda tensor: torch.full((len(tensor) + 1, *tensor.shape[1:]), 255).to(tensor.dtype),
+        lambda tensor: tensor[:-1].clone(),
+        lambda tensor: tensor[None].clone(),
+        lambda tensor: tensor.to(torch.complex64),
     ],
     ids=["nothing", "a number", "one more", "one less", "another shape", "another dtype"],
 )
@@ -474,7 +474,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(name, other, tmp_path):
         except ValueError as error:
             assert "does not fit" in str(error)  # noqa: PT017 - one of the two may read it
             refused += 1
-    assert refused or name == "1.codebook"  # Of one entry more it cannot be said that no index was to mean it.
+    assert refused or name == "1.codebook"  # A codebook may have an entry that no index stands for.
 
 
 @pytest.mark.parametrize("text", ["", "[", "{}", "[]", "null", "3", '"a"', "[" * 100_000])
@@ -722,7 +722,7 @@ def test_what_is_to_replace_a_private_file_is_private_all_along_and_gone_when_it
     monkeypatch.setattr("tieopt.export.tensor_file.shutil.copyfileobj", copied)
     with pytest.raises(OSError, match="no room"):
         export.save(nn.Linear(2, 2), {}, file)
-    assert seen == [0o600] * 5  # for the tensors of each of four sizes of entries, and when it is complete
+    assert seen == [0o600] * 5  # when the tensors of four sizes of entries are copied, and when it is complete
     assert file.read_text() == "before"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

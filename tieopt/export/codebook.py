@@ -19,7 +19,7 @@ from tieopt.tensors import bits
 from tieopt.ties.slices import FREE, Slices, numbered
 from tieopt.ties.tie import Groups, SupportsArray, slices_for
 
-# Entries of tensors, and indices, that are worked on at a time; a multiple of 8.
+# The entries of a tensor, or the indices, that are processed at a time; a multiple of 8.
 _CHUNK = 2**16
 
 
@@ -74,8 +74,8 @@ class Codebook(NamedTuple):
 
     Attributes:
         entries: the values, shape ``[entries, *slice]``.
-        indices: for each tensor the entry of every slice, int64, in the shape of the labels. A free slice has the
-            number of entries.
+        indices: for each tensor the entry of every slice, int64, in the shape of the labels. The index of a free
+            slice is the number of entries.
         groups: the group of each entry, int64.
         scales: the scale of each entry, float64.
     """
@@ -90,9 +90,9 @@ def codebook_of(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequ
     """Return the codebook of a tie, with its entries in the order in which they occur.
 
     Args:
-        slices: of each tensor, their groups numbered by :func:`~tieopt.ties.slices.numbered`.
+        slices: the slices of each tensor, with groups numbered by :func:`~tieopt.ties.slices.numbered`.
         tensors: the tied tensors, on the CPU.
-        names: of the tensors, for the error.
+        names: the names of the tensors, for the error.
 
     Raises:
         ValueError: members with the same group and scale are not equal bit for bit.
@@ -116,7 +116,7 @@ def codebook_of(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequ
 
 
 def _split(column: Tensor, slices: Sequence[Slices]) -> list[Tensor]:
-    """Split what is known of all slices by the tensors that they are in."""
+    """Split values for all slices by tensor, each in the shape of its labels."""
     shapes = [labelled.labels.shape for labelled in slices]
     parts = torch.split(column, [shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -133,23 +133,23 @@ def _check_tied(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor, name
 
 
 def _bytes(slices: Tensor) -> Tensor:
-    """Return slices as bytes, shape ``[n, bytes]``: unlike numbers, NaNs can be equal, and 0.0 and -0.0 differ."""
+    """Return the bytes of slices, shape ``[n, bytes]``; those of 0.0 and -0.0 differ, those of equal NaNs do not."""
     return slices.unsqueeze(-1).flatten(1).contiguous().view(torch.uint8)
 
 
 def fill_(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> None:
-    """Write the members of groups to a tensor; free slices stay as they are."""
-    for view, is_member, values in _members(tensor, entries, dim, indices):
-        view[is_member] = values
+    """Write the entries of a codebook to the members of its groups; free slices stay as they are."""
+    for view, members, values in _members(tensor, entries, dim, indices):
+        view[members] = values
 
 
 def _members(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield views of a tensor, chunk by chunk, with a mask of their members and the entries of these."""
+    """Yield chunks of a tensor: a view of some slices, the mask of its members, and the entries of these members."""
     slices = bits(tensor).movedim(dim, 0)
     length = max(_CHUNK * len(slices) // max(slices.numel(), 1), 1)
     for view, chosen in zip(torch.split(slices, length), torch.split(indices, length), strict=True):
-        is_member = chosen < len(entries)
-        yield view, is_member, bits(entries)[chosen[is_member]]
+        members = chosen < len(entries)
+        yield view, members, bits(entries)[chosen[members]]
 
 
 def packed(numbers: Tensor, width: int) -> Tensor:
@@ -162,7 +162,7 @@ def packed(numbers: Tensor, width: int) -> Tensor:
 
 
 def unpacked(data: Tensor, width: int, shape: torch.Size) -> Tensor:
-    """Return the numbers that :func:`packed` made ``data`` of, int64 and of a shape."""
+    """Return the numbers that :func:`packed` has packed, int64."""
     if not width:
         return torch.zeros((), dtype=torch.int64, device="cpu").expand(shape)
     numbers = torch.empty(shape.numel(), dtype=torch.int64, device="cpu")

@@ -1,19 +1,20 @@
 """Models in files: tied parameters as codebooks, everything else as it is.
 
-A reader trusts nothing in the metadata: each file is checked as a whole before a tensor is read or made.
+The metadata of a file are not trusted: all of them are checked before a tensor is read or made.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import Module, Parameter
+from torch.nn.functional import pad
 
 from tieopt.errors import refusal, shown
 from tieopt.export.codebook import codebook_of, fill_, packed, unpacked
@@ -26,28 +27,28 @@ from tieopt.ties.tie import Tie, Ties
 
 _FORMAT = "1"
 
-# Version 1.0.0 wrote indices without bits where all slices are one entry. The size of the file does not limit their
-# number then.
-_LABELS_WITHOUT_BITS = 2**24
+# The most indices without bits, which version 1.0.0 wrote where all slices are one entry: the size of the file does not
+# limit their number.
+_MOST_WITHOUT_BITS = 2**24
 
-# The dtypes of the groups and the scales of entries: the first that represents all of them exactly.
+# The dtypes for the groups and the scales of entries; the first that represents all of them exactly is used.
 _GROUPS = torch.uint8, torch.int16, torch.int32, torch.int64
 _SCALES = torch.int8, torch.float32, torch.float64
 
-# The slices that are tied of each parameter, by name.
+# The slices of each tied parameter, by its name.
 _Tied = defaultdict[str, list[Slices]]
 
 
 def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]) -> None:
     """Write the state of a model to a safetensors file, its tied parameters as codebooks and indices.
 
-    The file is there as a whole in the end, or not at all. Tensors are written one after the other, so that memory is
-    needed for one tie at a time. The folder needs room for two such files for a moment.
+    The file is written as a whole, or not at all. Its tensors are made one after the other, so that memory is needed
+    for one tie at a time. For a moment the folder needs room for two such files.
 
     Args:
         model: the model whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
         ties: the tied optimizer; or what it takes, with parameters of the model or their names.
-        file: where to. A file that is there is replaced, and its permissions are kept.
+        file: the path of the file. An existing file is replaced, and its permissions are kept.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or not
@@ -71,7 +72,7 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
         raise TypeError(refusal("This cannot be written.", expected="a torch.nn.Module", got=shown(model)))
     state = {name: checked_dense(name, value) for name, value in model.state_dict(keep_vars=True).items()}
     names: dict[Any, list[str]] = {}
-    # Parameters first: an optimizer does not know the name of a buffer that is the same tensor.
+    # Parameters first: a tensor that is a buffer as well has the name by which an optimizer knows it.
     for name in sorted(state, key=lambda name: not isinstance(state[name], Parameter)):
         names.setdefault(_identity(state[name]), []).append(name)
     tied: _Tied = defaultdict(list)
@@ -97,7 +98,7 @@ def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         file: the path of the file.
 
     Returns:
-        The tensor of each name, contiguous, on the CPU. Names of one tensor in the model have one tensor here, too.
+        The tensors by name, contiguous, on the CPU. Names that shared a tensor in the model share one here, too.
 
     Raises:
         ImportError, OSError, ValueError: as :func:`stream`.
@@ -186,18 +187,17 @@ class _Part(NamedTuple):
     """The labels of one parameter in a tie, as the metadata describe them.
 
     Attributes:
-        name: of the parameter.
-        key: the name of its indices in the file, without ".indices". The key of the first part of a tie is that of the
-            codebook as well.
+        name: the name of the parameter.
+        key: the name under which the file has the indices; for the first part of a tie, the codebook as well.
         dim: the dimension along which the slices lie.
-        shape: of the labels.
-        bits: the width of an index.
+        shape: the shape of the labels.
+        bits: the bits of an index.
     """
 
     name: str
     key: str
     dim: int
-    shape: torch.Size
+    shape: Size
     bits: int
 
 
@@ -205,14 +205,14 @@ class _Part(NamedTuple):
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for two tensors if they are the same entries in memory."""
+    """Return a key that two tensors have in common if they are the same entries in memory."""
     address = tensor.data_ptr() if tensor.numel() else id(tensor)
     kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
     return address, *kind, tensor.is_conj(), tensor.is_neg()
 
 
 def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
-    """Return the ties of an optimizer or for a model, with the parameters of each."""
+    """Return the ties of an optimizer, or for the parameters of a model, each with its parameters."""
     if isinstance(ties, TiedOptimizer):
         return ties._tieopt.parameters(ties.param_groups)
     named = dict(model.named_parameters())
@@ -226,7 +226,7 @@ def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[
     parts = []
     for name, labelled, indices in zip(names, tie.slices, codebook.indices, strict=True):
         key = f"{name}.{len(tied[name])}" if tied[name] else name
-        # At least one bit, so that the size of the file limits how many there are.
+        # At least one bit for an index, so that the size of the file limits their number.
         width = max(int(indices.max()).bit_length(), 1) if indices.numel() else 0
         writer.add(f"{key}.indices", packed(indices, width))
         parts.append(_Part(name, key, labelled.dim, labelled.labels.shape, width))
@@ -265,7 +265,7 @@ def _narrow(numbers: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
 
 
 class _ModelReader(Reader):
-    """A context that reads the file of a model, once its metadata and the sizes of its tensors were checked.
+    """Context manager that reads the file of a model, after checking its metadata and the sizes of its tensors.
 
     Attributes:
         ties: the parts of each tie.
@@ -280,8 +280,8 @@ class _ModelReader(Reader):
         if stated.get("format") != _FORMAT:
             raise self.error(f"format {_FORMAT}", f"{shown(stated.get('format'))}, of another version of tieopt")
         try:
-            self.ties = [[_Part(**part | {"shape": torch.Size(part["shape"])}) for part in t] for t in stated["ties"]]
-            self.tied = {name: torch.Size(shape) for name, shape in stated["tied"].items()}
+            self.ties = [[_Part(**part | {"shape": Size(part["shape"])}) for part in tie] for tie in stated["ties"]]
+            self.tied = {name: Size(shape) for name, shape in stated["tied"].items()}
             self.whole: list[str] = list(stated["whole"])
             self.aliases: dict[str, list[str]] = dict(stated["aliases"])
             sound = all(self._conditions())
@@ -292,7 +292,7 @@ class _ModelReader(Reader):
         self._check_sizes()
 
     def _conditions(self) -> Iterator[bool]:
-        """Yield what must hold of the metadata; a condition may be evaluated only if all before it hold."""
+        """Yield the conditions for the metadata; each may be evaluated only if all before it hold."""
         for shape in self.tied.values():
             # In the strides of a tensor without entries, a size of 0 counts as 1.
             yield all(size >= 0 for size in shape) and math.prod(max(size, 1) for size in shape) < 2**59
@@ -309,9 +309,9 @@ class _ModelReader(Reader):
         yield all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
 
     def _check_sizes(self) -> None:
-        """Refuse tensors that do not fit each other, before one is read, or made as large as the metadata say."""
+        """Refuse tensors whose sizes do not fit each other, before one is read or made."""
         dtypes: dict[str, torch.dtype] = {}
-        with_entries = set()
+        entries: Counter[str] = Counter()
         for tie in self.ties:
             key = tie[0].key
             dtype, shape = self.described(f"{key}.codebook")
@@ -321,19 +321,19 @@ class _ModelReader(Reader):
             for part in tie:
                 fits = fits and shape[1:] == self._moved_shape(part)[len(part.shape) :]
                 self._require(fits and dtypes.setdefault(part.name, dtype) == dtype, f"{key}.codebook", part.name)
+                entries[part.name] += shape[0]
                 labels = part.shape.numel()
-                has_indices = self.described(f"{part.key}.indices") == (torch.uint8, (-(-part.bits * labels // 8),))
-                has_width = part.bits <= max(shape[0].bit_length(), 1) and (part.bits or labels <= _LABELS_WITHOUT_BITS)
-                self._require(has_indices and bool(has_width), f"{part.key}.indices", part.name)
-                if shape[0]:
-                    with_entries.add(part.name)
+                fewest, most = int(labels > _MOST_WITHOUT_BITS), max(shape[0].bit_length(), 1)
+                packed_as = self.described(f"{part.key}.indices")
+                fits_labels = packed_as == (torch.uint8, (-(-part.bits * labels // 8),)) and fewest <= part.bits <= most
+                self._require(fits_labels, f"{part.key}.indices", part.name)
             if f"{key}.scales" in self.names:
                 for name, allowed in ((f"{key}.groups", _GROUPS), (f"{key}.scales", _SCALES)):
                     dtype, numbers = self.described(name)
                     self._require(dtype in allowed and numbers == shape[:1], name, tie[0].name)
         for name, shape in self.tied.items():
-            # Without an entry of a codebook, all of the parameter is free.
-            if shape.numel() and name not in with_entries:
+            # Where codebooks have no entries for a parameter, all of it is free.
+            if shape.numel() and not entries[name]:
                 self._require(self.described(f"{name}.free")[1] == (shape.numel(),), f"{name}.free", name)
 
     def _moved_shape(self, part: _Part) -> tuple[int, ...]:
@@ -377,16 +377,17 @@ class _ModelReader(Reader):
             groups, scales = self.read(f"{key}.groups").long(), self.read(f"{key}.scales").double()
             self._require(bool((groups >= 0).all()), f"{key}.groups", name)
             self._require(bool(scales.isfinite().all()), f"{key}.scales", name)
+            scales = pad(scales, (0, 1), value=1.0)
+        groups = pad(groups, (0, 1), value=FREE)
         ties = []
         for part in tie:
             indices = self._read_indices(part, count)
-            labels = torch.cat([groups, groups.new_full((1,), FREE)])[indices]
-            scale = None if scales is None else torch.cat([scales, scales.new_ones(1)])[indices]
-            ties.append(Tie(part.name, labels, dim=part.dim, scale=scale))
+            scale = None if scales is None else scales[indices]
+            ties.append(Tie(part.name, groups[indices], dim=part.dim, scale=scale))
         return Tie.join(*ties)
 
     def _read_indices(self, part: _Part, count: int) -> Tensor:
-        """Read the entry of each slice: one of so many, or for a free slice their number."""
+        """Read the index of the entry of each slice, or ``count``, the number of entries, for a free slice."""
         indices = unpacked(self.read(f"{part.key}.indices"), part.bits, part.shape)
         self._require(bool((indices <= count).all()), f"{part.key}.indices", part.name)
         return indices

@@ -12,11 +12,12 @@ import json
 import os
 import secrets
 import shutil
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,59 +27,42 @@ from tieopt.errors import refusal, shown
 from tieopt.tensors import is_sharded, octets
 
 _NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-}
+    torch.bool: "BOOL", torch.complex64: "C64",
+    torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _METADATA = "__metadata__"
-# Keys of the metadata: the contents that the writer is given, as JSON, and the hash of this text.
+# The keys in the metadata of the writer's contents, as JSON, and of the hash of this text.
 _CONTENTS, _HASH = "tieopt", "tieopt.sha256"
 
 
-class Writer:
-    """A context that writes a file: in the end it is there as a whole, or not at all.
+class Writer(ExitStack):
+    """Context manager that writes a file as a whole, or not at all.
 
     Args:
-        file: where to. A file that is there is replaced, and its permissions are kept.
+        file: the path of the file. An existing file is replaced, and its permissions are kept.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
-        # A symbolic link stays one: the file that it points to is replaced.
+        super().__init__()
+        # Of a symbolic link, the file that it points to is replaced.
         self._file = Path(os.path.realpath(os.fsdecode(file)))
         self._tensors: dict[str, tuple[torch.dtype, torch.Size]] = {}
         self._hashes: dict[str, str] = {}
         # By the size of an entry: with the large ones first, every tensor is aligned for its dtype.
-        self._data = {size: TemporaryFile(dir=self._file.parent) for size in (8, 4, 2, 1)}  # noqa: SIM115 - __exit__
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for data in self._data.values():
-            data.close()
+        folder = self._file.parent
+        self._data = {size: self.enter_context(TemporaryFile(dir=folder)) for size in (8, 4, 2, 1)}  # noqa: SIM115
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor, which may be changed or deleted afterwards.
 
         Raises:
             TypeError: the format does not have its dtype.
-            ValueError: there is a tensor of that name, or the format uses the name itself.
+            ValueError: the file has a tensor of that name, or the format itself uses the name.
         """
         if tensor.dtype not in _NAMES:
             expected = f"a dtype that safetensors has: {', '.join(map(str, _NAMES))}"
@@ -93,7 +77,7 @@ class Writer:
         self._hashes[name] = _hash(name, tensor)
 
     def finish(self, contents: dict[str, Any]) -> None:
-        """Write the file, with contents in its metadata that JSON can represent."""
+        """Write the file, with ``contents`` as JSON in its metadata."""
         text = json.dumps({**contents, "sha256": self._hashes})
         metadata = {"format": "pt", _CONTENTS: text, _HASH: hashlib.sha256(text.encode()).hexdigest()}
         entries: dict[str, Any] = {_METADATA: metadata}
@@ -105,7 +89,7 @@ class Writer:
         header += b" " * (-len(header) % 8)
 
         replaces = self._file.exists()
-        # Until it is complete, nobody else may read what is to replace a private file.
+        # The file may replace a private one, so nobody else may read it before it has the same permissions.
         opener = partial(os.open, mode=0o600) if replaces else None
         unfinished = self._file.parent / f".{secrets.token_hex(8)}.partial"
         try:
@@ -121,33 +105,34 @@ class Writer:
             unfinished.unlink(missing_ok=True)
 
 
-class Reader:
-    """A context that reads a file of :class:`Writer`, and refuses what is not as it was written.
+class Reader(ExitStack):
+    """Context manager that reads a file of :class:`Writer`, and refuses it if it was altered.
 
     Args:
         file: the path of the file.
 
     Attributes:
         contents: the contents that :meth:`Writer.finish` was given.
-        names: of the tensors.
+        names: the names of the tensors.
 
     Raises:
         ImportError: safetensors is missing.
         OSError: the file cannot be opened.
-        ValueError: it is no such file, or was cut off or altered.
+        ValueError: the file was cut off or altered, or was not written by :class:`Writer`.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
+        super().__init__()
         try:
             safetensors = import_module("safetensors")
         except ImportError as error:
             expected = "pip install 'tieopt[export]'"
             raise ImportError(refusal("Files are read with safetensors.", expected=expected, got=error)) from None
         self._file = os.fsdecode(file)
-        # Where the shape of a tensor is impossible, torch raises one of the other two.
+        # torch raises one of the last two for a shape that no tensor can have.
         self._unreadable = safetensors.SafetensorError, TypeError, RuntimeError
         try:
-            self._handle = safetensors.safe_open(self._file, framework="pt", device="cpu")
+            self._handle = self.enter_context(safetensors.safe_open(self._file, framework="pt", device="cpu"))
             metadata = self._handle.metadata() or {}
         except safetensors.SafetensorError as error:
             raise self.error("a whole safetensors file", error) from None
@@ -167,13 +152,6 @@ class Reader:
         for name in self.names:
             if (dtype := self._handle.get_slice(name).get_dtype()) not in _DTYPES:
                 raise self.error("dtypes that tieopt.export.save writes", f"{name} of {dtype}")
-
-    def __enter__(self) -> Self:
-        self._handle.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.__exit__(*exception)
 
     def error(self, expected: str, got: object) -> ValueError:
         """Return the error for a file that is not as it should be."""
@@ -197,7 +175,7 @@ class Reader:
             ValueError: it is not as it was written.
         """
         try:
-            # A copy, because the tensor of the handle is mapped: it changes with the file.
+            # A copy, because the handle's tensor is mapped to the file and changes with it.
             tensor: Tensor = self._handle.get_tensor(name).clone()
         except self._unreadable as error:
             raise self.error(f"{name} as it was written", error) from None
@@ -207,7 +185,7 @@ class Reader:
 
 
 def checked_dense(name: str, value: Any) -> Tensor:
-    """Return a value, if it is a tensor with memory of its own, which can be written.
+    """Return a value if it is a dense tensor with memory of its own.
 
     Raises:
         TypeError: it is not.
@@ -225,7 +203,7 @@ def checked_dense(name: str, value: Any) -> Tensor:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, without a graph, whose memory holds its values: not negated, nor conjugated."""
+    """Return a tensor on the CPU, without a graph, with lazy negation and conjugation carried out."""
     return tensor.detach().cpu().resolve_conj().resolve_neg()
 
 
