@@ -60,17 +60,17 @@ def cell(entry: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
 
 def kinds(given_ties: list[Tie], param: Tensor) -> dict[tuple[int, ...], Any]:
     """What each entry of a parameter is: free, pinned, or of which group and with which sign."""
-    found: dict[tuple[int, ...], Any] = dict.fromkeys(product(*map(range, param.shape)), "free")
+    entry_kinds: dict[tuple[int, ...], Any] = dict.fromkeys(product(*map(range, param.shape)), "free")
     for number, tie in enumerate(given_ties):
         for part in tie.parts:
             if part.param is not param:
                 continue
-            for entry in found:
+            for entry in entry_kinds:
                 front = (entry[part.dim], *entry[: part.dim], *entry[part.dim + 1 :])[: part.groups.dim()]
                 label, scale = int(part.groups[front]), 1.0 if part.scale is None else float(part.scale[front])
                 if label >= 0:
-                    found[entry] = (number, label, scale > 0) if scale else "pinned"
-    return found
+                    entry_kinds[entry] = (number, label, scale > 0) if scale else "pinned"
+    return entry_kinds
 
 
 def image_of(axes: Axes) -> Tensor:
@@ -106,8 +106,8 @@ def test_an_optimizer_is_drawn_as_its_ties_under_the_names_of_its_parameters(
     figure, same = plot.draw_groups(optimizer, figure=Figure()), plot.draw_groups(optimizer.ties, figure=Figure())
     tied = [part.param for tie in optimizer.ties for part in tie.parts]
     titles = dict.fromkeys(
-        next(f"{name}\n{tuple(param.shape)}" for name, param in zip(names, params, strict=True) if param is one)
-        for one in tied
+        next(f"{name}\n{tuple(param.shape)}" for name, param in zip(names, params, strict=True) if param is drawn_param)
+        for drawn_param in tied
     )
     assert [axes.get_title() for axes in figure.axes] == list(titles)
     for axes, other in zip(figure.axes, same.axes, strict=True):
@@ -257,7 +257,7 @@ def test_bars_count_the_groups_of_each_size(drawn: tuple[list[Parameter], list[T
     sizes = [
         sum(int((part.groups == label).sum()) for part in tie.parts)
         for tie in given_ties
-        for label in {int(one) for part in tie.parts for one in part.groups.unique()} - {-1}
+        for label in {label for part in tie.parts for label in part.groups.unique().tolist()} - {-1}
     ]
     axes = Figure().subplots()
     if not sizes:
