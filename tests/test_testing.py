@@ -210,9 +210,9 @@ def refused(*args: Any, **kwargs: Any) -> dict[str, str]:
         r"  Expected: (?P<expected>\S+) at (?P<at>\(.*\)), to (?P<tolerance>\S+)\n"
         r"  Got:      (?P<got>\S+), which differs by (?P<difference>\S+); (?P<optimizer>\w+) (?P<why>.*)"
     )
-    found = re.fullmatch(pattern, str(caught.value))
-    assert found, str(caught.value)
-    parts = found.groupdict()
+    match = re.fullmatch(pattern, str(caught.value))
+    assert match, str(caught.value)
+    parts = match.groupdict()
     difference = abs(float(parts["expected"]) - float(parts["got"]))
     assert float(parts["difference"]) == pytest.approx(difference, rel=1e-2)
     assert difference > float(parts["tolerance"]) >= 1e-12
@@ -260,8 +260,8 @@ def test_a_matrix_for_an_optimizer_of_matrices_is_no_reason_for_another_error():
 def test_what_is_frozen_is_trained_on_neither_side():
     def model() -> nn.Module:
         made = Autoencoder()
-        for one in (*made.middle.parameters(), made.encoder.bias):
-            one.requires_grad_(False)
+        for param in (*made.middle.parameters(), made.encoder.bias):
+            param.requires_grad_(False)
         return made
 
     assert_equivalent(model, ENTRYWISE[7], {"encoder.weight": [[0, 1]], "middle.weight": [[0, 1]]}, batches())
@@ -358,7 +358,7 @@ def test_only_one_model_is_made_and_the_optimizer_gets_names():
     assert_equivalent(model, make, TRANSPOSED, batches(2))
     assert len(made) == 1
     assert names[0] == [name for name, _ in made[0].named_parameters()]
-    assert all(one.dtype == torch.float64 for one in made[0].parameters())
+    assert all(param.dtype == torch.float64 for param in made[0].parameters())
     assert_tied(made[0], TRANSPOSED)
 
 
@@ -377,7 +377,7 @@ def test_ties_may_be_a_function_of_the_model_and_batches_anything_that_the_loss_
 
 
 def test_a_model_that_is_wholly_tied_or_not_at_all_is_equivalent_too():
-    wholly = {name: [list(range(len(one)))] for name, one in Autoencoder().named_parameters()}
+    wholly = {name: [list(range(len(param)))] for name, param in Autoencoder().named_parameters()}
     for tied in ({}, wholly):
         assert_equivalent(Autoencoder, ENTRYWISE[7], tied, batches())
 

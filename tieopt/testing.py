@@ -1,6 +1,6 @@
-"""For users' own tests, and this library's: is it tied, is it the shared parameter, and what ties there are.
+"""Assertions and hypothesis strategies for tests of ties.
 
-The assertions need nothing but torch. The strategies are for `hypothesis <https://hypothesis.readthedocs.io>`_:
+The assertions need torch alone. The strategies are for `hypothesis <https://hypothesis.readthedocs.io>`_:
 ``pip install hypothesis``.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
-from tieopt.errors import shown
+from tieopt.errors import refusal, shown
 from tieopt.numbers.reduction import Operation, Reduction, lead_
 from tieopt.optimizer import TiedOptimizer
 from tieopt.ties.places import found
@@ -35,25 +35,25 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> None:
-    r"""Asserts that entries are tied, bit for bit but for the sign of zero.
+    r"""Assert that entries are tied, bit for bit except for the sign of zero.
 
     .. math:: w_i = s_i w_0 \quad \text{for every member } i \text{ of a group, and some } w_0
 
-    It is :func:`~tieopt.is_tied`, for a whole model as well, with an error that says where. Unlike
+    This is :func:`~tieopt.is_tied`, also for a whole model, with an error that says where it fails. Unlike
     :func:`torch.testing.assert_close` it has no tolerance, and a NaN is not equal to itself.
 
     Args:
         model_or_tensor: a model, or a tensor of one dimension or more and of any dtype that
             :class:`~tieopt.Tie` takes.
-        ties: for a model as for :class:`~tieopt.TiedOptimizer`, where names are those of
-            ``model.named_parameters()``; for a tensor groups as for :func:`~tieopt.is_tied`, or a
-            :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are then taken.
+        ties: for a model, ties as for :class:`~tieopt.TiedOptimizer`, with the names of
+            ``model.named_parameters()``; for a tensor, groups as for :func:`~tieopt.is_tied`, or a
+            :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are used.
 
     Raises:
-        AssertionError: a member is not what another of its group says; which, and what it is.
-        TypeError: this is neither a model nor a tensor, or ``ties`` are not ties.
+        AssertionError: a member differs from the others of its group; the message says which, and its value.
+        TypeError: ``model_or_tensor`` is neither a model nor a tensor, or ``ties`` are not ties.
         IndexError: an index, or a dimension, is out of range.
-        ValueError: ``ties`` do not fit, or are joined and for a tensor.
+        ValueError: ``ties`` do not fit, or a tensor was given a joined tie.
 
     Example:
         >>> import torch
@@ -66,7 +66,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
           Expected: 1.0 at (1,), as another member of its group says
           Got:      2.0
 
-        A model, after its weights were tied:
+        A model whose weights were tied:
 
         >>> from tieopt import TiedOptimizer
         >>> layer, ties = torch.nn.Linear(3, 4), {"weight": [[0, 2], [1, 3]]}
@@ -74,35 +74,34 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         >>> assert_tied(layer, ties)
     """
     if isinstance(model_or_tensor, Tensor):
-        tie = ties if isinstance(ties, Tie) else Tie(model_or_tensor, cast(Groups, ties))
-        if len(tie.parts) != 1:
-            raise ValueError(f"A tensor cannot have a joined tie.\n  Expected: one part\n  Got:      {tie}")
-        (part,) = tie.parts
         named = {"the tensor": model_or_tensor.detach().clone()}
-        ties = Tie("the tensor", part.groups, dim=part.dim, scale=part.scale)
+        if not isinstance(ties, Tie):
+            ties = {"the tensor": ties}
+        elif len(ties.parts) == 1:
+            _, groups, dim, scale = ties.parts[0]
+            ties = Tie("the tensor", groups, dim=dim, scale=scale)
+        else:
+            raise ValueError(refusal("A tensor cannot have a joined tie.", expected="a tie of one parameter", got=ties))
     elif isinstance(model_or_tensor, nn.Module):
         named = dict(model_or_tensor.named_parameters())
     else:
-        raise TypeError(
-            f"Nothing to assert ties of.\n  Expected: a model or a tensor\n  Got:      {shown(model_or_tensor)}"
-        )
+        got = shown(model_or_tensor)
+        raise TypeError(refusal("This cannot be tied.", expected="a model or a tensor", got=got))
     names = list(named)
-    groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
-    for bound in found(groups, ties, "model"):
-        params = [groups[0]["params"][place.position] for place in bound.places]
-        led = [param.detach().clone() for param in params]
-        Engine().apply_(Operation(lead_), [(bound, led)])
-        for place, slices, expected, param in zip(bound.places, bound.slices, led, params, strict=True):
+    param_groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
+    for tie in found(param_groups, ties, "model"):
+        params = [param_groups[0]["params"][place.position] for place in tie.places]
+        tied = [param.detach().clone() for param in params]
+        Engine().apply_(Operation(lead_), [(tie, tied)])
+        for place, slices, expected, param in zip(tie.places, tie.slices, tied, params, strict=True):
             wide = torch.complex128 if param.is_complex() else torch.float64
             expected, got = expected.cpu().to(wide), param.detach().cpu().to(wide)
-            wrong = (expected != got) & (slices.entries(param)[0] != FREE)
-            if wrong.any():
-                at = tuple(wrong.nonzero()[0].tolist())
-                raise AssertionError(
-                    f"{names[place.position]} is not tied.\n"
-                    f"  Expected: {expected[at].item()} at {at}, as another member of its group says\n"
-                    f"  Got:      {got[at].item()}"
-                )
+            wrong = ((expected != got) & (slices.entries(param)[0] != FREE)).nonzero()
+            if len(wrong):
+                at = tuple(wrong[0].tolist())
+                says = f"{expected[at].item()} at {at}, as another member of its group says"
+                what = f"{names[place.position]} is not tied."
+                raise AssertionError(refusal(what, expected=says, got=got[at].item()))
 
 
 def assert_equivalent(
@@ -115,32 +114,33 @@ def assert_equivalent(
     loss: Loss | None = None,
     tolerance: float = 1e-12,
 ) -> None:
-    r"""Asserts that tied training is training of the shared values, step by step in float64.
+    r"""Assert that tied training is training of the shared values, step by step in float64.
 
-    Beside the model under ties, its copy is trained, whose weights are built inside ``forward`` from one
-    parameter with a slice for each group, as ``torch.nn.utils.parametrize`` would have it. For an optimizer
-    that works entry by entry the two are one trajectory; with scales other than -1, 0 and 1 only if its update
-    is linear in the gradient. After every step, for every entry of a parameter :math:`w`,
+    A copy of the model is trained for comparison. Its weights are built inside ``forward`` from one parameter
+    with a slice for each group, as by ``torch.nn.utils.parametrize``. For an optimizer that works entry by
+    entry the two trajectories are the same; with scales other than -1, 0 and 1 only if its update is linear in
+    the gradient. After every step, for every entry of a parameter :math:`w`,
 
     .. math:: \left| w_i - s_i w_0 \right| \le \mathtt{tolerance} \cdot \max \left( 1, \max_j |s_j w_0| \right)
 
-    where :math:`w` is from the one side and :math:`s w_0`, the weights as they are built, from the other.
+    where :math:`w` is a weight under ties, and :math:`s w_0` the weight that the copy builds.
 
     Args:
-        make_model: returns the model, which is made float64 and trained; called once.
-        make_optimizer: makes the optimizer from pairs of names and parameters; called for each side.
+        make_model: a function that returns the model, which is converted to float64 and trained; called once.
+        make_optimizer: a function that makes an optimizer from pairs of names and parameters; called for the
+            model and for the copy.
         ties: as for :class:`~tieopt.TiedOptimizer`, with names for parameters; or a function that returns
             them for the model.
-        batches: one for each step, of any shape; floating tensors as float64, like the model.
+        batches: one for each step, of any shape; floating-point tensors as float64, like the model.
         reduction: as for :class:`~tieopt.TiedOptimizer`.
-        loss: of a model on a batch; by default the mean square of ``model(batch)``. It may do no more with the
-            model than call it. Random numbers, as of dropout, are the same on both sides.
+        loss: the loss of a model on a batch; by default the mean square of ``model(batch)``. It may do nothing
+            with the model except call it. Random numbers, as of dropout, are the same for model and copy.
         tolerance: the largest difference that passes, relative to the largest entry of a parameter, or to 1
-            if that is less.
+            if that is larger.
 
     Raises:
-        AssertionError: the two differ; it says at which step, in which parameter, by how much, and whether
-            the optimizer couples entries, in which case it has to.
+        AssertionError: the two differ. The message says at which step, in which parameter and by how much, and
+            whether the optimizer couples entries, which is a reason to differ.
         TypeError: as :class:`~tieopt.TiedOptimizer`.
         IndexError: as :class:`~tieopt.TiedOptimizer`.
         ValueError: there is no batch; or as :class:`~tieopt.TiedOptimizer`.
@@ -155,7 +155,7 @@ def assert_equivalent(
         ...     torch.randn(10, 5, 3, dtype=torch.float64),
         ... )
     """
-    measure = loss or _mean_square
+    measure = loss or (lambda model, batch: model(batch).square().mean())
     model = make_model().double()
     listed = ties(model) if callable(ties) else ties
     optimizer = TiedOptimizer(make_optimizer(list(model.named_parameters())), listed, reduction=reduction)
@@ -164,28 +164,29 @@ def assert_equivalent(
 
     step = 0
     for step, batch in enumerate(batches, start=1):
-        for each, trained in ((optimizer, model), (shared_optimizer, shared)):
+        for trained, trainer in ((model, optimizer), (shared, shared_optimizer)):
             with torch.random.fork_rng():
                 torch.manual_seed(step)
-                _step(each, partial(measure, trained, batch))
+                _step(trainer, partial(measure, trained, batch))
         built = shared.weights()
         for name, param in model.named_parameters():
-            size = max(1.0, float(built[name].detach().abs().max())) if param.numel() else 1.0
-            difference = (param.detach() - built[name].detach()).abs()
-            if not bool((difference <= tolerance * size).all()):
-                at = tuple((~(difference <= tolerance * size)).nonzero()[0].tolist())
-                raise AssertionError(
-                    f"Tied training is not training of the shared values: step {step}, {name}.\n"
-                    f"  Expected: {built[name][at].item()} at {at}, to {tolerance * size:.3g}\n"
-                    f"  Got:      {param[at].item()}, which differs by {difference[at].item():.3g}; "
-                    f"{_reason(optimizer, make_optimizer)}"
-                )
+            expected, got = built[name].detach(), param.detach()
+            limit = tolerance * (max(1.0, float(expected.abs().max())) if param.numel() else 1.0)
+            difference = (got - expected).abs()
+            wrong = (~(difference <= limit)).nonzero()
+            if len(wrong):
+                at = tuple(wrong[0].tolist())
+                what = f"Tied training is not training of the shared values: step {step}, {name}."
+                wanted = f"{expected[at].item()} at {at}, to {limit:.3g}"
+                differs = f"{got[at].item()}, which differs by {difference[at].item():.3g}"
+                why = _reason(optimizer, make_optimizer)
+                raise AssertionError(refusal(what, expected=wanted, got=f"{differs}; {why}"))
     if not step:
-        raise ValueError("There is nothing to train on.\n  Expected: one batch or more\n  Got:      none")
+        raise ValueError(refusal("There is nothing to train on.", expected="one batch or more", got="none"))
 
 
 def _reason(optimizer: TiedOptimizer, make_optimizer: MakeOptimizer) -> str:
-    """Why tied training may be another than that of the shared values."""
+    """Return why tied training may differ from training of the shared values."""
     name = type(optimizer).__name__.removeprefix("Tied")
     if _couples_entries(make_optimizer, optimizer.param_groups[0]["params"][0].device):
         return f"{name} couples entries, so that it cannot follow the shared values"
@@ -195,71 +196,61 @@ def _reason(optimizer: TiedOptimizer, make_optimizer: MakeOptimizer) -> str:
     return f"{name} works entry by entry"
 
 
-def _mean_square(model: nn.Module, batch: Any) -> Tensor:
-    output: Tensor = model(batch)
-    return output.square().mean()
-
-
 class _SharedModel(nn.Module):
-    """A model whose tied weights are built from one slice for each group inside ``forward``."""
+    """A model that builds its weights in ``forward``, from parameters with one slice for each group.
+
+    The sources of a weight are parameters: one for each tie, and one for the free entries, which are groups of one.
+    Entry ``i`` of the weight is entry ``indices[i]`` of all its sources together, times ``scales[i]``.
+    """
 
     def __init__(self, model: nn.Module, optimizer: TiedOptimizer, reduction: Reduction) -> None:
         super().__init__()
-        self._model = [copy.deepcopy(model)]  # in a list, lest its parameters be trained
-        params = {param: name for name, param in model.named_parameters()}
-        # What stands behind each entry: of which parameter it is a multiple, at which position, times what.
-        self._built: dict[str, list[tuple[str, Tensor, Tensor]]] = {name: [] for name in params.values()}
-        untied = {
-            name: torch.ones(param.shape, dtype=torch.bool, device=param.device) for param, name in params.items()
-        }
+        self._model = [copy.deepcopy(model)]  # in a list, so that its parameters are not trained
+        params = dict(model.named_parameters())
+        self._names = {param: name for name, param in params.items()}
+        self._sources: dict[str, list[Parameter]] = {name: [] for name in params}
+        self._indices = {name: torch.full(param.shape, FREE, device=param.device) for name, param in params.items()}
+        self._scales = {name: torch.ones_like(indices, dtype=torch.float64) for name, indices in self._indices.items()}
+        for tie in optimizer.ties:
+            tied = [cast(Parameter, part.param) for part in tie.parts]
+            if tied[0].requires_grad:  # Frozen parameters are not tied.
+                self._share(_slices(tie), tied, reduction)
+        for name, param in params.items():
+            free = self._indices[name].cpu() == FREE
+            if bool(free.any()) or not self._sources[name]:
+                labels = torch.full(param.shape, FREE, device="cpu")
+                labels[free] = torch.arange(int(free.sum()), device="cpu")
+                self._share([Slices(labels)], [param], reduction)
 
-        # Frozen parameters are not tied.
-        ties = [tie for tie in optimizer.ties if tie.parts[0].param.requires_grad]  # type: ignore[union-attr]
-        for number, tie in enumerate(ties):
-            names = [params[part.param] for part in tie.parts]  # type: ignore[index]
-            slices = [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
-            tensors = [part.param.detach() for part in tie.parts]  # type: ignore[union-attr]
-            device = tensors[0].device
-            entries = [each.entries(tensor) for each, tensor in zip(slices, tensors, strict=True)]
-            count = 1 + max(int(ids.max()) if ids.numel() else FREE for ids, _ in entries)
-            values = torch.zeros(count, dtype=tensors[0].dtype, device=device)
-            norms = torch.zeros(count, dtype=torch.float64, device=device)
-            for own, tensor, name in zip(entries, tensors, names, strict=True):
-                ids, scale = (one.to(device) for one in own)
-                tied = ids != FREE
-                untied[name] &= ~tied
-                norms.index_add_(0, ids[tied], scale[tied].square())
-                led = tied & (scale != 0)
-                values[ids[led]] = tensor[led] / scale[led]
-                self._built[name].append((f"shared_{number}", ids, scale))
-            # Some optimizers take nothing but matrices.
-            shape = (-1, max(slices[0].slice_shape(tensors[0]).numel(), 1)) if tensors[0].dim() > 1 else (-1,)
-            self.register_parameter(f"shared_{number}", Parameter(values.view(shape)))
-            if reduction == "mean":
-                divide = partial(torch.mul, 1 / torch.where(norms == 0, 1.0, norms).view(shape))
-                self.get_parameter(f"shared_{number}").register_hook(divide)  # type: ignore[no-untyped-call]
-
-        for number, (param, name) in enumerate(params.items()):
-            if self._built[name] and not untied[name].any():
-                continue
-            ids = torch.full(param.shape, FREE, device=param.device)
-            ids[untied[name]] = torch.arange(int(untied[name].sum()), device=param.device)
-            ones = torch.ones(param.shape, dtype=torch.float64, device=param.device)
-            self._built[name].append((f"free_{number}", ids, ones))
-            values = param.detach()[untied[name]].clone().view((-1, 1) if param.dim() > 1 else (-1,))
-            self.register_parameter(f"free_{number}", Parameter(values, requires_grad=param.requires_grad))
+    def _share(self, slices: Sequence[Slices], params: Sequence[Parameter], reduction: Reduction) -> None:
+        """Add the source for a tie whose groups are numbered, from which its members are built."""
+        first = params[0]
+        groups = 1 + max((int(labelled.labels.max()) for labelled in slices if labelled.labels.numel()), default=FREE)
+        # A matrix for matrices, because some optimizers take nothing else.
+        shape = (groups, slices[0].slice_shape(first).numel()) if first.dim() > 1 else (groups,)
+        source = Parameter(first.new_zeros(shape), first.requires_grad)
+        shared, norms = source.data.view(-1), torch.zeros(shape, dtype=torch.float64, device=first.device)
+        for labelled, param in zip(slices, params, strict=True):
+            name = self._names[param]
+            indices, scales = (column.to(first.device) for column in labelled.entries(param))
+            tied, scaled = indices != FREE, (indices != FREE) & (scales != 0)
+            norms.view(-1).index_add_(0, indices[tied], scales[tied].square())
+            shared[indices[scaled]] = param.detach()[scaled] / scales[scaled]
+            self._indices[name][tied] = indices[tied] + sum(other.numel() for other in self._sources[name])
+            self._scales[name][tied] = scales[tied]
+            self._sources[name].append(source)
+        # The gradient of a source is a sum over members, each times its scale.
+        if reduction == "mean" and source.requires_grad:
+            divide = partial(torch.mul, 1 / torch.where(norms == 0, 1.0, norms))
+            source.register_hook(divide)  # type: ignore[no-untyped-call]
+        self.register_parameter(f"shared_{len(self._parameters)}", source)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of the model, differentiable."""
-        weights = {}
-        for name, sources in self._built.items():
-            weight = torch.zeros_like(sources[0][1], dtype=self.get_parameter(sources[0][0]).dtype)
-            for source, ids, scale in sources:
-                chosen = ids != FREE
-                values = self.get_parameter(source).flatten()[ids[chosen]] * scale[chosen]
-                weight = weight.masked_scatter(chosen, values)
-            weights[name] = weight
-        return weights
+        """Return the weights of the model, differentiable."""
+        return {
+            name: torch.cat([source.flatten() for source in sources])[self._indices[name]] * self._scales[name]
+            for name, sources in self._sources.items()
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._model[0], self.weights(), args, kwargs)
@@ -276,7 +267,7 @@ def _step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
 
 
 def _couples_entries(make_optimizer: MakeOptimizer, device: torch.device) -> bool:
-    """Whether the update of an entry depends on others, or on its place among them."""
+    """Return whether the update of an entry depends on other entries, or on its position among them."""
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(3, 12, dtype=torch.float64, generator=generator, device="cpu")
     order = torch.randperm(12, generator=generator, device="cpu").to(device)
@@ -286,7 +277,7 @@ def _couples_entries(make_optimizer: MakeOptimizer, device: torch.device) -> boo
         weight = Parameter(start.view(4, 3).clone())
         optimizer = make_optimizer([("weight", weight)])
         for _ in range(3):
-            _step(optimizer, partial(_distance, weight, goal.view(4, 3)))
+            _step(optimizer, lambda: (weight - goal.view(4, 3)).pow(4).sum())
         return weight.detach().flatten()
 
     usual, elsewhere = end(start, goal), end(start[order], goal[order])
@@ -295,21 +286,17 @@ def _couples_entries(make_optimizer: MakeOptimizer, device: torch.device) -> boo
     return not (alike(usual[:6], others[:6]) and alike(usual[order], elsewhere))
 
 
-def _distance(weight: Tensor, target: Tensor) -> Tensor:
-    return (weight - target).pow(4).sum()
-
-
 # --- strategies ---
 
 
 def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
-    """Labels of a shape: any partition of any of the slices, or one large group, or pairs, or all free.
+    """Return a strategy for labels: any partition of any of the slices, one large group, pairs, or all free.
 
     Args:
-        shape: of the labels; a number ``n`` for ``[n]``, those of rows. There may be no entries.
+        shape: the shape of the labels; a number ``n`` for ``[n]``, labels of rows. It may have no entries.
 
     Returns:
-        A strategy of int64 tensors of that shape on the CPU, with -1 for free slices.
+        A strategy for int64 tensors of that shape on the CPU, with -1 for free slices.
 
     Raises:
         ImportError: hypothesis is not installed.
@@ -329,23 +316,22 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
 
     @st.composite
     def drawn(draw: st.DrawFn) -> Tensor:
-        if count == 0:
-            return torch.zeros(sizes, dtype=torch.int64, device="cpu")
-        kind = draw(st.sampled_from(["any", "any", "one group", "pairs", "free"]))
+        kind = draw(st.sampled_from(["any", "any", "one group", "pairs", "free"])) if count else "free"
+        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
+        most = draw(st.integers(0, min(count, 20)))
         if kind == "free":
-            return torch.full(sizes, FREE, device="cpu")
-        if kind == "one group":
+            names = torch.full((count,), FREE, device="cpu")
+        elif kind == "one group":
             names = torch.zeros(count, dtype=torch.int64, device="cpu")
             names[draw(st.lists(st.integers(0, count - 1), max_size=2))] = FREE
-            return names.view(sizes)
-        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
-        if kind == "pairs":
-            return (torch.randperm(count, generator=generator, device="cpu") // 2).view(sizes)
-        most = draw(st.integers(0, min(count, 20)))
-        if count <= 12:
+        elif kind == "pairs":
+            names = torch.randperm(count, generator=generator, device="cpu") // 2
+        elif count <= 12:
             listed = draw(st.lists(st.integers(FREE, most), min_size=count, max_size=count))
-            return torch.tensor(listed, device="cpu").view(sizes)
-        return torch.randint(FREE, most + 1, sizes, generator=generator, device="cpu")
+            names = torch.tensor(listed, device="cpu")
+        else:
+            names = torch.randint(FREE, most + 1, (count,), generator=generator, device="cpu")
+        return names.view(sizes)
 
     return drawn()
 
@@ -353,15 +339,15 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
 def scales(
     shape: Sequence[int], kinds: Sequence[str] = ("none", "signs", "zeros", "any")
 ) -> SearchStrategy[Tensor | None]:
-    """Scales of a shape, or None.
+    """Return a strategy for scales, or None.
 
     Args:
-        shape: of the labels.
-        kinds: what may be drawn, one or more of: ``"none"``, None; ``"signs"``, 1 and -1; ``"zeros"``, these
-            and 0; ``"any"``, these and other multiples.
+        shape: the shape of the labels.
+        kinds: one or more of ``"none"``, for None; ``"signs"``, for 1 and -1; ``"zeros"``, for these and 0;
+            ``"any"``, for these and other numbers.
 
     Returns:
-        A strategy of float64 tensors of that shape on the CPU, or None.
+        A strategy for float64 tensors of that shape on the CPU, or None.
 
     Raises:
         ImportError: hypothesis is not installed.
@@ -376,11 +362,8 @@ def scales(
     """
     from hypothesis import strategies as st
 
-    values = {
-        "signs": [1.0, -1.0],
-        "zeros": [1.0, -1.0, 0.0],
-        "any": [1.0, -1.0, 0.0, 2.0, -0.5, 3.0, 0.1, -1 / 3],
-    }
+    values = [1.0, -1.0, 0.0, 2.0, -0.5, 3.0, 0.1, -1 / 3]
+    counts = {"signs": 2, "zeros": 3, "any": len(values)}
 
     @st.composite
     def drawn(draw: st.DrawFn) -> Tensor | None:
@@ -388,8 +371,8 @@ def scales(
         if kind == "none":
             return None
         generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
-        picks = torch.randint(len(values[kind]), tuple(shape), generator=generator, device="cpu")
-        return torch.tensor(values[kind], dtype=torch.float64, device="cpu")[picks]
+        picks = torch.randint(counts[kind], tuple(shape), generator=generator, device="cpu")
+        return torch.tensor(values, dtype=torch.float64, device="cpu")[picks]
 
     return drawn()
 
@@ -397,15 +380,15 @@ def scales(
 def ties(
     tensors: Sequence[Tensor], kinds: Sequence[str] = ("none", "signs", "zeros", "any")
 ) -> SearchStrategy[list[Tie]]:
-    """Ties of every kind: rows, columns, kernels or elements, scaled, joined, several of one parameter.
+    """Return a strategy for ties of every kind: of rows, columns, kernels or elements, scaled, joined, overlaid.
 
     Args:
-        tensors: what is to be tied, one or more: of one dimension or more, of one dtype that
+        tensors: the tensors to tie, one or more, each of one dimension or more; all of one dtype that
             :class:`~tieopt.Tie` takes, and on one device.
-        kinds: of scales, as for :func:`scales`.
+        kinds: the kinds of scales, as for :func:`scales`.
 
     Returns:
-        A strategy of lists of ties, one or two, that share no entry. The first tensor is in all of them, others
+        A strategy for lists of one or two ties that share no entry. The first tensor is in each of them; the others
         may be joined with it.
 
     Raises:
@@ -426,43 +409,41 @@ def ties(
 
     @st.composite
     def drawn(draw: st.DrawFn) -> list[Tie]:
+        def drawn_tie(tensor: Tensor, dim: int, shape: torch.Size, taken: Tensor | None = None) -> Tie:
+            names = draw(labels(shape))
+            names = names if taken is None else names.masked_fill(taken, FREE)
+            return Tie(tensor, names, dim=dim, scale=draw(scales(shape, kinds)))
+
         first, *others = tensors
-        dim, depth = draw(st.sampled_from(_units(first)))
-        unit = first.movedim(dim, 0).shape[depth:]
-        chosen: list[tuple[Tensor, int, int]] = [(first, dim, depth)]
+        dim, shape, inner = draw(st.sampled_from(_ways_to_slice(first)))
+        joined = [drawn_tie(first, dim, shape)]
         for other in others:
-            fitting = [place for place in _units(other) if other.movedim(place[0], 0).shape[place[1] :] == unit]
+            fitting = [(at, outer) for at, outer, slice_shape in _ways_to_slice(other) if slice_shape == inner]
             if draw(st.booleans()) and fitting:
-                at, deep = draw(st.sampled_from(fitting))
-                chosen.append((other, at, deep))
-        parts = []
-        for tensor, at, deep in chosen:
-            shape = tensor.movedim(at, 0).shape[:deep]
-            parts.append(Tie(tensor, draw(labels(shape)), dim=at, scale=draw(scales(shape, kinds))))
+                joined.append(drawn_tie(other, *draw(st.sampled_from(fitting))))
         if draw(st.booleans()):  # one parameter twice in a tie
-            taken = parts[0].parts[0].groups
-            rest = torch.where(taken == FREE, draw(labels(taken.shape)), FREE)
-            parts.append(Tie(first, rest, dim=dim, scale=draw(scales(taken.shape, kinds))))
-        result = [Tie.join(*parts)]
-        if draw(st.booleans()):
-            untied = torch.ones(first.shape, dtype=torch.bool, device="cpu")
-            for part in result[0].parts:
-                if part.param is first:
-                    untied &= part.slices(first, "the tensor").entries(first)[0] == FREE
-            rest = torch.where(untied, draw(labels(first.shape)), FREE)
-            result.append(Tie(first, rest, scale=draw(scales(first.shape, kinds))))
-        return list(map(_not_idle, result))
+            joined.append(drawn_tie(first, dim, shape, joined[0].parts[0].groups != FREE))
+        result = [Tie.join(*joined)]
+        if draw(st.booleans()):  # two ties of one parameter
+            tied = [_slices(tie)[0].entries(first)[0] != FREE for tie in joined if tie.parts[0].param is first]
+            result.append(drawn_tie(first, 0, first.shape, torch.stack(tied).any(0)))
+        return [_free_if_idle(tie) for tie in result]
 
     return drawn()
 
 
-def _not_idle(tie: Tie) -> Tie:
-    """The tie; if it ties nothing, of which an optimizer warns, one without any group."""
-    if not is_idle(numbered([Slices(part.groups, part.scale, part.dim) for part in tie.parts])):
+def _free_if_idle(tie: Tie) -> Tie:
+    """Return the tie; or one without groups if it ties nothing, because an optimizer would warn."""
+    if not is_idle(numbered(_slices(tie))):
         return tie
     return Tie.join(*(Tie(part.param, torch.full_like(part.groups, FREE), dim=part.dim) for part in tie.parts))
 
 
-def _units(tensor: Tensor) -> list[tuple[int, int]]:
-    """The ways to slice a tensor: the dimension, and how many dimensions the labels have."""
-    return [(dim, depth) for dim in range(tensor.dim()) for depth in range(1, tensor.dim() + 1)]
+def _ways_to_slice(tensor: Tensor) -> list[tuple[int, torch.Size, torch.Size]]:
+    """Return the ways to slice a tensor: the dimension, the shape of the labels, and the shape of a slice."""
+    shapes = [(dim, tensor.movedim(dim, 0).shape) for dim in range(tensor.dim())]
+    return [(dim, shape[:depth], shape[depth:]) for dim, shape in shapes for depth in range(1, len(shape) + 1)]
+
+
+def _slices(tie: Tie) -> list[Slices]:
+    return [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
