@@ -106,8 +106,9 @@ def draw_groups(
         >>> [axes.get_title() for axes in figure.axes]
         ['parameter of shape (6, 6)']
     """
-    listed, names = _listed(ties)
-    panels = _panels(listed)
+    panels = _panels(_listed(ties))
+    groups = ties.param_groups if isinstance(ties, TiedOptimizer) else []
+    names = {id(parameter_at(groups, place)): name_of(groups, place) for place in all_places(groups)}
     pyplot = _matplotlib("pyplot")
     columns = min(len(panels), _PANELS_IN_A_LINE)
     lines = math.ceil(len(panels) / columns)
@@ -153,7 +154,7 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
         >>> [int(bar.get_height()) for bar in axes.patches]
         [2, 1]
     """
-    slices = told_apart(numbered([Slices(part.groups) for part in tie.parts]) for tie in _listed(ties)[0])
+    slices = told_apart(numbered([Slices(part.groups) for part in tie.parts]) for tie in _listed(ties))
     labels = torch.cat([part.labels.flatten() for part in chain(*slices)])
     sizes = torch.bincount(labels[labels != FREE])
     if not len(sizes):
@@ -234,12 +235,9 @@ class _Panel(NamedTuple):
     scales: Tensor
 
 
-def _listed(ties: Any) -> tuple[list[Tie], dict[int, str]]:
-    """Return a list of the ties, and the names of an optimizer's parameters by ``id``."""
-    names = {}
+def _listed(ties: Any) -> list[Tie]:
+    """Return the ties as a list, which is not empty."""
     if isinstance(ties, TiedOptimizer):
-        groups = ties.param_groups
-        names = {id(parameter_at(groups, place)): name_of(groups, place) for place in all_places(groups)}
         ties = ties.ties
     listed = [ties] if isinstance(ties, Tie) or not isinstance(ties, Iterable) else list(ties)
     expected = "a TiedOptimizer, a Tie of parameters, or an iterable of them"
@@ -248,7 +246,7 @@ def _listed(ties: Any) -> tuple[list[Tie], dict[int, str]]:
             raise TypeError(refusal("These ties cannot be drawn.", expected=expected, got=shown(tie)))
     if not listed:
         raise ValueError(refusal("There are no ties to draw.", expected=expected, got=shown(ties)))
-    return listed, names
+    return listed
 
 
 def _panels(ties: Sequence[Tie]) -> list[_Panel]:
