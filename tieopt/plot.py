@@ -61,7 +61,7 @@ _BARS = 40
 
 # The colours of Okabe and Ito, which the colour-blind can tell apart as well; without black.
 _FIRST_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-# The saturation and value of further colours, in turn. Of those that were tried, these keep six consecutive groups
+# The saturation and value of further colours, in turn. Of all that were tried, they keep six consecutive groups
 # farthest apart, also for people who do not see green.
 _SHADES = ((1.0, 0.85), (0.45, 1.0), (0.75, 0.8), (1.0, 0.45))
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -302,10 +302,10 @@ def _image(entries: Tensor, gap: int) -> Tensor:
     """Return entries of a parameter as a matrix, with the number ``gap`` between kernels."""
     down, across = _sides(entries.shape)
     # Kernels are the last two dimensions. There is a gap after each, but not at the edges of the matrix.
-    below, beside = len(down) > 1, len(across) > 1
-    entries = pad(entries, (0, beside, 0, below)[: 2 * entries.dim()], value=gap)
+    below, right = len(down) > 1, len(across) > 1
+    entries = pad(entries, (0, right, 0, below)[: 2 * entries.dim()], value=gap)
     height, width = (math.prod(entries.shape[dim] for dim in side) for side in (down, across))
-    return entries.permute(*down, *across).reshape(height, width)[: height - below, : width - beside]
+    return entries.permute(*down, *across).reshape(height, width)[: height - below, : width - right]
 
 
 def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, list[float]]:

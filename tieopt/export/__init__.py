@@ -8,8 +8,8 @@ Files have the `safetensors <https://github.com/huggingface/safetensors>`_ forma
 hash of every tensor. Instead of the entries of a parameter ``weight``, a file has
 
 - ``weight.codebook``: the values of the members of each group, shape ``[entries, *slice]``;
-- ``weight.indices``: the entry of each slice; a free slice has the number of entries. Packed into uint8, each index in
-  one bit or more, the lowest bit first;
+- ``weight.indices``: the index of each slice's entry, or the number of entries for a free slice. Indices are packed
+  into uint8, each in one bit or more, the lowest bit first;
 - ``weight.free``: the entries of the parameter that are in no group, in their order, if there are any;
 - ``weight.groups`` and ``weight.scales``, only with scales: the group and the scale of each entry of the codebook.
 

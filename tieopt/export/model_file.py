@@ -27,8 +27,8 @@ from tieopt.ties.tie import Tie, Ties
 
 _FORMAT = "1"
 
-# The most indices without bits, which version 1.0.0 wrote where all slices are one entry: the size of the file does not
-# limit their number.
+# The most slices whose indices may take no bits, as version 1.0.0 wrote them where all slices are one entry. The size
+# of the file does not limit the number of such slices.
 _MOST_WITHOUT_BITS = 2**24
 
 # The dtypes for the groups and the scales of entries; the first that represents all of them exactly is used.
@@ -212,7 +212,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
-    """Return the ties of an optimizer, or for the parameters of a model, each with its parameters."""
+    """Return ties, those of an optimizer or checked against the model, each with its parameters."""
     if isinstance(ties, TiedOptimizer):
         return ties._tieopt.parameters(ties.param_groups)
     named = dict(model.named_parameters())
