@@ -198,7 +198,7 @@ def without_gradients(kind: str, missing: list[int], frozen: list[int]) -> list[
     return whole(model)
 
 
-@pytest.mark.host("FSDP2", "frozen parameters, and such as have no gradient")
+@pytest.mark.host("FSDP2", "frozen parameters and parameters without a gradient")
 @pytest.mark.parametrize(
     ("kind", "missing", "frozen"),
     [("transposed", [2], []), ("transposed", [0, 2], []), ("rows", [1], []), ("transposed", [], [0, 2])],

@@ -96,6 +96,11 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
     return param
 
 
+def _param(param_groups: ParamGroups, place: Place) -> Tensor:
+    param: Tensor = param_groups[place.group]["params"][place.position]
+    return param
+
+
 T = TypeVar("T", bound=BoundTie)
 
 
@@ -169,7 +174,7 @@ def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> li
                 raise ValueError(_not_held(param_groups, part.param, holder))
             held.append(places[part.param])
         names = [name_of(param_groups, place) for place in held]
-        params = [parameter_at(param_groups, place) for place in held]
+        params = [_param(param_groups, place) for place in held]
         slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
         check_one_shape(list(zip(slices, params, strict=True)), names)
         for param, name in zip(params, names, strict=True):
@@ -187,7 +192,7 @@ def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> li
 
 
 def _not_held(param_groups: ParamGroups, key: Any, holder: str) -> str:
-    held = [(name_of(param_groups, place), parameter_at(param_groups, place)) for place in all_places(param_groups)]
+    held = [(name_of(param_groups, place), _param(param_groups, place)) for place in all_places(param_groups)]
     return not_held(key, held, holder, named=any("param_names" in settings for settings in param_groups))
 
 
@@ -308,9 +313,9 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
         ValueError: there is one.
     """
     tied = {place[:2] for tie in ties for place in tie.places}
-    places = {id(parameter_at(param_groups, place)): place for place in reversed(all_places(param_groups))}
+    places = {id(_param(param_groups, place)): place for place in reversed(all_places(param_groups))}
     held = sorted(places.values())
-    params = [parameter_at(param_groups, place) for place in held]
+    params = [_param(param_groups, place) for place in held]
     for pair in sharing([local(param) for param in params]):
         if any(held[number][:2] in tied for number in pair):
             first, second = (f"{name_of(param_groups, held[n])} {tuple(held[n].shape)}" for n in sorted(pair))
