@@ -136,6 +136,7 @@ def test_the_tensors_of_a_step_that_was_captured_stay_when_the_ties_are_replaced
     compact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, optimizer = made(compact)
+    monkeypatch.setattr("tieopt.engine.graphs._HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     stepped(weight, optimizer)

@@ -280,7 +280,8 @@ class TiedOptimizer(Optimizer):
             True
         """
         mode, param_groups = self._tieopt, self._tieopt.param_groups_of(self)
-        mode.tie_weights([pair for pair in mode.parameters(param_groups) if pair[1][0].requires_grad], self)
+        trained = [pair for pair in mode.parameters(param_groups) if pair[1][0].requires_grad]
+        mode.tie_weights(trained, differentiable=is_differentiable(self))
         mode.note_all(param_groups)
 
     def retie(self, ties: Ties, *, start: Start = "mean") -> None:

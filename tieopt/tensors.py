@@ -6,13 +6,15 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import refusal
+
+T = TypeVar("T")
 
 
 class _Span(NamedTuple):
@@ -77,21 +79,24 @@ def _meet(first: Tensor, span: _Span, second: Tensor, other: _Span) -> bool:
     return False
 
 
-def traces(tensors: Iterable[Sequence[Tensor]]) -> list[list[tuple[object, ...]]]:
+def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[object, ...]]]:
     """Return, for each of several lists of tensors, what changes when one of them is replaced, moved or written to.
+
+    Args:
+        pairs: each list, and the key that its traces are returned under.
 
     The last entry for a tensor counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
     inference mode none are: its trace equals no other.
     """
-    found = []
-    for several in tensors:
+    found = {}
+    for key, several in pairs:
         traces_of_several: list[tuple[object, ...]] = []
         for tensor in several:
             # Entries of other layouts have no place in memory each.
             where = (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
             writes = object() if tensor.is_inference() else tensor._version
             traces_of_several.append((id(tensor), *where, writes))
-        found.append(traces_of_several)
+        found[key] = traces_of_several
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Operation, is_narrow, rounded
 from tieopt.tensors import overlaps
 
-IndexOrShards = TypeVar("IndexOrShards")
+# What an engine works on together.
+W = TypeVar("W", bound=Any)
 
 
 # The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
@@ -59,25 +60,28 @@ class Call(NamedTuple):
 
 
 def projections(
-    pairs: Sequence[tuple[IndexOrShards, list[Tensor]]], operation: Operation, copies: Copies
-) -> tuple[list[Call], list[tuple[IndexOrShards, list[Tensor]]]]:
-    """Return the calls that project the tensors whose means can be written out, and the other tensors.
+    plan: Sequence[W], tensors: Sequence[Tensor], operation: Operation, copies: Copies
+) -> tuple[list[Call], list[W]]:
+    """Return the calls that project the tensors whose means can be written out, and the rest of the plan.
 
     Means that depend on whether a step has just written the weights are not written out.
 
     Args:
-        pairs: indices and their tensors.
+        plan: what is worked on together.
+        tensors: of all of it.
         operation: a projection.
         copies: of the optimizer.
     """
     calls: list[Call] = []
     small, others = [], []
-    count = Counter(id(tensor) for _, tensors in pairs for tensor in tensors)
-    for index, tensors in pairs:
-        plain = count[id(tensors[0])] == 1 and not (operation.stepped and is_narrow(tensors[0].dtype))
-        rows = _rows_written_out(index, tensors) if plain and isinstance(index, Index) else None
+    count = Counter(map(id, tensors))
+    for work in plan:
+        chosen = _chosen(tensors, work)
+        plain = count[id(chosen[0])] == 1 and not (operation.stepped and is_narrow(chosen[0].dtype))
+        index = work.executor
+        rows = _rows_written_out(index, chosen) if plain and isinstance(index, Index) else None
         if rows is None:
-            others.append((index, tensors))
+            others.append(work)
             continue
         chunks = _chunks(cast(Index, index), rows[0].numel())
         if len(chunks) == 1:
@@ -90,28 +94,39 @@ def projections(
 
 
 def gradient_foldings(
-    triples: Sequence[tuple[Folding, list[Tensor], list[Tensor]]], operation: Operation, copies: Copies
-) -> tuple[list[Call], list[tuple[Folding, list[Tensor], list[Tensor]]]]:
+    foldings: Sequence[tuple[W, Folding]],
+    grads: Sequence[Tensor],
+    compacts: Sequence[Tensor],
+    operation: Operation,
+    copies: Copies,
+) -> tuple[list[Call], list[W]]:
     """Fold the gradients whose means can be written out, but for the means.
 
     Args:
-        triples: foldings, gradients, and compact tensors to write to.
+        foldings: what is worked on together, with its folding.
+        grads: of all of it.
+        compacts: to write to, one for each gradient.
         operation: :func:`~tieopt.numbers.folding.fold_gradients_`.
         copies: of the optimizer.
 
     Returns:
-        The calls that write the means, and the other gradients.
+        The calls that write the means, and the rest of the plan.
     """
     given, others = [], []
-    for folding, grads, compacts in triples:
-        rows = _rows_written_out(folding.index, grads)
+    for work, folding in foldings:
+        own_grads, own_compacts = _chosen(grads, work), _chosen(compacts, work)
+        rows = _rows_written_out(folding.index, own_grads)
         if rows is None:
-            others.append((folding, grads, compacts))
+            others.append(work)
             continue
-        fold_free_gradients_(grads, compacts, folding)
-        _, (compact,) = folding.rows(grads, compacts)
+        fold_free_gradients_(own_grads, own_compacts, folding)
+        _, (compact,) = folding.rows(own_grads, own_compacts)
         given.append((_static(compact[: folding.groups[0]]), rows, folding.index.members_of_groups))
     return [_call(_mean, given, operation, copies)] if given else [], others
+
+
+def _chosen(tensors: Sequence[Tensor], work: Any) -> list[Tensor]:
+    return list(tensors) if work.numbers is None else [tensors[number] for number in work.numbers]
 
 
 def _rows_written_out(index: Index, tensors: Sequence[Tensor]) -> Tensor | None:

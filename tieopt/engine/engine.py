@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tieopt.engine.compiled import Call, gradient_foldings, is_under_compiler, projections
 from tieopt.engine.graphs import Copies, between_graphs, untraced
@@ -29,6 +32,9 @@ Pairs = Sequence[tuple[P, list[Tensor]]]
 # Ties of more entries are worth a run of their own.
 _SMALL = 2**17
 
+# What is not sharded, as can be told without a call.
+_PLAIN = (Tensor, Parameter)
+
 # Which ties take part in a step may change. So many selections are remembered; in others no ties are merged.
 _SELECTIONS = 32
 
@@ -39,12 +45,12 @@ class Work(NamedTuple):
     Attributes:
         ties: one, or several that were merged.
         executor: what applies operations to them: their index, or their shards.
-        numbers: of their tensors, among those of all ties that were given.
+        numbers: of their tensors, among those of all ties that were given; None for all of them in their order.
     """
 
     ties: tuple[Partition, ...]
     executor: Index | Shards
-    numbers: list[int]
+    numbers: list[int] | None
 
 
 class Engine:
@@ -62,7 +68,7 @@ class Engine:
         self._indices: dict[tuple[Partition, Layout], Index] = {}
         self._shards: dict[tuple[Any, ...], Shards] = {}
         self._folded: dict[Partition, tuple[Folded, ...]] = {}
-        self._foldings: dict[Index, Folding] = {}
+        self._foldings: dict[Index | Shards, Folding] = {}
         self._plans: dict[tuple[Any, ...], list[Work]] = {}
         self._sizes: dict[Partition, int | None] = {}
 
@@ -80,10 +86,9 @@ class Engine:
             pairs: ties and their tensors, all of which are sharded or none, tie by tie.
             compacts: for a folding, the compact tensors of each tie.
         """
-        for function, arguments in self.calls(operation, pairs, compacts, compiled=is_under_compiler()):
+        for function, arguments in self._untraced_calls(operation, pairs, compacts, compiled=is_under_compiler()):
             function(*arguments)
 
-    @untraced
     def calls(
         self,
         operation: Operation,
@@ -100,37 +105,40 @@ class Engine:
             compacts: as for :meth:`apply_`.
             compiled: whether ``torch.compile`` will get the calls.
         """
-        if compacts is not None:
-            return self._fold_(operation, pairs, compacts, compiled)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.calls(operation, pairs, compacts, compiled=compiled)
+        plan = self._plan(pairs)
+        tensors = list(chain.from_iterable(map(itemgetter(1), pairs)))
+        others = None if compacts is None else list(chain.from_iterable(compacts))
         calls: Sequence[Call] = ()
-        works = [(work.executor, tensors) for work, tensors in self._works(pairs)]
-        if compiled and operation.function is project_:
-            calls, works = projections(works, operation, self.copies)
-        for index, tensors in works:
-            if isinstance(index, Shards):
-                index.apply_(operation, tensors, self._workspace)
+        if compiled:
+            calls, plan = self._compiled(operation, plan, tensors, others)
+        for work in plan:
+            # Without a Python call, as a step has to be quick where there is little to do.
+            chosen = tensors if work.numbers is None else list(map(tensors.__getitem__, work.numbers))
+            if others is not None:
+                compact = others if work.numbers is None else list(map(others.__getitem__, work.numbers))
+                folding = self._foldings.get(work.executor) or self._folding(work)
+                operation.function(chosen, compact, folding, self._workspace, **operation.options)
+            elif type(work.executor) is Index:
+                operation.function(chosen, work.executor, self._workspace, **operation.options)
             else:
-                operation(tensors, index, self._workspace)
+                cast(Shards, work.executor).apply_(operation, chosen, self._workspace)
         return calls
 
-    def _fold_(
-        self,
-        operation: Operation,
-        pairs: Pairs[Partition],
-        compacts: Sequence[Sequence[Tensor]],
-        compiled: bool,
-    ) -> Sequence[Call]:
-        calls: Sequence[Call] = ()
-        all_compacts = [compact for own in compacts for compact in own]
-        triples = [
-            (self._folding(work), tensors, [all_compacts[number] for number in work.numbers])
-            for work, tensors in self._works(pairs)
-        ]
-        if compiled and operation.function is fold_gradients_:
-            calls, triples = gradient_foldings(triples, operation, self.copies)
-        for folding, tensors, own in triples:
-            operation.function(tensors, own, folding, self._workspace, **operation.options)
-        return calls
+    _untraced_calls = untraced(calls)
+
+    def _compiled(
+        self, operation: Operation, plan: list[Work], tensors: list[Tensor], others: list[Tensor] | None
+    ) -> tuple[Sequence[Call], list[Work]]:
+        """The calls for what is worth compiling, and the rest of the plan."""
+        if operation.function is project_ and others is None:
+            return projections(plan, tensors, operation, self.copies)
+        if operation.function is fold_gradients_ and others is not None:
+            foldings = [(work, self._folding(work)) for work in plan]
+            return gradient_foldings(foldings, tensors, others, operation, self.copies)
+        return (), plan
 
     @torch.no_grad()
     def is_tied(self, pairs: Pairs[Partition]) -> bool:
@@ -147,11 +155,12 @@ class Engine:
     def _answers(self, question: Operation, pairs: Pairs[Partition]) -> Iterator[Any]:
         # Not in the buffers of the steps: this may be asked in another thread, or after a step was captured.
         workspace = Workspace()
-        for work, tensors in self._works(pairs, merge=False):
-            if isinstance(work.executor, Shards):
-                yield work.executor.answer(question, tensors, workspace)
+        # Nor is anything merged for it.
+        for tie, tensors in pairs:
+            if any(map(is_sharded, tensors)):
+                yield self._shards_for(tie, tensors).answer(question, tensors, workspace)
             else:
-                yield question(tensors, work.executor, workspace)
+                yield question.function(tensors, self.index_for(tie, tensors), workspace, **question.options)
 
     def projected(self, tie: Partition, tensors: Sequence[Tensor], reduction: Reduction = "mean") -> list[Tensor]:
         """Return the projection of tensors, out of place; differentiable where they are not sharded.
@@ -199,7 +208,7 @@ class Engine:
         self, tie: Partition, grad: Tensor, param: Tensor, compact: Tensor, reduction: Reduction
     ) -> Tensor:
         """Return the sparse gradient of a compact tensor; see :func:`~tieopt.numbers.folding.folded_sparse`."""
-        work = Work((tie,), self.index_for(tie, [param]), [0])
+        work = Work((tie,), self.index_for(tie, [param]), None)
         return folded_sparse(grad, compact, self._folding(work), reduction)
 
     def folded(self, tie: Partition) -> tuple[Folded, ...]:
@@ -217,25 +226,23 @@ class Engine:
 
     def prepare(self, pairs: Pairs[Partition]) -> None:
         """Compile what the tensors of ties need, now and not while a step is captured."""
-        self._plan(pairs, merge=True)
+        self._plan(pairs)
 
-    def _works(self, pairs: Pairs[Partition], *, merge: bool = True) -> list[tuple[Work, list[Tensor]]]:
-        tensors = [tensor for _, own in pairs for tensor in own]
-        return [(work, [tensors[number] for number in work.numbers]) for work in self._plan(pairs, merge)]
-
-    def _plan(self, pairs: Pairs[Partition], merge: bool) -> list[Work]:
+    def _plan(self, pairs: Pairs[Partition]) -> list[Work]:
         """What is worked on together; made once for ties and the layouts of their tensors."""
-        key: list[Any] = [merge]
+        key: list[Any] = []
         for tie, tensors in pairs:
             key.append(tie)
             for tensor in tensors:
-                key += type(tensor), tensor.dtype, tensor.device, tensor.stride()
-                if is_sharded(tensor):
-                    key += tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+                key += tensor.dtype, tensor.device, tensor.stride()
+                if type(tensor) not in _PLAIN:
+                    key += type(tensor), getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
         found = self._plans.get(tuple(key))
         if found is None:
-            merge = merge and len(self._plans) < _SELECTIONS
+            merge = len(self._plans) < _SELECTIONS
             found = self._planned(pairs, merge)
+            if len(found) == 1:
+                found = [found[0]._replace(numbers=None)]
             if merge:
                 self._plans[tuple(key)] = found
         return found

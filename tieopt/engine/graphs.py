@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What torch.compile has set to look at each function that is called; None or False where nothing is compiled.
+_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 def between_graphs(function: Function) -> Function:
@@ -22,7 +26,15 @@ def between_graphs(function: Function) -> Function:
 
 def untraced(function: Function) -> Function:
     """A function that ``torch.compile`` leaves alone, with all that it calls."""
-    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    # To disable what is not there costs more Python than many a function.
+    @between_graphs
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if _callback() not in (None, False) else function)(*args, **kwargs)
+
+    return cast(Function, called)
 
 
 def copied(function: Any) -> Any:
@@ -39,10 +51,13 @@ def copied(function: Any) -> Any:
     return copy
 
 
+_HAS_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+
+
 @between_graphs
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be waited for."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return _HAS_CUDA and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 # Functions of which an optimizer keeps copies. Which of its parameters have gradients may change.
@@ -52,7 +67,7 @@ _COPIES = 32
 @between_graphs
 def is_compiled() -> bool:
     """Whether ``torch.compile`` gets the functions that are called now."""
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+    return _callback() not in (None, False)
 
 
 class Copies:

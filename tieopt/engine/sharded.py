@@ -138,12 +138,14 @@ class Shards:
     def apply_(self, operation: Operation, tensors: Sequence[Any], workspace: Workspace) -> list[Any]:
         """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
         shards = [local(tensor) for tensor in tensors]
-        results = [operation(shards, self._index_for(shards), workspace)]
+        options = operation.options
+        results = [operation.function(shards, self._index_for(shards), workspace, **options)]
         if self.plan is not None:
             site = self._site(shards)
-            # Exchanged whatever this rank has found: the others would wait for it.
-            means_of = self._exchange(shards, site, workspace, operation.stepped) if operation.needs_means else None
-            results.append(operation(shards, site.members, workspace, means_of))
+            if operation.needs_means:
+                # Exchanged whatever this rank has found: the others would wait for it.
+                options = {**options, "means_of": self._exchange(shards, site, workspace, operation.stepped)}
+            results.append(operation.function(shards, site.members, workspace, **options))
         return results
 
     def answer(self, question: Operation, tensors: Sequence[Any], workspace: Workspace) -> Any:

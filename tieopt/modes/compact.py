@@ -24,7 +24,7 @@ from tieopt.engine.engine import Pairs
 from tieopt.engine.graphs import between_graphs, untraced
 from tieopt.errors import refusal
 from tieopt.modes.conversion import begun, compacted, expanded, refolded, without_history
-from tieopt.modes.gradients import gradients_of, prepare_gradients, with_gradients
+from tieopt.modes.gradients import grad_of, prepare_gradients, with_gradients
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_of, held_optimizers, settings_in
 from tieopt.numbers.folding import compact_like, fold_, fold_gradients_, unfold_
@@ -33,6 +33,9 @@ from tieopt.numbers.start import Start
 from tieopt.tensors import calculable
 from tieopt.ties.components import components
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
+
+_FOLD, _UNFOLD, _PROJECT = Operation(fold_), Operation(unfold_), Operation(project_)
+_FOLD_GRADIENTS = {reduction: Operation(fold_gradients_, reduction=reduction) for reduction in ("mean", "sum")}
 
 
 class CompactMode(Mode):
@@ -72,13 +75,14 @@ class CompactMode(Mode):
         self._begin()
 
     def _begin(self) -> None:
+        self.is_attached = False
         self._compacts: dict[tuple[int, int], Parameter] = {}
         self._gradients: dict[int, Tensor] = {}
         # The parameters that stood in their places when they were last seen.
         self._known: dict[tuple[int, int], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_compacts", "_gradients", "_known")
+        made = ("is_attached", "_compacts", "_gradients", "_known")
         return {key: value for key, value in super().__getstate__().items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,21 +125,23 @@ class CompactMode(Mode):
         Raises:
             ValueError: with its scales, a shared value is beyond the range of the dtype.
         """
-        if self._compacts:
+        if self.is_attached:
             return
+        self.is_attached = True
         made: dict[tuple[int, int], Parameter] = {}
-        for tie, params in parameters_of(self.applied, param_groups):
-            compacts = []
+        pairs = self.applied_to(param_groups)
+        for tie, params in pairs:
             for place, slices, part, param in zip(tie.places, tie.slices, self.engine.folded(tie), params, strict=True):
                 compact = compact_like(slices, param.detach(), len(part.kept))
                 made[place[:2]] = Parameter(compact, requires_grad=param.requires_grad)
                 self._known[place[:2]] = param
-                compacts.append(made[place[:2]])
-            # From here on they are read from the weights before each step.
-            self.engine.apply_(Operation(fold_), [(tie, params)], [compacts])
+        # From here on they are read from the weights before each step.
+        values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
+        self.engine.apply_(_FOLD, pairs, values)
+        for (tie, params), compacts in zip(pairs, values, strict=True):
             _check_range(tie, params, compacts)
-            for compact in compacts:
-                compact.grad = self.gradient_of(compact) if compact.numel() else None
+        for compact in made.values():
+            compact.grad = self.gradient_of(compact) if compact.numel() else None
         self._compacts = made
 
     def counterparts(self, param_groups: ParamGroups) -> list[tuple[Tensor, Parameter]]:
@@ -227,7 +233,9 @@ class CompactStep:
     def __init__(self, mode: CompactMode, optimizer: Any) -> None:
         self._mode = mode
         self._optimizer = optimizer
-        self._took_part: dict[BoundTie, list[Tensor]] = {}
+        self._took_part: Pairs[BoundTie] = ()
+        self._values: list[list[Tensor]] = []
+        self._counterparts: Sequence[tuple[Tensor, Parameter]] = ()
         self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         # A step within another one steps on the compact parameters as they are.
         self._is_inner = bool(mode.set_aside)
@@ -239,74 +247,84 @@ class CompactStep:
         if not self._is_inner:
             for function, arguments in self._begin(None, compiled):
                 function(*arguments)
-        if compiled:
-            inner_step = self._mode.inner_copies.of(inner_step)
-        self._exchange()
-        try:
-            return inner_step(self._optimizer, *args, **kwargs)
-        finally:
-            self._exchange_back()
+        return self._run(inner_step, compiled, *args, **kwargs)
 
     @between_graphs
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call another method than ``step()``, which may write weights that have no gradients."""
         _check_method(self._optimizer, method)
-        mode, param_groups = self._mode, self._optimizer.param_groups
-        pairs = mode.pairs_of_calls(param_groups, self._optimizer.state)
-        calls = self._begin(pairs, is_under_compiler())
-        counterparts = mode.counterparts(param_groups)
-        compacts = {id(param): compact for param, compact in counterparts}
+        pairs = self._mode.pairs_of_calls(self._optimizer.param_groups, self._optimizer.state)
+        for function, arguments in self._begin(pairs, compiled=False):
+            function(*arguments)
+        compacts = {id(param): compact for param, compact in self._counterparts}
         args = tuple(_replaced_by(arg, compacts) for arg in args)
         kwargs = {name: _replaced_by(arg, compacts) for name, arg in kwargs.items()}
-        for function, arguments in calls:
-            function(*arguments)
+        result = self._run(method, False, *args, **kwargs)
+        self.finish()
+        return _replaced_by(result, {id(compact): param for param, compact in self._counterparts})
+
+    @between_graphs
+    def _run(self, inner: Callable[..., Any], compiled: bool, *args: Any, **kwargs: Any) -> Any:
+        """Run the step, or another method, on the compact parameters."""
+        if compiled:
+            inner = self._mode.inner_copies.of(inner)
         self._exchange()
         try:
-            result = method(self._optimizer, *args, **kwargs)
+            return inner(self._optimizer, *args, **kwargs)
         finally:
             self._exchange_back()
-        self.finish()
-        return _replaced_by(result, {id(compact): param for param, compact in counterparts})
 
     @untraced
     def _begin(self, pairs: Pairs[BoundTie] | None, compiled: bool) -> Sequence[Call]:
         """Read compact parameters, by default those with gradients, and return the calls that do the rest."""
         mode, param_groups = self._mode, self._optimizer.param_groups
-        mode.attach(param_groups)
+        if not mode.is_attached:
+            mode.attach(param_groups)
         if pairs is None:
-            pairs = with_gradients(parameters_of(mode.applied, param_groups))
-        # What a closure has left without a gradient is not trained any more.
-        self._took_part = dict(pairs)
+            pairs = with_gradients(mode.applied_to(param_groups))
         _check_whole(pairs)
         written = mode.written(pairs, param_groups)
-        given = [(param, param.grad) for _, params in pairs for param in params]
-        prepare_gradients(pairs)
-        self._replaced = [(param, grad, param.grad) for param, grad in given if param.grad is not grad]
-        counterparts = mode.counterparts(param_groups)
-        compacts = {id(param): compact for param, compact in counterparts}
-        self._prepare(counterparts, pairs)
+        self._replaced = _prepared_gradients(pairs)
+        self._counterparts = mode.counterparts(param_groups)
+        compacts = {id(param): compact for param, compact in self._counterparts}
+        # What a closure has left without a gradient is not trained any more.
+        self._took_part, self._values = pairs, []
+        for _, params in pairs:
+            self._values.append(list(map(compacts.__getitem__, map(id, params))))
+        targets = self._prepare(pairs)
         if written:
             # What was written from outside, or took the place of another parameter, may not be tied.
             self._adopt(written, compacts)
-            mode.engine.apply_(Operation(project_), written)
-        return self._fold(pairs, compacts, compiled)
+            mode.engine.calls(_PROJECT, written, compiled=False)
+        return self._fold(targets, compiled)
 
-    def _prepare(self, counterparts: Sequence[tuple[Tensor, Parameter]], pairs: Pairs[BoundTie]) -> None:
-        """Give compact parameters the dtype, the device and the kind of gradient of theirs."""
-        trained = {id(param) for _, params in pairs for param in params if param.grad is not None}
-        for param, compact in counterparts:
+    def _prepare(self, pairs: Pairs[BoundTie]) -> dict[int, Tensor]:
+        """Give compact parameters the dtype, the device and the kind of gradient of theirs.
+
+        Returns:
+            For each tied parameter, by its identity, the tensor that its compact gradient is written to.
+        """
+        trained, targets = set(), {}
+        for _, params in pairs:
+            for param in params:
+                if param.grad is not None:
+                    trained.add(id(param))
+        for param, compact in self._counterparts:
+            grad = compact.grad
             other_kind = compact.dtype != param.dtype or compact.device != param.device
             # What is as it is to be is left so: a compiled step is compiled again where it finds other attributes.
-            if compact.grad is not None and (other_kind or id(param) not in trained or compact.grad.is_sparse):
-                compact.grad = None
+            if grad is not None and (other_kind or id(param) not in trained or grad.is_sparse):
+                grad = compact.grad = None
             if other_kind:
                 with torch.inference_mode(False):
                     compact.data = compact.data.to(param)
             if compact.requires_grad != param.requires_grad:
                 compact.requires_grad_(param.requires_grad)
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
-            if id(param) in trained and compact.grad is None and compact.numel() and not _is_sparse(param.grad):
-                compact.grad = self._mode.gradient_of(compact)
+            if grad is None and id(param) in trained and compact.numel() and not _is_sparse(param.grad):
+                grad = compact.grad = self._mode.gradient_of(compact)
+            targets[id(param)] = torch.empty_like(compact) if grad is None else grad
+        return targets
 
     def _adopt(self, pairs: Pairs[BoundTie], compacts: Mapping[int, Parameter]) -> None:
         """Fold what a host has put into the state for parameters that it replaced, with an entry for each of theirs."""
@@ -320,53 +338,44 @@ class CompactStep:
             shapes = {param: compacts[id(param)].shape for param in params}
             state.update(refolded(held, shapes, tie, self._optimizer, self._mode.engine))
 
-    def _fold(self, pairs: Pairs[BoundTie], compacts: Mapping[int, Parameter], compiled: bool) -> Sequence[Call]:
+    def _fold(self, targets_of: Mapping[int, Tensor], compiled: bool) -> Sequence[Call]:
         engine, reduction = self._mode.engine, self._mode.reduction
-        weights, grads, values, targets = [], [], [], []
-        for tie, params in pairs:
-            own = [compacts[id(param)] for param in params]
-            weights.append((tie, params))
-            values.append(own)
-            if params[0].grad is None:
+        grads, targets = [], []
+        for (tie, params), compacts in zip(self._took_part, self._values, strict=True):
+            grad = params[0].grad
+            if grad is None:
                 continue
-            if _is_sparse(params[0].grad):
-                own[0].grad = engine.folded_sparse(tie, params[0].grad, params[0], own[0], reduction)
-            else:
-                grads.append((tie, gradients_of(params)))
-                targets.append([torch.empty_like(one) if one.grad is None else one.grad for one in own])
-        engine.apply_(Operation(fold_), weights, values)
-        return engine.calls(Operation(fold_gradients_, reduction=reduction), grads, targets, compiled=compiled)
+            if grad.layout is torch.sparse_coo:
+                compacts[0].grad = engine.folded_sparse(tie, grad, params[0], compacts[0], reduction)
+                continue
+            grads.append((tie, list(map(grad_of, params))))
+            targets.append(list(map(targets_of.__getitem__, map(id, params))))
+        engine.calls(_FOLD, self._took_part, self._values, compiled=False)
+        return engine.calls(_FOLD_GRADIENTS[reduction], grads, targets, compiled=compiled)
 
     @untraced
     def _exchange(self) -> None:
         """Put the compact parameters in the places of the tied ones."""
         if self._is_inner:
             return
-        mode, optimizer = self._mode, self._optimizer
-        counterparts = mode.counterparts(optimizer.param_groups)
-        _exchange([optimizer, *mode.held(optimizer)], {id(param): compact for param, compact in counterparts})
-        mode.set_aside = [param for param, _ in counterparts]
+        others = {id(param): compact for param, compact in self._counterparts}
+        _exchange([self._optimizer, *self._mode.held(self._optimizer)], others)
+        self._mode.set_aside = [param for param, _ in self._counterparts]
 
     @untraced
     def _exchange_back(self) -> None:
-        mode, optimizer = self._mode, self._optimizer
-        if self._is_inner or not mode.set_aside:
+        if self._is_inner or not self._mode.set_aside:
             return
-        counterparts = zip(mode.set_aside, mode._compacts.values(), strict=True)
-        _exchange([optimizer, *mode.held(optimizer)], {id(compact): param for param, compact in counterparts})
-        mode.set_aside = ()
+        others = {id(compact): param for param, compact in self._counterparts}
+        _exchange([self._optimizer, *self._mode.held(self._optimizer)], others)
+        self._mode.set_aside = ()
 
     @untraced
     def finish(self) -> None:
         """Write the compact parameters that were trained to the weights."""
-        if self._is_inner:
-            return
-        mode, pairs = self._mode, list(self._took_part.items())
-        compacts = {id(param): compact for param, compact in mode.counterparts(self._optimizer.param_groups)}
-        mode.engine.apply_(
-            Operation(unfold_), pairs, [[compacts[id(param)] for param in params] for _, params in pairs]
-        )
-        mode.note(pairs)
+        if not self._is_inner:
+            self._mode.engine.calls(_UNFOLD, self._took_part, self._values, compiled=False)
+            self._mode.note(self._took_part)
 
     @between_graphs
     def __enter__(self) -> None:
@@ -375,9 +384,9 @@ class CompactStep:
     @between_graphs
     def __exit__(self, *_: object) -> None:
         self._mode.running = self._was_running
-        if self._replaced:
-            self._put_back()
+        self._put_back()
 
+    @between_graphs
     def _put_back(self) -> None:
         """Put back the gradients that could not be folded as they were; the model's are not to be written."""
         for param, grad, replacement in self._replaced:
@@ -403,6 +412,19 @@ class CompactStep:
             return loss
 
         return unfolded_closure
+
+
+def _prepared_gradients(pairs: Pairs[BoundTie]) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Prepare gradients, and return the parameters whose gradients were replaced, with both."""
+    given: list[tuple[Tensor, Tensor | None]] = []
+    for _, params in pairs:
+        given.extend(zip(params, map(grad_of, params), strict=True))
+    prepare_gradients(pairs)
+    replaced = []
+    for param, grad in given:
+        if param.grad is not grad:
+            replaced.append((param, grad, param.grad))
+    return replaced
 
 
 def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:
@@ -476,7 +498,7 @@ def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Ten
 def _check_whole(pairs: Pairs[BoundTie]) -> None:
     for _, params in pairs:
         for param in params:
-            placements = getattr(param, "placements", None)
+            placements = None if type(param) is Parameter else getattr(param, "placements", None)
             if placements is not None:
                 raise ValueError(
                     refusal(

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from tieopt.engine.compiled import Call, is_under_compiler
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.errors import refusal, users_level
-from tieopt.modes.gradients import gradients_of, tie_gradients, with_gradients
-from tieopt.modes.mode import Mode, Pairs
+from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
+from tieopt.modes.mode import Mode, Pairs, is_differentiable
 from tieopt.tensors import traces
 from tieopt.ties.places import BoundTie, ParamGroups
 
@@ -53,6 +53,8 @@ class FullStep:
         # What turns the sums that the inner optimizer reads into the means that accumulate.
         self._undo: list[Callable[[], None]] = []
         self._took_part: dict[BoundTie, list[Tensor]] = {}
+        self._given: list[tuple[Tensor, Tensor | None]] = []
+        self._differentiable = is_differentiable(optimizer)
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -66,38 +68,39 @@ class FullStep:
         if held:
             with self._tied_for(held):
                 return inner_step(self._optimizer, *args, **kwargs)
-        given = self._gradients()
         result = inner_step(self._optimizer, *args, **kwargs)
-        self._check_gradients(given)
+        self._check_gradients()
         return result
 
     @untraced
     def _begin(self, compiled: bool) -> Sequence[Call]:
         """Tie the weights and gradients that are there, and return the calls that do the rest."""
-        pairs = with_gradients(self._mode.parameters(self._optimizer.param_groups))
+        pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
         self._check_weights(pairs)
         self._took_part.update(pairs)
         if not self._ties_gradients:
             return ()
-        return tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
+        calls = tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
+        for _, params in pairs:
+            self._given.extend(zip(params, map(grad_of, params), strict=True))
+        return calls
 
     def _check_weights(self, pairs: Pairs[BoundTie]) -> None:
         """Tie weights that something else has written since the last step; each tie as it begins to take part."""
-        trained = [(tie, params) for tie, params in pairs if params[0].requires_grad and tie not in self._took_part]
+        trained = []
+        for tie, params in pairs:
+            if params[0].requires_grad and tie not in self._took_part:
+                trained.append((tie, params))
         written = self._mode.written(trained, self._optimizer.param_groups)
         if written and not self._mode.relaxed:
-            self._mode.tie_weights(written, self._optimizer)
+            self._mode.tie_weights(written, differentiable=self._differentiable)
 
     @between_graphs
-    def _gradients(self) -> list[tuple[Tensor, Tensor | None]]:
-        return [(param, param.grad) for params in self._took_part.values() for param in params]
-
-    @between_graphs
-    def _check_gradients(self, given: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    def _check_gradients(self) -> None:
         """Warn of gradients that an optimizer has made within its step, after those that were there were tied."""
-        if not self._ties_gradients or self._makes_gradients:
+        if self._makes_gradients:
             return
-        for param, grad in given:
+        for param, grad in self._given:
             if param.grad is not grad and param.grad is not None:
                 warnings.warn(
                     refusal(
@@ -130,8 +133,9 @@ class FullStep:
                 hook.remove()
 
     @untraced
-    def _gradient_traces(self) -> list[list[tuple[object, ...]]]:
-        return traces(gradients_of(params) for _, params in self._mode.parameters(self._optimizer.param_groups))
+    def _gradient_traces(self) -> dict[BoundTie, list[tuple[object, ...]]]:
+        pairs = self._mode.applied_to(self._optimizer.param_groups)
+        return traces((tie, gradients_of(params)) for tie, params in pairs)
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call another method than ``step()``, which may write weights that have no gradients."""
@@ -189,7 +193,8 @@ class FullStep:
 
     @between_graphs
     def _tie_weights(self, strength: float = 1.0) -> None:
-        self._mode.tie_weights(list(self._took_part.items()), self._optimizer, strength=strength, stepped=True)
+        pairs = list(self._took_part.items())
+        self._mode.tie_weights(pairs, differentiable=self._differentiable, strength=strength, stepped=True)
 
 
 def _is_at_rest(param_groups: ParamGroups) -> bool:

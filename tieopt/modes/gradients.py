@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,9 @@ from tieopt.errors import refusal
 from tieopt.numbers.reduction import Operation, Reduction, divide_, project_
 from tieopt.tensors import overlaps
 from tieopt.ties.places import BoundTie, T
+
+_PROJECT = {reduction: Operation(project_, reduction=reduction) for reduction in ("mean", "sum")}
+_DIVIDE = Operation(divide_)
 
 
 def tie_gradients(
@@ -41,33 +45,54 @@ def tie_gradients(
         compiled: whether ``torch.compile`` will get the calls.
     """
     prepare_gradients(pairs)
-    replaced = _replaced(pairs)
-    written = [(tie, params, gradients_of(params)) for tie, params in pairs if id(params[0]) not in replaced]
-    operation = Operation(project_, reduction=reduction)
-    calls = engine.calls(operation, [(tie, grads) for tie, _, grads in written], compiled=compiled)
-    others = [(tie, params) for tie, params in pairs if id(params[0]) in replaced]
-    _replace(others, engine, "mean")
+    written, others = _parted(pairs)
+    calls = engine.calls(_PROJECT[reduction], written, compiled=compiled)
+    if others:
+        _replace(others, engine, "mean")
     if reduction == "sum" and undo is not None:
-        undo.append(partial(_divide, written, engine))
+        undo.append(partial(_divide, pairs, written, engine))
         means = {param: param.grad for _, params in others for param in params}
         _replace(others, engine, reduction)
         undo.extend(partial(_put_back, param, param.grad, mean) for param, mean in means.items())
     return calls
 
 
-def _divide(sums: Sequence[tuple[BoundTie, list[Tensor], list[Tensor]]], engine: Engine) -> None:
+def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
+    """The ties with gradients that can be written, and with the parameters of those whose gradients are replaced."""
+    written, replaced = [], set()
+    for tie, params in pairs:
+        grads = list(map(grad_of, params))
+        written.append((tie, grads))
+        for param, grad in zip(params, grads, strict=True):
+            if grad.requires_grad or grad.layout is torch.sparse_coo:
+                replaced.add(id(param))
+    if not replaced:
+        return written, ()
+    replaced = _connected(pairs, replaced)
+    others = [(tie, params) for tie, params in pairs if id(params[0]) in replaced]
+    kept = {tie for tie, _ in pairs} - {tie for tie, _ in others}
+    return [(tie, grads) for tie, grads in written if tie in kept], others
+
+
+def _divide(pairs: Pairs[BoundTie], sums: Pairs[BoundTie], engine: Engine) -> None:
     # Some optimizers replace the gradient, or set it to None, while they step.
-    kept = [
-        (tie, grads)
-        for tie, params, grads in sums
-        if all(param.grad is grad for param, grad in zip(params, grads, strict=True))
-    ]
-    engine.apply_(Operation(divide_), kept)
+    kept, params_of = [], dict(pairs)
+    for tie, grads in sums:
+        for param, grad in zip(params_of[tie], grads, strict=True):
+            if param.grad is not grad:
+                break
+        else:
+            kept.append((tie, grads))
+    engine.apply_(_DIVIDE, kept)
 
 
 def _put_back(param: Tensor, total: Tensor | None, mean: Tensor | None) -> None:
     if param.grad is total:
         param.grad = mean
+
+
+# Without a Python call for each of many parameters, as the loops of this file.
+grad_of: Callable[[Tensor], Any] = attrgetter("grad")
 
 
 def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
@@ -88,10 +113,13 @@ def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, lis
 
 def prepare_gradients(pairs: Pairs[BoundTie]) -> None:
     """Give every parameter a gradient that can be tied."""
-    _begin_joined(pairs)
+    is_missing = False
     for tie, params in pairs:
         for param in params:
             grad = param.grad
+            if grad is None:
+                is_missing = True
+                continue
             # Without a call for each of many gradients that are as they should be.
             if (
                 type(grad) is Tensor
@@ -101,20 +129,15 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> None:
                 and not (grad.requires_grad or grad.is_conj() or grad.is_neg() or grad.is_inference())
             ):
                 continue
-            if grad is not None:
-                prepared = _prepared(grad, param, is_of_rows=tie.is_of_rows)
-                if prepared is not grad:
-                    param.grad = prepared
+            prepared = _prepared(grad, param, is_of_rows=tie.is_of_rows)
+            if prepared is not grad:
+                param.grad = prepared
+    if is_missing:
+        _begin_joined(pairs)
 
 
 def _begin_joined(pairs: Pairs[BoundTie]) -> None:
     """Give parameters that are joined with some that have gradients one of zeros."""
-    missing = False
-    for _, params in pairs:
-        for param in params:
-            missing = missing or param.grad is None
-    if not missing:
-        return
     # A parameter may be joined with one, and with another by another tie.
     joined = _connected(pairs, {id(param) for _, params in pairs for param in params if param.grad is not None})
     for _, params in pairs:
@@ -152,17 +175,6 @@ def _as_sharded(grad: Any, param: Any) -> Any:
         )
     # Parts of a sum are added up, as the inner optimizer would have to.
     return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
-
-
-def _replaced(pairs: Pairs[BoundTie]) -> set[int]:
-    """The identities of the parameters whose gradient cannot be written, and of those that are joined with them."""
-    found = set()
-    for _, params in pairs:
-        for param in params:
-            grad = param.grad
-            if grad is not None and (grad.requires_grad or grad.layout is torch.sparse_coo):
-                found.add(id(param))
-    return _connected(pairs, found) if found else found
 
 
 def _connected(pairs: Pairs[BoundTie], params: set[int]) -> set[int]:

@@ -19,7 +19,16 @@ from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
 from tieopt.numbers.start import Start, check_start
 from tieopt.tensors import traces
-from tieopt.ties.places import BoundTie, ParamGroups, all_places, check_apart, found, name_of, parameters_of
+from tieopt.ties.places import (
+    BoundTie,
+    ParamGroups,
+    all_places,
+    check_apart,
+    found,
+    name_of,
+    parameters_of,
+    still_there,
+)
 from tieopt.ties.slices import is_idle
 from tieopt.ties.tie import check_writable
 
@@ -30,6 +39,9 @@ State = MutableMapping[Any, Any]
 # Optimizers that compare how the loss changes with what the gradient says, by their names: a line search of LBFGS, the
 # step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
 _COMPARES_LOSS = {"LBFGS", "AliG"}
+
+
+_PROJECT, _PROJECT_STEPPED = Operation(project_), Operation(project_, stepped=True)
 
 
 class Mode(ABC):
@@ -45,6 +57,7 @@ class Mode(ABC):
     Attributes:
         ties: as they were given, bound to the places of their parameters.
         applied: the ties as the mode applies them.
+        relaxed: whether the ties are approximate: gradients stay as they are, and weights may drift apart.
         engine: the numbers.
         running: whether a step, or another method of the optimizer, is running.
         set_aside: the parameters of the model that have others in their places now.
@@ -67,6 +80,7 @@ class Mode(ABC):
         self.reduction: Reduction = reduction
         self.strength = strength
         self.every = every
+        self.relaxed = strength != 1 or every != 1
         self.steps = 0
         self.ties = found(param_groups, ties)
         self.applied: Sequence[BoundTie] = self.ties
@@ -76,18 +90,15 @@ class Mode(ABC):
         self._replaced: Mode | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
         self._fingerprints: dict[tuple[BoundTie, tuple[int, ...]], str] = {}
+        self._pairs: list[tuple[BoundTie, list[Tensor]]] | None = None
         self._held: list[Optimizer] = []
         self._held_for: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made in the middle of a step takes no part in it.
         state = {key: value for key, value in vars(self).items() if key not in ("running", "set_aside")}
-        return {**state, "_seen": {}, "_captured": False, "_replaced": None, "_held": [], "_held_for": []}
-
-    @property
-    def relaxed(self) -> bool:
-        """Whether the ties are approximate: gradients stay as they are, and weights may drift apart."""
-        return self.strength != 1 or self.every != 1
+        forgotten = {"_seen": {}, "_captured": False, "_replaced": None, "_pairs": None, "_held": [], "_held_for": []}
+        return {**state, **forgotten}
 
     @between_graphs
     def held(self, optimizer: Any) -> list[Optimizer]:
@@ -178,7 +189,7 @@ class Mode(ABC):
             for tie, params in trained:
                 self.engine.start_from_first_(tie, params, tie.order)
         # What starts from the first members is tied already, and keeps its bits.
-        self.tie_weights(trained, optimizer, strength=self.strength)
+        self.tie_weights(trained, differentiable=is_differentiable(optimizer), strength=self.strength)
         self.note_all(optimizer.param_groups)
         return changed
 
@@ -213,22 +224,28 @@ class Mode(ABC):
         """
         return parameters_of(self.ties, param_groups)
 
+    def applied_to(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
+        """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`."""
+        if self._pairs is None or not still_there(self._pairs, param_groups):
+            self._pairs = parameters_of(self.applied, param_groups)
+        return self._pairs
+
     @between_graphs
     def tie_weights(
-        self, pairs: Pairs[BoundTie], optimizer: Any, *, strength: float = 1.0, stepped: bool = False
+        self, pairs: Pairs[BoundTie], *, differentiable: bool, strength: float = 1.0, stepped: bool = False
     ) -> None:
         """Tie parameters; where the step is part of a graph, the projection is too.
 
         Args:
             pairs: ties and their parameters.
-            optimizer: of the parameters.
+            differentiable: whether steps may be part of a graph.
             strength: how far members are moved towards their mean.
             stepped: whether a step of the inner optimizer has just written them.
         """
-        if is_differentiable(optimizer):
+        if differentiable:
             pairs = self._tie_graphs(pairs, strength)
         if strength == 1:
-            self.engine.apply_(Operation(project_, stepped=stepped), pairs)
+            self.engine.apply_(_PROJECT_STEPPED if stepped else _PROJECT, pairs)
         elif strength > 0:
             self.engine.apply_(Operation(relax_, stepped=stepped, strength=strength), pairs)
 
@@ -252,7 +269,7 @@ class Mode(ABC):
         """
         return [
             (tie, params)
-            for tie, params in parameters_of(self.applied, param_groups)
+            for tie, params in self.applied_to(param_groups)
             if params[0].requires_grad
             or (any(state.get(param) for param in params) and self._is_still_tied(tie, params))
         ]
@@ -260,14 +277,12 @@ class Mode(ABC):
     @between_graphs
     def note(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> None:
         """Remember ties whose parameters are tied now."""
-        pairs = list(pairs)
-        for (tie, _), seen in zip(pairs, traces([params for _, params in pairs]), strict=True):
-            self._seen[tie] = seen
+        self._seen.update(traces(pairs))
 
     @untraced
     def note_all(self, param_groups: ParamGroups) -> None:
         """Remember that all parameters that are not frozen are tied now."""
-        self.note(pair for pair in parameters_of(self.applied, param_groups) if pair[1][0].requires_grad)
+        self.note(pair for pair in self.applied_to(param_groups) if pair[1][0].requires_grad)
 
     def written(self, pairs: Pairs[T], param_groups: ParamGroups) -> list[tuple[T, list[Tensor]]]:
         """Return the ties whose parameters were replaced, moved or written to since they were noted.
@@ -277,29 +292,29 @@ class Mode(ABC):
         Raises:
             ValueError: entries of a parameter share memory now, with each other or with those of another parameter.
         """
-        changed = []
-        for (tie, params), now in zip(pairs, traces([params for _, params in pairs]), strict=True):
-            before = self._seen.get(tie)
-            if now != before:
-                changed.append((tie, params, now, before))
+        changed, now = [], traces(pairs)
+        for tie, params in pairs:
+            if now[tie] != self._seen.get(tie):
+                changed.append((tie, params))
         if changed:
-            self._check_written(changed, param_groups)
-        return [(tie, params) for tie, params, _, _ in changed]
+            self._check_written(changed, now, param_groups)
+        return changed
 
-    def _check_written(self, changed: Sequence[tuple[BoundTie, list[Tensor], Any, Any]], groups: ParamGroups) -> None:
+    def _check_written(self, changed: Pairs[BoundTie], now: Mapping[Any, Any], groups: ParamGroups) -> None:
         # The last entry of a trace counts writes.
         moved = [
             (tie, params)
-            for tie, params, now, before in changed
-            if before is None or any(new[:-1] != old[:-1] for new, old in zip(now, before, strict=True))
+            for tie, params in changed
+            if tie not in self._seen
+            or any(new[:-1] != old[:-1] for new, old in zip(now[tie], self._seen[tie], strict=True))
         ]
         for tie, params in moved:
             for place, param in zip(tie.places, params, strict=True):
                 check_writable(param, name_of(groups, place))
         if moved:
             check_apart(groups, self.ties)
-        for tie, params, _, before in changed:
-            if before is not None and not self.relaxed and not self._is_still_tied(tie, params):
+        for tie, params in changed:
+            if tie in self._seen and not self.relaxed and not self._is_still_tied(tie, params):
                 names = ", ".join(name_of(groups, place) for place in tie.places)
                 warnings.warn(
                     refusal(

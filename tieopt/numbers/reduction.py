@@ -61,29 +61,22 @@ class Workspace:
 
 
 class Operation:
-    """An operation on the members of groups, as one of the functions below, with its options.
+    """An operation on the members of groups: one of the functions below, with its options.
 
     Args:
-        function: takes tensors, their index, a workspace and, unless it is :func:`divide_`, what gives the means of
-            groups that have members elsewhere, too.
+        function: takes tensors, their index, and a workspace.
         stepped: whether it is for weights that a step has just written, see :func:`means_after_step`.
         **options: of the function.
+
+    Attributes:
+        needs_means: whether it has an option ``means_of``, what gives the means of groups that have members elsewhere.
     """
 
     def __init__(self, function: Callable[..., Any], *, stepped: bool = False, **options: Any) -> None:
         self.function = function
         self.stepped = stepped
-        self.options = options
+        self.options = {**options, "means_of": means_after_step} if stepped else options
         self.needs_means = function not in (divide_, lead_)
-        self._means_of = means_after_step if stepped else None
-
-    def __call__(
-        self, tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None
-    ) -> Any:
-        """Apply it to plain tensors."""
-        if not self.needs_means:
-            return self.function(tensors, index, workspace)
-        return self.function(tensors, index, workspace, means_of=means_of or self._means_of, **self.options)
 
 
 def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> bool:

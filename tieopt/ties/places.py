@@ -105,7 +105,7 @@ T = TypeVar("T", bound=BoundTie)
 
 
 def parameters_of(ties: Iterable[T], param_groups: ParamGroups) -> list[tuple[T, list[Tensor]]]:
-    """Ties with the parameters that stand in their places now.
+    """Return ties with the parameters that stand in their places now.
 
     Raises:
         RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -118,6 +118,24 @@ def parameters_of(ties: Iterable[T], param_groups: ParamGroups) -> list[tuple[T,
             check_joined(param_groups, tie.places, params)
         pairs.append((tie, params))
     return pairs
+
+
+def still_there(pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGroups) -> bool:
+    """Return whether these parameters stand in the places of their ties; without a call for each of many.
+
+    Raises:
+        ValueError: joined parameters have come to differ in what has to be the same.
+    """
+    count = len(param_groups)
+    for tie, params in pairs:
+        for place, param in zip(tie.places, params, strict=True):
+            number, position, shape = place
+            there = param_groups[number]["params"] if number < count else ()
+            if position >= len(there) or there[position] is not param or param.shape != shape:
+                return False
+        if len(params) > 1:
+            check_joined(param_groups, tie.places, params)
+    return True
 
 
 def all_places(param_groups: ParamGroups) -> list[Place]:
