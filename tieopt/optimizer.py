@@ -23,12 +23,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from tieopt.engine.graphs import between_graphs, copied
+from tieopt.engine.graphs import between_graphs, copied, untraced
 from tieopt.errors import refusal, shown, users_level
-from tieopt.modes import summary
-from tieopt.modes.compact import CompactMode
+from tieopt.modes import mode_class, summary
 from tieopt.modes.conversion import converter
-from tieopt.modes.full import FullMode
 from tieopt.modes.gradients import tie_gradients, with_gradients
 from tieopt.modes.mode import Mode, is_differentiable
 from tieopt.modes.state import Lost, settings_in, states_of, tied_state
@@ -165,7 +163,7 @@ class TiedOptimizer(Optimizer):
         start: Start = "mean",
     ) -> Self:
         _check_wrappable(optimizer)
-        mode = _mode(compact)(optimizer.param_groups, ties, reduction, strength, every)
+        mode = mode_class(compact)(optimizer.param_groups, ties, reduction, strength, every)
         tied_class = _tied_class(cls, type(optimizer))
         states = mode.bind(optimizer, states_of(optimizer), start)
 
@@ -224,7 +222,7 @@ class TiedOptimizer(Optimizer):
             ties.append(Tie.join(*parts))
         return tuple(ties)
 
-    @between_graphs
+    @untraced
     def tie_gradients(self) -> None:
         r"""Replaces the gradients of the members of each group by their mean, in ``.grad``.
 
@@ -681,12 +679,6 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], mode: Mode) -> T
     optimizer = object.__new__(_tied_class(cls, inner))
     optimizer._tieopt = mode
     return optimizer
-
-
-def _mode(compact: Any) -> type[Mode]:
-    if not isinstance(compact, bool):
-        raise TypeError(refusal("compact says which mode it is.", expected="True or False", got=shown(compact)))
-    return CompactMode if compact else FullMode
 
 
 def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:

@@ -11,8 +11,8 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What torch.compile has set to look at each function that is called; None or False where nothing is compiled.
-_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+# Its get_eval_frame_callback() returns what torch.compile has set to look at each function that is called.
+_frames = torch._C._dynamo.eval_frame
 
 
 def between_graphs(function: Function) -> Function:
@@ -32,7 +32,7 @@ def untraced(function: Function) -> Function:
     @between_graphs
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        return (disabled if _callback() not in (None, False) else function)(*args, **kwargs)
+        return (disabled if _frames.get_eval_frame_callback() not in (None, False) else function)(*args, **kwargs)
 
     return cast(Function, called)
 
@@ -67,7 +67,7 @@ _COPIES = 32
 @between_graphs
 def is_compiled() -> bool:
     """Whether ``torch.compile`` gets the functions that are called now."""
-    return _callback() not in (None, False)
+    return _frames.get_eval_frame_callback() not in (None, False)
 
 
 class Copies:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tieopt.engine.exchange import Holdings, Plan
+from tieopt.errors import refusal
 from tieopt.numbers.index import Index, Layout, Run, order_within
 from tieopt.numbers.reduction import (
     Operation,
@@ -41,6 +42,7 @@ from tieopt.tensors import (
     check_sharding,
     column,
     in_memory,
+    is_sharded,
     local,
     octets,
     wide_dtype,
@@ -441,3 +443,28 @@ def _gathered(value: Tensor, mesh: Any) -> Tensor:
         dist.all_gather(parts, values, group=mesh.get_group(dim))
         values = torch.cat(parts)
     return values
+
+
+def spans_ranks(tensors: Sequence[Any]) -> bool:
+    """Return whether what is done to tensors may take other ranks."""
+    return any(map(is_sharded, tensors))
+
+
+def placed_as(grad: Any, param: Any) -> Tensor:
+    """Return the gradient of a sharded parameter where its parameter is.
+
+    Raises:
+        RuntimeError: it is sparse, has a graph, or is not sharded over the mesh of the parameter.
+    """
+    mesh = grad.device_mesh if is_sharded(grad) else "no mesh"
+    if grad.requires_grad or grad.layout != torch.strided or mesh != param.device_mesh:
+        raise RuntimeError(
+            refusal(
+                "The gradient of a sharded parameter cannot be tied.",
+                expected=f"a dense one, without a graph, over {param.device_mesh}",
+                got=f"{grad.layout}, requires_grad={grad.requires_grad}, over {mesh}",
+            )
+        )
+    # Parts of a sum are added up, as the inner optimizer would have to.
+    placed: Tensor = grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+    return placed

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import refusal, shown
-from tieopt.tensors import is_sharded, octets
+from tieopt.tensors import local, octets
 
 _NAMES = {
     torch.bool: "BOOL", torch.complex64: "C64",
@@ -191,7 +191,7 @@ def checked_dense(name: str, value: Any) -> Tensor:
         TypeError: it is not.
     """
     if isinstance(value, Tensor):
-        special = is_lazy(value) or is_sharded(value) or value.is_nested or value.is_quantized
+        special = is_lazy(value) or local(value) is not value or value.is_nested or value.is_quantized
         # Wrappers of other tensors, and tensors on the meta device, have no address.
         if not special and value.layout == torch.strided and (not value.numel() or value.data_ptr()):
             return value

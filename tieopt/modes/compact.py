@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from tieopt.engine.compiled import Call, is_under_compiler
 from tieopt.engine.engine import Pairs
 from tieopt.engine.graphs import between_graphs, untraced
+from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import refusal
 from tieopt.modes.conversion import begun, compacted, expanded, refolded, without_history
 from tieopt.modes.gradients import grad_of, prepare_gradients, with_gradients
@@ -498,8 +499,8 @@ def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Ten
 def _check_whole(pairs: Pairs[BoundTie]) -> None:
     for _, params in pairs:
         for param in params:
-            placements = None if type(param) is Parameter else getattr(param, "placements", None)
-            if placements is not None:
+            if type(param) is not Parameter and spans_ranks([param]):
+                placements = param.placements  # type: ignore[attr-defined]
                 raise ValueError(
                     refusal(
                         "The compact mode has no shards of compact parameters.",

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tieopt.engine.compiled import Call, is_under_compiler
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
+from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import refusal, users_level
 from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
 from tieopt.modes.mode import Mode, Pairs, is_differentiable
@@ -179,9 +180,7 @@ class FullStep:
             self._restore()
         if kind is not None:
             # An error may be that of one rank alone: what it sent now, the others would take for what they wait for.
-            self._took_part = {
-                tie: params for tie, params in self._took_part.items() if not hasattr(params[0], "device_mesh")
-            }
+            self._took_part = {tie: params for tie, params in self._took_part.items() if not spans_ranks(params)}
         if not self._mode.relaxed:
             self._tie_weights()
         self._mode.note(self._took_part.items())

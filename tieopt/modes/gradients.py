@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from tieopt.engine.compiled import Call
 from tieopt.engine.engine import Engine, Pairs
-from tieopt.errors import refusal
+from tieopt.engine.sharded import placed_as, spans_ranks
 from tieopt.numbers.reduction import Operation, Reduction, divide_, project_
 from tieopt.tensors import overlaps
 from tieopt.ties.places import BoundTie, T
@@ -148,33 +148,14 @@ def _begin_joined(pairs: Pairs[BoundTie]) -> None:
 
 def _prepared(grad: Tensor, param: Tensor, *, is_of_rows: bool) -> Tensor:
     """A gradient as it can be tied."""
-    if hasattr(param, "device_mesh"):
-        return cast(Tensor, _as_sharded(grad, param))
+    if spans_ranks([param]):
+        return placed_as(grad, param)
     if grad.layout == torch.sparse_coo and not is_of_rows:
         return grad.to_dense()
     if grad.is_conj() or grad.is_neg():
         return grad.resolve_conj().resolve_neg()
     is_writable = not overlaps(grad) and (not grad.is_inference() or torch.is_inference_mode_enabled())
     return grad if grad.layout != torch.strided or grad.requires_grad or is_writable else grad.clone()
-
-
-def _as_sharded(grad: Any, param: Any) -> Any:
-    """A gradient where its parameter is.
-
-    Raises:
-        RuntimeError: it is sparse, has a graph, or is not sharded over the mesh of the parameter.
-    """
-    mesh = getattr(grad, "device_mesh", "no mesh")
-    if grad.requires_grad or grad.layout != torch.strided or mesh != param.device_mesh:
-        raise RuntimeError(
-            refusal(
-                "The gradient of a sharded parameter cannot be tied.",
-                expected=f"a dense one, without a graph, over {param.device_mesh}",
-                got=f"{grad.layout}, requires_grad={grad.requires_grad}, over {mesh}",
-            )
-        )
-    # Parts of a sum are added up, as the inner optimizer would have to.
-    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
 
 
 def _connected(pairs: Pairs[BoundTie], params: set[int]) -> set[int]:

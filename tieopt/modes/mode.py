@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, untraced
+from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import refusal, shown, users_level
 from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
@@ -215,6 +216,7 @@ class Mode(ABC):
         self._captured = self._captured or is_capturing()
         return was_running
 
+    @untraced
     def parameters(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
         """Return the ties with the parameters that stand in their places now.
 
@@ -329,7 +331,7 @@ class Mode(ABC):
 
     def _is_still_tied(self, tie: BoundTie, params: list[Tensor]) -> bool:
         """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
-        unknown = any(param.grad_fn is not None or hasattr(param, "device_mesh") for param in params)
+        unknown = spans_ranks(params) or any(param.grad_fn is not None for param in params)
         return unknown or is_capturing() or self.engine.is_tied([(tie, [param.detach() for param in params])])
 
     # --- what a checkpoint says ---

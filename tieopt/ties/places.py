@@ -280,8 +280,8 @@ def _check_settings(param_groups: ParamGroups, first: Place, second: Place, join
 def _same(first: Any, second: Any, tensors: bool) -> bool:
     held = [one for one in (first, second) if isinstance(one, Tensor)]
     if held:
-        # An accelerator would have to be waited for, and a compiler cannot decide by values.
-        known = tensors or (all(one.device.type == "cpu" for one in held) and not torch.compiler.is_compiling())
+        # An accelerator would have to be waited for.
+        known = tensors or all(one.device.type == "cpu" for one in held)
         return not known or torch.equal(torch.as_tensor(first).cpu(), torch.as_tensor(second).cpu())
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(map(_same, first, second, repeat(tensors)))
