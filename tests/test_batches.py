@@ -18,13 +18,13 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from tieopt import Tie, TiedOptimizer
-from tieopt.engine import engine as batches_module
-from tieopt.engine.engine import Batches, Merged
+from tieopt.engine import engine as engine_module
+from tieopt.engine.engine import Engine
 from tieopt.numbers import index as index_module
-from tieopt.numbers.reduction import Reduction, Workspace, divide_, project_
+from tieopt.numbers.reduction import Operation, Reduction, Workspace, divide_, project_
 from tieopt.testing import scales
 from tieopt.ties.places import BoundTie, Place
-from tieopt.ties.slices import Slices
+from tieopt.ties.slices import Slices, told_apart
 
 Pairs = list[tuple[BoundTie, list[Tensor]]]
 
@@ -37,9 +37,18 @@ def _copied(pairs: Pairs) -> Pairs:
     return [(tie, [tensor.clone() for tensor in tensors]) for tie, tensors in pairs]
 
 
+def _together(engine: Engine, pairs: Pairs, reduction: Reduction = "mean") -> None:
+    engine.apply_(Operation(project_, reduction=reduction), pairs)
+
+
 def _one_by_one(pairs: Pairs, reduction: Reduction) -> None:
     for tie, tensors in pairs:
-        project_(tensors, tie.index_for(tensors), Workspace(), reduction)
+        project_(tensors, Engine().index_for(tie, tensors), Workspace(), reduction)
+
+
+def _merged(pairs: Pairs) -> list[list[Tensor]]:
+    """The tensors that are worked on together."""
+    return [tensors for _, tensors in Engine()._works(pairs)]
 
 
 def _same(first: Pairs, second: Pairs) -> bool:
@@ -50,7 +59,7 @@ def _same(first: Pairs, second: Pairs) -> bool:
 def _even_entries(count: int) -> Iterator[None]:
     """So many entries of groups of one size are enough to be worked on together."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (batches_module, index_module):
+        for module in (engine_module, index_module):
             patch.setattr(module, "EVEN_ENTRIES", count)
         yield
 
@@ -75,15 +84,15 @@ def test_ties_have_the_bits_together_that_they_have_one_by_one(
 ) -> None:
     drawn, reduction = data.draw(pairs([dtype])), data.draw(reductions)
     together, alone = _copied(drawn), _copied(drawn)
-    batches = Batches()
+    engine = Engine()
     with _even_entries(enough):
-        batches.project_(together, reduction)
+        _together(engine, together, reduction)
         _one_by_one(alone, reduction)
         assert _same(together, alone)
 
-        batches.divide_(together)
+        engine.apply_(Operation(divide_), together)
         for tie, tensors in alone:
-            divide_(tensors, tie.index_for(tensors), Workspace())
+            divide_(tensors, engine.index_for(tie, tensors), Workspace())
         assert _same(together, alone)
 
 
@@ -96,7 +105,7 @@ def test_groups_that_are_many_of_one_size_only_together_have_the_same_bits(pinne
     drawn = [_pair(number, names, scale, normal((len(names), 20), torch.float32, seed + number)) for number in range(8)]
     together, alone = _copied(drawn), _copied(drawn)
     with _even_entries(300):
-        Batches().project_(together)
+        _together(Engine(), together)
         _one_by_one(alone, "mean")
     assert _same(together, alone)
 
@@ -111,10 +120,10 @@ def test_equal_rows_of_several_parameters_are_merged_by_the_size_of_their_groups
         names = torch.arange(12) // each if each else torch.tensor([0, 0, 1, 1, 1])
         names = names[: len(names) - len(names) % each] if each else names
         listed.append(_pair(number, names, None, randn(len(names), 20, seed=number, dtype=dtype)))
-    found = [len(tensors) for _, tensors in Batches().of(listed)]
+    counts = [len(tensors) for tensors in _merged(listed)]
     # What is as wide as its sums would round by the groups of the others.
     merged_as = [4, 2] if size == others else [2, 2, 2]
-    assert found == ([1] * 6 if dtype == torch.float64 else merged_as)
+    assert counts == ([1] * 6 if dtype == torch.float64 else merged_as)
 
 
 def test_what_is_not_alike_is_not_merged() -> None:
@@ -129,39 +138,39 @@ def test_what_is_not_alike_is_not_merged() -> None:
         "columns": (BoundTie([Place(0, 1, torch.Size([20, 4]))], [Slices(names, dim=1)]), [randn(20, 4)]),
     }
     for what, other in others.items():
-        assert len(list(Batches().of([first, other]))) == 2, what
-    assert len(list(Batches().of([first, _pair(1, names, None, randn(4, 20))]))) == 1
+        assert len(_merged([first, other])) == 2, what
+    assert len(_merged([first, _pair(1, names, None, randn(4, 20))])) == 1
 
 
 def test_many_ties_are_merged_into_batches_that_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether elements are added up where they lie depends on how many shared values there are."""
-    monkeypatch.setattr(batches_module, "TOTALS", 150)
-    monkeypatch.setattr(batches_module, "_SMALL", 50)
+    monkeypatch.setattr(engine_module, "TOTALS", 150)
+    monkeypatch.setattr(engine_module, "_SMALL", 50)
     listed = [_pair(number, torch.arange(10) // 2, None, randn(10, 3, seed=number)) for number in range(12)]
-    batches = list(Batches().of(listed))
+    batches = _merged(listed)
     assert 1 < len(batches) < len(listed)
-    assert all(sum(tensor.numel() for tensor in tensors) <= 150 for _, tensors in batches)
-    found = [tensor for _, tensors in batches for tensor in tensors]
-    assert all(one is other for one, (_, [other]) in zip(found, listed, strict=True))
+    assert all(sum(tensor.numel() for tensor in tensors) <= 150 for tensors in batches)
+    merged = [tensor for tensors in batches for tensor in tensors]
+    assert all(one is other for one, (_, [other]) in zip(merged, listed, strict=True))
 
 
-@pytest.mark.parametrize("selections", [0, 2, batches_module._SELECTIONS])
+@pytest.mark.parametrize("selections", [0, 2, engine_module._SELECTIONS])
 @given(drawn=pairs([torch.float32, torch.float64, torch.bfloat16]), steps=st.lists(seeds, min_size=12, max_size=20))
 def test_a_selection_of_ties_that_changes_from_step_to_step_has_the_same_bits(
     selections: int, drawn: Pairs, steps: list[int]
 ) -> None:
-    batches = Batches()
+    engine = Engine()
     for step in steps:
         chosen = torch.rand(len(drawn), generator=generator(step)) < 0.6
         some = [pair for pair, one in zip(drawn, chosen.tolist(), strict=True) if one]
         some = [(tie, [normal(tensor.shape, tensor.dtype, step) for tensor in tensors]) for tie, tensors in some]
         together, alone = _copied(some), _copied(some)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batches_module, "_SELECTIONS", selections)
-            batches.project_(together)
+            patch.setattr(engine_module, "_SELECTIONS", selections)
+            _together(engine, together)
         _one_by_one(alone, "mean")
         assert _same(together, alone)
-    assert len(batches._merged) <= selections
+    assert len(engine._plans) <= selections
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
@@ -203,28 +212,28 @@ def test_several_ties_of_one_parameter_are_merged_as_well(seed: int, reduction: 
     ties = [BoundTie([Place(0, 0, start.shape)], [Slices(one)]) for one in names]
     together, alone = start.clone(), start.clone()
     listed = [(tie, [together]) for tie in ties]
-    assert len(list(Batches().of(listed))) == 1
-    Batches().project_(listed, reduction)
+    assert len(_merged(listed)) == 1
+    _together(Engine(), listed, reduction)
     _one_by_one([(tie, [alone]) for tie in ties], reduction)
     assert same_bits(together, alone)
 
 
 def test_the_groups_of_merged_ties_stay_apart() -> None:
     names = [torch.tensor([0, 0, -1]), torch.tensor([1, -1, 1, 0, 0])]
-    ties = [_pair(number, one, None, randn(len(one), 2))[0] for number, one in enumerate(names)]
-    united = Merged(ties)
-    assert [each.labels.tolist() for each in united.told_apart()] == [[0, 0, -1], [1, -1, 1, 2, 2]]
+    listed = [_pair(number, one, None, randn(len(one), 2)) for number, one in enumerate(names)]
+    apart = told_apart([tie.slices[0]] for tie, _ in listed)
+    assert [each.labels.tolist() for (each,) in apart] == [[0, 0, -1], [1, -1, 1, 2, 2]]
     # Of labels that are told apart nothing stays.
-    index = united.index_for([torch.zeros(3, 2), torch.zeros(5, 2)])
-    for tie, kept, compiled in zip(ties, united.slices, index.slices, strict=True):
-        assert kept.labels is compiled.labels is tie.slices[0].labels
+    ((work, _),) = Engine()._works(listed)
+    for (tie, _), kept in zip(listed, work.executor.slices, strict=True):
+        assert kept.labels is tie.slices[0].labels
 
 
 def test_copies_and_pickles_know_nothing_of_what_was_merged() -> None:
     params = [Parameter(randn(4, 20, seed=seed)) for seed in range(3)]
     optimizer = TiedOptimizer(SGD(params), {param: [[0, 1], [2, 3]] for param in params})
-    batches = optimizer._tieopt.batches
-    assert batches._merged
-    for other in (pickled(batches), copy.deepcopy(batches)):
-        assert not other._merged
-        assert not other.workspace._buffers
+    engine = optimizer._tieopt.engine
+    assert any(len(work.ties) == 3 for plan in engine._plans.values() for work in plan)
+    for other in (pickled(engine), copy.deepcopy(engine)):
+        assert not any(vars(other)[name] for name in ("_indices", "_folded", "_foldings", "_plans"))
+        assert not other._workspace._buffers

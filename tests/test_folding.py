@@ -17,21 +17,20 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tieopt import Tie, TiedOptimizer
-from tieopt.modes.compact import Component, components
 from tieopt.numbers.folding import (
     Folding,
     compact_like,
     fold_,
     fold_gradients_,
-    folded_for,
+    folded,
     folded_sparse,
-    folding_for,
     unfold_,
 )
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Reduction, Workspace, project_, tied
 from tieopt.testing import scales, ties
-from tieopt.ties.places import found
+from tieopt.ties.components import components
+from tieopt.ties.places import BoundTie, found
 from tieopt.ties.slices import Slices
 
 SHAPES = [
@@ -63,12 +62,12 @@ class Case:
 
     tensors: list[Tensor]
     ties: list[Tie]
-    component: Component
+    component: BoundTie
     folding: Folding
 
     def compacts(self) -> list[Tensor]:
         """Compact tensors, with anything in them."""
-        parts = zip(self.component.slices, self.tensors, folded_for(self.component), strict=True)
+        parts = zip(self.component.slices, self.tensors, folded(self.component.slices), strict=True)
         return [compact_like(slices, tensor, len(part.kept)).fill_(7.0) for slices, tensor, part in parts]
 
     def normal_compacts(self, seed: int) -> list[Tensor]:
@@ -89,8 +88,13 @@ class Case:
     def tied(self) -> list[Tensor]:
         """The tensors when they are tied."""
         copies = self.copies()
-        project_(copies, self.engine.index_for(self.component, copies), Workspace())
+        project_(copies, self.folding.index, Workspace())
         return copies
+
+
+def folding_of(tie: BoundTie, tensors: Sequence[Tensor]) -> Folding:
+    """The ties compiled for tensors."""
+    return Folding.compile(Index.compile(tie.slices, tensors), folded(tie.slices))
 
 
 def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[Case]:
@@ -98,7 +102,7 @@ def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[
     param_groups = [{"params": list(given_tensors)}]
     bound = components(found(param_groups, list(given_ties)), param_groups)
     return [
-        Case(own, list(given_ties), each, folding_for(each, own))
+        Case(own, list(given_ties), each, folding_of(each, own))
         for each in bound
         for own in [[given_tensors[place.position] for place in each.places]]
     ]
@@ -121,7 +125,7 @@ def cases(
 def test_folding_and_unfolding_changes_no_bit_of_what_is_tied(dtype: torch.dtype, data: st.DataObject) -> None:
     case = data.draw(cases([dtype], ["none"], any_bits=True))
     before, compacts, after = case.tied(), case.compacts(), case.scrambled()
-    fold_(compacts, before, case.folding)
+    fold_(before, compacts, case.folding, Workspace())
     unfold_(after, compacts, case.folding, Workspace())
     assert all(map(same_bits, after, before))
 
@@ -131,7 +135,7 @@ def test_folding_and_unfolding_changes_no_bit_of_what_is_tied(dtype: torch.dtype
 def test_the_same_with_signs_and_zeros(dtype: torch.dtype, data: st.DataObject) -> None:
     case = data.draw(cases([dtype]))
     before, compacts, after = case.tied(), case.compacts(), case.scrambled()
-    fold_(compacts, before, case.folding)
+    fold_(before, compacts, case.folding, Workspace())
     unfold_(after, compacts, case.folding, Workspace())
     assert all(map(same_bits, after, before))
 
@@ -139,7 +143,7 @@ def test_the_same_with_signs_and_zeros(dtype: torch.dtype, data: st.DataObject) 
 @given(case=cases(ALL, ["any"]))
 def test_with_any_scales_nothing_changes_where_the_shared_values_did_not(case: Case) -> None:
     before, after, compacts = case.tied(), case.tied(), case.compacts()
-    fold_(compacts, after, case.folding)
+    fold_(after, compacts, case.folding, Workspace())
     unfold_(after, compacts, case.folding, Workspace())
     assert all(map(same_bits, after, before))
 
@@ -150,7 +154,7 @@ def test_unfolding_and_folding_returns_the_compact_tensors(dtype: torch.dtype, s
     case = data.draw(cases([dtype]))
     before, after, whole = case.normal_compacts(seed), case.compacts(), case.scrambled()
     unfold_(whole, before, case.folding, Workspace())
-    fold_(after, whole, case.folding)
+    fold_(whole, after, case.folding, Workspace())
     assert all(map(same_bits, after, before))
 
 
@@ -158,7 +162,7 @@ def test_unfolding_and_folding_returns_the_compact_tensors(dtype: torch.dtype, s
 def test_with_any_scales_the_compact_tensors_are_rounded(case: Case, seed: int) -> None:
     before, after, whole = case.normal_compacts(seed), case.compacts(), case.scrambled()
     unfold_(whole, before, case.folding, Workspace())
-    fold_(after, whole, case.folding)
+    fold_(whole, after, case.folding, Workspace())
     for one, other in zip(after, before, strict=True):
         torch.testing.assert_close(one, other, rtol=4 * torch.finfo(one.dtype).eps, atol=0)
 
@@ -167,7 +171,7 @@ def test_with_any_scales_the_compact_tensors_are_rounded(case: Case, seed: int) 
 def test_what_is_unfolded_is_tied(case: Case, seed: int) -> None:
     whole = case.scrambled()
     unfold_(whole, case.normal_compacts(seed), case.folding, Workspace())
-    assert tied(whole, case.component.index_for(whole), Workspace())
+    assert tied(whole, case.folding.index, Workspace())
     entries = [one.to(torch.complex128).flatten().tolist() for one in whole]
     numbers = {id(tensor): number for number, tensor in enumerate(case.tensors)}
     for tie in case.ties:
@@ -185,7 +189,7 @@ def test_what_is_unfolded_is_tied(case: Case, seed: int) -> None:
 def test_folded_gradients_are_those_of_the_shared_values(case: Case, reduction: Reduction) -> None:
     """Written out to all members again they are what the slow reference says."""
     grads, compacts, whole = case.copies(), case.compacts(), case.scrambled()
-    fold_gradients_(compacts, grads, case.folding, Workspace(), reduction)
+    fold_gradients_(grads, compacts, case.folding, Workspace(), reduction)
     assert all(map(same_bits, grads, case.tensors))
     unfold_(whole, compacts, case.folding, Workspace())
 
@@ -203,8 +207,8 @@ def test_folded_gradients_are_those_of_the_shared_values(case: Case, reduction: 
 @given(case=cases([*WIDE, *HALF], ["none", "signs", "zeros"]), reduction=reductions)
 def test_folding_gradients_that_are_tied_already_gives_the_same_bits(case: Case, reduction: Reduction) -> None:
     first, second = case.compacts(), case.compacts()
-    fold_gradients_(first, case.copies(), case.folding, Workspace(), reduction)
-    fold_gradients_(second, case.tied(), case.folding, Workspace(), reduction)
+    fold_gradients_(case.copies(), first, case.folding, Workspace(), reduction)
+    fold_gradients_(case.tied(), second, case.folding, Workspace(), reduction)
     assert all(map(same_bits, first, second))
 
 
@@ -225,7 +229,7 @@ def test_sparse_gradients_are_folded_as_dense_ones(
     values = normal((len(rows), *width), torch.float64, seed)
     sparse = torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, tensor.shape)
     (dense,), (compact,) = case.compacts(), case.compacts()
-    fold_gradients_([dense], [sparse.to_dense()], case.folding, Workspace(), reduction)
+    fold_gradients_([sparse.to_dense()], [dense], case.folding, Workspace(), reduction)
     result = folded_sparse(sparse, compact, case.folding, reduction)
     assert result.shape == compact.shape
     torch.testing.assert_close(result.to_dense(), dense, rtol=1e-12, atol=1e-12)
@@ -260,14 +264,14 @@ def test_with_which_sign_a_group_is_written_makes_no_difference(case: Case, seed
         each._replace(scale=torch.where(each.labels % 2 == seed % 2, -each.scales, each.scales))
         for each in case.component.slices
     ]
-    other = Component(case.component.places, turned)
-    folding = folding_for(other, case.tensors)
+    other = BoundTie(case.component.places, turned)
+    folding = folding_of(other, case.tensors)
     first, second, before = case.compacts(), case.compacts(), case.tied()
-    fold_(first, before, case.folding)
-    fold_(second, before, folding)
+    fold_(before, first, case.folding, Workspace())
+    fold_(before, second, folding, Workspace())
     assert all(map(same_bits, first, second))
-    fold_gradients_(first, case.copies(), case.folding, Workspace(), "mean")
-    fold_gradients_(second, case.copies(), folding, Workspace(), "mean")
+    fold_gradients_(case.copies(), first, case.folding, Workspace(), "mean")
+    fold_gradients_(case.copies(), second, folding, Workspace(), "mean")
     assert all(map(same_bits, first, second))
 
 
@@ -275,7 +279,7 @@ def test_shared_values_stand_first_and_free_slices_after_them() -> None:
     tensor = torch.arange(7.0)
     (case,) = case_of([tensor], [Tie(tensor, [[2, 5], [1, 4, 6]])])
     (compact,) = case.compacts()
-    fold_([compact], [tensor], case.folding)
+    fold_([tensor], [compact], case.folding, Workspace())
     assert compact.tolist() == [2.0, 1.0, 0.0, 3.0]
 
 
@@ -284,7 +288,7 @@ def test_joined_values_stand_where_the_first_member_is() -> None:
     tie = Tie.join(Tie(first, torch.tensor([0, 1, -1])), Tie(second, torch.tensor([1, 0]), dim=1))
     (case,) = case_of([first, second], [tie])
     compacts = case.compacts()
-    fold_(compacts, [first, second], case.folding)
+    fold_([first, second], compacts, case.folding, Workspace())
     assert [compact.shape for compact in compacts] == [(3, 2), (2, 0)]
     assert compacts[0].tolist() == first.tolist()
 
@@ -294,7 +298,7 @@ def test_what_is_pinned_stands_nowhere() -> None:
     tie = Tie(tensor, torch.tensor([-1, 0, 0, 0]), scale=torch.tensor([1.0, 1.0, 0.0, -1.0]))
     (case,) = case_of([tensor], [tie])
     (compact,) = case.compacts()
-    fold_([compact], [tensor], case.folding)
+    fold_([tensor], [compact], case.folding, Workspace())
     assert compact.tolist() == [1.0, 5.0]
     assert isinstance(case.folding.index, Index)
     assert [places.tolist() for places in case.folding.index.pinned.values()] == [[2]]
