@@ -139,7 +139,7 @@ KINDS: dict[str, tuple[list[int], int, torch.dtype, dict[str, int], Callable[[tu
         3,
         torch.float32,
         {},
-        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and not _is_sorted(runs[0].rounds[0].slots),
+        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and not _is_sorted(runs[0].rounds[0].groups),
     ),
     "in the order of memory, in rounds": (
         [6] * 4,
@@ -153,7 +153,7 @@ KINDS: dict[str, tuple[list[int], int, torch.dtype, dict[str, int], Callable[[tu
         16,
         torch.float32,
         {},
-        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and _is_sorted(runs[0].rounds[0].slots),
+        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and _is_sorted(runs[0].rounds[0].groups),
     ),
     "one group over several rounds": (
         [40],
@@ -232,9 +232,7 @@ def test_members_that_follow_each_other_have_the_bits_of_those_that_do_not(
     kinds = []
     for labels, tensor in ((together, start), (apart, spread)):
         index = compiled([labels], [tensor], [None])
-        kinds += [
-            isinstance(piece.members, slice) for run in index.runs for part in run.rounds for piece in part.pieces
-        ]
+        kinds += [isinstance(rows, slice) for run in index.runs for part in run.rounds for rows in part.pieces.rows]
         project_([tensor], index, Workspace())
     assert kinds == [True, False]
     assert same_bits(spread[::2], start)

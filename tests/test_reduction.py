@@ -1,6 +1,8 @@
 """How the numbers are worked out: in pieces whose ends do not show, in little memory, in few operations."""
 
 import math
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt.numbers import index as index_module
-from tieopt.numbers.reduction import Workspace, divide_, drift, project_, rounded
+from tieopt.numbers.folding import Folding, compact_like, fold_, fold_gradients_, folded, unfold_
+from tieopt.numbers.index import Index
+from tieopt.numbers.reduction import Operation, Workspace, divide_, drift, project_, rounded, tied
+from tieopt.ties.slices import Slices, told_apart
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 ENTRIES = [1, 7, 64]
@@ -452,6 +457,49 @@ def test_a_step_with_nothing_to_tie_takes_the_writing_operations_of_the_bare_ste
 
     assert results[0][0] == results[1][0] == ["aten.add_.Tensor"]
     assert torch.equal(results[0][1], results[1][1])
+
+
+def calls_of(action):
+    """How many Python functions are called once everything is warm."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    action()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+# Twice as many as there are, so that a function more is no matter.
+MOST_CALLS = {project_: 30, divide_: 30, tied: 30, fold_: 12, fold_gradients_: 24, unfold_: 12}
+
+
+@pytest.mark.parametrize("function", MOST_CALLS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("columns", [3, 32])
+def test_a_warm_operation_calls_few_functions_and_none_for_each_parameter(function, columns):
+    calls = []
+    for count in (1, 2, 200):
+        tensors = [randn(5, columns, seed=seed) for seed in range(count)]
+        slices = [own for (own,) in told_apart([Slices(torch.tensor([0, 0, 1, 1, -1]))] for _ in tensors)]
+        index, parts = Index.compile(slices, tensors), folded(slices)
+        folding = Folding.compile(index, parts)
+        kept = [len(part.kept) for part in parts]
+        compacts = [compact.fill_(1.0) for compact in map(compact_like, slices, tensors, kept)]
+        arguments = {fold_gradients_: {"reduction": "mean"}}.get(function, {})
+        is_folding = function in (fold_, fold_gradients_, unfold_)
+        given = (tensors, compacts, folding) if is_folding else (tensors, index)
+        operation = function if is_folding else Operation(function)
+        calls.append(calls_of(partial(operation, *given, Workspace(), **arguments)))
+
+    assert max(calls) <= MOST_CALLS[function]
+    assert calls[1] == calls[2]
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 3), (2, 3, 1)])

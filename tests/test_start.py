@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW
 from tieopt import Tie, TiedOptimizer, is_tied
 from tieopt.testing import ties
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64]
 
 
 def as_first(parameters: list[Parameter], drawn: list[Tie]) -> list[list[complex]]:

@@ -152,6 +152,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
+def movable(tensors: list[Tensor]) -> list[Tensor]:
+    """Return several tensors of one dtype, 8-bit floats as bytes."""
+    return [tensor.view(torch.uint8) for tensor in tensors] if tensors[0].element_size() == 1 else tensors
+
+
 def column(vector: Tensor, like: Tensor) -> Tensor:
     """A vector over slices, shaped to broadcast against them."""
     return vector.view(-1, *[1] * (like.dim() - 1))

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tieopt.tensors import in_memory, real, wide_dtype
+from tieopt.tensors import in_memory, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
@@ -34,16 +34,19 @@ EVEN_ENTRIES = 2**15
 # A multiple of the shared value by which another member leads a group than one of scale 1.
 _MUCH_LARGER = 256.0
 
+# In the place of a number of a row that is pinned.
+PINNED = FREE - 1
+
 # The longest plain running sum of float64. Sums of more are built from the sums of blocks.
 _BLOCK = 32
 
 
 class Members(NamedTuple):
-    """Members of groups.
+    """Members of groups: which slices are multiples of which shared value.
 
     Attributes:
         part: the number of the tensor that each is in, int64, shape ``[m]``.
-        position: its place among the rows of that tensor, int64, shape ``[m]``.
+        position: which slice of that tensor it is, int64, shape ``[m]``.
         group: its group, int64, shape ``[m]``.
         scale: what multiple of its group's shared value it is, shape ``[m]``.
     """
@@ -53,73 +56,81 @@ class Members(NamedTuple):
     group: Tensor
     scale: Tensor
 
+    @property
+    def leads(self) -> Members:
+        """The first member of each group, of members that are sorted by group."""
+        sizes = torch.bincount(self.group)
+        return self.at(sizes.cumsum(0) - sizes)
+
     def at(self, chosen: Tensor | slice) -> Members:
-        """Some of them: a slice, or numbers."""
+        """Return some of them: a slice, or numbers."""
         if isinstance(chosen, slice):
             return Members(*(column[chosen] for column in self))
         # Several times as fast as indexing, and there may be millions.
         return Members(*(column.index_select(0, chosen) for column in self))
 
     def where(self, condition: Tensor) -> Members:
-        """Those for which it holds."""
+        """Return the members for which a condition holds."""
         return self if bool(condition.all()) else self.at(condition.nonzero().squeeze(1))
 
-    def to(self, device: torch.device) -> Members:
-        """The same on another device."""
-        return self._replace(
-            part=self.part.to(device),
-            position=self.position.to(device),
-            group=self.group.to(device),
-            scale=self.scale.to(device, wide_dtype(device)),
-        )
 
-
-class Piece(NamedTuple):
-    """Members in one tensor.
+class Pieces(NamedTuple):
+    """Members by the tensor that they are in.
 
     Attributes:
-        part: the number of the tensor.
-        members: their positions among its rows, int64, shape ``[m]``; a slice where they follow each other.
-        length: how many they are.
+        parts: the number of each tensor.
+        rows: which of its rows the members are, int64, shape ``[m]``; a slice where they follow each other.
+        lengths: how many they are.
     """
 
-    part: int
-    members: Tensor | slice
-    length: int
+    parts: tuple[int, ...]
+    rows: tuple[Tensor | slice, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, members: Members, device: torch.device) -> Pieces:
+        """Return members that stand together by the tensor that they are in."""
+        parts, lengths = (column.tolist() for column in torch.unique_consecutive(members.part, return_counts=True))
+        rows = [consecutive(positions) for positions in members.position.split_with_sizes(lengths)]
+        on_device = [own if isinstance(own, slice) else own.to(device) for own in rows]
+        return cls(tuple(parts), tuple(on_device), tuple(lengths))
 
 
 class Round(NamedTuple):
     """Members that are gathered at once.
 
     Attributes:
-        pieces: the members by the tensor that they are in, which they stand in the order of.
+        pieces: the members, tensor by tensor.
         size: of every group, if all are of one size and their members stand group by group; else 0.
-        slots: the group of each, counted from the first group of the run, int64, shape ``[m]``.
-        multiples: what each is of its group's lead, shape ``[m]``; None if all are 1.
-        blocks: the block of each, int64, shape ``[m]``; None if no group needs blocks.
-        block_slots: the slot of each block, int64, shape ``[b]``.
+        groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``.
+        multiples: the multiple of its group's lead that each member is, shape ``[m]``; None if all are 1.
+        blocks: the block of each member, int64, shape ``[m]``; None if no group needs blocks.
+        block_groups: the group of each block, int64, shape ``[b]``.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: Pieces
     size: int
-    slots: Tensor
+    groups: Tensor
     multiples: Tensor | None
     blocks: Tensor | None
-    block_slots: Tensor
+    block_groups: Tensor
 
-    @property
-    def length(self) -> int:
-        """How many members it has."""
-        return len(self.slots)
+    def by_part(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of each tensor, and the rows and the groups of its members."""
+        parts, all_rows, lengths = self.pieces
+        for part, rows, groups in zip(parts, all_rows, self.groups.split_with_sizes(lengths), strict=True):
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=groups.device)
+            yield part, rows, groups
 
 
 class Run(NamedTuple):
-    """Whole groups that are reduced at once: as many as fit into one round, or large ones in several.
+    """Consecutive whole groups that are reduced at once: as many as fit into one round, or a large one in several.
 
     Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
 
     Attributes:
-        leads: the leads by the tensor that they are in: its number, their rows, their slots.
+        lead_members: the leads, in the order of their groups if its size is 1.
         norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
         counts: what makes the sum out of the mean: the sum of the squared scales of each group; ``[g]``.
         signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
@@ -127,16 +138,21 @@ class Run(NamedTuple):
         rounds: all the members of these groups.
     """
 
-    leads: tuple[tuple[int, Tensor, Tensor], ...]
+    lead_members: Round
     norms: Tensor
     counts: Tensor
     signed: bool
     scale: float
     rounds: tuple[Round, ...]
 
+    @property
+    def leads(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number of each tensor with leads, and their rows and groups."""
+        return self.lead_members.by_part()
+
 
 class Layout(NamedTuple):
-    """What an index depends on beside the labels.
+    """The properties of tensors that an index depends on.
 
     Attributes:
         device: where the tensors are.
@@ -150,10 +166,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Layout:
-        """The layout of tensors that are sliced so."""
-        steps = (each.steps(tensor) for each, tensor in zip(slices, tensors, strict=True))
-        double = tensors[0].dtype in (torch.float64, torch.complex128)
-        return cls(tensors[0].device, double, tuple(steps))
+        """Return the layout of tensors that are sliced so."""
+        steps = tuple([own.steps(tensor) for own, tensor in zip(slices, tensors, strict=True)])
+        return cls(tensors[0].device, tensors[0].dtype in (torch.float64, torch.complex128), steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,20 +182,20 @@ class Index:
         slices: what is labelled in each tensor.
         layout: of the tensors that it is for, and of no others.
         runs: all groups, to be worked on one run after the other.
-        pinned: the rows that are zero, int64, shape ``[p]``, by the number of the tensor that they are in.
+        pinned: the members that are zero.
     """
 
     slices: tuple[Slices, ...]
     layout: Layout
     runs: tuple[Run, ...]
-    pinned: dict[int, Tensor]
+    pinned: Pieces
 
     @classmethod
     @torch.inference_mode(False)  # Its tensors are to be used outside as well.
     def compile(
         cls, slices: Sequence[Slices], tensors: Sequence[Tensor], *, even: bool = True, singles: bool = False
     ) -> Index:
-        """Compiles labels for tensors.
+        """Compile labels for tensors.
 
         Args:
             slices: for each tensor, numbered. Slices with the same label are members of one group, whichever
@@ -190,116 +205,113 @@ class Index:
             singles: whether groups of one member are kept, because they have others elsewhere.
         """
         layout = Layout.of(slices, tensors)
-        members, pins = sorted_members(slices, layout.steps, singles=singles)
+        members, pinned = sorted_members(slices, layout.steps, singles=singles)
         runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout, even=even)
-        parts = torch.unique(pins.part).tolist() if len(pins.part) else []
-        pinned = {part: pins.position[pins.part == part].to(layout.device) for part in parts}
-        return cls(tuple(slices), layout, tuple(runs), pinned)
+        return cls(tuple(slices), layout, tuple(runs), Pieces.of(pinned, layout.device))
 
     @classmethod
     @torch.inference_mode(False)
     def of_groups(cls, members: Members, tensors: Sequence[Tensor]) -> Index:
-        """An index of the rows of one tensor, all of them members, in the order of their groups."""
+        """Return the index of one tensor whose rows are all members, in the order of their groups."""
         slices = (Slices(members.group),)
         layout = Layout.of(slices, tensors)
-        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout)
-        return cls(slices, layout, tuple(runs), {})
+        return cls(slices, layout, tuple(_runs(members, tensors[0].shape[1:].numel(), layout)), Pieces((), (), ()))
 
     def keeping(self, slices: Sequence[Slices]) -> Index:
-        """The same index, which keeps other slices of the same shapes."""
+        """Return the same index, which keeps other slices of the same shapes."""
         return replace(self, slices=tuple(slices))
 
-    def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors as they are in memory: real rows, their entries in the order of the first one's.
-
-        Tensors that torch negates or conjugates when it reads them are so all or none, which then makes no
-        difference to what is linear.
-        """
-        return in_one_order([each.rows(in_memory(tensor)) for each, tensor in zip(self.slices, tensors, strict=True)])
+    @cached_property
+    def rows(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """Views tensors as rows, see :func:`rows_of`."""
+        return partial(rows_of, self.slices)
 
     @cached_property
     def members_of_groups(self) -> Tensor:
-        """The members of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
+        """The rows of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
         size = self.runs[0].rounds[0].size
-        pieces = [run.rounds[0].pieces[0].members for run in self.runs]
         with torch.inference_mode(False):
-            columns = [
-                torch.arange(piece.start, piece.stop, device=self.layout.device) if isinstance(piece, slice) else piece
-                for piece in pieces
-            ]
-            return torch.cat([column.view(-1, size) for column in columns])
+            return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.rounds[0].by_part()])
 
     @cached_property
     def members(self) -> Members:
-        """All of them but the pinned ones, sorted by group, each group's lead first; for sparse gradients."""
+        """All members of a single tensor but the pinned ones, sorted by group; for sparse gradients."""
+        device = self.layout.device
         with torch.inference_mode(False):
-            return sorted_members(self.slices, self.layout.steps)[0].to(self.layout.device)
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """The number of members of each group, int64, shape ``[g]``."""
-        return torch.bincount(self.members.group)
+            members, _ = sorted_members(self.slices, self.layout.steps)
+            part, position, group = (column.to(device) for column in members[:3])
+            return Members(part, position, group, members.scale.to(device, wide_dtype(device)))
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where in ``members`` each group begins, int64, shape ``[g]``."""
-        return self.sizes.cumsum(0) - self.sizes
+        """Where in ``members`` each group begins, and where the last one ends, int64, shape ``[g + 1]``."""
+        return torch.nn.functional.pad(torch.bincount(self.members.group).cumsum(0), (1, 0))
 
     @cached_property
-    def group_of(self) -> Tensor:
-        """The group of each row of a single tensor, -1 for a free or pinned one, int64, shape ``[n]``."""
-        return self._for_rows(FREE, self.members.group)
-
-    @cached_property
-    def rank_of(self) -> Tensor:
-        """The place of each row of a single tensor among the members of its group, int64, shape ``[n]``."""
-        ranks = torch.arange(len(self.members.group), device=self.sizes.device) - self.starts[self.members.group]
-        return self._for_rows(0, ranks)
-
-    def _for_rows(self, free: int, values: Tensor) -> Tensor:
-        rows = torch.full((self.slices[0].labels.numel(),), free, device=self.sizes.device)
-        return rows.index_put_((self.members.position,), values)
+    def numbers(self) -> Tensor:
+        """Which of ``members`` each row is, -1 for a free one, -2 for a pinned one, int64, shape ``[n]``."""
+        numbers = torch.full((self.slices[0].labels.numel(),), FREE, device=self.layout.device)
+        numbers[self.members.position] = torch.arange(len(self.members.position), device=numbers.device)
+        for rows in self.pinned.rows:
+            numbers[rows] = PINNED
+        return numbers
 
 
-def in_one_order(rows: list[Tensor]) -> list[Tensor]:
-    """Real rows, their entries in the order of the first one's in memory."""
+def rows_of(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """View tensors as they are in memory, as real rows without a graph, their entries in the order of the first one's.
+
+    Tensors that torch negates or conjugates when it reads them are so all or none, which then makes no
+    difference to what is linear. No Python function is called for a tensor that is contiguous and tied by rows.
+    """
+    rows, may_have_graph = [], torch.is_grad_enabled()
+    for own, tensor in zip(slices, tensors, strict=True):
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = in_memory(tensor)
+        if own.dim or own.labels.dim() > 1:
+            tensor = own.rows(tensor)
+        rows.append(tensor.detach() if may_have_graph else tensor)
     if rows[0].dim() > 2:
         inner = order_within(rows[0])
-        rows = [each.permute(0, *inner) for each in rows]
-    return [real(each) for each in rows]
+        rows = [tensor.permute(0, *inner) for tensor in rows]
+    return [torch.view_as_real(tensor) for tensor in rows] if rows[0].is_complex() else rows
 
 
 def order_within(rows: Tensor) -> list[int]:
-    """The dimensions of rows but the first, as they are in memory from the outermost to the innermost."""
+    """Return the dimensions of rows but the first, as they are in memory from the outermost to the innermost."""
     return sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
 
 
 def sorted_members(
-    slices: Sequence[Slices], steps: Sequence[tuple[int, ...]], *, singles: bool = False
+    slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
 ) -> tuple[Members, Members]:
-    """The members of groups, sorted by group, each group's lead first; and those that are pinned. On the CPU.
+    """Return the members of groups, sorted by group, each group's lead first; and the pinned ones. On the CPU.
 
-    Groups are numbered by their size, then by the tensor that their lead is in, then by their first members:
-    groups of one size can be reduced as a matrix.
+    This is the answer to which slice is what multiple of which shared value. Groups are numbered by their size, then
+    by the tensor that their lead is in, then by their first members: groups of one size can be reduced as a matrix.
+
+    Args:
+        slices: of each tensor.
+        steps: with which the slices of each tensor are counted; None to count them in the order of their labels.
+        singles: whether groups of one member are groups, and not free slices.
     """
     columns = []
-    for part, (each, own) in enumerate(zip(slices, steps, strict=True)):
-        tied = (each.labels != FREE).flatten()
-        labels, scale, position = (one.flatten()[tied] for one in (each.labels, each.scales, each.positions(own)))
-        columns.append(Members(torch.full_like(labels, part), position, labels, scale))
+    for part, own in enumerate(slices):
+        tied = (own.labels != FREE).flatten()
+        position = own.positions(steps[part]).flatten() if steps else torch.arange(len(tied), device="cpu")
+        label, position, scale = (column[tied] for column in (own.labels.flatten(), position, own.scales.flatten()))
+        columns.append(Members(torch.full_like(label, part), position, label, scale))
     members = Members(*(torch.cat(column) for column in zip(*columns, strict=True)))
-    pins, members = members.where(members.scale == 0), members.where(members.scale != 0)
+    pinned, members = members.where(members.scale == 0), members.where(members.scale != 0)
 
-    size = members.scale.abs()
     if not singles:
         # The sum of a single gradient is not the gradient itself where its scale is another.
-        members = members.where((torch.bincount(members.group).index_select(0, members.group) > 1) | (size != 1))
+        is_alone = torch.bincount(members.group).index_select(0, members.group) == 1
+        members = members.where(~is_alone | (members.scale.abs() != 1))
     size = members.scale.abs()
     if not bool((size == 1).all()):
         # A member of scale 1 or -1 leads: the others are its multiples, rounded once. If there is none, or a much
         # larger one, that does: what is too small for the lead would be lost to all.
-        rank = torch.where(size == 1, _MUCH_LARGER, size)
-        members = members.at(rank.argsort(descending=True, stable=True))
+        members = members.at(torch.where(size == 1, _MUCH_LARGER, size).argsort(descending=True, stable=True))
 
     sizes, count = torch.bincount(members.group), len(members.group)
     leads = torch.full_like(sizes, count)
@@ -308,11 +320,11 @@ def sorted_members(
     order = used[(sizes[used] * len(slices) + members.part[leads[used]]).argsort(stable=True)]
     number = torch.empty_like(sizes).index_put_((order,), torch.arange(len(order), device="cpu"))
     members = members._replace(group=number.index_select(0, members.group))
-    return members.at(members.group.argsort(stable=True)), pins
+    return members.at(members.group.argsort(stable=True)), pinned
 
 
 def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = True) -> Iterator[Run]:
-    """Cuts members that are sorted by group into runs of so many as are gathered at once."""
+    """Cut members that are sorted by group into runs of so many as are gathered at once."""
     sizes = torch.bincount(members.group)
     if not len(sizes):
         return
@@ -321,26 +333,24 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
     capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
     if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
         # To gather single entries takes longer than to add them up where they are.
-        in_order = members.at((members.part * (int(members.position.max()) + 1) + members.position).argsort())
+        in_order = (members.part * (int(members.position.max()) + 1) + members.position).argsort()
         yield _run(members, in_order, 0, capacity, layout)
         return
     starts = (sizes.cumsum(0) - sizes).tolist()
     starts.append(len(members.group))
-    stretches = _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]
-    for first, last, size in stretches:
+    for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
         while first < last:
             end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
             run = members.at(slice(starts[first], starts[end]))
             # Members of one tensor stand together.
-            by_part = run if size else run.at(run.part.argsort(stable=True))
-            yield _run(run, by_part, size, capacity, layout)
+            yield _run(run, None if size else run.part.argsort(stable=True), size, capacity, layout)
             first = end
 
 
 def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: int) -> Iterator[tuple[int, int, int]]:
-    """Groups that are cut into runs together: the first, the last, and the size of all of them, 0 if that is mixed."""
+    """Yield groups that are cut into runs together: the first, the last, and the size of all, 0 if that is mixed."""
     values, counts = (column.tolist() for column in torch.unique_consecutive(sizes, return_counts=True))
-    whole = bool((members.part == members.part[(sizes.cumsum(0) - sizes)[members.group]]).all())
+    whole = bool((members.part == members.leads.part[members.group]).all())
     first = mixed = 0
     for size, count in zip(values, counts, strict=True):
         enough = len(values) == 1 or size * count * slice_entries >= EVEN_ENTRIES
@@ -354,36 +364,32 @@ def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: in
         yield mixed, first, 0
 
 
-def _run(members: Members, in_order: Members, size: int, capacity: int, layout: Layout) -> Run:
-    """Whole groups.
+def _run(members: Members, order: Tensor | None, size: int, capacity: int, layout: Layout) -> Run:
+    """Compile whole groups.
 
     Args:
         members: sorted by group, each group's lead first.
-        in_order: the same as they are to be gathered, those of one tensor together.
+        order: in which they are gathered, those of one tensor together; None if they are as they are sorted.
         size: of all groups, if they are gathered as they are sorted; else 0.
         capacity: how many are gathered at once.
         layout: of the tensors.
     """
-    device, wide = layout.device, wide_dtype(layout.device)
-    first = int(members.group[0])
-    members = members._replace(group=members.group - first)
-    sizes = torch.bincount(members.group)
-    leads = members.at(sizes.cumsum(0) - sizes)
-    multiples = members.scale / leads.scale[members.group]
+    device, scale = (layout.device, wide_dtype(layout.device)), members.scale
+    members = members._replace(group=members.group - members.group[0])
+    members = members._replace(scale=scale / members.leads.scale[members.group])
+    leads, multiples = members.leads, members.scale
     # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
     bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
-    slots = in_order.group - first
-    related = in_order._replace(group=slots, scale=in_order.scale / leads.scale[slots])
+    gathered = members if order is None else members.at(order)
     return Run(
-        leads=tuple(
-            (part, leads.position[own].to(device), leads.group[own].to(device)) for part, own in _by_part(leads)
-        ),
-        norms=_group_sums(members.group, multiples.square()).to(device, wide),
-        counts=_group_sums(members.group, members.scale.square()).to(device, wide),
+        lead_members=_round(leads.at(leads.part.argsort(stable=True)), int((leads.part.diff() >= 0).all()), layout),
+        norms=_group_sums(members.group, multiples.square()).to(*device),
+        counts=_group_sums(members.group, scale.square()).to(*device),
         signed=bool((multiples.abs() == 1).all()),
         scale=0.5 ** math.ceil(math.log2(bound)),
         rounds=tuple(
-            _round(related.at(slice(start, start + capacity)), size, layout) for start in range(0, len(slots), capacity)
+            _round(gathered.at(slice(start, start + capacity)), size, layout)
+            for start in range(0, len(multiples), capacity)
         ),
     )
 
@@ -392,20 +398,8 @@ def _group_sums(group: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(int(group[-1]) + 1).index_put_((group,), values, accumulate=True)
 
 
-def _by_part(members: Members) -> Iterator[tuple[int, Tensor]]:
-    """The numbers of the tensors that members are in, and which of the members are in each."""
-    if bool((members.part == members.part[0]).all()):
-        yield int(members.part[0]), torch.arange(len(members.part), device=members.part.device)
-        return
-    parts = torch.unique(members.part).tolist()
-    order = members.part.argsort(stable=True)
-    ends = torch.bincount(members.part).cumsum(0).tolist()
-    for part in parts:
-        yield part, order[ends[part - 1] if part else 0 : ends[part]]
-
-
 def consecutive(positions: Tensor) -> Tensor | slice:
-    """Positions as a slice, where they follow each other."""
+    """Return positions as a slice, where they follow each other."""
     first, last = int(positions[0]), int(positions[-1])
     if last - first + 1 == len(positions) and bool((positions.diff() == 1).all()):
         return slice(first, last + 1)
@@ -413,29 +407,22 @@ def consecutive(positions: Tensor) -> Tensor | slice:
 
 
 def _round(members: Members, size: int, layout: Layout) -> Round:
-    """Members that stand together by the tensor that they are in.
+    """Compile members that stand together by the tensor that they are in.
 
     In float64 groups of more than ``_BLOCK`` members are cut into blocks of about the square root of their
     size. The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of
     ``sqrt(K)`` terms like ``sqrt(K)`` (blocked summation, Higham, "Accuracy and Stability of Numerical
     Algorithms", section 4.2).
     """
-    device, slots = layout.device, members.group
-    pieces = []
-    parts, counts = torch.unique_consecutive(members.part, return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    for part, start, end in zip(parts.tolist(), [0, *ends], ends, strict=False):
-        positions = consecutive(members.position[start:end])
-        at = positions if isinstance(positions, slice) else positions.to(device)
-        pieces.append(Piece(part, at, end - start))
+    device, groups = layout.device, members.group
     multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
-    whole = Round(tuple(pieces), size, slots.to(device), multiples, None, slots[:0].to(device))
+    chunk = Round(Pieces.of(members, device), size, groups.to(device), multiples, None, groups[:0].to(device))
     if size or not layout.double:
-        return whole
-    _, counts = torch.unique_consecutive(slots, return_counts=True)
+        return chunk
+    _, counts = torch.unique_consecutive(groups, return_counts=True)
     if int(counts.max()) <= _BLOCK:
-        return whole
+        return chunk
     lengths = counts.double().sqrt().long().clamp(min=_BLOCK)
-    ranks = torch.arange(len(slots), device=slots.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    ranks = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     opens = ranks % lengths.repeat_interleave(counts) == 0
-    return whole._replace(blocks=(opens.cumsum(0) - 1).to(device), block_slots=slots[opens].to(device))
+    return chunk._replace(blocks=(opens.cumsum(0) - 1).to(device), block_groups=groups[opens].to(device))

@@ -12,7 +12,7 @@ is no change. A plain mean rounds. There are two ways out:
 
   and all differences of equal members are zero.
 
-Only functions of tensors stand here. They run through an :class:`~tieopt.numbers.index.Index`, gather a piece
+Only functions of tensors stand here. They run through an :class:`~tieopt.numbers.index.Index`, gather a round
 of it into a kept workspace, add it up with ``scatter_reduce`` and write it back: no Python per group
 and no memory that grows with the number of rows.
 """
@@ -27,8 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Round, Run
-from tieopt.tensors import bits, column, wide_dtype
+from tieopt.numbers.index import PINNED, Index, Pieces, Round, Run
+from tieopt.tensors import bits, column, movable, wide_dtype
 
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
@@ -36,28 +36,38 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 # The bits of a float64 that numbers of 16 bits have no use for, but for whether they are zero.
 _CUT_OFF = 2**40 - 1
 
-# What gives the values of the leads of a run, shape ``[g, ...]``.
+# Gives the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
 
 
-class Workspace:
+class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Tensor]):
     """Buffers that are kept from call to call, because allocation costs more than the arithmetic.
 
-    They are as large as the largest piece of an index, whatever the size of the tied tensors.
+    ``workspace[name, shape, dtype, device]`` is an uninitialised tensor, valid until the same name is asked for again.
+    Its memory is as large as the largest round of an index, whatever the size of the tied tensors.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, valid until the same name is taken again."""
-        entries = torch.Size(shape).numel()
+    # Outside inference mode, where a buffer could not be written to any more afterwards.
+    @torch.inference_mode(False)
+    def __missing__(self, key: tuple[str, tuple[int, ...], torch.dtype, torch.device]) -> Tensor:
+        name, shape, dtype, device = key
+        entries = math.prod(shape)
         buffer = self._buffers.get((name, dtype, device))
         if buffer is None or buffer.numel() < entries:
-            # Outside inference mode, where a buffer could not be written to any more afterwards.
-            with torch.inference_mode(False):
-                buffer = self._buffers[name, dtype, device] = torch.empty(entries, dtype=dtype, device=device)
-        return buffer[:entries].view(shape)
+            buffer = self._buffers[name, dtype, device] = torch.empty(entries, dtype=dtype, device=device)
+            # Views of the one before would keep its memory.
+            for other in [other for other in self if (other[0], *other[2:]) == (name, dtype, device)]:
+                del self[other]
+        self[key] = view = buffer[:entries].view(shape)
+        return view
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``workspace[name, shape, dtype, device]``."""
+        return self[name, shape, dtype, device]
 
 
 class Operation:
@@ -80,7 +90,7 @@ class Operation:
 
 
 def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> bool:
-    """Whether dense tensors are what the leads of their groups say.
+    """Return whether dense tensors are what the leads of their groups say.
 
     Args:
         tensors: as for :func:`project_`.
@@ -88,26 +98,12 @@ def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of
         workspace: as for :func:`project_`.
         means_of: what gives the values of leads that have members elsewhere, too; by default their own.
     """
-    compared = _compared(index.rows(tensors), index, means_of or _leads, workspace)
-    return all(torch.equal(members, expected) for _, _, members, expected in compared)
+    for _, members, expected in _compared(index.rows(tensors), index, means_of or _leads, workspace):
+        if not torch.equal(members, expected):
+            return False
+    return True
 
 
-@torch.no_grad()
-def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
-    """Writes to all members of each group what its lead says they are.
-
-    Args:
-        tensors: as for :func:`project_`.
-        index: as for :func:`project_`.
-        workspace: as for :func:`project_`.
-    """
-    rows = index.rows(tensors)
-    for run in index.runs:
-        write_values(rows, run, _leads(rows, run, workspace).to(rows[0].dtype), workspace)
-    pin_(rows, index)
-
-
-@torch.no_grad()
 def project_(
     tensors: Sequence[Tensor],
     index: Index,
@@ -115,7 +111,7 @@ def project_(
     reduction: Reduction = "mean",
     means_of: ValuesOf | None = None,
 ) -> None:
-    """Writes to all members of each group their mean, or their sum; with scales, multiples of it.
+    """Write to all members of each group their mean, or their sum; with scales, multiples of it.
 
     The sum is the size of the group (with scales, the sum of their squares) times the mean *as it is
     stored*, so that projecting to the mean first changes nothing.
@@ -131,16 +127,27 @@ def project_(
     for run in index.runs:
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
-            values = rounded(values.to(wide_dtype(values.device)) * column(run.counts, values), values.dtype)
+            values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
         write_values(rows, run, values, workspace)
-    pin_(rows, index)
+    if index.pinned.parts:
+        pin_(rows, index)
 
 
-@torch.no_grad()
+def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
+    """Write to all members of each group what its lead says they are; otherwise as :func:`project_`."""
+    # Copies, because leads that follow each other are a view of what is written.
+    project_(tensors, index, workspace, means_of=lambda *run: _leads(*run).clone())
+
+
+def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
+    """From the sum, as which :func:`project_` has left them, back to the mean."""
+    project_(tensors, index, workspace, means_of=_divided_leads)
+
+
 def relax_(
     tensors: Sequence[Tensor], index: Index, workspace: Workspace, strength: float, means_of: ValuesOf | None = None
 ) -> None:
-    """Moves all members towards the mean of their group, and what is pinned towards zero.
+    """Move all members towards the mean of their group, and what is pinned towards zero.
 
     Args:
         tensors: as for :func:`project_`.
@@ -150,26 +157,10 @@ def relax_(
         means_of: as for :func:`project_`.
     """
     rows = index.rows(tensors)
-    for part, positions, members, expected in _compared(rows, index, means_of or group_means, workspace):
+    for pieces, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
-        moved = rounded(torch.where(members == expected, members, moved), rows[part].dtype)
-        _put(rows[part], positions, moved)
-
-
-@torch.no_grad()
-def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
-    """From the sum back to the mean.
-
-    Args:
-        tensors: as for :func:`project_`, and projected to the sum.
-        index: as for :func:`project_`.
-        workspace: as for :func:`project_`.
-    """
-    rows = index.rows(tensors)
-    for run in index.runs:
-        sums = _leads(rows, run, workspace)
-        write_values(rows, run, rounded(sums / column(run.counts, sums), rows[0].dtype), workspace)
+        _put(rows, pieces, rounded(torch.where(members == expected, members, moved), rows[0].dtype))
 
 
 class _Projection(torch.autograd.Function):
@@ -192,7 +183,7 @@ class _Projection(torch.autograd.Function):
 
 
 def projected(tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reduction = "mean") -> tuple[Tensor, ...]:
-    """The projection of dense tensors, or of one sparse COO tensor by rows, out of place and differentiable.
+    """Return the projection of dense tensors, or of one sparse COO tensor by rows, out of place and differentiable.
 
     Args:
         tensors: as for :func:`project_`; a tensor that occurs twice has one result, twice.
@@ -201,45 +192,47 @@ def projected(tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reducti
     """
     if tensors[0].layout == torch.sparse_coo:
         return (_projected_sparse(tensors[0], index_for(tensors), reduction),)
-    distinct = list({id(tensor): tensor for tensor in tensors}.values())
-    which = tuple(next(n for n, one in enumerate(distinct) if one is tensor) for tensor in tensors)
-    results = _Projection.apply(index_for, reduction, which, *distinct)  # type: ignore[no-untyped-call]
+    distinct = {id(tensor): tensor for tensor in tensors}
+    which = tuple(list(distinct).index(id(tensor)) for tensor in tensors)
+    results = _Projection.apply(index_for, reduction, which, *distinct.values())  # type: ignore[no-untyped-call]
     return tuple(results[number] for number in which)
 
 
 def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Tensor:
-    """If any member of a group is stored, every member is, afterwards; other groups stay unstored.
+    """Project so that, if any member of a group is stored, every member is, afterwards; other groups stay unstored.
 
     The members to be are laid out densely, group by group, the stored ones are added up in their places,
     the rest is zero, and the dense projection does the arithmetic. Free entries stay as they are, not even
     coalesced, because an optimizer may add them up in another order.
     """
     indices, values = _entries(tensor)
-    group = index.group_of[indices[0]]
-    tied = group >= 0
-    if index.pinned:
-        values = torch.where(column(torch.isin(indices[0], index.pinned[0]), values), 0, values)
+    number = index.numbers[indices[0]]
+    if index.pinned.parts:
+        values = torch.where(column(number == PINNED, values), 0, values)
+    tied = number >= 0
+    number = number[tied]
 
     # Sparse dimensions after the first say where in its slice an entry stands.
     widths = tensor.shape[1 : tensor.sparse_dim()]
     inner = indices.new_zeros(indices.shape[1])
     for position, width in zip(indices[1:], widths, strict=True):
         inner = inner * width + position
-    touched, owner = torch.unique(torch.stack([group[tied], inner[tied]]), dim=1, return_inverse=True)
-    sizes = index.sizes[touched[0]]
+    group = index.members.group[number]
+    touched, owner = torch.unique(torch.stack([group, inner[tied]]), dim=1, return_inverse=True)
+    sizes = index.starts.diff()[touched[0]]
     starts = sizes.cumsum(0) - sizes
 
     labels = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-    ranks = torch.arange(len(labels), device=sizes.device) - starts[labels]
-    members = index.members.at(index.starts[touched[0][labels]] + ranks)
+    ranks = torch.arange(len(labels), device=sizes.device)
+    members = index.members.at(index.starts[touched[0][labels]] + ranks - starts[labels])
     columns = [touched[1][labels]]
     for width in reversed(widths):
         columns[:1] = [columns[0] // width, columns[0] % width]
     columns[0] = members.position
 
-    places = starts[owner] + index.rank_of[indices[0][tied]]
+    places = starts[owner] + number - index.starts[group]
     dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
-    laid_out = members._replace(position=torch.arange(len(labels), device=sizes.device), group=labels)
+    laid_out = members._replace(position=ranks, group=labels)
     (dense,) = projected([dense], partial(Index.of_groups, laid_out), reduction)
     return _sparse(
         torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1), torch.cat([values[~tied], dense]), tensor
@@ -247,7 +240,7 @@ def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Ten
 
 
 def _entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and values of a sparse tensor; with a graph, only those of a coalesced one are part of it."""
+    """Return indices and values of a sparse tensor; with a graph, only those of a coalesced one are part of it."""
     if tensor.requires_grad:
         tensor = tensor.coalesce()
         return tensor.indices(), tensor.values()
@@ -259,9 +252,8 @@ def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
     return result.coalesce() if like.is_coalesced() or like.requires_grad else result
 
 
-@torch.no_grad()
 def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> float:
-    """The largest distance of a member from what its group's mean makes of it, NaN if there is one.
+    """Return the largest distance of a member from what its group's mean makes of it, NaN if there is one.
 
     Args:
         tensors: as for :func:`project_`; of complex entries the modulus counts.
@@ -271,7 +263,7 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_o
     """
     rows = index.rows(tensors)
     distances = [rows[0].new_zeros((), dtype=wide_dtype(rows[0].device))]
-    for _, _, members, expected in _compared(rows, index, means_of or group_means, workspace):
+    for _, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference.
         distance = torch.where(members == expected, 0.0, members - expected)
         if tensors[0].is_complex():
@@ -282,52 +274,48 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_o
 
 
 def _compared(
-    rows: list[Tensor],
-    index: Index,
-    values_of: ValuesOf,
-    workspace: Workspace,
-) -> Iterator[tuple[int, Tensor | slice, Tensor, Tensor]]:
-    """Piece by piece the number of a tensor, rows, what stands there, and what should by some value of the leads."""
+    rows: list[Tensor], index: Index, values_of: ValuesOf, workspace: Workspace
+) -> Iterator[tuple[Pieces, Tensor, Tensor]]:
+    """Yield members, what stands there, and what should if these are the values of their leads."""
     for run in index.runs:
         values = values_of(rows, run, workspace)
-        for each in run.rounds:
-            members = _widened(_members(rows, each, workspace), workspace)
-            expected = _expected(values, each, rows[0].dtype, workspace)
-            for piece, got, own in zip(each.pieces, _split(members, each), _split(expected, each), strict=True):
-                yield piece.part, piece.members, got, own
-    for part, pins in index.pinned.items():
-        members = _widened(_gathered(rows[part], pins, workspace, "members"), workspace)
-        yield part, pins, members, torch.zeros_like(members)
+        for chunk in run.rounds:
+            members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
+            yield chunk.pieces, members, _expected(values, chunk, rows[0].dtype, workspace)
+    for part, positions, length in zip(*index.pinned, strict=True):
+        pieces = Pieces((part,), (positions,), (length,))
+        members = _widened(_gathered(rows, pieces, workspace), workspace)
+        yield pieces, members, torch.zeros_like(members)
 
 
 # --- what stands for a group ---
 
 
 def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
-    wide = wide_dtype(rows[0].device)
-    if run.signed and wide == torch.float64 and rows[0].dtype != wide:
-        # Halves of 16 bits are not: there a sum may cancel to less than what float32 has lost of it.
-        if run.rounds[0].size and rows[0].device.type == "cpu" and rows[0].dtype == torch.float32:
-            means = _pairwise_means(rows, run.rounds[0], workspace)
-            # An accelerator would have to be waited for to tell.
-            if math.isfinite(means.sum().item()):
-                return means
-            # A sum may leave the range of float32; what has not stays as it is, whatever it is worked on with.
-            exact = _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
-            return torch.where(means.isfinite(), means.to(exact.dtype), exact)
-        return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
-    if wide != rows[0].dtype and wide == torch.float64:
+    """Return the mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
+    stored, wide = rows[0].dtype, run.norms.dtype
+    if wide != torch.float64 or stored == wide:
+        means = _leads(rows, run, workspace)
+        # An estimate far from the mean costs digits; the mean around it is near.
+        for _ in range(2):
+            means = _means_around(means, rows, run, workspace)
+        return means
+    if not run.signed:
         return _scaled_means(rows, run, workspace)
-    means = _leads(rows, run, workspace)
-    # An estimate far from the mean costs digits; the mean around it is near.
-    for _ in range(2):
-        means = _means_around(means, rows, run, workspace)
-    return means
+    # Halves of 16 bits are not: there a sum may cancel to less than what float32 has lost of it.
+    if not run.rounds[0].size or rows[0].device.type != "cpu" or stored != torch.float32:
+        return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
+    means = _pairwise_means(rows, run.rounds[0], workspace)
+    # An accelerator would have to be waited for to tell.
+    if math.isfinite(means.sum().item()):
+        return means
+    # A sum may leave the range of float32; what has not stays as it is, whatever it is worked on with.
+    exact = _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
+    return torch.where(means.isfinite(), means.to(exact.dtype), exact)
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """As :func:`group_means`, of weights that an optimizer has just written: of 16 bits or less, without a bias.
+    """Return what :func:`group_means` does, of weights that an optimizer has just written: of 16 bits without a bias.
 
     An optimizer may round such weights at random, so that small updates add up on the average. If the members of a
     group went to two neighbouring numbers, the number nearest to their mean is the one to which most of them went, in
@@ -341,12 +329,12 @@ def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tens
 
 
 def is_narrow(stored: torch.dtype) -> bool:
-    """Whether means of weights of this dtype depend on whether an optimizer has just written these."""
+    """Return whether means of weights of this dtype depend on whether an optimizer has just written these."""
     return torch.finfo(stored).bits <= 16
 
 
 def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace: Workspace) -> None:
-    """Replaces means that are to be stored by their leads, where these are one of the two stored numbers next to them.
+    """Replace means that are to be stored by their leads, where these are one of the two stored numbers next to them.
 
     Args:
         means: in the wide dtype.
@@ -357,56 +345,60 @@ def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace:
     # To find out on an accelerator, one would have to wait for it.
     if means.device.type == "cpu" and torch.equal(means, leads):
         return
-
-    def taken(name: str, dtype: torch.dtype, values: Tensor) -> Tensor:
-        return workspace.take(name, values.shape, dtype, values.device).copy_(values)
-
+    shape, device = means.shape, means.device
     # Numbers of 16 bits, and what lies in the middle of two neighbours, are exact in float32.
-    mean, lead = taken("mean", torch.float32, means), taken("lead", torch.float32, leads)
-    nearest = taken("nearest", torch.float32, taken("rounded", stored, mean))
+    names = "mean", "lead", "nearest", "middle"
+    mean, lead, nearest, middle = [workspace[name, shape, torch.float32, device] for name in names]
+    narrow = workspace["rounded", shape, stored, device]
+    mean.copy_(means)
+    lead.copy_(leads)
+    nearest.copy_(narrow.copy_(mean))
     # What lies in the middle of two numbers is rounded to one of them only if there is none between them.
-    middle = torch.lerp(nearest, lead, 0.5, out=workspace.take("middle", mean.shape, mean.dtype, mean.device))
-    middle.copy_(taken("rounded", stored, middle))
+    torch.lerp(nearest, lead, 0.5, out=middle)
+    middle.copy_(narrow.copy_(middle))
     are_neighbours = (middle == nearest).logical_or_(middle == lead)
     is_between = (nearest > mean).logical_xor_(lead > mean).logical_and_(nearest != mean)
     torch.where(are_neighbours.logical_and_(is_between), leads, means, out=means)
 
 
 def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
-    shape, device = (len(run.norms), *rows[0].shape[1:]), rows[0].device
+    """Return the sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
+    shape, device = rows[0].shape[1:], rows[0].device
     # -0.0 is what adds nothing to any number; 0.0 would turn -0.0 into 0.0.
-    totals = workspace.take("totals", shape, torch.float64, device).fill_(-0.0)
-    for each in run.rounds:
-        members = workspace.take("wide", (each.length, *shape[1:]), torch.float64, device)
-        _add_up(totals, each, _times(members.copy_(_members(rows, each, workspace)), each))
+    totals = workspace["totals", (run.norms.shape[0], *shape), torch.float64, device].fill_(-0.0)
+    for chunk in run.rounds:
+        members = workspace["wide", (chunk.groups.shape[0], *shape), torch.float64, device]
+        members.copy_(_gathered(rows, chunk.pieces, workspace))
+        _add_up(totals, chunk, members)
     return totals
 
 
-def _pairwise_means(rows: list[Tensor], each: Round, workspace: Workspace) -> Tensor:
-    """The means of groups of one size, added up by pairs in float32 as long as their number is even.
+def _pairwise_means(rows: list[Tensor], chunk: Round, workspace: Workspace) -> Tensor:
+    """Return the means of groups of one size, added up by pairs in float32 as long as their number is even.
 
     The sum of two equal numbers is exact, but not that of three: an odd number of sums is added up in float64. The
     error of pairwise summation grows like the logarithm of the size (Higham, section 4.2).
     """
-    members, device = _members(rows, each, workspace), rows[0].device
-    if each.multiples is not None:
-        members = workspace.take("narrow", members.shape, torch.float32, device).copy_(members)
-    size, groups = each.size, each.length // each.size
-    sums = _times(members, each).view(groups, size, *members.shape[1:])
-    names = "halves", "quarters"
+    members, device = _gathered(rows, chunk.pieces, workspace), rows[0].device
+    if chunk.multiples is not None:
+        members = workspace["narrow", members.shape, torch.float32, device].copy_(members)
+        members.mul_(column(chunk.multiples.to(members.dtype), members))
+    size, groups, shape = chunk.size, members.shape[0] // chunk.size, members.shape[1:]
+    sums, names = members.view(groups, size, *shape), ("halves", "quarters")
+    # A single member may be in the rows themselves, which are not to be written.
+    if size == 1:
+        return sums[:, 0]
     while size % 2 == 0:
         size //= 2
-        halved = workspace.take(names[0], (groups, size, *sums.shape[2:]), torch.float32, device)
+        halved = workspace[names[0], (groups, size, *shape), torch.float32, device]
         sums, names = torch.add(sums[:, :size], sums[:, size:], out=halved), names[::-1]
     if size > 1:
-        sums = workspace.take("odd", sums.shape, torch.float64, device).copy_(sums)
-    # A single member may be in the rows themselves, which are not to be written.
-    return _folded(sums).div_(each.size) if each.size > 1 else sums[:, 0]
+        sums = workspace["odd", (groups, size, *shape), torch.float64, device].copy_(sums)
+    return _folded(sums).div_(chunk.size)
 
 
 def _folded(values: Tensor) -> Tensor:
-    """The sums over the second dimension, in place, from sums of halves."""
+    """Return the sums over the second dimension, in place, from sums of halves."""
     size = values.shape[1]
     while size > 1:
         size, odd = divmod(size, 2)
@@ -417,183 +409,162 @@ def _folded(values: Tensor) -> Tensor:
 
 
 def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The leads of groups that are tied already, and of the others the mean, which multiples were rounded for."""
+    """Return the leads of groups that are tied already, and the means of the others; for multiples that are rounded."""
     leads = _leads(rows, run, workspace).clone()
     totals, distances = torch.zeros_like(leads), torch.zeros_like(leads)
-    for each in run.rounds:
-        members = workspace.take("wide", (each.length, *leads.shape[1:]), leads.dtype, leads.device)
-        members.copy_(_members(rows, each, workspace))
-        differences = _expected(leads, each, rows[0].dtype, workspace)
+    for chunk in run.rounds:
+        members = workspace["wide", (chunk.groups.shape[0], *leads.shape[1:]), leads.dtype, leads.device]
+        members.copy_(_gathered(rows, chunk.pieces, workspace))
+        differences = _expected(leads, chunk, rows[0].dtype, workspace)
         # Equal infinities have no difference.
         differences.copy_(members != differences)
-        _add_up(distances, each, differences)
-        _add_up(totals, each, _times(members, each))
+        _add_up(distances, chunk, differences, weighted=False)
+        _add_up(totals, chunk, members)
     means = totals.div_(column(run.norms, totals))
     # What is finite has a finite mean, but perhaps beyond the range of the lead.
-    largest = torch.finfo(rows[0].dtype).max
-    means = torch.where(means.isfinite(), means.clamp(-largest, largest), means)
-    return torch.where(distances == 0, leads, means)
+    return torch.where(distances == 0, leads, _clamped(means, means, rows[0].dtype))
 
 
 def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The estimates, corrected by the mean difference of the members from them."""
+    """Return the estimates, corrected by the mean difference of the members from them."""
     # The difference of two infinities is NaN, where their mean may well be infinite.
     pivots = torch.nan_to_num(estimates, nan=0.0, posinf=0.0, neginf=0.0)
     totals = torch.zeros_like(estimates)
-    for each in run.rounds:
-        members = _widened(_members(rows, each, workspace), workspace)
-        differences = _expected(pivots, each, rows[0].dtype, workspace)
+    for chunk in run.rounds:
+        members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
+        differences = _expected(pivots, chunk, rows[0].dtype, workspace)
         # Scaled by a power of two, so that no sum overflows where the mean is finite.
         differences.mul_(-run.scale).add_(members, alpha=run.scale)
-        _add_up(totals, each, _times(differences, each))
+        _add_up(totals, chunk, differences)
     # Half the distance from the pivot, because the distance itself may overflow.
     halves = totals.div_(column(run.norms * (2 * run.scale), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
     # The mean of finite members is finite, whatever the last rounding says.
-    largest = torch.finfo(means.dtype).max
-    means = torch.where(halves.isfinite(), means.clamp(-largest, largest), means)
+    means = _clamped(means, halves, means.dtype)
     # Adding a zero would turn -0.0 into 0.0.
     return torch.where(halves == 0, estimates, means)
 
 
 def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """The lead of each group, in the wide dtype."""
-    if len(run.leads) == 1:
-        part, members, _ = run.leads[0]
-        return _widened(_gathered(rows[part], members, workspace, "leads"), workspace, "leads")
-    shape, wide = (len(run.norms), *rows[0].shape[1:]), wide_dtype(rows[0].device)
-    leads = workspace.take("leads", shape, wide, rows[0].device)
-    for part, members, slots in run.leads:
-        leads.index_copy_(0, slots, _widened(_gathered(rows[part], members, workspace, "members"), workspace))
-    return leads
+    """Return the lead of each group, in the wide dtype."""
+    leads = _widened(_gathered(rows, run.lead_members.pieces, workspace, "leads"), workspace, "wide leads")
+    if run.lead_members.size:
+        return leads
+    in_order = workspace["leads in order", leads.shape, leads.dtype, leads.device]
+    return in_order.index_copy_(0, run.lead_members.groups, leads)
+
+
+def _divided_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    sums = _leads(rows, run, workspace)
+    return sums / column(run.counts, sums)
 
 
 # --- from the members to their groups, and back ---
 
 
-def _add_up(totals: Tensor, each: Round, values: Tensor) -> None:
-    """Adds the values of the members to the totals of their groups; the values are lost."""
-    if each.size:
-        totals.add_(_folded(values.view(len(totals), each.size, *values.shape[1:])))
-    elif each.blocks is None:
-        scatter_add_(totals, each.slots, values)
+def _add_up(totals: Tensor, chunk: Round, values: Tensor, *, weighted: bool = True) -> None:
+    """Add the values of members, times their multiples if these are weights, to the totals; the values are lost."""
+    if weighted and chunk.multiples is not None:
+        values.mul_(column(chunk.multiples, values))
+    if chunk.size:
+        totals.add_(_folded(values.view(totals.shape[0], chunk.size, *values.shape[1:])))
+    elif chunk.blocks is None:
+        scatter_add_(totals, chunk.groups, values)
     else:
-        partial = values.new_full((len(each.block_slots), *values.shape[1:]), -0.0)
-        scatter_add_(partial, each.blocks, values)
-        scatter_add_(totals, each.block_slots, partial)
+        partial = values.new_full((chunk.block_groups.shape[0], *values.shape[1:]), -0.0)
+        scatter_add_(partial, chunk.blocks, values)
+        scatter_add_(totals, chunk.block_groups, partial)
 
 
-def scatter_add_(totals: Tensor, slots: Tensor, values: Tensor) -> None:
-    """Adds values to the totals of their groups, in the same order on every run."""
+def scatter_add_(totals: Tensor, groups: Tensor, values: Tensor) -> None:
+    """Add values to the totals of their groups, in the same order on every run."""
     if totals.device.type == "cpu":
-        totals.scatter_reduce_(0, column(slots, values).expand_as(values), values, "sum")
+        totals.scatter_reduce_(0, column(groups, values).expand_as(values), values, "sum")
     else:
         # On CUDA scatter_reduce adds with atomics, in an order that changes from run to run: replicas
         # of one model would drift apart. This sorts first and always adds in the same order.
-        totals.index_put_((slots,), values, accumulate=True)
+        totals.index_put_((groups,), values, accumulate=True)
 
 
-def _expected(values: Tensor, each: Round, stored: torch.dtype, workspace: Workspace) -> Tensor:
-    """What the members of a round are if these are the values of their leads, in the dtype of the values.
+def _expected(
+    values: Tensor, chunk: Round, stored: torch.dtype, workspace: Workspace, out: Tensor | None = None
+) -> Tensor:
+    """Return what members are if these are the values of their leads, in the dtype of the values.
 
     A multiple is rounded as it will be when it is stored: only then is tying idempotent.
     """
-    spread = workspace.take("expected", (each.length, *values.shape[1:]), values.dtype, values.device)
-    _spread(values, each, spread)
-    if each.multiples is None:
-        return spread
-    wide = spread.to(wide_dtype(values.device))
-    multiples = wide * column(each.multiples, wide)
-    # A multiple of what is finite is finite, too.
-    largest = torch.finfo(stored).max
-    multiples = torch.where(wide.isfinite(), multiples.clamp(-largest, largest), multiples)
-    return spread.copy_(rounded(multiples, stored))
-
-
-def _spread(values: Tensor, each: Round, members: Tensor) -> None:
-    """Writes the value of its group to each member."""
-    if each.size:
-        members.view(len(values), each.size, *members.shape[1:]).copy_(values.unsqueeze(1))
+    if out is None:
+        out = workspace["expected", (chunk.groups.shape[0], *values.shape[1:]), values.dtype, values.device]
+    if chunk.size:
+        out.view(values.shape[0], chunk.size, *values.shape[1:]).copy_(values.unsqueeze(1))
+    elif values.element_size() == 1:
+        torch.index_select(bits(values), 0, chunk.groups, out=bits(out))
     else:
-        torch.index_select(bits(values), 0, each.slots, out=bits(members))
+        torch.index_select(values, 0, chunk.groups, out=out)
+    return out if chunk.multiples is None else out.copy_(multiplied(out, chunk.multiples, stored))
 
 
-def _times(members: Tensor, each: Round) -> Tensor:
-    """Members times their multiples, in place."""
-    if each.multiples is None:
-        return members
-    return members.mul_(column(each.multiples.to(members.dtype), members))
-
-
-def _members(rows: list[Tensor], each: Round, workspace: Workspace) -> Tensor:
-    """The members of a round, as they are stored: a buffer, or the rows themselves where they follow each other."""
-    if len(each.pieces) == 1:
-        return _gathered(rows[each.pieces[0].part], each.pieces[0].members, workspace, "members")
-    members = workspace.take("members", (each.length, *rows[0].shape[1:]), rows[0].dtype, rows[0].device)
-    for piece, target in zip(each.pieces, _split(bits(members), each), strict=True):
-        if isinstance(piece.members, slice):
-            target.copy_(bits(rows[piece.part])[piece.members])
+def _gathered(rows: list[Tensor], pieces: Pieces, workspace: Workspace, name: str = "members") -> Tensor:
+    """Return members as they are stored: in a buffer, or as a view where they follow each other."""
+    is_single = len(pieces.parts) == 1
+    if is_single and isinstance(pieces.rows[0], slice):
+        return rows[pieces.parts[0]][pieces.rows[0]]
+    members = workspace[name, (sum(pieces.lengths), *rows[0].shape[1:]), rows[0].dtype, rows[0].device]
+    moved = members
+    if members.element_size() == 1:
+        rows, (moved,) = movable(rows), movable([members])
+    targets = (moved,) if is_single else moved.split_with_sizes(pieces.lengths)
+    for part, positions, target in zip(pieces.parts, pieces.rows, targets, strict=True):
+        if isinstance(positions, slice):
+            target.copy_(rows[part][positions])
         else:
-            torch.index_select(bits(rows[piece.part]), 0, piece.members, out=target)
+            torch.index_select(rows[part], 0, positions, out=target)
     return members
 
 
-def _split(members: Tensor, each: Round) -> tuple[Tensor, ...]:
-    """The members of a round piece by piece."""
-    return torch.split(members, [piece.length for piece in each.pieces])
-
-
-def _gathered(rows: Tensor, positions: Tensor | slice, workspace: Workspace, name: str) -> Tensor:
-    """``rows[positions]``, in the buffer of that name; of a slice a view."""
-    if isinstance(positions, slice):
-        return rows[positions]
-    gathered = workspace.take(name, (len(positions), *rows.shape[1:]), rows.dtype, rows.device)
-    torch.index_select(bits(rows), 0, positions, out=bits(gathered))
-    return gathered
+def _put(rows: list[Tensor], pieces: Pieces, members: Tensor) -> None:
+    """Write members to their rows."""
+    if members.element_size() == 1:
+        rows, (members,) = movable(rows), movable([members])
+    sources = (members,) if len(pieces.parts) == 1 else members.split_with_sizes(pieces.lengths)
+    for part, positions, source in zip(pieces.parts, pieces.rows, sources, strict=True):
+        if isinstance(positions, slice):
+            rows[part][positions] = source
+        else:
+            rows[part].index_copy_(0, positions, source)
 
 
 def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tensor:
-    """Members in the wide dtype, to be read."""
+    """Return members in the wide dtype, to be read."""
     wide = wide_dtype(members.device)
-    return (
-        members if members.dtype == wide else workspace.take(name, members.shape, wide, members.device).copy_(members)
-    )
+    return members if members.dtype == wide else workspace[name, members.shape, wide, members.device].copy_(members)
 
 
 def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
-    """Every member of a group gets the group's value."""
-    for each in run.rounds:
-        if len(each.pieces) > 1 or each.multiples is not None:
-            expected = _expected(values, each, values.dtype, workspace)
-            for piece, own in zip(each.pieces, _split(expected, each), strict=True):
-                _put(rows[piece.part], piece.members, own)
-            continue
-        part, positions, _ = each.pieces[0]
-        target = bits(rows[part])
-        if isinstance(positions, slice):
-            _spread(values, each, rows[part][positions])
-        elif each.size:
-            target[positions.view(-1, each.size)] = bits(values).unsqueeze(1)
+    """Give every member of a group the group's value."""
+    for chunk in run.rounds:
+        part, positions = chunk.pieces.parts[0], chunk.pieces.rows[0]
+        if chunk.multiples is not None or len(chunk.pieces.parts) > 1:
+            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))
+        elif isinstance(positions, slice):
+            _expected(values, chunk, values.dtype, workspace, rows[part][positions])
+        elif chunk.size:
+            bits(rows[part])[positions.view(-1, chunk.size)] = bits(values).unsqueeze(1)
         else:
-            target.index_copy_(0, positions, bits(_expected(values, each, values.dtype, workspace)))
-
-
-def _put(rows: Tensor, positions: Tensor | slice, values: Tensor) -> None:
-    """``rows[positions] = values``."""
-    if isinstance(positions, slice):
-        rows[positions].copy_(values)
-    else:
-        bits(rows).index_copy_(0, positions, bits(values))
+            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))
 
 
 def pin_(rows: list[Tensor], index: Index) -> None:
-    """What is pinned is zero."""
-    for part, pins in index.pinned.items():
-        bits(rows[part]).index_fill_(0, pins, 0)
+    """Write zeros to what is pinned."""
+    for part, positions in zip(index.pinned.parts, index.pinned.rows, strict=True):
+        if isinstance(positions, slice):
+            bits(rows[part])[positions] = 0
+        else:
+            bits(rows[part]).index_fill_(0, positions, 0)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in another dtype, rounded once.
+    """Return values in another dtype, rounded once.
 
     torch takes float64 to 8 and 16 bits by way of float32. What it rounds to the middle between two numbers there, it
     may then round to the wrong one. So first all but 13 significant bits, which float32 has exactly, are cut off, and
@@ -610,8 +581,20 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float64).to(dtype)
 
 
+def multiplied(values: Tensor, multiples: Tensor, stored: torch.dtype) -> Tensor:
+    """Return multiples of slices in a dtype, rounded once; of what is finite the multiple is finite, too."""
+    wide = values.to(multiples.dtype)
+    return rounded(_clamped(wide * column(multiples, wide), wide, stored), stored)
+
+
+def _clamped(values: Tensor, origins: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values, those that were made of finite ones within the range of a dtype."""
+    largest = torch.finfo(dtype).max
+    return torch.where(origins.isfinite(), values.clamp(-largest, largest), values)
+
+
 def times(slices: Tensor, factors: Tensor) -> Tensor:
-    """Slices times a factor each, rounded once."""
+    """Return slices times a factor each, rounded once."""
     if bool((factors == 1).all()):
         return slices
     wide = wide_dtype(slices.device)

@@ -5,39 +5,42 @@ The mean of independent random weights is smaller than they are; the first of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tieopt.errors import shown
+from tieopt.errors import refusal, shown
 from tieopt.numbers.index import Index, Members, sorted_members
-from tieopt.numbers.reduction import Workspace, lead_, rounded
-from tieopt.tensors import column, in_memory, real, wide_dtype
+from tieopt.numbers.reduction import Workspace, lead_, multiplied
+from tieopt.tensors import in_memory, real, wide_dtype
 from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
 
 
 def check_start(start: Any, *, relaxed: bool) -> None:
-    """Refuses what is no start, and what relaxed ties cannot start from.
+    """Refuse what is no start, and what relaxed ties cannot start from.
 
     Raises:
         ValueError: it is one of these.
     """
     if not isinstance(start, str) or start not in ("mean", "first"):
-        raise ValueError(f"Unknown start.\n  Expected: 'mean' or 'first'\n  Got:      {shown(start)}")
+        raise ValueError(refusal("Unknown start.", expected="'mean' or 'first'", got=shown(start)))
     if relaxed and start == "first":
         raise ValueError(
-            "Relaxed ties pull members towards their mean, and have no shared value to start from the first member.\n"
-            "  Expected: start='mean', or strength=1 and every=1\n"
-            "  Got:      start='first' with relaxed ties"
+            refusal(
+                "Relaxed ties pull members towards their mean, and have no shared value to start from the first "
+                "member.",
+                expected="start='mean', or strength=1 and every=1",
+                got="start='first' with relaxed ties",
+            )
         )
 
 
 def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, order: Sequence[int]) -> None:
-    """Gives every group the value of its first member that is not pinned, and writes zero to what is pinned.
+    """Give every group the value of its first member that is not pinned, and write zero to what is pinned.
 
     What is written is tied, to the last bit, and what is tied already keeps its bits.
 
@@ -49,55 +52,52 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
     """
     slices = [index.slices[number] for number in order]
     fronts = [real(in_memory(tensors[number])).movedim(index.slices[number].dim, 0) for number in order]
-    # Counted in the order of their labels, whatever the layout of the tensors.
-    flat = [Slices(each.labels.flatten(), each.scales.flatten()) for each in slices]
-    members, _ = sorted_members(flat, [(1,)] * len(flat))
+    members, _ = sorted_members(slices)
     if len(members.group):
-        sizes = torch.bincount(members.group)
-        leads = members.at(sizes.cumsum(0) - sizes)
-        values = _lead_values(fronts, [each.labels.shape for each in slices], members, leads)
-        for part, (each, front) in enumerate(zip(slices, fronts, strict=True)):
-            own = members.where(members.part == part)
-            multiples = own.scale / leads.scale[own.group]
-            front[_at(own.position, each.labels.shape, front)] = _times(values[own.group.to(front.device)], multiples)
+        leads = members.leads
+        values = _lead_values(fronts, slices, members, leads)
+        multiples = members.scale / leads.scale[members.group]
+        for front, at, here in _by_part(fronts, slices, members):
+            front[at] = _times(values[members.group[here].to(front.device)], multiples[here])
     # Multiples are rounded as a projection rounds them, and what is pinned is written.
     lead_(tensors, index, workspace)
 
 
-def _lead_values(fronts: Sequence[Tensor], shapes: Sequence[torch.Size], members: Members, leads: Members) -> Tensor:
-    """What the lead of each group is if the first member keeps its value."""
+def _lead_values(fronts: Sequence[Tensor], slices: Sequence[Slices], members: Members, leads: Members) -> Tensor:
+    """Return the value of the lead of each group if the first member keeps its value."""
     number = members.part * (int(members.position.max()) + 1) + members.position
     least = torch.full_like(leads.group, int(number.max())).scatter_reduce_(0, members.group, number, "amin")
     firsts = members.where(number == least[members.group])
-    values = _gathered(fronts, shapes, firsts)
+    values = _gathered(fronts, slices, firsts)
     if torch.equal(firsts.scale, leads.scale):
         return values
     # A lead of which the first member is the multiple stays, so that nothing changes where all are tied.
-    own, wide = _gathered(fronts, shapes, leads), wide_dtype(values.device)
-    is_kept = _times(own, firsts.scale / leads.scale).to(wide) == values.to(wide)
+    before, wide = _gathered(fronts, slices, leads), wide_dtype(values.device)
+    is_kept = _times(before, firsts.scale / leads.scale).to(wide) == values.to(wide)
     others = _times(values, leads.scale / firsts.scale)
-    return torch.where(is_kept, own.to(wide), others.to(wide)).to(values.dtype)
+    return torch.where(is_kept, before.to(wide), others.to(wide)).to(values.dtype)
 
 
-def _gathered(fronts: Sequence[Tensor], shapes: Sequence[torch.Size], chosen: Members) -> Tensor:
-    """One slice for each of the members, in their order."""
-    parts = [(chosen.part == part).nonzero().squeeze(1) for part in range(len(fronts))]
-    found = [
-        front[_at(chosen.position[own], shape, front)] for own, shape, front in zip(parts, shapes, fronts, strict=True)
-    ]
-    return torch.cat(found)[torch.cat(parts).argsort().to(fronts[0].device)]
+def _gathered(fronts: Sequence[Tensor], slices: Sequence[Slices], chosen: Members) -> Tensor:
+    """Return one slice for each of the members, in their order."""
+    values = fronts[0].new_empty((len(chosen.part), *fronts[0].shape[slices[0].labels.dim() :]))
+    for front, at, here in _by_part(fronts, slices, chosen):
+        values[here.to(front.device)] = front[at]
+    return values
 
 
-def _at(positions: Tensor, shape: torch.Size, front: Tensor) -> tuple[Tensor, ...]:
-    """What slices are indexed by, counted in the order of their labels."""
-    return tuple(each.to(front.device) for each in torch.unravel_index(positions, shape))
+def _by_part(
+    fronts: Sequence[Tensor], slices: Sequence[Slices], members: Members
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
+    """Yield each tensor, the indices of its members, which are counted by their labels, and which members these are."""
+    for part, (front, own) in enumerate(zip(fronts, slices, strict=True)):
+        here = (members.part == part).nonzero().squeeze(1)
+        indices = torch.unravel_index(members.position[here], own.labels.shape)
+        yield front, tuple(index.to(front.device) for index in indices), here
 
 
 def _times(values: Tensor, multiples: Tensor) -> Tensor:
-    """Slices times their multiples, rounded once; of what is finite the multiple is finite, too."""
+    """Return slices times their multiples, as :func:`~tieopt.numbers.reduction.multiplied` rounds them."""
     if bool((multiples == 1).all()):
         return values
-    wide = values.to(wide_dtype(values.device))
-    products = wide * column(multiples.to(wide.device, wide.dtype), wide)
-    largest = torch.finfo(values.dtype).max
-    return rounded(torch.where(wide.isfinite(), products.clamp(-largest, largest), products), values.dtype)
+    return multiplied(values, multiples.to(values.device, wide_dtype(values.device)), values.dtype)
