@@ -48,7 +48,9 @@ def _one_by_one(pairs: Pairs, reduction: Reduction) -> None:
 
 def _merged(pairs: Pairs) -> list[list[Tensor]]:
     """The tensors that are worked on together."""
-    return [tensors for _, tensors in Engine()._works(pairs)]
+    tensors = [tensor for _, own in pairs for tensor in own]
+    numbers = [work.numbers for work in Engine()._plan(pairs)]
+    return [tensors if chosen is None else [tensors[number] for number in chosen] for chosen in numbers]
 
 
 def _same(first: Pairs, second: Pairs) -> bool:
@@ -224,7 +226,7 @@ def test_the_groups_of_merged_ties_stay_apart() -> None:
     apart = told_apart([tie.slices[0]] for tie, _ in listed)
     assert [each.labels.tolist() for (each,) in apart] == [[0, 0, -1], [1, -1, 1, 2, 2]]
     # Of labels that are told apart nothing stays.
-    ((work, _),) = Engine()._works(listed)
+    (work,) = Engine()._plan(listed)
     for (tie, _), kept in zip(listed, work.executor.slices, strict=True):
         assert kept.labels is tie.slices[0].labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,11 +121,14 @@ def python_calls(run: Callable[[], Any]) -> int:
         nonlocal count
         count += event == "call"
 
+    # Hypothesis has the garbage collector call it.
+    gc.disable()
     sys.setprofile(profile)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
@@ -138,7 +142,7 @@ def warm_step(parameters: int, tie: Callable[[AdamW, list[Parameter]], Any]) -> 
     return python_calls(optimizer.step)
 
 
-@pytest.mark.parametrize(("parameters", "bound"), [(1, 3.5), (200, 2.5)])
+@pytest.mark.parametrize(("parameters", "bound"), [(1, 3.5), (200, 2)])
 def test_a_warm_step_makes_few_calls(parameters: int, bound: float, compact: bool) -> None:
     """Each call is a fraction of a microsecond that small models wait for."""
 

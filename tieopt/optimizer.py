@@ -556,11 +556,10 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
         inner_step: Any = inner.step
         if getattr(inner_step, "__code__", None) is _HOOKED_CODE:
             inner_step = inner_step.__wrapped__
-        grad = torch.is_grad_enabled()
-        if getattr(inner_step, "__code__", None) is _USE_GRAD_CODE:
-            inner_step, grad = inner_step.__wrapped__, is_differentiable(self)
         self._opt_called = True
-        stepping = self._tieopt.stepping(self)
+        stepping, grad = self._tieopt.stepping(self), torch.is_grad_enabled()
+        if getattr(inner_step, "__code__", None) is _USE_GRAD_CODE:
+            inner_step, grad = inner_step.__wrapped__, stepping.differentiable
         if args and callable(args[0]):
             args = (stepping.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):

@@ -43,8 +43,8 @@ _CHUNKS = 8
 
 @between_graphs
 def is_under_compiler() -> bool:
-    """Whether it gets them, and what we write for it is right with this version of torch."""
-    return _WRITES_OUT and is_compiled()
+    """Return whether ``torch.compile`` gets what is called now, and is right with what we write for it."""
+    return is_compiled() and _WRITES_OUT
 
 
 class Call(NamedTuple):

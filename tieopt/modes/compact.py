@@ -8,10 +8,10 @@ the places of the tied ones, in the groups and as keys of the state. After the s
 from __future__ import annotations
 
 import inspect
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -231,12 +231,16 @@ class CompactStep:
         optimizer: the tied one.
     """
 
+    # The mode refuses what is.
+    differentiable = False
+
     def __init__(self, mode: CompactMode, optimizer: Any) -> None:
         self._mode = mode
         self._optimizer = optimizer
         self._took_part: Pairs[BoundTie] = ()
         self._values: list[list[Tensor]] = []
         self._counterparts: Sequence[tuple[Tensor, Parameter]] = ()
+        self._compacts: dict[int, Parameter] = {}
         self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         # A step within another one steps on the compact parameters as they are.
         self._is_inner = bool(mode.set_aside)
@@ -257,9 +261,8 @@ class CompactStep:
         pairs = self._mode.pairs_of_calls(self._optimizer.param_groups, self._optimizer.state)
         for function, arguments in self._begin(pairs, compiled=False):
             function(*arguments)
-        compacts = {id(param): compact for param, compact in self._counterparts}
-        args = tuple(_replaced_by(arg, compacts) for arg in args)
-        kwargs = {name: _replaced_by(arg, compacts) for name, arg in kwargs.items()}
+        args = tuple(_replaced_by(arg, self._compacts) for arg in args)
+        kwargs = {name: _replaced_by(arg, self._compacts) for name, arg in kwargs.items()}
         result = self._run(method, False, *args, **kwargs)
         self.finish()
         return _replaced_by(result, {id(compact): param for param, compact in self._counterparts})
@@ -287,7 +290,7 @@ class CompactStep:
         written = mode.written(pairs, param_groups)
         self._replaced = _prepared_gradients(pairs)
         self._counterparts = mode.counterparts(param_groups)
-        compacts = {id(param): compact for param, compact in self._counterparts}
+        self._compacts = compacts = {id(param): compact for param, compact in self._counterparts}
         # What a closure has left without a gradient is not trained any more.
         self._took_part, self._values = pairs, []
         for _, params in pairs:
@@ -359,9 +362,8 @@ class CompactStep:
         """Put the compact parameters in the places of the tied ones."""
         if self._is_inner:
             return
-        others = {id(param): compact for param, compact in self._counterparts}
-        _exchange([self._optimizer, *self._mode.held(self._optimizer)], others)
-        self._mode.set_aside = [param for param, _ in self._counterparts]
+        _exchange([self._optimizer, *self._mode.held(self._optimizer)], self._compacts)
+        self._mode.set_aside = list(map(itemgetter(0), self._counterparts))
 
     @untraced
     def _exchange_back(self) -> None:
@@ -385,7 +387,8 @@ class CompactStep:
     @between_graphs
     def __exit__(self, *_: object) -> None:
         self._mode.running = self._was_running
-        self._put_back()
+        if self._replaced:
+            self._put_back()
 
     @between_graphs
     def _put_back(self) -> None:
@@ -459,7 +462,7 @@ def _replaced_by(value: Any, others: Mapping[int, Any]) -> Any:
         return others.get(id(value), value)
     items = [_replaced_by(item, others) for item in value]
     # A method may write to a list that it is given.
-    return value if all(map(operator.is_, items, value)) else type(value)(items)
+    return value if all(map(is_, items, value)) else type(value)(items)
 
 
 def _is_sparse(grad: Tensor | None) -> bool:

@@ -43,6 +43,9 @@ class FullStep:
         mode: the ties.
         optimizer: the tied one.
         ties_gradients: whether gradients are tied, too.
+
+    Attributes:
+        differentiable: whether the step may be part of a graph.
     """
 
     def __init__(self, mode: Mode, optimizer: Any, *, ties_gradients: bool) -> None:
@@ -55,7 +58,7 @@ class FullStep:
         self._undo: list[Callable[[], None]] = []
         self._took_part: dict[BoundTie, list[Tensor]] = {}
         self._given: list[tuple[Tensor, Tensor | None]] = []
-        self._differentiable = is_differentiable(optimizer)
+        self.differentiable = is_differentiable(optimizer)
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +97,7 @@ class FullStep:
                 trained.append((tie, params))
         written = self._mode.written(trained, self._optimizer.param_groups)
         if written and not self._mode.relaxed:
-            self._mode.tie_weights(written, differentiable=self._differentiable)
+            self._mode.tie_weights(written, differentiable=self.differentiable)
 
     @between_graphs
     def _check_gradients(self) -> None:
@@ -166,7 +169,8 @@ class FullStep:
         if self._mode.relaxed and not _is_at_rest(self._optimizer.param_groups):
             self._mode.steps += 1
             if self._mode.steps % self._mode.every == 0:
-                self._tie_weights(self._mode.strength)
+                pairs, strength = list(self._took_part.items()), self._mode.strength
+                self._mode.tie_weights(pairs, differentiable=self.differentiable, strength=strength, stepped=True)
 
     @between_graphs
     def __enter__(self) -> None:
@@ -181,19 +185,15 @@ class FullStep:
         if kind is not None:
             # An error may be that of one rank alone: what it sent now, the others would take for what they wait for.
             self._took_part = {tie: params for tie, params in self._took_part.items() if not spans_ranks(params)}
+        pairs = list(self._took_part.items())
         if not self._mode.relaxed:
-            self._tie_weights()
-        self._mode.note(self._took_part.items())
+            self._mode.tie_weights(pairs, differentiable=self.differentiable, stepped=True)
+        self._mode.note(pairs)
 
     @untraced
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-    @between_graphs
-    def _tie_weights(self, strength: float = 1.0) -> None:
-        pairs = list(self._took_part.items())
-        self._mode.tie_weights(pairs, differentiable=self._differentiable, strength=strength, stepped=True)
 
 
 def _is_at_rest(param_groups: ParamGroups) -> bool:
