@@ -619,7 +619,7 @@ def _tied_zero_grad(inner: type[Optimizer]) -> Callable[..., Any]:
     @wraps(inner.zero_grad)
     def zero_grad(self: TiedOptimizer, set_to_none: bool = True) -> None:
         inner.zero_grad(self, set_to_none)
-        for param in self._tieopt.set_aside:
+        for param in self._tieopt.set_aside.values():
             if set_to_none or param.grad is None:
                 param.grad = None
             else:

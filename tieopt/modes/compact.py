@@ -11,7 +11,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 import torch
@@ -98,9 +98,8 @@ class CompactMode(Mode):
         """Return the parameter groups with the parameters of the model, also in the middle of a step."""
         if not self.set_aside:
             return super().param_groups_of(optimizer)
-        params = {id(compact): param for param, compact in zip(self.set_aside, self._compacts.values(), strict=True)}
         return [
-            {**settings, "params": [params.get(id(param), param) for param in settings["params"]]}
+            {**settings, "params": [self.set_aside.get(id(param), param) for param in settings["params"]]}
             for settings in optimizer.param_groups
         ]
 
@@ -108,13 +107,8 @@ class CompactMode(Mode):
         """Return the attributes of an optimizer as they are between steps."""
         if not self.set_aside:
             return attributes
-        params = {id(compact): param for param, compact in zip(self.set_aside, self._compacts.values(), strict=True)}
-        state = {params.get(id(key), key): value for key, value in optimizer.state.items()}
-        return {
-            **attributes,
-            "param_groups": self.param_groups_of(optimizer),
-            "state": defaultdict(dict, state),
-        }
+        state = {self.set_aside.get(id(key), key): value for key, value in optimizer.state.items()}
+        return {**attributes, "param_groups": self.param_groups_of(optimizer), "state": defaultdict(dict, state)}
 
     # --- compact parameters ---
 
@@ -360,18 +354,15 @@ class CompactStep:
     @untraced
     def _exchange(self) -> None:
         """Put the compact parameters in the places of the tied ones."""
-        if self._is_inner:
-            return
-        _exchange([self._optimizer, *self._mode.held(self._optimizer)], self._compacts)
-        self._mode.set_aside = list(map(itemgetter(0), self._counterparts))
+        if not self._is_inner:
+            _exchange([self._optimizer, *self._mode.held(self._optimizer)], self._compacts)
+            self._mode.set_aside = {id(compact): param for param, compact in self._counterparts}
 
     @untraced
     def _exchange_back(self) -> None:
-        if self._is_inner or not self._mode.set_aside:
-            return
-        others = {id(compact): param for param, compact in self._counterparts}
-        _exchange([self._optimizer, *self._mode.held(self._optimizer)], others)
-        self._mode.set_aside = ()
+        if self._mode.set_aside and not self._is_inner:
+            _exchange([self._optimizer, *self._mode.held(self._optimizer)], self._mode.set_aside)
+            self._mode.set_aside = {}
 
     @untraced
     def finish(self) -> None:

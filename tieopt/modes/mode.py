@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -61,7 +62,7 @@ class Mode(ABC):
         relaxed: whether the ties are approximate: gradients stay as they are, and weights may drift apart.
         engine: the numbers.
         running: whether a step, or another method of the optimizer, is running.
-        set_aside: the parameters of the model that have others in their places now.
+        set_aside: the parameters of the model that have others in their places now, by the identities of these.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
@@ -72,7 +73,7 @@ class Mode(ABC):
     true_reduction: ClassVar[Reduction]
 
     running = False
-    set_aside: Sequence[Tensor] = ()
+    set_aside: Mapping[int, Tensor] = MappingProxyType({})
 
     def __init__(
         self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
