@@ -1185,3 +1185,97 @@ def test_the_state_is_copied_as_a_dictionary():
     weight.square().sum().backward()
     optimizer.step()
     assert optimizer.state.copy().keys() == {weight}
+
+
+# --- what others see while compact parameters stand in the places of the tied ones ---
+
+
+class LooksAround(SGD):
+    """Notes, in the middle of its step, whatever it is given to look with."""
+
+    look: Callable[[Any], Any] = staticmethod(lambda optimizer: None)
+    fail = False
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        self.seen = self.look(self)
+        if self.fail:
+            raise RuntimeError("late")
+
+
+def _looking(look: Callable[[Any], Any], **settings: Any) -> tuple[Parameter, Any]:
+    weight, optimizer = one_tied(LooksAround, compact=True, momentum=0.9, **settings)
+    optimizer.look = look
+    weight.grad = randn(*SHAPE, seed=1)
+    return weight, optimizer
+
+
+def _is_at_rest(optimizer: Any, weight: Parameter) -> bool:
+    return optimizer.param_groups[0]["params"][0] is weight and all(key is weight for key in optimizer.state)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_the_inner_step_sees_compact_parameters_and_everybody_else_those_of_the_model(fail: bool) -> None:
+    weight, optimizer = _looking(lambda tied: [tied.param_groups[0]["params"][0], *tied.state])
+    held, state, rests = optimizer.param_groups[0]["params"], optimizer.state, []
+    optimizer.register_step_pre_hook(lambda *_: rests.append(_is_at_rest(optimizer, weight)))
+    optimizer.register_step_post_hook(lambda *_: rests.append(_is_at_rest(optimizer, weight)))
+    for optimizer.fail in (False, fail):
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert str(error) == "late"  # noqa: PT017
+    first, key = optimizer.seen
+    assert first is key
+    assert first is not weight
+    assert first.shape == (4, 5)
+    assert rests == [True] * (3 if fail else 4)
+    assert _is_at_rest(optimizer, weight)
+    # The same objects: hosts hold them.
+    assert optimizer.param_groups[0]["params"] is held
+    assert optimizer.state is state
+    assert isinstance(state, dict)
+    assert is_tied(weight, GROUPS)
+
+
+def test_ties_drift_and_summary_are_those_of_the_model_in_the_middle_of_a_step() -> None:
+    weight, optimizer = _looking(lambda tied: (tied.ties, tied.tie_drift(), tied.tie_summary(), str(tied)))
+    before = optimizer.tie_summary()
+    optimizer.step()
+    ties, drift, summary, _ = optimizer.seen
+    assert ties[0].parts[0].param is weight
+    assert drift == 0
+    assert summary == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_that_is_made_in_the_middle_of_a_step_is_at_rest(copied: Callable[[Any], Any]) -> None:
+    weight, optimizer = _looking(lambda tied: None)
+    optimizer.step()
+    # Neither knows how to copy a function of a test.
+    del optimizer.look
+    type(optimizer).look = staticmethod(lambda tied: copied(tied))
+    try:
+        optimizer.step()
+    finally:
+        del type(optimizer).look
+    other = optimizer.seen
+    (param,) = other.param_groups[0]["params"]
+    assert param.shape == weight.shape
+    assert _is_at_rest(other, param)
+    param.grad = randn(*SHAPE, seed=2)
+    other.step()
+    assert is_tied(param, GROUPS)
+
+
+def test_what_is_saved_in_the_middle_of_a_step_is_what_is_saved_after_it() -> None:
+    _, optimizer = _looking(lambda tied: copy.deepcopy(tied.state_dict()))
+    optimizer.step()
+    assert same_tree(optimizer.seen, optimizer.state_dict())
+
+
+def test_clearing_gradients_in_the_middle_of_a_step_clears_those_of_the_model() -> None:
+    for to_none in (True, False):
+        weight, optimizer = _looking(lambda tied, to_none=to_none: tied.zero_grad(to_none))
+        optimizer.step()
+        assert weight.grad is None if to_none else torch.equal(weight.grad, torch.zeros(SHAPE))
