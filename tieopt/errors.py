@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+E = TypeVar("E", bound=Exception)
 
 _PASSED_OVER = tuple(os.path.dirname(str(file)) + os.sep for file in (__file__, torch.__file__))
 
@@ -22,7 +24,19 @@ def users_level() -> int:
     return level
 
 
-def refusal(what: str, hint: str = "", /, **lines: object) -> str:
+def refusal(kind: type[E], what: str, hint: str = "", /, **lines: object) -> E:
+    """Return an error with a message as :func:`message` writes it.
+
+    Args:
+        kind: the class of the error.
+        what: as for :func:`message`.
+        hint: as for :func:`message`.
+        **lines: as for :func:`message`.
+    """
+    return kind(message(what, hint, **lines))
+
+
+def message(what: str, hint: str = "", /, **lines: object) -> str:
     """Write the message of an error or a warning.
 
     Args:
@@ -31,7 +45,7 @@ def refusal(what: str, hint: str = "", /, **lines: object) -> str:
         **lines: the texts after "Expected:", "Got:" and, where it helps, "Parameter:" and the like, in this order.
 
     Example:
-        >>> print(refusal("Unknown reduction.", expected="'mean' or 'sum'", got=shown("max")))
+        >>> print(message("Unknown reduction.", expected="'mean' or 'sum'", got=shown("max")))
         Unknown reduction.
           Expected: 'mean' or 'sum'
           Got:      'max' (str)
@@ -68,7 +82,7 @@ def as_integer(value: Any, what: str, /, **lines: object) -> int:
             raise TypeError
         return index(value)
     except TypeError:
-        raise TypeError(refusal(f"{what} is not an integer.", **lines, got=shown(value))) from None
+        raise refusal(TypeError, f"{what} is not an integer.", **lines, got=shown(value)) from None
 
 
 def integer_between(
@@ -78,5 +92,5 @@ def integer_between(
     lines["expected"] = f"an integer from {low} to {high}"
     number = as_integer(value, what, **lines)
     if not low <= number <= high:
-        raise error(refusal(f"{what} is out of range.", **lines, got=number))
+        raise refusal(error, f"{what} is out of range.", **lines, got=number)
     return number

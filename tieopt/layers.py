@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import refusal, shown, users_level
+from tieopt.errors import message, refusal, shown, users_level
 from tieopt.functional import tie_
 from tieopt.ties.slices import FREE, numbered
 from tieopt.ties.tie import Groups, Tie, check_writable, slices_for
@@ -129,19 +129,19 @@ def neurons(
             f"{', '.join(layer.__name__ for layer in _LAYERS)}, or ties of another layer's parameters, "
             "as Tie(layer.weight, groups, dim=1) if its units are columns"
         )
-        raise TypeError(refusal("This layer has no neurons to tie.", expected=expected, got=_shown_layer(module)))
+        raise refusal(TypeError, "This layer has no neurons to tie.", expected=expected, got=_shown_layer(module))
     (slices,) = numbered([slices_for(module.weight, groups, 0, None, f"the weight of {module}")])
     labels = slices.labels
     if labels.dim() != 1:
         expected = f"labels of shape {tuple(module.weight.shape[:1])}"
-        raise ValueError(refusal("Neurons are tied whole.", expected=expected, got=tuple(labels.shape)))
+        raise refusal(ValueError, "Neurons are tied whole.", expected=expected, got=tuple(labels.shape))
     ties = _ties_of(module, labels)
     statistics: list[tuple[Tensor, Tensor]] = []
     reader = ""
     for layer, text in _layers(module, following):
         if reader:
             what = "A layer comes after the one that reads these neurons."
-            raise ValueError(refusal(what, expected=f"nothing after {reader}", got=text))
+            raise refusal(ValueError, what, expected=f"nothing after {reader}", got=text)
         if isinstance(layer, _NORMS) or _is_depthwise(layer, len(labels)):
             entries, dim = _entries(module, labels, layer, text)
             ties += _ties_of(layer, entries, dim)
@@ -178,7 +178,7 @@ def _layers(module: nn.Module, following: Any) -> list[tuple[Any, str]]:
     given = [] if following is None else list(_unpacked(following))
     layers = [(layer, text) for layer, text in given if not _is_passed_over(layer)]
     if given and (isinstance(module, nn.Embedding) or not layers):
-        raise TypeError(refusal(_NO_READER, expected=_FOLLOWING, got=given[0][1]))
+        raise refusal(TypeError, _NO_READER, expected=_FOLLOWING, got=given[0][1])
     return layers
 
 
@@ -227,7 +227,7 @@ def _entries(module: nn.Module, labels: Tensor, layer: nn.Module, text: str) -> 
         if isinstance(layer, _SHAPED_NORMS):
             where = "last dimension" if after_linear else f"first of {channels_first} dimensions, or in the only one"
             expected = f"{expected}, in the {where}"
-        raise ValueError(refusal("The following layer does not fit these neurons.", expected=expected, got=text))
+        raise refusal(ValueError, "The following layer does not fit these neurons.", expected=expected, got=text)
     if isinstance(layer, nn.GroupNorm):
         _check_statistics(layer, len(labels), entries, text)
     return entries, dim
@@ -247,7 +247,7 @@ def _check_statistics(norm: nn.GroupNorm, count: int, entries: Tensor, text: str
         what = "The following norm has different statistics for tied neurons."
         expected = "tied units in one norm group, or in norm groups of the same tied units"
         units = sorted({member // (len(entries) // count) for member in members})
-        raise ValueError(refusal(what, expected=expected, got=f"{text}, with {units} as one group"))
+        raise refusal(ValueError, what, expected=expected, got=f"{text}, with {units} as one group")
 
 
 def _first_mixed_group(labels: Tensor, kinds: Tensor) -> list[int]:
@@ -260,12 +260,12 @@ def _first_mixed_group(labels: Tensor, kinds: Tensor) -> list[int]:
 def _reader_tie(module: nn.Module, labels: Tensor, following: nn.Module, text: str) -> Tie:
     """Return the tie of the weights by which a layer reads the units."""
     if not isinstance(following, _READERS) or is_lazy(following.weight):
-        raise TypeError(refusal(_NO_READER, expected=_FOLLOWING, got=text))
+        raise refusal(TypeError, _NO_READER, expected=_FOLLOWING, got=text)
     flattened = isinstance(following, nn.Linear) and not isinstance(module, nn.Linear)
     entries = _spread(labels, following.weight.shape[1], flattened)
     if entries is None or getattr(following, "groups", 1) != 1:
         expected = f"a layer without groups and with {len(labels)} inputs{', or a multiple' * flattened}"
-        raise ValueError(refusal("The following layer does not read these neurons.", expected=expected, got=text))
+        raise refusal(ValueError, "The following layer does not read these neurons.", expected=expected, got=text)
     return Tie(following.weight, entries, dim=1)
 
 
@@ -287,11 +287,11 @@ def _warn_of_different_units(module: nn.Module, labels: Tensor) -> None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         what = "A lookup with max_norm writes to the rows that it looks up, but not to the rows that are tied to them."
         expected = "an embedding without max_norm; limit the norms of all rows after each step, with weight.renorm_()"
-        warnings.warn(refusal(what, expected=expected, got=module), stacklevel=users_level())
+        warnings.warn(message(what, expected=expected, got=module), stacklevel=users_level())
     if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
         units = _first_mixed_group(labels, torch.arange(len(labels), device="cpu") // (len(labels) // module.groups))
         if units:
             what = "Tied units of a convolution with groups read different inputs."
             expected = "units in one of its groups, or a depthwise convolution in following of the layer before it"
             got = f"{module}, with {units} as one group"
-            warnings.warn(refusal(what, expected=expected, got=got), stacklevel=users_level())
+            warnings.warn(message(what, expected=expected, got=got), stacklevel=users_level())

@@ -322,12 +322,11 @@ class TiedOptimizer(Optimizer):
         _check_itself(self)
         kept = self._tieopt
         if kept.running:
-            raise RuntimeError(
-                refusal(
-                    "Ties cannot change in the middle of a step, which goes on with the old ones.",
-                    expected="retie() or untie() between steps",
-                    got="a call from within step(), its closure, or another method of the optimizer",
-                )
+            raise refusal(
+                RuntimeError,
+                "Ties cannot change in the middle of a step, which goes on with the old ones.",
+                expected="retie() or untie() between steps",
+                got="a call from within step(), its closure, or another method of the optimizer",
             )
         mode = type(kept)(self.param_groups, ties, kept.reduction, kept.strength, kept.every)
         lost = Lost()
@@ -701,35 +700,32 @@ def _check_itself(optimizer: Any) -> None:
     What was written to it would not reach the optimizer.
     """
     if "_tieopt" not in vars(optimizer):
-        raise TypeError(
-            refusal(
-                "Call this on the tied optimizer itself, and not on what a framework has put in its place.",
-                expected="the tied optimizer, for example `self.optimizers().optimizer` in Lightning",
-                got=type(optimizer).__name__,
-            )
+        raise refusal(
+            TypeError,
+            "Call this on the tied optimizer itself, and not on what a framework has put in its place.",
+            expected="the tied optimizer, for example `self.optimizers().optimizer` in Lightning",
+            got=type(optimizer).__name__,
         )
 
 
 def _check_wrappable(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         what = "TiedOptimizer wraps an optimizer."
-        raise TypeError(refusal(what, expected="a torch.optim.Optimizer", got=shown(optimizer)))
+        raise refusal(TypeError, what, expected="a torch.optim.Optimizer", got=shown(optimizer))
     if isinstance(optimizer, TiedOptimizer):
-        raise TypeError(
-            refusal(
-                "The optimizer is tied already.",
-                expected="an optimizer without ties; optimizer.retie(ties) replaces them, all at once",
-                got=f"{type(optimizer).__name__} with {shown(optimizer.ties)}",
-            )
+        raise refusal(
+            TypeError,
+            "The optimizer is tied already.",
+            expected="an optimizer without ties; optimizer.retie(ties) replaces them, all at once",
+            got=f"{type(optimizer).__name__} with {shown(optimizer.ties)}",
         )
     step = vars(optimizer).get("step")
     # A scheduler replaced it, around the step of the class: that may go.
     scheduled = hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(optimizer).step
     if step is not None and not scheduled:
-        raise TypeError(
-            refusal(
-                "The optimizer's step was replaced on the instance, and ties cannot go below that.",
-                expected="an optimizer with the step of its class; tie it first, then replace the step",
-                got=f"{type(optimizer).__name__} with step = {shown(step)}",
-            )
+        raise refusal(
+            TypeError,
+            "The optimizer's step was replaced on the instance, and ties cannot go below that.",
+            expected="an optimizer with the step of its class; tie it first, then replace the step",
+            got=f"{type(optimizer).__name__} with step = {shown(step)}",
         )

@@ -250,7 +250,7 @@ def block_circulant(shape: Sequence[int], block: int) -> Tensor:
     block = integer_between(block, "The size of a block", 1, max(m, n) or _INT32_MAX)
     if m % block or n % block:
         expected = f"a divisor of {m} and of {n}"
-        raise ValueError(refusal("A matrix cannot be cut into such blocks.", expected=expected, got=block))
+        raise refusal(ValueError, "A matrix cannot be cut into such blocks.", expected=expected, got=block)
     i, j = _grid(m, n)
     return (i // block * (n // block) + j // block) * block + (j - i) % block
 
@@ -403,7 +403,7 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
     *kernels, k, other = sizes
     if k != other:
         expected = "the last two dimensions to be equal"
-        raise ValueError(refusal("Such kernels cannot be rotated.", expected=expected, got=sizes))
+        raise refusal(ValueError, "Such kernels cannot be rotated.", expected=expected, got=sizes)
     entries = torch.arange(k * k, device="cpu").view(k, k)
     views = [entries, entries.flip(0)] if mirrored else [entries]
     first = torch.stack([view.rot90(turns) for view in views for turns in range(4)]).amin(0)
@@ -455,7 +455,7 @@ def orbits(*permutations: Tensor) -> Tensor:
                 [0, 0, 0]])
     """
     if not permutations:
-        raise TypeError(refusal("Orbits need a permutation.", expected="one integer tensor or more", got="none"))
+        raise refusal(TypeError, "Orbits need a permutation.", expected="one integer tensor or more", got="none")
     images = [_image(entries, number, permutations[0]) for number, entries in enumerate(permutations)]
     sparse, graphs = _optional("scipy.sparse"), _optional("scipy.sparse.csgraph")
     edges = torch.stack(images, dim=1)
@@ -563,7 +563,7 @@ def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int
     """
     positions = prod(len(taps) for taps in _taps(conv, input_size))
     if conv.bias is None:
-        raise ValueError(refusal("A convolution has no bias.", expected="bias=True", got=conv))
+        raise refusal(ValueError, "A convolution has no bias.", expected="bias=True", got=conv)
     return torch.arange(conv.out_channels, device="cpu").repeat_interleave(positions)
 
 
@@ -614,7 +614,7 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
     seed = integer_between(seed, "A seed", 0, 2**32 - 1)
     if prod(sizes) > _INT32_MAX:
         expected, got = f"{_INT32_MAX} or fewer", f"{prod(sizes)} in {sizes}"
-        raise ValueError(refusal("A shape has too many entries to be hashed.", expected=expected, got=got))
+        raise refusal(ValueError, "A shape has too many entries to be hashed.", expected=expected, got=got)
     murmur = _optional("sklearn.utils").murmurhash3_32
     keys = torch.arange(prod(sizes), dtype=torch.int32, device="cpu").numpy()
     label, sign = (
@@ -670,7 +670,7 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
     """
     if of not in ("rows", "values"):
         expected = "of='rows' or of='values'"
-        raise ValueError(refusal("Clusters are of something else.", expected=expected, got=shown(of)))
+        raise refusal(ValueError, "Clusters are of something else.", expected=expected, got=shown(of))
     rows = of == "rows"
     points = _points(tensor, rows)
     count = integer_between(count, "The number of clusters", 1, len(points))
@@ -703,7 +703,7 @@ def _sizes(shape: Sequence[int], least: int) -> tuple[int, ...]:
     sizes = _integers(shape, "A shape", "the sizes of a parameter, as weight.shape")
     if len(sizes) < least or min(sizes) < 0:
         expected = f"{least} dimension{'s' * (least > 1)} or more, of no negative size"
-        raise ValueError(refusal("A pattern does not fit this shape.", expected=expected, got=sizes))
+        raise refusal(ValueError, "A pattern does not fit this shape.", expected=expected, got=sizes)
     return sizes
 
 
@@ -711,7 +711,7 @@ def _square(shape: Sequence[int], name: str) -> tuple[int, int]:
     sizes = _sizes(shape, least=2)
     if sizes[0] != sizes[1]:
         expected = "the first two dimensions to be equal"
-        raise ValueError(refusal(f"A matrix of this shape cannot be {name}.", expected=expected, got=sizes))
+        raise refusal(ValueError, f"A matrix of this shape cannot be {name}.", expected=expected, got=sizes)
     return sizes[0], sizes[1]
 
 
@@ -722,7 +722,7 @@ def _integers(values: Any, what: str, expected: str) -> tuple[int, ...]:
         return tuple(index(value) for value in values)
     except TypeError:
         what = f"{what} is not a sequence of integers."
-        raise TypeError(refusal(what, expected=expected, got=shown(values))) from None
+        raise refusal(TypeError, what, expected=expected, got=shown(values)) from None
 
 
 def _dims(dims: Sequence[int], count: int) -> list[int]:
@@ -731,10 +731,10 @@ def _dims(dims: Sequence[int], count: int) -> list[int]:
     outside = [dim for dim in numbers if not -count <= dim < count]
     if outside:
         expected = f"from {-count} to {count - 1}"
-        raise IndexError(refusal("A dimension is out of range.", expected=expected, got=outside[0]))
+        raise refusal(IndexError, "A dimension is out of range.", expected=expected, got=outside[0])
     from_front = [dim % count for dim in numbers]
     if len(set(from_front)) < len(from_front):
-        raise ValueError(refusal("A dimension occurs more than once.", expected="each dimension once", got=numbers))
+        raise refusal(ValueError, "A dimension occurs more than once.", expected="each dimension once", got=numbers)
     return from_front
 
 
@@ -744,17 +744,17 @@ def _image(permutation: Any, number: int, first: Tensor) -> Tensor:
     if not is_integer or permutation.dtype in (torch.bool, torch.uint64):
         what = f"Permutation {number} is not one of integers."
         expected = "an integer tensor, as torch.arange(n).view(shape) rearranged"
-        raise TypeError(refusal(what, expected=expected, got=shown(permutation)))
+        raise refusal(TypeError, what, expected=expected, got=shown(permutation))
     if permutation.shape != first.shape:
         what = f"Permutation {number} has another shape than the first."
-        raise ValueError(refusal(what, expected=tuple(first.shape), got=tuple(permutation.shape)))
+        raise refusal(ValueError, what, expected=tuple(first.shape), got=tuple(permutation.shape))
     image: Tensor = permutation.detach().to("cpu", torch.int64).flatten()
     outside = (image < 0) | (image >= len(image))
     wrong = outside if outside.any() else torch.bincount(image)[image] > 1
     if wrong.any():
         expected = f"each number from 0 to {len(image) - 1}, once"
         got = f"{image[wrong][0].item()}{'' if outside.any() else ' more than once'}"
-        raise ValueError(refusal(f"Permutation {number} is not a rearrangement.", expected=expected, got=got))
+        raise refusal(ValueError, f"Permutation {number} is not a rearrangement.", expected=expected, got=got)
     return image
 
 
@@ -762,16 +762,16 @@ def _taps(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> list[
     """Return for each dimension the tap by which an output sees an input: shape ``[out, in]``, -1 for none."""
     if not isinstance(conv, (nn.Conv1d, nn.Conv2d)):
         expected = "torch.nn.Conv1d or torch.nn.Conv2d"
-        raise TypeError(refusal("Only a convolution can be unrolled.", expected=expected, got=shown(conv)))
+        raise refusal(TypeError, "Only a convolution can be unrolled.", expected=expected, got=shown(conv))
     if conv.padding_mode != "zeros":
         what, got = "Such padding cannot be unrolled.", repr(conv.padding_mode)
-        raise ValueError(refusal(what, expected="padding_mode='zeros'", got=got))
+        raise refusal(ValueError, what, expected="padding_mode='zeros'", got=got)
     count = len(conv.kernel_size)
     sizes = (input_size,) * count if isinstance(input_size, SupportsIndex) else input_size
     expected = f"{count} integer{'s' * (count > 1)} from 1 on"
     sizes = _integers(sizes, "The size of an input", expected)
     if len(sizes) != count or min(sizes) < 1:
-        raise ValueError(refusal("The input of a convolution cannot have this size.", expected=expected, got=sizes))
+        raise refusal(ValueError, "The input of a convolution cannot have this size.", expected=expected, got=sizes)
     taps = []
     for dim, size in enumerate(sizes):
         stride, dilation = conv.stride[dim], conv.dilation[dim]
@@ -780,7 +780,7 @@ def _taps(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> list[
         if size + padding <= reach:
             what = f"The input of a convolution is too small in dimension {dim}."
             expected = f"{reach + 1 - padding} or more, for {conv}"
-            raise ValueError(refusal(what, expected=expected, got=size))
+            raise refusal(ValueError, what, expected=expected, got=size)
         o, i = _grid((size + padding - reach - 1) // stride + 1, size)
         # An odd padding has one less on the left.
         offset = i + padding // 2 - o * stride
@@ -802,15 +802,15 @@ def _points(tensor: Any, rows: bool) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         got = f"{shown(tensor)}, {tensor.layout}" if isinstance(tensor, Tensor) else shown(tensor)
         expected = "a dense tensor of a real floating dtype"
-        raise TypeError(refusal("This cannot be clustered.", expected=expected, got=got))
+        raise refusal(TypeError, "This cannot be clustered.", expected=expected, got=got)
     if tensor.numel() == 0 or tensor.dim() == 0:
-        raise ValueError(refusal("There is nothing to cluster.", expected="one entry or more", got=shown(tensor)))
+        raise refusal(ValueError, "There is nothing to cluster.", expected="one entry or more", got=shown(tensor))
     entries: Tensor = tensor.detach().to("cpu", torch.float64)
     wrong = ~entries.isfinite()
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         got = f"{entries[at].item()} at {at}"
-        raise ValueError(refusal("A tensor cannot be clustered.", expected="finite entries", got=got))
+        raise refusal(ValueError, "A tensor cannot be clustered.", expected="finite entries", got=got)
     return entries.reshape((len(entries), -1) if rows else (-1,))
 
 
@@ -832,4 +832,4 @@ def _optional(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         expected = "pip install 'tieopt[patterns]'"
-        raise ImportError(refusal(f"This pattern needs {module}.", expected=expected, got=error)) from None
+        raise refusal(ImportError, f"This pattern needs {module}.", expected=expected, got=error) from None

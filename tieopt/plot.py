@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tieopt.errors import refusal, shown
+from tieopt.errors import message, refusal, shown
 from tieopt.optimizer import TiedOptimizer
 from tieopt.ties.places import all_places, name_of, parameter_at
 from tieopt.ties.slices import FREE, Slices, numbered, told_apart
@@ -158,7 +158,7 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
     labels = torch.cat([part.labels.flatten() for part in chain(*slices)])
     sizes = torch.bincount(labels[labels != FREE])
     if not len(sizes):
-        raise ValueError(refusal("There are no groups to draw.", expected="ties with groups", got="free slices only"))
+        raise refusal(ValueError, "There are no groups to draw.", expected="ties with groups", got="free slices only")
     axes = axes or _new_axes()
     values, counts = torch.unique(sizes, return_counts=True)
     first, last = int(values[0]), int(values[-1])
@@ -200,13 +200,13 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
         >>> axes.get_ylabel()
         'drift'
     """
-    message = refusal("These are no drifts.", expected="a sequence of numbers, one or more", got=shown(drifts))
+    text = message("These are no drifts.", expected="a sequence of numbers, one or more", got=shown(drifts))
     try:
         values = torch.as_tensor(drifts, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(message) from None
+        raise TypeError(text) from None
     if values.dim() != 1 or not len(values):
-        raise ValueError(message)
+        raise ValueError(text)
     axes = axes or _new_axes()
     axes.plot(range(1, len(values) + 1), values.tolist(), marker="." if len(values) <= _BARS else None)
     drawn = torch.cat([torch.as_tensor(line.get_ydata(), dtype=torch.float64, device="cpu") for line in axes.lines])
@@ -243,9 +243,9 @@ def _listed(ties: Any) -> list[Tie]:
     expected = "a TiedOptimizer, a Tie of parameters, or an iterable of them"
     for tie in listed:
         if not isinstance(tie, Tie) or any(isinstance(part.param, str) for part in tie.parts):
-            raise TypeError(refusal("These ties cannot be drawn.", expected=expected, got=shown(tie)))
+            raise refusal(TypeError, "These ties cannot be drawn.", expected=expected, got=shown(tie))
     if not listed:
-        raise ValueError(refusal("There are no ties to draw.", expected=expected, got=shown(ties)))
+        raise refusal(ValueError, "There are no ties to draw.", expected=expected, got=shown(ties))
     return listed
 
 
@@ -404,4 +404,4 @@ def _matplotlib(name: str = "") -> Any:
         return import_module(f"matplotlib.{name}" if name else "matplotlib")
     except ImportError as error:
         what, expected = "Figures are drawn with matplotlib.", "pip install 'tieopt[plot]'"
-        raise ImportError(refusal(what, expected=expected, got=error)) from None
+        raise refusal(ImportError, what, expected=expected, got=error) from None

@@ -229,32 +229,29 @@ def check_sharding(param: Any, name: str) -> None:
         ValueError: it is one.
     """
     if getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            refusal(
-                f"{name} of shape {tuple(param.shape)} was flattened by FullyShardedDataParallel.",
-                expected="torch.distributed.fsdp.fully_shard, which leaves parameters their shapes",
-                got=type(param).__name__,
-            )
+        raise refusal(
+            ValueError,
+            f"{name} of shape {tuple(param.shape)} was flattened by FullyShardedDataParallel.",
+            expected="torch.distributed.fsdp.fully_shard, which leaves parameters their shapes",
+            got=type(param).__name__,
         )
     if not is_sharded(param):
         return
     mesh = param.device_mesh
     if any(bool((mesh.mesh.diff(dim=dim) < 0).any()) for dim in range(mesh.ndim)):
         # torch itself goes by the order of the mesh here, and by that of the process group there.
-        raise ValueError(
-            refusal(
-                f"{name} of shape {tuple(param.shape)} is on a mesh whose ranks do not ascend.",
-                expected="ranks in ascending order along each dimension, as process groups have them",
-                got=mesh,
-            )
+        raise refusal(
+            ValueError,
+            f"{name} of shape {tuple(param.shape)} is on a mesh whose ranks do not ascend.",
+            expected="ranks in ascending order along each dimension, as process groups have them",
+            got=mesh,
         )
     for placement in param.placements:
         # Those that derive from Shard lie elsewhere.
         if not placement.is_replicate() and type(placement).__name__ != "Shard":
-            raise ValueError(
-                refusal(
-                    f"{name} of shape {tuple(param.shape)} cannot be tied as it is distributed.",
-                    expected="placements Shard and Replicate alone",
-                    got=param.placements,
-                )
+            raise refusal(
+                ValueError,
+                f"{name} of shape {tuple(param.shape)} cannot be tied as it is distributed.",
+                expected="placements Shard and Replicate alone",
+                got=param.placements,
             )

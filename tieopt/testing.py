@@ -81,12 +81,12 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
             _, groups, dim, scale = ties.parts[0]
             ties = Tie("the tensor", groups, dim=dim, scale=scale)
         else:
-            raise ValueError(refusal("A tensor cannot have a joined tie.", expected="a tie of one parameter", got=ties))
+            raise refusal(ValueError, "A tensor cannot have a joined tie.", expected="a tie of one parameter", got=ties)
     elif isinstance(model_or_tensor, nn.Module):
         named = dict(model_or_tensor.named_parameters())
     else:
         got = shown(model_or_tensor)
-        raise TypeError(refusal("This cannot be tied.", expected="a model or a tensor", got=got))
+        raise refusal(TypeError, "This cannot be tied.", expected="a model or a tensor", got=got)
     names = list(named)
     param_groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
     for tie in found(param_groups, ties, "model"):
@@ -101,7 +101,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
                 at = tuple(wrong[0].tolist())
                 says = f"{expected[at].item()} at {at}, as another member of its group says"
                 what = f"{names[place.position]} is not tied."
-                raise AssertionError(refusal(what, expected=says, got=got[at].item()))
+                raise refusal(AssertionError, what, expected=says, got=got[at].item())
 
 
 def assert_equivalent(
@@ -180,9 +180,9 @@ def assert_equivalent(
                 wanted = f"{expected[at].item()} at {at}, to {limit:.3g}"
                 differs = f"{got[at].item()}, which differs by {difference[at].item():.3g}"
                 why = _reason(optimizer, make_optimizer)
-                raise AssertionError(refusal(what, expected=wanted, got=f"{differs}; {why}"))
+                raise refusal(AssertionError, what, expected=wanted, got=f"{differs}; {why}")
     if not step:
-        raise ValueError(refusal("There is nothing to train on.", expected="one batch or more", got="none"))
+        raise refusal(ValueError, "There is nothing to train on.", expected="one batch or more", got="none")
 
 
 def _reason(optimizer: TiedOptimizer, make_optimizer: MakeOptimizer) -> str:

@@ -458,12 +458,11 @@ def placed_as(grad: Any, param: Any) -> Tensor:
     """
     mesh = grad.device_mesh if is_sharded(grad) else "no mesh"
     if grad.requires_grad or grad.layout != torch.strided or mesh != param.device_mesh:
-        raise RuntimeError(
-            refusal(
-                "The gradient of a sharded parameter cannot be tied.",
-                expected=f"a dense one, without a graph, over {param.device_mesh}",
-                got=f"{grad.layout}, requires_grad={grad.requires_grad}, over {mesh}",
-            )
+        raise refusal(
+            RuntimeError,
+            "The gradient of a sharded parameter cannot be tied.",
+            expected=f"a dense one, without a graph, over {param.device_mesh}",
+            got=f"{grad.layout}, requires_grad={grad.requires_grad}, over {mesh}",
         )
     # Parts of a sum are added up, as the inner optimizer would have to.
     placed: Tensor = grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)

@@ -129,7 +129,7 @@ def _check_tied(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor, name
         what, parameter = "What is not tied cannot be written as a codebook.", f"{name} of shape {tuple(tensor.shape)}"
         expected = "members that are equal bit for bit, as after tie_weights()"
         got = f"{wrong} that differ from the first one of their group"
-        raise ValueError(refusal(what, parameter=parameter, expected=expected, got=got))
+        raise refusal(ValueError, what, parameter=parameter, expected=expected, got=got)
 
 
 def _bytes(slices: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
         True
     """
     if not isinstance(model, Module):
-        raise TypeError(refusal("This cannot be written.", expected="a torch.nn.Module", got=shown(model)))
+        raise refusal(TypeError, "This cannot be written.", expected="a torch.nn.Module", got=shown(model))
     state = {name: checked_dense(name, value) for name, value in model.state_dict(keep_vars=True).items()}
     names: dict[Any, list[str]] = {}
     # Parameters first: a tensor that is a buffer as well has the name by which an optimizer knows it.
@@ -242,7 +242,7 @@ def _name_of(param: Tensor, names: dict[Any, list[str]]) -> str:
     key = _identity(checked_dense("A tied parameter", param))
     if key not in names:
         what, expected = "A tied parameter is not in the state of the model.", "a parameter that model.state_dict() has"
-        raise ValueError(refusal(what, expected=expected, got=f"a parameter of shape {tuple(param.shape)}"))
+        raise refusal(ValueError, what, expected=expected, got=f"a parameter of shape {tuple(param.shape)}")
     return names[key][0]
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import refusal, shown
+from tieopt.errors import message, refusal, shown
 from tieopt.tensors import local, octets
 
 _NAMES = {
@@ -66,11 +66,11 @@ class Writer(ExitStack):
         """
         if tensor.dtype not in _NAMES:
             expected = f"a dtype that safetensors has: {', '.join(map(str, _NAMES))}"
-            raise TypeError(refusal(f"{name} cannot be written to a file.", expected=expected, got=tensor.dtype))
+            raise refusal(TypeError, f"{name} cannot be written to a file.", expected=expected, got=tensor.dtype)
         if name in self._tensors or name == _METADATA:
             endings = ".codebook, .indices, .groups, .scales or .free"
             expected = f"names that are not another name followed by {endings}, and not {_METADATA}"
-            raise ValueError(refusal("Two tensors of a file would have one name.", expected=expected, got=name))
+            raise refusal(ValueError, "Two tensors of a file would have one name.", expected=expected, got=name)
         tensor = plain(tensor).contiguous()
         self._data[tensor.dtype.itemsize].write(octets(tensor))
         self._tensors[name] = tensor.dtype, tensor.shape
@@ -127,7 +127,7 @@ class Reader(ExitStack):
             safetensors = import_module("safetensors")
         except ImportError as error:
             expected = "pip install 'tieopt[export]'"
-            raise ImportError(refusal("Files are read with safetensors.", expected=expected, got=error)) from None
+            raise refusal(ImportError, "Files are read with safetensors.", expected=expected, got=error) from None
         self._file = os.fsdecode(file)
         # torch raises one of the last two for a shape that no tensor can have.
         self._unreadable = safetensors.SafetensorError, TypeError, RuntimeError
@@ -155,7 +155,7 @@ class Reader(ExitStack):
 
     def error(self, expected: str, got: object) -> ValueError:
         """Return the error for a file that is not as it should be."""
-        return ValueError(refusal(f"{self._file} cannot be read.", expected=expected, got=got))
+        return ValueError(message(f"{self._file} cannot be read.", expected=expected, got=got))
 
     def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
         """Return the dtype and the shape of a tensor, without reading it.
@@ -199,7 +199,7 @@ def checked_dense(name: str, value: Any) -> Tensor:
     else:
         got = shown(value)
     expected = "a dense tensor that is whole in the memory of this process"
-    raise TypeError(refusal(f"{name} cannot be written as it is.", expected=expected, got=got))
+    raise refusal(TypeError, f"{name} cannot be written as it is.", expected=expected, got=got)
 
 
 def plain(tensor: Tensor) -> Tensor:

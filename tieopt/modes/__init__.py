@@ -18,5 +18,5 @@ def mode_class(compact: Any) -> type[Mode]:
         TypeError: it is neither True nor False.
     """
     if not isinstance(compact, bool):
-        raise TypeError(refusal("compact says which mode it is.", expected="True or False", got=shown(compact)))
+        raise refusal(TypeError, "compact says which mode it is.", expected="True or False", got=shown(compact))
     return CompactMode if compact else FullMode

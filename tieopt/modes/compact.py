@@ -64,12 +64,11 @@ class CompactMode(Mode):
     ) -> None:
         super().__init__(param_groups, ties, reduction, strength, every)
         if self.relaxed:
-            raise ValueError(
-                refusal(
-                    "Relaxed ties train every member by its own gradient, and not one entry for all of them.",
-                    expected="compact=False, or strength=1 and every=1",
-                    got=f"compact=True, strength={strength}, every={every}",
-                )
+            raise refusal(
+                ValueError,
+                "Relaxed ties train every member by its own gradient, and not one entry for all of them.",
+                expected="compact=False, or strength=1 and every=1",
+                got=f"compact=True, strength={strength}, every={every}",
             )
         # Each parameter is in one.
         self.applied: Sequence[BoundTie] = components(self.ties, param_groups)
@@ -467,12 +466,11 @@ def _check_method(optimizer: Any, method: Callable[..., Any]) -> None:
     """Refuse a method that goes on after it has returned, and an object that only shows the optimizer's attributes."""
     below = inspect.unwrap(method)
     if inspect.isgeneratorfunction(below) or inspect.iscoroutinefunction(below):
-        raise TypeError(
-            refusal(
-                "The compact mode cannot follow a method that goes on after it has returned.",
-                expected="a method that is done when it returns, or compact=False",
-                got=f"{type(optimizer).__name__}.{method.__name__}(), a generator, a context manager or a coroutine",
-            )
+        raise refusal(
+            TypeError,
+            "The compact mode cannot follow a method that goes on after it has returned.",
+            expected="a method that is done when it returns, or compact=False",
+            got=f"{type(optimizer).__name__}.{method.__name__}(), a generator, a context manager or a coroutine",
         )
 
 
@@ -481,12 +479,11 @@ def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Ten
         return
     for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
         if bool(calculable(param).isfinite().all()) and not bool(calculable(compact).isfinite().all()):
-            raise ValueError(
-                refusal(
-                    "The compact mode trains shared values, and one is beyond the range of the weights.",
-                    expected=f"weights divided by their scales within {param.dtype}, or compact=False",
-                    got=f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}",
-                )
+            raise refusal(
+                ValueError,
+                "The compact mode trains shared values, and one is beyond the range of the weights.",
+                expected=f"weights divided by their scales within {param.dtype}, or compact=False",
+                got=f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}",
             )
 
 
@@ -495,12 +492,11 @@ def _check_whole(pairs: Pairs[BoundTie]) -> None:
         for param in params:
             if type(param) is not Parameter and spans_ranks([param]):
                 placements = param.placements  # type: ignore[attr-defined]
-                raise ValueError(
-                    refusal(
-                        "The compact mode has no shards of compact parameters.",
-                        expected="parameters that are whole on every rank, or compact=False",
-                        got=f"{placements} of a parameter of shape {tuple(param.shape)}",
-                    )
+                raise refusal(
+                    ValueError,
+                    "The compact mode has no shards of compact parameters.",
+                    expected="parameters that are whole on every rank, or compact=False",
+                    got=f"{placements} of a parameter of shape {tuple(param.shape)}",
                 )
 
 
@@ -520,12 +516,11 @@ def _check_reached(optimizer: Any, held: Sequence[Optimizer], tied: set[int]) ->
     around = f"{kind} around {type(held[0]).__name__}" if held else kind
     for inner in [optimizer, *held]:
         if held and not {"param_groups", "state"} <= vars(inner).keys():
-            raise ValueError(
-                refusal(
-                    "The compact mode cannot serve an optimizer that only hands gradients to another one.",
-                    expected="ties of the optimizer within, before it is wrapped; or compact=False",
-                    got=around,
-                )
+            raise refusal(
+                ValueError,
+                "The compact mode cannot serve an optimizer that only hands gradients to another one.",
+                expected="ties of the optimizer within, before it is wrapped; or compact=False",
+                got=around,
             )
         attributes = {name: value for name, value in vars(inner).items() if name not in KEPT_BY_TORCH}
         # The lists of parameter groups have the compact ones during a step.
@@ -539,21 +534,19 @@ def _check_reached(optimizer: Any, held: Sequence[Optimizer], tied: set[int]) ->
         ]
         if reached:
             way = "ties of the optimizer within, before it is wrapped;" if held else "an optimizer that steps on these,"
-            raise ValueError(
-                refusal(
-                    "The compact mode cannot serve an optimizer that keeps parameters outside its parameter groups.",
-                    expected=f"{way} or compact=False",
-                    got=f"{around}, with parameters in {reached[0]}",
-                )
+            raise refusal(
+                ValueError,
+                "The compact mode cannot serve an optimizer that keeps parameters outside its parameter groups.",
+                expected=f"{way} or compact=False",
+                got=f"{around}, with parameters in {reached[0]}",
             )
         models = [name for name, value in attributes.items() if isinstance(value, Module)]
         if held and models:
-            raise ValueError(
-                refusal(
-                    "The compact mode cannot serve an optimizer that runs the model itself.",
-                    expected="an optimizer that runs the model in a closure alone, or compact=False",
-                    got=f"{type(inner).__name__} with a model as {models[0]}",
-                )
+            raise refusal(
+                ValueError,
+                "The compact mode cannot serve an optimizer that runs the model itself.",
+                expected="an optimizer that runs the model in a closure alone, or compact=False",
+                got=f"{type(inner).__name__} with a model as {models[0]}",
             )
 
 
@@ -561,12 +554,11 @@ def _check_served(optimizer: Any, ties: Sequence[BoundTie]) -> None:
     pairs = parameters_of(ties, optimizer.param_groups)
     _check_reached(optimizer, held_optimizers(optimizer), {id(param) for _, params in pairs for param in params})
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
-        raise ValueError(
-            refusal(
-                "The compact mode has no graph through the step.",
-                expected="differentiable=False, or compact=False",
-                got=f"{type(optimizer).__name__} with differentiable=True",
-            )
+        raise refusal(
+            ValueError,
+            "The compact mode has no graph through the step.",
+            expected="differentiable=False, or compact=False",
+            got=f"{type(optimizer).__name__} with differentiable=True",
         )
     _check_whole(pairs)
     muon = getattr(torch.optim, "Muon", None)
@@ -574,19 +566,17 @@ def _check_served(optimizer: Any, ties: Sequence[BoundTie]) -> None:
         for place, slices, param in zip(tie.places, tie.slices, params, strict=True):
             name = name_of(optimizer.param_groups, place)
             if param.is_neg() or param.is_conj():
-                raise ValueError(
-                    refusal(
-                        "The compact mode reads weights as they are in memory.",
-                        expected="a parameter that is not lazily negated or conjugated, or compact=False",
-                        got=name,
-                    )
+                raise refusal(
+                    ValueError,
+                    "The compact mode reads weights as they are in memory.",
+                    expected="a parameter that is not lazily negated or conjugated, or compact=False",
+                    got=name,
                 )
             if muon is not None and isinstance(optimizer, muon) and slices.labels.dim() != 1:
-                raise ValueError(
-                    refusal(
-                        "Muon trains matrices, and the compact parameter would be a list of single values.",
-                        parameter=f"{name} of shape {tuple(param.shape)}",
-                        expected="ties of whole rows or columns, or compact=False",
-                        got=f"labels of shape {tuple(slices.labels.shape)}",
-                    )
+                raise refusal(
+                    ValueError,
+                    "Muon trains matrices, and the compact parameter would be a list of single values.",
+                    parameter=f"{name} of shape {tuple(param.shape)}",
+                    expected="ties of whole rows or columns, or compact=False",
+                    got=f"labels of shape {tuple(slices.labels.shape)}",
                 )

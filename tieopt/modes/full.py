@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tieopt.engine.compiled import Call, is_under_compiler
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.engine.sharded import spans_ranks
-from tieopt.errors import refusal, users_level
+from tieopt.errors import message, users_level
 from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
 from tieopt.modes.mode import Mode, Pairs, is_differentiable
 from tieopt.tensors import traces
@@ -107,7 +107,7 @@ class FullStep:
         for param, grad in self._given:
             if param.grad is not grad and param.grad is not None:
                 warnings.warn(
-                    refusal(
+                    message(
                         f"{type(self._optimizer).__name__} made gradients within its step, and these are not tied.",
                         expected="gradients that are made before step() or in its closure; or an optimizer that makes "
                         "them and holds another one that steps, which sees them tied",

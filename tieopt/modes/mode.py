@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, untraced
 from tieopt.engine.sharded import spans_ranks
-from tieopt.errors import refusal, shown, users_level
+from tieopt.errors import message, refusal, shown, users_level
 from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
 from tieopt.numbers.start import Start, check_start
@@ -141,12 +141,11 @@ class Mode(ABC):
         kinds = (kind for held in [optimizer, *self.held(optimizer)] for kind in type(held).__mro__)
         for kind in kinds:
             if kind.__name__ in _COMPARES_LOSS:
-                raise ValueError(
-                    refusal(
-                        f"{kind.__name__} compares the loss with its gradient, which has to be that of what it trains.",
-                        expected="reduction='mean' with compact=False, or reduction='sum' with compact=True",
-                        got=f"reduction={self.reduction!r}, compact={self.compact}",
-                    )
+                raise refusal(
+                    ValueError,
+                    f"{kind.__name__} compares the loss with its gradient, which has to be that of what it trains.",
+                    expected="reduction='mean' with compact=False, or reduction='sum' with compact=True",
+                    got=f"reduction={self.reduction!r}, compact={self.compact}",
                 )
 
     def state_within(self, optimizer: Any, state: Mapping[Any, Any], start: Start, lost: Lost | None) -> dict[Any, Any]:
@@ -320,7 +319,7 @@ class Mode(ABC):
             if tie in self._seen and not self.relaxed and not self._is_still_tied(tie, params):
                 names = ", ".join(name_of(groups, place) for place in tie.places)
                 warnings.warn(
-                    refusal(
+                    message(
                         "Tied weights were replaced or written to between two steps, and their members differ now: "
                         f"{names}. They go on from their mean.",
                         expected="the same written to all members, or tie_weights() afterwards; and no embedding with "
@@ -367,17 +366,16 @@ class Mode(ABC):
             ValueError: they differ, or it says nothing of ties.
         """
         if not isinstance(saved, Mapping) or not isinstance(saved.get("ties"), Mapping):
-            raise ValueError(
-                refusal(
-                    "The state does not say what its ties are.",
-                    expected="what state_dict() of a TiedOptimizer returned",
-                    got=shown(saved),
-                )
+            raise refusal(
+                ValueError,
+                "The state does not say what its ties are.",
+                expected="what state_dict() of a TiedOptimizer returned",
+                got=shown(saved),
             )
         steps = saved.get("steps", 0)
         if not isinstance(steps, int):
-            raise ValueError(
-                refusal("The state does not say how many steps there were.", expected="an integer", got=shown(steps))
+            raise refusal(
+                ValueError, "The state does not say how many steps there were.", expected="an integer", got=shown(steps)
             )
         # torch.distributed.checkpoint makes numbers strings, and puts what it has loaded beside what was there.
         ours, theirs = (
@@ -387,14 +385,13 @@ class Mode(ABC):
         names = {str(number): name_of(param_groups, place) for number, place in enumerate(all_places(param_groups))}
         for number in {**ours, **theirs}:
             if ours.get(number) != theirs.get(number):
-                raise ValueError(
-                    refusal(
-                        "The state was saved with other ties.",
-                        parameter=names.get(number, f"number {number}"),
-                        expected=ours.get(number, "no ties"),
-                        got=f"{theirs.get(number, 'no ties')}\n"
-                        "  To change the ties, tie as when it was saved, load the state, and then call retie().",
-                    )
+                raise refusal(
+                    ValueError,
+                    "The state was saved with other ties.",
+                    parameter=names.get(number, f"number {number}"),
+                    expected=ours.get(number, "no ties"),
+                    got=f"{theirs.get(number, 'no ties')}\n"
+                    "  To change the ties, tie as when it was saved, load the state, and then call retie().",
                 )
 
 
@@ -410,20 +407,19 @@ def check_options(reduction: Any, strength: Any, every: Any) -> None:
         TypeError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        raise ValueError(refusal("Unknown reduction.", expected="'mean' or 'sum'", got=shown(reduction)))
+        raise refusal(ValueError, "Unknown reduction.", expected="'mean' or 'sum'", got=shown(reduction))
     is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
     if not is_number or not 0 <= strength <= 1:
         what, expected = "strength says how far a projection goes.", "a number from 0 to 1"
-        raise (ValueError if is_number else TypeError)(refusal(what, expected=expected, got=shown(strength)))
+        raise refusal(ValueError if is_number else TypeError, what, expected=expected, got=shown(strength))
     is_whole = isinstance(every, int) and not isinstance(every, bool)
     if not is_whole or every < 1:
         what, expected = "every says after how many steps the weights are projected.", "an integer from 1 on"
-        raise (ValueError if is_whole else TypeError)(refusal(what, expected=expected, got=shown(every)))
+        raise refusal(ValueError if is_whole else TypeError, what, expected=expected, got=shown(every))
     if reduction == "sum" and (strength != 1 or every != 1):
-        raise ValueError(
-            refusal(
-                "Relaxed ties leave the gradients as they are, and do not add them up.",
-                expected="reduction='mean', or strength=1 and every=1",
-                got=f"reduction='sum', strength={strength}, every={every}",
-            )
+        raise refusal(
+            ValueError,
+            "Relaxed ties leave the gradients as they are, and do not add them up.",
+            expected="reduction='mean', or strength=1 and every=1",
+            got=f"reduction='sum', strength={strength}, every={every}",
         )

@@ -27,15 +27,13 @@ def check_start(start: Any, *, relaxed: bool) -> None:
         ValueError: it is one of these.
     """
     if not isinstance(start, str) or start not in ("mean", "first"):
-        raise ValueError(refusal("Unknown start.", expected="'mean' or 'first'", got=shown(start)))
+        raise refusal(ValueError, "Unknown start.", expected="'mean' or 'first'", got=shown(start))
     if relaxed and start == "first":
-        raise ValueError(
-            refusal(
-                "Relaxed ties pull members towards their mean, and have no shared value to start from the first "
-                "member.",
-                expected="start='mean', or strength=1 and every=1",
-                got="start='first' with relaxed ties",
-            )
+        raise refusal(
+            ValueError,
+            "Relaxed ties pull members towards their mean, and have no shared value to start from the first member.",
+            expected="start='mean', or strength=1 and every=1",
+            got="start='first' with relaxed ties",
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from tieopt.errors import refusal, shown, shown_list, users_level
+from tieopt.errors import message, shown, shown_list, users_level
 from tieopt.ties.slices import FREE, Slices, described
 
 # --- ties that tie nothing ---
@@ -69,13 +69,13 @@ def _nothing_is_tied(ties: Sequence[IdleTie]) -> str:
         what = "These ties tie nothing: the same label in two ties is two groups, of one member each."
         calls = shown_list([call for tie in ties for call in tie.calls()])
         expected = f"Tie.join({calls}), in which the same label is one group"
-        return refusal(what, parameters=names, expected=expected, got=got)
+        return message(what, parameters=names, expected=expected, got=got)
     what, tie = "A tie ties nothing: each of its groups has one member.", ties[0]
     if len(tie.slices) > 1:
         expected = f"a label that occurs twice, as in Tie.join({shown_list(tie.calls('labels'))})"
     else:
         expected = f"a group of two or more members, as in {tie.calls(_one_group(tie.slices[0]))[0]}"
-    return refusal(what, parameter=names, expected=expected, got=got)
+    return message(what, parameter=names, expected=expected, got=got)
 
 
 def _one_group(slices: Slices) -> str:
@@ -111,13 +111,13 @@ def not_held(key: Any, held: Sequence[tuple[str, Tensor]], holder: str, *, named
     others = [f"one of {shown_list(list(listed.values()), _MOST_LISTED)}"] if listed else []
     expected = "; or ".join(guesses + others) or f"no ties, because the {holder} has no parameters"
     what = f"A tie is for a parameter that the {holder} does not hold."
-    message = refusal(what, hint, expected=expected, got=shown(key))
+    text = message(what, hint, expected=expected, got=shown(key))
     if holder == "optimizer" and (isinstance(key, Tensor) or (isinstance(key, str) and named)):
-        message += (
+        text += (
             "\n  One optimizer has to hold all members of a tie: build it from all of their parameters, in several "
             "groups if need be, or call add_param_group() first."
         )
-    return message
+    return text
 
 
 def _guess(key: Any, params: dict[str, Tensor], holder: str, named: bool) -> tuple[list[str], str, str]:

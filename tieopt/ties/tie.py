@@ -103,7 +103,7 @@ class Tie:
         if not isinstance(param, (Tensor, str)):
             hint = "tie its parameters, such as its .weight" if isinstance(param, Module) else ""
             expected = "a tensor, or the name of a parameter"
-            raise TypeError(refusal("A tie needs a parameter.", hint, expected=expected, got=shown(param)))
+            raise refusal(TypeError, "A tie needs a parameter.", hint, expected=expected, got=shown(param))
         if isinstance(param, Tensor):
             slices = slices_for(param, groups, dim, scale, "the parameter")
             groups, dim, scale = slices.labels, slices.dim, slices.scale
@@ -154,7 +154,7 @@ class Tie:
         for tie in ties or (None,):
             if not isinstance(tie, Tie):
                 hint = "Tie.join(*ties) joins those of a list" if isinstance(tie, (list, tuple)) else ""
-                raise TypeError(refusal("Tie.join joins ties.", hint, expected="Ties, at least one", got=shown(tie)))
+                raise refusal(TypeError, "Tie.join joins ties.", hint, expected="Ties, at least one", got=shown(tie))
         joined = cls.__new__(cls)
         joined.parts = tuple(part for tie in ties for part in tie.parts)
         known = [(part, part.param) for part in joined.parts if isinstance(part.param, Tensor)]
@@ -253,19 +253,19 @@ def _check_can_be_tied(tensor: Any, name: str) -> None:
     if not isinstance(tensor, Tensor) or is_lazy(tensor):
         hint = "call the module once, which gives it one" if isinstance(tensor, Tensor) else ""
         got = type(tensor).__name__
-        raise TypeError(refusal(f"{name} cannot be tied.", hint, expected="a tensor, with a shape", got=got))
+        raise refusal(TypeError, f"{name} cannot be tied.", hint, expected="a tensor, with a shape", got=got)
     cannot = f"{name} of shape {tuple(tensor.shape)} cannot be tied"
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         expected = "a dense tensor of a floating or complex dtype, on a device that holds its data"
         got = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
-        raise TypeError(refusal(f"{cannot}.", _way_to_a_plain_tensor(tensor), expected=expected, got=got))
+        raise refusal(TypeError, f"{cannot}.", _way_to_a_plain_tensor(tensor), expected=expected, got=got)
     if tensor.dim() == 0:
         expected = "a tensor of one or more dimensions, for example of shape (1,)"
-        raise ValueError(refusal(f"{name} has no slices to tie.", expected=expected, got="a tensor of shape ()"))
+        raise refusal(ValueError, f"{name} has no slices to tie.", expected=expected, got="a tensor of shape ()")
     if not _writes_through_views(tensor):
         what = f"{cannot}, because its entries cannot be written one by one."
         expected = "a plain tensor: tie and train the weights as they are before they are quantised or packed"
-        raise TypeError(refusal(what, expected=expected, got=f"{type(tensor).__name__} of {tensor.dtype}"))
+        raise refusal(TypeError, what, expected=expected, got=f"{type(tensor).__name__} of {tensor.dtype}")
 
 
 def _way_to_a_plain_tensor(tensor: Tensor) -> str:
@@ -302,7 +302,7 @@ def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
     labels = _as_tensor(values, "Labels", "an integer dtype", name)
     if not torch.can_cast(labels.dtype, torch.int64) or labels.dtype in (torch.bool, torch.uint64):
         expected = "an integer dtype that fits into int64"
-        raise TypeError(refusal(f"Labels for {name} have the wrong dtype.", expected=expected, got=labels.dtype))
+        raise refusal(TypeError, f"Labels for {name} have the wrong dtype.", expected=expected, got=labels.dtype)
     shape = tensor.movedim(dim, 0).shape
     if not labels.dim() or labels.shape != shape[: labels.dim()]:
         fitting = [other for other, size in enumerate(tensor.shape) if labels.shape == (size,)]
@@ -310,12 +310,12 @@ def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
         more = f", or more of the leading dimensions of {tuple(shape)}" if len(shape) > 1 else ""
         expected = f"{tuple(shape[:1])}, one label for each slice along dimension {dim}{more}"
         lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": tuple(labels.shape)}
-        raise ValueError(refusal(f"Labels for {name} have the wrong shape.", hint, **lines))
+        raise refusal(ValueError, f"Labels for {name} have the wrong shape.", hint, **lines)
     labels = labels.detach().to("cpu", torch.int64, copy=True)
     wrong = labels < FREE
     if wrong.any():
         expected, got = f"group numbers from 0 on, or {FREE} for a free slice", shown_entry(labels, wrong)
-        raise ValueError(refusal(f"Labels for {name} have a negative value.", expected=expected, got=got))
+        raise refusal(ValueError, f"Labels for {name} have a negative value.", expected=expected, got=got)
     return labels
 
 
@@ -331,7 +331,7 @@ def _read_lists(groups: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
     if outside:
         expected = f"indices from 0 to {count - 1}" if count else "none, as there is nothing to index"
         lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": outside[0]}
-        raise IndexError(refusal(f"An index for {name} is out of range.", **lines))
+        raise refusal(IndexError, f"An index for {name} is out of range.", **lines)
     members = torch.tensor(indices, dtype=torch.int64, device="cpu")
     numbers = torch.tensor([n for n, group in enumerate(lists) for _ in group], dtype=torch.int64, device="cpu")
     repeated = (torch.bincount(members, minlength=count) > 1).nonzero()
@@ -339,7 +339,7 @@ def _read_lists(groups: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
         index = int(repeated[0])
         got = f"{index} in groups {numbers[members == index].tolist()}"
         expected = "each index in one group, once"
-        raise ValueError(refusal(f"An index for {name} occurs more than once.", expected=expected, got=got))
+        raise refusal(ValueError, f"An index for {name} occurs more than once.", expected=expected, got=got)
     return torch.full((count,), FREE, device="cpu").index_put_((members,), numbers)
 
 
@@ -348,7 +348,7 @@ def _checked_lists(groups: Any, name: str) -> list[list[Any]]:
         labels, scale = groups
         if labels.dim() and labels.shape == scale.shape and scale.is_floating_point():
             expected, got = "Tie(parameter, labels, scale=scale)", f"{shown(labels)}, and {shown(scale)}"
-            raise TypeError(refusal(f"Groups for {name} are labels and a scale.", expected=expected, got=got))
+            raise refusal(TypeError, f"Groups for {name} are labels and a scale.", expected=expected, got=got)
     try:
         if isinstance(groups, (str, bytes)):
             raise TypeError
@@ -361,7 +361,7 @@ def _checked_lists(groups: Any, name: str) -> list[list[Any]]:
         hint = "a Tie stands for itself, in a list of Ties" if isinstance(groups, Tie) else ""
         hint = "labels go into a tensor: torch.tensor(labels)" if isinstance(groups, (list, tuple)) else hint
         what = f"Groups for {name} are not groups."
-        raise TypeError(refusal(what, hint, expected=_GROUPS, got=shown(groups))) from None
+        raise refusal(TypeError, what, hint, expected=_GROUPS, got=shown(groups)) from None
 
 
 def _read_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor | None:
@@ -369,22 +369,22 @@ def _read_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor
         return None
     if not isinstance(scale, Tensor) and not hasattr(scale, "__array__"):
         expected = f"a tensor of real numbers of shape {tuple(labels.shape)}, or None"
-        raise TypeError(refusal(f"The scale for {name} is no tensor.", expected=expected, got=shown(scale)))
+        raise refusal(TypeError, f"The scale for {name} is no tensor.", expected=expected, got=shown(scale))
     scale = _as_tensor(scale, "Scales", "a real dtype", name)
     if scale.is_complex() or scale.dtype == torch.bool:
         what = f"The scale for {name} has the wrong dtype."
-        raise TypeError(refusal(what, expected="a real dtype", got=scale.dtype))
+        raise refusal(TypeError, what, expected="a real dtype", got=scale.dtype)
     if scale.shape != labels.shape:
         expected = f"{tuple(labels.shape)}, one number for each label"
         lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": tuple(scale.shape)}
-        raise ValueError(refusal(f"The scale for {name} has the wrong shape.", **lines))
+        raise refusal(ValueError, f"The scale for {name} has the wrong shape.", **lines)
     scale = scale.detach().to("cpu", torch.float64, copy=True)
     size = scale.abs()
     wrong = ~((size == 0) | ((size >= 1 / _LARGEST_SCALE) & (size <= _LARGEST_SCALE)))
     if wrong.any():
         what = f"The scale for {name} has a value that scales nothing."
         expected = "finite numbers, zero or from 2**-100 to 2**100 in magnitude"
-        raise ValueError(refusal(what, expected=expected, got=shown_entry(scale, wrong)))
+        raise refusal(ValueError, what, expected=expected, got=shown_entry(scale, wrong))
     return None if bool((scale == 1).all()) else scale
 
 
@@ -396,15 +396,15 @@ def _as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
             return torch.as_tensor(values.copy())
         except (TypeError, ValueError):
             expected, got = f"{dtype}, in the byte order of this machine", repr(values.dtype)
-            raise TypeError(refusal(f"{what} for {name} have the wrong dtype.", expected=expected, got=got)) from None
+            raise refusal(TypeError, f"{what} for {name} have the wrong dtype.", expected=expected, got=got) from None
     if values.layout != torch.strided or values.is_meta or values.is_nested or values.is_quantized:
         expected = "a dense tensor, on a device that holds its data"
         got = f"{shown(values)}, {values.layout}, device {values.device}"
-        raise TypeError(refusal(f"{what} for {name} cannot be read.", expected=expected, got=got))
+        raise refusal(TypeError, f"{what} for {name} cannot be read.", expected=expected, got=got)
     if hasattr(values, "placements"):
         expected = "those of the whole parameter on every rank, as full_tensor() returns them"
         got = f"{type(values).__name__} with placements {values.placements}"
-        raise TypeError(refusal(f"{what} for {name} are sharded.", expected=expected, got=got))
+        raise refusal(TypeError, f"{what} for {name} are sharded.", expected=expected, got=got)
     return values
 
 
@@ -423,7 +423,7 @@ def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str
             first, other = (f"{names[i] if names else f'part {i}'} {tuple(slices[i][1].shape)}" for i in (0, number))
             expected = f"slices of shape {tuple(shapes[0])}, as in {first}"
             got = f"{tuple(shape)} in {other}"
-            raise ValueError(refusal("Joined slices have different shapes.", expected=expected, got=got))
+            raise refusal(ValueError, "Joined slices have different shapes.", expected=expected, got=got)
 
 
 def check_writable(tensor: Tensor, name: str) -> None:
@@ -435,4 +435,4 @@ def check_writable(tensor: Tensor, name: str) -> None:
     if overlaps(tensor):
         what = f"{name} of shape {tuple(tensor.shape)} cannot be written."
         expected = "a place in memory for every entry, as after clone()"
-        raise ValueError(refusal(what, expected=expected, got=f"strides {tensor.stride()}"))
+        raise refusal(ValueError, what, expected=expected, got=f"strides {tensor.stride()}")
