@@ -30,7 +30,7 @@ from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Reduction, Workspace, project_, tied
 from tieopt.testing import scales, ties
 from tieopt.ties.components import components
-from tieopt.ties.places import BoundTie, found
+from tieopt.ties.places import BoundTie, bind_ties
 from tieopt.ties.slices import Slices
 
 SHAPES = [
@@ -100,7 +100,7 @@ def folding_of(tie: BoundTie, tensors: Sequence[Tensor]) -> Folding:
 def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[Case]:
     """The ties compiled, a case for each set of tensors that are folded together."""
     param_groups = [{"params": list(given_tensors)}]
-    bound = components(found(param_groups, list(given_ties)), param_groups)
+    bound = components(bind_ties(param_groups, list(given_ties)), param_groups)
     return [
         Case(own, list(given_ties), each, folding_of(each, own))
         for each in bound

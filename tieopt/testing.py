@@ -21,7 +21,7 @@ from tieopt.engine.engine import Engine
 from tieopt.errors import refusal, shown
 from tieopt.numbers.reduction import Operation, Reduction, lead_
 from tieopt.optimizer import TiedOptimizer
-from tieopt.ties.places import found
+from tieopt.ties.places import bind_ties
 from tieopt.ties.slices import FREE, Slices, is_idle, numbered
 from tieopt.ties.tie import Groups, Tie, Ties
 
@@ -89,7 +89,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         raise refusal(TypeError, "This cannot be tied.", expected="a model or a tensor", got=got)
     names = list(named)
     param_groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
-    for tie in found(param_groups, ties, "model"):
+    for tie in bind_ties(param_groups, ties, "model"):
         params = [param_groups[0]["params"][place.position] for place in tie.places]
         tied = [param.detach().clone() for param in params]
         Engine().apply_(Operation(lead_), [(tie, tied)])

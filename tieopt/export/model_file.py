@@ -21,7 +21,7 @@ from tieopt.export.codebook import codebook_of, fill_, packed, unpacked
 from tieopt.export.tensor_file import Reader, Writer, checked_dense, plain
 from tieopt.optimizer import TiedOptimizer
 from tieopt.tensors import bits
-from tieopt.ties.places import BoundTie, found, parameters_of
+from tieopt.ties.places import BoundTie, bind_ties, parameters_of
 from tieopt.ties.slices import FREE, Slices
 from tieopt.ties.tie import Tie, Ties
 
@@ -217,7 +217,7 @@ def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
         return ties._tieopt.parameters(ties.param_groups)
     named = dict(model.named_parameters())
     param_groups = [{"params": list(named.values()), "param_names": list(named)}]
-    return parameters_of(found(param_groups, ties, "model"), param_groups)
+    return parameters_of(bind_ties(param_groups, ties, "model"), param_groups)
 
 
 def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[str], tied: _Tied) -> list[Any]:

@@ -26,12 +26,11 @@ from tieopt.ties.places import (
     ParamGroups,
     all_places,
     check_apart,
-    found,
     name_of,
     parameters_of,
     still_there,
 )
-from tieopt.ties.slices import is_idle
+from tieopt.ties.slices import fingerprint, is_idle
 from tieopt.ties.tie import check_writable
 
 T = TypeVar("T", bound=BoundTie)
@@ -84,7 +83,7 @@ class Mode(ABC):
         self.every = every
         self.relaxed = strength != 1 or every != 1
         self.steps = 0
-        self.ties = found(param_groups, ties)
+        self.ties = bind_ties(param_groups, ties)
         self.applied: Sequence[BoundTie] = self.ties
         self.engine = Engine()
         self.inner_copies = Copies()
@@ -354,7 +353,7 @@ class Mode(ABC):
         for tie in self.ties:
             numbers = tuple(before[place.group] + place.position for place in tie.places)
             if (tie, numbers) not in self._fingerprints:
-                self._fingerprints[tie, numbers] = tie.fingerprint_as(numbers)
+                self._fingerprints[tie, numbers] = fingerprint(tie.slices, numbers)
             for number in dict.fromkeys(numbers):
                 by_number.setdefault(number, []).append(self._fingerprints[tie, numbers])
         return {number: "; ".join(sorted(texts)) for number, texts in by_number.items()}

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.errors import shown
+from tieopt.errors import refusal, shown
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
-from tieopt.ties.slices import FREE, Partition, Slices, fingerprint, is_idle, numbered
+from tieopt.ties.slices import FREE, Partition, Slices, is_idle, numbered
 from tieopt.ties.tie import Part, Tie, check_one_shape, check_writable
 
 ParamGroups = list[dict[str, Any]]
@@ -60,25 +60,21 @@ class BoundTie(Partition):
         super().__init__(numbered([slices[number] for number in by_place]), [names[number] for number in by_place])
         self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
 
-    def fingerprint_as(self, numbers: tuple[int, ...]) -> str:
-        """Return the fingerprint, where these are the numbers of the parameters in a ``state_dict``."""
-        return fingerprint(self.slices, numbers)
-
 
 def given_name(param_groups: ParamGroups, place: Place) -> str | None:
-    """The name that a parameter was given with, if it was."""
+    """Return the name that a parameter was given with, if it was."""
     names = param_groups[place.group].get("param_names", ()) if place.group < len(param_groups) else ()
     return str(names[place.position]) if place.position < len(names) else None
 
 
 def name_of(param_groups: ParamGroups, place: Place) -> str:
-    """What errors and tables call a parameter."""
+    """Return what errors and tables call a parameter."""
     name = given_name(param_groups, place)
     return str(place) if name is None else name
 
 
 def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
-    """The parameter that stands at a place now.
+    """Return the parameter that stands at a place now.
 
     Raises:
         RuntimeError: it has another shape than when it was tied, or is gone.
@@ -86,12 +82,13 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
     params = param_groups[place.group]["params"] if place.group < len(param_groups) else ()
     param: Tensor | None = params[place.position] if place.position < len(params) else None
     if param is None or param.shape != place.shape:
-        raise RuntimeError(
-            "A tied parameter has not the shape that it had when it was tied.\n"
-            f"  Parameter: {name_of(param_groups, place)}\n"
-            f"  Expected:  {tuple(place.shape)}\n"
-            f"  Got:       {'no parameter there' if param is None else tuple(param.shape)}; "
-            "call retie() with ties that fit it, or untie()"
+        now = "no parameter there" if param is None else tuple(param.shape)
+        raise refusal(
+            RuntimeError,
+            "A tied parameter has not the shape that it had when it was tied.",
+            parameter=name_of(param_groups, place),
+            expected=tuple(place.shape),
+            got=f"{now}; call retie() with ties that fit it, or untie()",
         )
     return param
 
@@ -139,7 +136,7 @@ def still_there(pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGrou
 
 
 def all_places(param_groups: ParamGroups) -> list[Place]:
-    """All places, in the order of the numbers that parameters have in a ``state_dict``."""
+    """Return all places, in the order of the numbers that parameters have in a ``state_dict``."""
     return [
         Place(group, position, param.shape)
         for group, settings in enumerate(param_groups)
@@ -155,16 +152,14 @@ def _listed(ties: Any) -> list[tuple[Part, ...]]:
     listed = [ties] if single else list(ties)
     for tie in listed:
         if not isinstance(tie, Tie):
-            raise TypeError(
-                "These are no ties.\n"
-                "  Expected: a mapping {parameter: groups}, a Tie, or an iterable of Ties\n"
-                f"  Got:      {shown(tie)}{'' if single else f' in {shown(ties)}'}"
-            )
+            got = shown(tie) if single else f"{shown(tie)} in {shown(ties)}"
+            expected = "a mapping {parameter: groups}, a Tie, or an iterable of Ties"
+            raise refusal(TypeError, "These are no ties.", expected=expected, got=got)
     return [tie.parts for tie in listed]
 
 
-def found(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> list[BoundTie]:
-    """Finds the parameters of ties, and validates the ties against them.
+def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> list[BoundTie]:
+    """Bind ties to the places of their parameters, and check them against these.
 
     Args:
         param_groups: of the optimizer.
@@ -223,7 +218,7 @@ def _written(param_groups: ParamGroups, place: Place) -> str:
 def check_joined(
     param_groups: ParamGroups, places: Sequence[Place], params: Sequence[Tensor], *, joining: bool = False
 ) -> None:
-    """Refuses to join parameters that cannot be tied, or that the optimizer would update differently.
+    """Refuse to join parameters that cannot be tied, or that the optimizer would update differently.
 
     Args:
         param_groups: of the optimizer.
@@ -241,11 +236,12 @@ def check_joined(
         for attribute, way in _WAYS_TO_JOIN.items():
             expected, got = getattr(first, attribute), getattr(param, attribute)
             if expected != got:
-                raise ValueError(
-                    f"Joined parameters differ in {attribute}.\n"
-                    f"  Expected: {expected}, as {name_of(param_groups, places[0])} has\n"
-                    f"  Got:      {got} of {name_of(param_groups, place)}; "
-                    f"{way.format(expected) if joining else 'retie or untie them first'}"
+                way = way.format(expected) if joining else "retie or untie them first"
+                raise refusal(
+                    ValueError,
+                    f"Joined parameters differ in {attribute}.",
+                    expected=f"{expected}, as {name_of(param_groups, places[0])} has",
+                    got=f"{got} of {name_of(param_groups, place)}; {way}",
                 )
 
 
@@ -269,11 +265,12 @@ def _check_settings(param_groups: ParamGroups, first: Place, second: Place, join
     ]
     if differing:
         way = "set them alike, or put the parameters into one group" if joining else "or retie or untie them first"
-        raise ValueError(
-            "Joined parameters stand in parameter groups with different settings.\n"
-            f"  Parameters: {name_of(param_groups, first)} and {name_of(param_groups, second)}\n"
-            f"  Expected:   the same settings in param_groups[{first.group}] and [{second.group}]; {way}\n"
-            f"  Got:        {'; '.join(sorted(differing))}"
+        raise refusal(
+            ValueError,
+            "Joined parameters stand in parameter groups with different settings.",
+            parameters=f"{name_of(param_groups, first)} and {name_of(param_groups, second)}",
+            expected=f"the same settings in param_groups[{first.group}] and [{second.group}]; {way}",
+            got="; ".join(sorted(differing)),
         )
 
 
@@ -292,7 +289,7 @@ def _same(first: Any, second: Any, tensors: bool) -> bool:
 
 
 def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None:
-    """Refuses ties that share an entry."""
+    """Refuse ties that share an entry."""
     parts: dict[Place, list[Slices]] = {}
     for tie in ties:
         for place, slices in zip(tie.places, tie.slices, strict=True):
@@ -313,17 +310,18 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
                 entry += (0,) * (len(place.shape) - len(entry))
                 one_group = "one group of one Tie"
                 way = one_group if alike else f"{one_group}, with a label for each entry, of shape {tuple(place.shape)}"
-                raise ValueError(
-                    f"{name_of(param_groups, place)} is tied twice.\n"
-                    f"  Expected: ties that share no entry: write what is to be equal as {way}; "
-                    "retie() takes new ties in the place of all old ones\n"
-                    f"  Got:      entry {entry} in {several[int(owner[entry[: owner.dim()]])]}, and in {slices}"
+                raise refusal(
+                    ValueError,
+                    f"{name_of(param_groups, place)} is tied twice.",
+                    expected=f"ties that share no entry: write what is to be equal as {way}; "
+                    "retie() takes new ties in the place of all old ones",
+                    got=f"entry {entry} in {several[int(owner[entry[: owner.dim()]])]}, and in {slices}",
                 )
             owner[labelled] = number
 
 
 def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
-    """Refuses a tied parameter that has an entry in the memory of another parameter.
+    """Refuse a tied parameter that has an entry in the memory of another parameter.
 
     A step would move this entry once for each of them.
 
@@ -337,8 +335,9 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
     for pair in sharing([local(param) for param in params]):
         if any(held[number][:2] in tied for number in pair):
             first, second = (f"{name_of(param_groups, held[n])} {tuple(held[n].shape)}" for n in sorted(pair))
-            raise ValueError(
-                "A tied parameter shares memory with another parameter, so that each step would move it twice.\n"
-                "  Expected: memory of its own for each parameter, as after clone(); or one Parameter in both modules\n"
-                f"  Got:      {first} and {second}"
+            raise refusal(
+                ValueError,
+                "A tied parameter shares memory with another parameter, so that each step would move it twice.",
+                expected="memory of its own for each parameter, as after clone(); or one Parameter in both modules",
+                got=f"{first} and {second}",
             )
