@@ -25,6 +25,7 @@ from tieopt.ties.places import (
     BoundTie,
     ParamGroups,
     all_places,
+    bind_ties,
     check_apart,
     name_of,
     parameters_of,
