@@ -1,14 +1,16 @@
 """``torch.compile(optimizer.step)``: the same steps, with graphs for the ties beside that of the bare optimizer."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from checks import parameter, randn
+from checks import parameter, pickled, randn
 from hypothesis import settings
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import (
     ASGD,
@@ -28,6 +30,7 @@ from torch.optim import (
 from tieopt import Tie, TiedOptimizer, tie_
 from tieopt.engine import compiled as traced_module
 from tieopt.engine import engine as engine_module
+from tieopt.engine import graphs
 
 pytestmark = [
     pytest.mark.host("torch.compile", "the step: eager, aot_eager and inductor; graph breaks"),
@@ -129,7 +132,7 @@ KINDS: list[Callable[[], tuple[list[Parameter], Any]]] = [
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Small ties, too, are given to the compiler here.
+    # Small ties, too, are given to the compiler here, one by one as large ones are.
     monkeypatch.setattr(traced_module, "_LEAST", 1)
     monkeypatch.setattr(engine_module, "_SMALL", 0)
     torch._dynamo.reset()
@@ -525,3 +528,113 @@ def test_what_is_worth_compiling_of_tie_weights_is_traced_as_one_graph(monkeypat
     assert optimizer.tie_drift() == 0
     for param, end in zip(params, expected, strict=False):
         torch.testing.assert_close(param.detach(), end)
+
+
+# --- what graphs.py relies on ---
+
+
+def cosine(tensor):
+    return tensor.cos()
+
+
+def methods(recorder: Recorder) -> list[list[str]]:
+    """What each graph calls of tensors."""
+    return [[node.target for node in graph.graph.nodes if node.op == "call_method"] for graph, _ in recorder.graphs]
+
+
+def test_a_function_between_graphs_is_left_alone_but_not_what_it_calls():
+    recorder = Recorder()
+
+    @graphs.between_graphs
+    def between(tensor):
+        return cosine(tensor.sin())
+
+    step = torch.compile(between, backend=recorder, fullgraph=True)
+    for stance in ("default", "fail_on_recompile" if WHOLE_GRAPHS else "default"):
+        with torch.compiler.set_stance(stance):
+            step(torch.ones(3))
+
+    assert methods(recorder) == [["cos"]]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_an_untraced_function_is_left_alone_with_all_that_it_calls():
+    recorder, answers = Recorder(), []
+
+    @graphs.untraced
+    def alone(tensor):
+        answers.append(graphs.is_under_compiler())
+        return cosine(tensor.sin())
+
+    @graphs.between_graphs
+    def between(tensor):
+        answers.append(graphs.is_under_compiler())
+        return alone(tensor)
+
+    torch.compile(between, backend=recorder)(torch.ones(3))
+    between(torch.ones(3))
+
+    assert not recorder.graphs
+    assert answers == [WHOLE_GRAPHS, False, False, False]
+
+
+@pytest.mark.skipif(not WHOLE_GRAPHS, reason="this compiler is not asked for its callback")
+def test_to_ask_for_the_callback_of_the_compiler_takes_no_reference_from_it():
+    counts = []
+
+    @graphs.between_graphs
+    def between():
+        callback = graphs._frames.get_eval_frame_callback()
+        before = sys.getrefcount(callback)
+        for _ in range(10):
+            graphs.is_under_compiler()
+        counts.append(sys.getrefcount(callback) - before)
+
+    torch.compile(between, backend="eager")()
+
+    assert counts == [0]
+
+
+def of_several_sizes(make: Callable[[], Any], mark: Callable[[Tensor], Tensor], count: int) -> Recorder:
+    """What the compiler makes of functions, each called with a tensor of another size."""
+    recorder, tensors = Recorder(), [mark(torch.ones(3 + number)) for number in range(count)]
+
+    @graphs.between_graphs
+    def between():
+        for tensor in tensors:
+            make()(tensor)
+
+    torch._dynamo.reset()
+    torch.compile(between, backend=recorder)()
+    return recorder
+
+
+def test_copies_of_a_function_are_compiled_each_for_itself():
+    limit = torch._dynamo.config.recompile_limit if WHOLE_GRAPHS else torch._dynamo.config.cache_size_limit
+
+    assert len(of_several_sizes(lambda: graphs.copied(cosine), graphs.static, limit + 2).graphs) == limit + 2
+    assert len(of_several_sizes(lambda: cosine, graphs.static, limit + 2).graphs) <= limit
+
+
+@pytest.mark.skipif(not WHOLE_GRAPHS, reason="this compiler takes sizes for variables all the same")
+def test_static_tensors_have_no_variable_sizes():
+    marked, others = (
+        [each for _, inputs in of_several_sizes(lambda: graphs.copied(cosine), mark, 2).graphs for each in inputs]
+        for mark in (graphs.static, Tensor.detach)
+    )
+
+    assert [type(each) for each in marked] == [Tensor, Tensor]
+    # A copy alone does not do: the size of the second tensor is an input.
+    assert len(others) == 3
+
+
+def test_copies_of_functions_are_kept_for_some_shapes_and_by_one_optimizer():
+    copies = graphs.Copies()
+    first = copies.of(cosine, 0)
+
+    assert first.__code__ is not cosine.__code__
+    assert copies.of(cosine, 0) is first
+    assert all(each.of(cosine, 0) is not first for each in (copy.deepcopy(copies), pickled(copies)))
+    for shape in range(graphs._COPIES + 1):
+        copies.of(cosine, shape)
+    assert copies.of(cosine, 0) is not first

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 from tieopt import Tie, TiedOptimizer
+from tieopt.engine import graphs
 from tieopt.testing import ties
 
 small = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
@@ -30,6 +31,12 @@ def as_compiled() -> Any:
 def _small_ties_are_written_out_as_well() -> Iterator[None]:
     with patch("tieopt.engine.compiled._LEAST", 1), patch("tieopt.engine.engine._SMALL", 0):
         yield
+
+
+@pytest.mark.skipif(not graphs._GETS_TIES, reason="this compiler is not given the ties")
+def test_what_is_for_a_compiler_runs_here() -> None:
+    with as_compiled():
+        assert graphs.is_under_compiler()
 
 
 @given(st.data())

@@ -12,23 +12,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tieopt.engine.graphs import Copies, between_graphs, is_compiled
+from tieopt.engine.graphs import Copies, static
+
+# Where the modes and the engine look for it.
+from tieopt.engine.graphs import is_under_compiler as is_under_compiler
 from tieopt.numbers.folding import Folding, fold_free_gradients_
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Operation, is_narrow, rounded
 from tieopt.tensors import overlaps
 
-# What an engine works on together.
-W = TypeVar("W", bound=Any)
-
-
-# The inductor of torch 2.6 was seen to leave members of a group unequal; that of 2.13 was not.
-_WRITES_OUT = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
+if TYPE_CHECKING:
+    from tieopt.engine.engine import Work
 
 # Tensors of fewer entries are not worth a call of what was compiled.
 _LEAST = 2**19
@@ -41,12 +40,6 @@ _CHUNK = 2**20
 _CHUNKS = 8
 
 
-@between_graphs
-def is_under_compiler() -> bool:
-    """Return whether ``torch.compile`` gets what is called now, and is right with what we write for it."""
-    return is_compiled() and _WRITES_OUT
-
-
 class Call(NamedTuple):
     """A call of a function that is to be compiled.
 
@@ -56,12 +49,12 @@ class Call(NamedTuple):
     """
 
     function: Callable[..., None]
-    arguments: tuple[list[Tensor], list[Tensor], list[Tensor], bool]
+    arguments: tuple[list[Tensor] | bool, ...]
 
 
 def projections(
-    plan: Sequence[W], tensors: Sequence[Tensor], operation: Operation, copies: Copies
-) -> tuple[list[Call], list[W]]:
+    plan: Sequence[Work], tensors: Sequence[Tensor], operation: Operation, copies: Copies
+) -> tuple[list[Call], list[Work]]:
     """Return the calls that project the tensors whose means can be written out, and the rest of the plan.
 
     Means that depend on whether a step has just written the weights are not written out.
@@ -78,28 +71,28 @@ def projections(
     for work in plan:
         chosen = _chosen(tensors, work)
         plain = count[id(chosen[0])] == 1 and not (operation.stepped and is_narrow(chosen[0].dtype))
-        index = work.executor
-        rows = _rows_written_out(index, chosen) if plain and isinstance(index, Index) else None
-        if rows is None:
+        means = _written_out(work, chosen) if plain else None
+        if means is None:
             others.append(work)
             continue
-        chunks = _chunks(cast(Index, index), rows[0].numel())
+        rows, members = means
+        chunks = _chunks(members, rows[0].numel())
         if len(chunks) == 1:
-            small.append((rows, rows, chunks[0]))
+            small.append((rows, chunks[0]))
         else:
-            calls.extend(_call(_project, [(rows, rows, chunk)], operation, copies) for chunk in chunks)
+            calls.extend(_call(_project, [(rows, chunk)], operation, copies) for chunk in chunks)
     if small:
         calls.append(_call(_project, small, operation, copies))
     return calls, others
 
 
 def gradient_foldings(
-    foldings: Sequence[tuple[W, Folding]],
+    foldings: Sequence[tuple[Work, Folding]],
     grads: Sequence[Tensor],
     compacts: Sequence[Tensor],
     operation: Operation,
     copies: Copies,
-) -> tuple[list[Call], list[W]]:
+) -> tuple[list[Call], list[Work]]:
     """Fold the gradients whose means can be written out, but for the means.
 
     Args:
@@ -112,26 +105,27 @@ def gradient_foldings(
     Returns:
         The calls that write the means, and the rest of the plan.
     """
-    given, others = [], []
+    small, others = [], []
     for work, folding in foldings:
-        own_grads, own_compacts = _chosen(grads, work), _chosen(compacts, work)
-        rows = _rows_written_out(folding.index, own_grads)
-        if rows is None:
+        chosen, targets = _chosen(grads, work), _chosen(compacts, work)
+        means = _written_out(work, chosen)
+        if means is None:
             others.append(work)
             continue
-        fold_free_gradients_(own_grads, own_compacts, folding)
-        _, (compact,) = folding.rows(own_grads, own_compacts)
-        given.append((_static(compact[: folding.groups[0]]), rows, folding.index.members_of_groups))
-    return [_call(_mean, given, operation, copies)] if given else [], others
+        fold_free_gradients_(chosen, targets, folding)
+        _, (compact,) = folding.rows(chosen, targets)
+        small.append((*means, static(compact[: folding.groups[0]])))
+    return [_call(_mean, small, operation, copies)] if small else [], others
 
 
-def _chosen(tensors: Sequence[Tensor], work: Any) -> list[Tensor]:
+def _chosen(tensors: Sequence[Tensor], work: Work) -> list[Tensor]:
     return list(tensors) if work.numbers is None else [tensors[number] for number in work.numbers]
 
 
-def _rows_written_out(index: Index, tensors: Sequence[Tensor]) -> Tensor | None:
-    """The rows of a tensor whose means are worth writing out, and can be."""
-    if not _WRITES_OUT or len(tensors) != 1 or tensors[0].numel() < _LEAST:
+def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Return the rows of a tensor and the members of its groups, if their means are worth writing out, and can be."""
+    index = work.executor
+    if not isinstance(index, Index) or len(tensors) != 1 or tensors[0].numel() < _LEAST:
         return None
     sizes = {run.rounds[0].size for run in index.runs}
     if (
@@ -144,57 +138,44 @@ def _rows_written_out(index: Index, tensors: Sequence[Tensor]) -> Tensor | None:
         return None
     (rows,) = index.rows(tensors)
     # Slices between others may be rows that share entries. The compiler reads them before it writes to any.
-    return None if overlaps(rows) else _static(rows)
+    return None if overlaps(rows) else (static(rows), index.members_of_groups)
 
 
-def _static(tensor: Tensor) -> Tensor:
-    """A tensor of its own for the compiler, whose shape it is to take as it is.
-
-    Shapes that it takes as variables after a second model were seen to fail, for some values of ``PYTHONHASHSEED``.
-    """
-    tensor = tensor.detach()
-    torch._dynamo.mark_static(tensor)
-    return tensor
-
-
-def _chunks(index: Index, slice_entries: int) -> Sequence[Tensor]:
-    """Members of whole groups that are worked on together, in chunks of one shape but for the last."""
-    members = index.members_of_groups
+def _chunks(members: Tensor, slice_entries: int) -> Sequence[Tensor]:
+    """Return members of whole groups that are worked on together, in chunks of one shape but for the last."""
     most = max(min(members.numel() * slice_entries // _CHUNK, _CHUNKS, len(members)), 1)
     even = (count for count in range(most, most // 2, -1) if len(members) % count == 0)
-    return [_static(chunk) for chunk in torch.split(members, len(members) // next(even, most))]
+    return [static(chunk) for chunk in torch.split(members, len(members) // next(even, most))]
 
 
 def _call(
-    function: Callable[..., None], given: Sequence[tuple[Tensor, Tensor, Tensor]], operation: Operation, copies: Copies
+    function: Callable[..., None], tensors: Sequence[tuple[Tensor, ...]], operation: Operation, copies: Copies
 ) -> Call:
     reduction = operation.options.get("reduction", "mean")
-    targets, rows, members = (list(column) for column in zip(*given, strict=True))
-    shapes = tuple(
-        (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in (*targets, *rows, *members)
-    )
-    return Call(copies.of(function, reduction, shapes), (targets, rows, members, reduction == "sum"))
+    columns = [list(column) for column in zip(*tensors, strict=True)]
+    shapes = [(each.shape, each.stride(), each.dtype, each.device) for column in columns for each in column]
+    return Call(copies.of(function, reduction, *shapes), (*columns, reduction == "sum"))
 
 
 # --- what is compiled ---
 
 
-def _project(targets: list[Tensor], rows: list[Tensor], members: list[Tensor], sum: bool) -> None:  # noqa: A002
+def _project(rows: list[Tensor], members: list[Tensor], to_sum: bool) -> None:
     for own, group_members in zip(rows, members, strict=True):
-        own[group_members] = _values(own, group_members, sum).unsqueeze(1)
+        own[group_members] = _values(own, group_members, to_sum).unsqueeze(1)
 
 
-def _mean(targets: list[Tensor], rows: list[Tensor], members: list[Tensor], sum: bool) -> None:  # noqa: A002
-    for target, own, group_members in zip(targets, rows, members, strict=True):
-        target.copy_(_values(own, group_members, sum))
+def _mean(rows: list[Tensor], members: list[Tensor], targets: list[Tensor], to_sum: bool) -> None:
+    for own, group_members, target in zip(rows, members, targets, strict=True):
+        target.copy_(_values(own, group_members, to_sum))
 
 
-def _values(rows: Tensor, members: Tensor, sum: bool) -> Tensor:  # noqa: A002
-    """Means, or what they are multiplied to; added up in float64, where the sum of equal members is exact."""
+def _values(rows: Tensor, members: Tensor, to_sum: bool) -> Tensor:
+    """Return means, or what they are multiplied to; added up in float64, where the sum of equal members is exact."""
     # One load after the other: a sum over a dimension begins with 0.0, which turns -0.0 into 0.0.
     first, *others = members.unbind(1)
     total = rows[first].to(torch.float64)
-    for each in others:
-        total = total + rows[each].to(torch.float64)
+    for other in others:
+        total = total + rows[other].to(torch.float64)
     values = rounded(total / members.shape[1], rows.dtype)
-    return rounded(values.to(torch.float64) * members.shape[1], rows.dtype) if sum else values
+    return rounded(values.to(torch.float64) * members.shape[1], rows.dtype) if to_sum else values

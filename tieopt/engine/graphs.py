@@ -1,4 +1,8 @@
-"""What ``torch.compile`` and CUDA graphs may see of a step."""
+"""What ``torch.compile`` and CUDA graphs may see of a step.
+
+All that relies on the inside of torch's compiler stands here. For each trick tests/test_compiled.py has a test, under
+"what graphs.py relies on", that fails where torch changes it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,30 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Its get_eval_frame_callback() returns what torch.compile has set to look at each function that is called.
+# Earlier compilers are not given the ties: in torch 2.6 inductor was seen to leave members of a group unequal, sizes
+# that are marked as static become variables, and each call of the getter below drops a reference too many, which
+# crashes Python in the end.
+_GETS_TIES = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
+
+# Its get_eval_frame_callback() returns what torch.compile has set to look at each function that is called, and None or
+# False where nothing is compiled.
 _frames = torch._C._dynamo.eval_frame
+
+# Steps of a torch that is built without CUDA do not ask for it again.
+_HAS_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+
+# Functions of which an optimizer keeps copies. Which of its parameters have gradients may change.
+_COPIES = 32
 
 
 def between_graphs(function: Function) -> Function:
-    """A function that ``torch.compile`` leaves alone, but not what it calls; graphs end where it is called.
+    """Mark a function that ``torch.compile`` does not trace, but what it calls; graphs end where it is called.
 
+    The compiler skips the code object of the function, which it does not count as a graph break.
     ``torch.compiler.disable(recursive=False)`` does not do for a function that is itself compiled, nor where a
     recompilation is an error.
     """
@@ -25,10 +43,15 @@ def between_graphs(function: Function) -> Function:
 
 
 def untraced(function: Function) -> Function:
-    """A function that ``torch.compile`` leaves alone, with all that it calls."""
-    disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    """Mark a function that ``torch.compile`` does not trace, nor anything that it calls.
 
-    # To disable what is not there costs more Python than many a function.
+    While it runs :func:`is_under_compiler` is False; the caller has to pass on the answer.
+    """
+    disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    if not _GETS_TIES:
+        return disabled
+
+    # Without a compiler a step does not pay for disabling it.
     @between_graphs
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -37,10 +60,33 @@ def untraced(function: Function) -> Function:
     return cast(Function, called)
 
 
-def copied(function: Any) -> Any:
-    """A function with a code object of its own, by which ``torch.compile`` keeps what it made of it.
+@between_graphs
+def is_under_compiler() -> bool:
+    """Return whether ``torch.compile`` gets the functions that are called now, and may be given those of the ties."""
+    return _GETS_TIES and _frames.get_eval_frame_callback() not in (None, False)
 
-    It makes no more than 8 graphs for one code object, also where the optimizers that they were for are gone.
+
+@between_graphs
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured, in which nothing can be waited for."""
+    return _HAS_CUDA and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def static(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor whose sizes the compiler takes as constants.
+
+    By default sizes become variables once other sizes were seen on the same line of code, also in a copy of the
+    function, and such graphs were seen to fail for some values of ``PYTHONHASHSEED``. The tensor itself is not marked.
+    """
+    tensor = tensor.detach()
+    torch._dynamo.mark_static(tensor)
+    return tensor
+
+
+def copied(function: Any) -> Any:
+    """Return a copy of a function, with a code object of its own.
+
+    ``torch.compile`` keeps no more than 8 graphs for one code object, and also those for optimizers that are gone.
     """
     if not isinstance(function, types.FunctionType):
         return function
@@ -49,25 +95,6 @@ def copied(function: Any) -> Any:
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)
     return copy
-
-
-_HAS_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
-
-
-@between_graphs
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be waited for."""
-    return _HAS_CUDA and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-# Functions of which an optimizer keeps copies. Which of its parameters have gradients may change.
-_COPIES = 32
-
-
-@between_graphs
-def is_compiled() -> bool:
-    """Whether ``torch.compile`` gets the functions that are called now."""
-    return _frames.get_eval_frame_callback() not in (None, False)
 
 
 class Copies:
@@ -79,8 +106,9 @@ class Copies:
     def __init__(self) -> None:
         self._copies: dict[Any, Any] = {}
 
+    @untraced
     def of(self, function: Any, *shapes: Any) -> Any:
-        """The copy of a function for tensors of these shapes."""
+        """Return the copy of a function for tensors of these shapes."""
         key = function, shapes
         if key not in self._copies:
             if len(self._copies) == _COPIES:
