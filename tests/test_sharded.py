@@ -27,7 +27,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
-from tieopt.engine.exchange import Holdings, Plan
+from tieopt.engine.exchange import plan_exchange
 from tieopt.ties.slices import Slices, numbered
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
@@ -431,8 +431,8 @@ def test_a_step_sends_what_the_groups_that_span_ranks_need(ranks, data):
     # What two all-reduces of [spanning groups, D] send around a ring of all ranks.
     assert total <= 2 * 2 * (ranks.count - 1) * spanning * width
     # Of two ranks each sends [spanning groups, D] twice; of more, what was planned.
-    holdings = Holdings.of([own.flatten() for own in numbered([Slices(labels)])[0].labels.chunk(ranks.count)])
-    planned = [2 * Plan.of(holdings, rank, ranks.count).rows_moved(rank) * width for rank in range(ranks.count)]
+    shards = [own.flatten() for own in numbered([Slices(labels)])[0].labels.chunk(ranks.count)]
+    planned = [2 * plan_exchange(shards, rank)[0].rows_moved * width for rank in range(ranks.count)]
     assert [sum(entries for _, entries in sent) for sent in answers] == planned
     assert ranks.count > 2 or planned == [2 * spanning * width] * 2
 
@@ -460,16 +460,15 @@ def held_labels(draw):
 @given(held_labels())
 def test_the_plans_of_all_ranks_fit_each_other(labels):
     count = len(labels)
-    holdings = Holdings.of(labels)
-    plans = [Plan.of(holdings, rank, count) for rank in range(count)]
+    plans, spanning = zip(*(plan_exchange(labels, rank) for rank in range(count)), strict=True)
     spans = [group for group in range(10) if sum(int((own == group).any()) for own in labels) > 1]
     sizes = {group: sum(int((own == group).sum()) for own in labels) for group in spans}
 
-    assert holdings.groups.tolist() == spans
+    assert [groups.tolist() for groups in spanning] == [spans] * count
     for rank, plan in enumerate(plans):
         assert sorted(plan.groups.tolist()) == [group for group in spans if bool((labels[rank] == group).any())]
         assert plan.sizes.tolist() == [sizes[group] for group in plan.groups.tolist()]
-        assert [other.sent[rank] for other in plans] == list(plan.received)
+        assert [other.sent[rank] for other in plans] == plan.received
     # What arrives is laid out as it was sent: each row of a slot is of the same group, and all members are counted.
     starts = [[sum(plan.sent[:rank]) for rank in range(count)] for plan in plans]
     for rank, plan in enumerate(plans):
@@ -482,7 +481,7 @@ def test_the_plans_of_all_ranks_fit_each_other(labels):
         assert arrived[plan.firsts][plan.slots].tolist() == arrived.tolist()
         sums = torch.zeros(len(plan.firsts), dtype=torch.float64).index_add_(0, plan.slots, plan.weights)
         torch.testing.assert_close(sums, torch.ones_like(sums))
-    assert sum(plan.rows_moved(rank) for rank, plan in enumerate(plans)) == sum(
+    assert sum(plan.rows_moved for plan in plans) == sum(
         2 * (sum(int((own == group).any()) for own in labels) - 1) for group in spans
     )
 

@@ -165,18 +165,14 @@ def column(vector: Tensor, like: Tensor) -> Tensor:
 # --- on ranks ---
 
 
-# Where an entry of a tensor is, for each of its dimensions: from which index on, and how many.
-Bounds = list[tuple[int, int]]
-
-
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a ``DTensor``, of which there is none as long as nobody has imported its module."""
+    """Return whether it is a ``DTensor``; there is none as long as nobody has imported its module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_sharded_as(tensor: Any, other: Any) -> bool:
-    """Whether each rank has those entries of a tensor that it has of another, a sharded one."""
+    """Return whether each rank has the same entries of a tensor and of another one, which is sharded."""
     return (
         is_sharded(tensor)
         and tensor.shape == other.shape
@@ -192,33 +188,26 @@ def local(tensor: Any) -> Tensor:
     return shard
 
 
-def bounds_of(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Any], at: Sequence[int]) -> Bounds:
-    """The part of a tensor that a shard is, cut as ``torch.chunk`` does, one mesh dimension after the other.
+def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:
+    """Return which part of a sharded tensor the rank at a coordinate of the mesh has.
 
-    Args:
-        shape: of the tensor.
-        mesh_shape: of the mesh.
-        placements: for each dimension of the mesh.
-        at: the coordinates of the shard in the mesh.
+    The tensor is cut as ``torch.chunk`` does, along one dimension of the mesh after the other.
     """
-    bounds = [(0, size) for size in shape]
-    for placement, count, number in zip(placements, mesh_shape, at, strict=True):
+    bounds = [slice(0, size) for size in tensor.shape]
+    for placement, count, number in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
         if placement.is_shard():
-            start, size = bounds[placement.dim]
-            chunk = -(-size // count)
-            before = min(number * chunk, size)
-            bounds[placement.dim] = start + before, min(chunk, size - before)
-    return bounds
+            start, stop = bounds[placement.dim].start, bounds[placement.dim].stop
+            chunk = -((start - stop) // count)
+            start = min(start + number * chunk, stop)
+            bounds[placement.dim] = slice(start, min(start + chunk, stop))
+    return tuple(bounds)
 
 
 @torch.no_grad()
 def sharded_as(tensor: Any, full: Tensor) -> Tensor:
-    """A tensor of which every rank has the whole, sharded as another one."""
+    """Shard a tensor that every rank has as a whole, as another one is sharded."""
     result = torch.zeros_like(tensor, dtype=full.dtype)
-    mesh = tensor.device_mesh
-    for dim, bounds in enumerate(bounds_of(tensor.shape, mesh.shape, tensor.placements, mesh.get_coordinate())):
-        full = full.narrow(dim, *bounds)
-    local(result).copy_(full)
+    local(result).copy_(full[bounds_of(tensor, tensor.device_mesh.get_coordinate())])
     return result
 
 
@@ -228,30 +217,20 @@ def check_sharding(param: Any, name: str) -> None:
     Raises:
         ValueError: it is one.
     """
+    name = f"{name} of shape {tuple(param.shape)}"
     if getattr(param, "_fsdp_flattened", False):
-        raise refusal(
-            ValueError,
-            f"{name} of shape {tuple(param.shape)} was flattened by FullyShardedDataParallel.",
-            expected="torch.distributed.fsdp.fully_shard, which leaves parameters their shapes",
-            got=type(param).__name__,
-        )
+        what = f"{name} was flattened by FullyShardedDataParallel."
+        expected = "torch.distributed.fsdp.fully_shard, which leaves parameters their shapes"
+        raise refusal(ValueError, what, expected=expected, got=type(param).__name__)
     if not is_sharded(param):
         return
     mesh = param.device_mesh
     if any(bool((mesh.mesh.diff(dim=dim) < 0).any()) for dim in range(mesh.ndim)):
         # torch itself goes by the order of the mesh here, and by that of the process group there.
-        raise refusal(
-            ValueError,
-            f"{name} of shape {tuple(param.shape)} is on a mesh whose ranks do not ascend.",
-            expected="ranks in ascending order along each dimension, as process groups have them",
-            got=mesh,
-        )
-    for placement in param.placements:
-        # Those that derive from Shard lie elsewhere.
-        if not placement.is_replicate() and type(placement).__name__ != "Shard":
-            raise refusal(
-                ValueError,
-                f"{name} of shape {tuple(param.shape)} cannot be tied as it is distributed.",
-                expected="placements Shard and Replicate alone",
-                got=param.placements,
-            )
+        what = f"{name} is on a mesh whose ranks do not ascend."
+        expected = "ranks in ascending order along each dimension, as process groups have them"
+        raise refusal(ValueError, what, expected=expected, got=mesh)
+    # Placements that derive from Shard lie elsewhere.
+    if any(not placement.is_replicate() and type(placement).__name__ != "Shard" for placement in param.placements):
+        what = f"{name} cannot be tied as it is distributed."
+        raise refusal(ValueError, what, expected="placements Shard and Replicate alone", got=param.placements)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tieopt.engine.exchange import Holdings, Plan
+from tieopt.engine.exchange import Plan, plan_exchange
 from tieopt.engine.sharded import rows_sent
 from tieopt.numbers.index import Index
 from tieopt.ties.slices import FREE, Slices, numbered
@@ -102,24 +102,23 @@ def index_bytes(labels: Tensor, plan: Plan, width: int) -> int:
     (whole,) = numbered([Slices(torch.where(sent == FREE, labels, FREE))])
     inner = Index.compile([whole], [shard])
     spanning = Index.compile([Slices(sent)], [shard], singles=True)
-    return nbytes([inner.runs, spanning.runs]) + plan.nbytes
+    return nbytes([inner.runs, spanning.runs, plan])
 
 
 def costs(labels: Tensor, ranks: int, sampled: Iterator[int] | range, width: int = WIDTH) -> list[Cost]:
     """Return the costs of the sampled ranks for a matrix that is sharded by rows."""
     shards = labels.chunk(ranks)
     shards += (labels[:0],) * (ranks - len(shards))
-    holdings = Holdings.of(shards)
     found = []
     for rank in sampled:
-        plan = Plan.of(holdings, rank, ranks)
+        plan, all_spanning = plan_exchange(shards, rank)
         found.append(
             Cost(
                 rows=len(shards[rank]),
                 spanning=len(plan.groups),
                 # Once for the gradients and once for the weights.
-                moved=2 * plan.rows_moved(rank),
-                all_reduced=2 * 2 * (ranks - 1) / ranks * len(holdings.groups),
+                moved=2 * plan.rows_moved,
+                all_reduced=2 * 2 * (ranks - 1) / ranks * len(all_spanning),
                 index_bytes=index_bytes(shards[rank], plan, width),
             )
         )

@@ -1,4 +1,4 @@
-"""Who sends what to whom: the groups of sharded tensors that have members on several ranks.
+"""Who sends what to whom: the means of groups that have members on several ranks.
 
 A group *spans* ranks if several have members of it. One of them owns it: every rank sends the owner the mean of the
 members that it has, and the owner sends back the mean of all. So the result is computed once, and has the same bits
@@ -9,53 +9,151 @@ all-reduce of ``[spanning groups, D]`` does, and less where not every rank has m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tieopt.numbers.index import Index, Run, order_within
+from tieopt.numbers.reduction import (
+    ValuesOf,
+    Workspace,
+    group_means,
+    is_narrow,
+    means_after_step,
+    rounded,
+    scatter_add_,
+    towards_leads_,
+)
+from tieopt.tensors import bits, column, in_memory, wide_dtype
+from tieopt.ties.slices import Slices
 
-class Holdings(NamedTuple):
-    """Which ranks have members of the groups that span ranks, one entry for each group and rank that has.
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Exchange:
+    """The exchange of the means of spanning groups, as one rank takes part in it with shards of one layout.
+
+    Args:
+        slices: of the shards; the label of a member is the row that is sent for its group.
+        shards: of this rank.
+        plan: of this rank.
+        process_group: the ranks that exchange.
 
     Attributes:
-        groups: the label of each spanning group, ascending, int64, shape ``[g]``.
-        sizes: how many members each has on all ranks, int64, shape ``[g]``.
-        owners: the rank that owns each, int64, shape ``[g]``.
-        number: which of these groups an entry is of, ascending, int64, shape ``[e]``.
-        rank: who has the members, ascending within a group, int64, shape ``[e]``.
-        members: how many, int64, shape ``[e]``.
+        index: of the members of spanning groups in the shards.
     """
 
-    groups: Tensor
-    sizes: Tensor
-    owners: Tensor
-    number: Tensor
-    rank: Tensor
-    members: Tensor
+    @torch.inference_mode(False)  # Its tensors are to be used outside as well.
+    def __init__(
+        self, slices: Sequence[Slices], shards: Sequence[Tensor], plan: Plan, process_group: ProcessGroup | None
+    ) -> None:
+        index = Index.compile(slices, shards, singles=True)
+        by_position = list(map(_by_position, slices, index.layout.steps))
+        runs = []
+        # By the identity of a run, which has no hash: the row that is sent for each of its groups, and what the lead of
+        # each is of the shared value, 1 or -1; None if all are 1.
+        self._sent: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for run in index.runs:
+            row = torch.empty(len(run.norms), dtype=torch.int64, device="cpu")
+            sign = torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
+            for part, positions, slots in run.leads:
+                labels, scales = by_position[part]
+                row[slots.cpu()], sign[slots.cpu()] = labels[positions.cpu()], scales[positions.cpu()]
+            # The sum is that over the members on all ranks.
+            runs.append(run._replace(counts=plan.sizes[row].to(run.counts)))
+            signs = None if bool((sign == 1).all()) else sign.to(run.counts)
+            self._sent[id(runs[-1])] = row.to(index.layout.device), signs
+        self.index = replace(index, runs=tuple(runs))
+        self._plan = plan.to(index.layout.device)
+        self._process_group = process_group
 
-    @classmethod
-    def of(cls, labels: Sequence[Tensor]) -> Holdings:
-        """Holdings of what each rank has.
+    @torch.no_grad()
+    def means_of(self, shards: Sequence[Tensor], workspace: Workspace, stepped: bool) -> ValuesOf:
+        """Exchange the means, and return what gives those of the groups of each run.
 
         Args:
-            labels: of the members on each rank, without those of free slices; int64 on the CPU.
+            shards: of this rank.
+            workspace: buffers to work in.
+            stepped: whether a step has just written the tensors, see
+                :func:`~tieopt.numbers.reduction.means_after_step`.
         """
-        held = [torch.unique(own, return_counts=True) for own in labels]
-        names, count = (torch.cat(column) for column in zip(*held, strict=True))
-        rank = torch.arange(len(held), device="cpu").repeat_interleave(
-            torch.tensor([len(own) for own, _ in held], device="cpu")
-        )
-        order = names.argsort(stable=True)
-        names, rank, count = names[order], rank[order], count[order]
-        _, number, holders = torch.unique_consecutive(names, return_inverse=True, return_counts=True)
-        spans = holders[number] > 1
-        names, rank, count = names[spans], rank[spans], count[spans]
-        groups, number, holders = torch.unique_consecutive(names, return_inverse=True, return_counts=True)
-        sizes = torch.zeros_like(groups).index_add_(0, number, count)
-        # Those who have members take turns, so that none owns much more than the others.
-        owners = rank[holders.cumsum(0) - holders + torch.arange(len(groups), device="cpu") % holders]
-        return cls(groups, sizes, owners, number, rank, count)
+        rows, plan = self.index.rows(shards), self._plan
+        stored, device = rows[0].dtype, rows[0].device
+        # Dimensions are sent in an order that does not depend on how a rank has its shard in memory.
+        raw = self.index.slices[0].rows(in_memory(shards[0]))
+        back = [0, *order_within(raw), *range(raw.dim(), rows[0].dim())]
+        order = sorted(range(len(back)), key=back.__getitem__)
+        shape = [rows[0].shape[dim] for dim in order[1:]]
+        # A mean of a few members in half precision has digits that the mean of all needs.
+        wire = stored if stored.itemsize >= 4 else torch.float32
+
+        def buffer(name: str, count: int, dtype: torch.dtype) -> Tensor:
+            return workspace.take(name, (count, *shape), dtype, device)
+
+        def to_be_sent(values_of: ValuesOf, name: str) -> Tensor:
+            values = buffer(name, len(plan.groups), wire)
+            for run in self.index.runs:
+                sent, signs = self._sent[id(run)]
+                values.index_copy_(0, sent, _signed(values_of(rows, run, workspace), signs).permute(order).to(wire))
+            return values
+
+        means = to_be_sent(group_means, "sent")
+        received = buffer("received", len(plan.slots), wire)
+        dist.all_to_all_single(received, means, plan.received, plan.sent, group=self._process_group)
+        owned = _weighted_means(received, plan)
+        if stepped and is_narrow(stored):
+            # An owner has members of its groups: what these make of their own mean stands for the lead, on every rank.
+            first = sum(plan.sent[: plan.rank])
+            leads = to_be_sent(means_after_step, "settled")[first : first + len(owned)].to(stored)
+            towards_leads_(owned, leads.to(owned.dtype), stored, workspace)
+        replies, shared = buffer("replies", len(received), stored), buffer("shared", len(means), stored)
+        torch.index_select(bits(rounded(owned, stored)), 0, plan.slots, out=bits(replies))
+        dist.all_to_all_single(bits(shared), bits(replies), plan.sent, plan.received, group=self._process_group)
+
+        def values_of(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+            sent, signs = self._sent[id(run)]
+            values = bits(shared).index_select(0, sent).view(stored).permute(back)
+            return _signed(values.to(wide_dtype(device)), signs)
+
+        return values_of
+
+
+def _by_position(slices: Slices, steps: tuple[int, ...]) -> list[Tensor]:
+    """Return labels and scales by the rows of slices, see :meth:`~tieopt.ties.slices.Slices.positions`."""
+    positions = slices.positions(steps).flatten()
+    count = int(positions.max()) + 1 if len(positions) else 0
+    flat = [values.flatten() for values in (slices.labels, slices.scales)]
+    return [values.new_zeros(count).index_put_((positions,), values) for values in flat]
+
+
+def _signed(values: Tensor, signs: Tensor | None) -> Tensor:
+    return values if signs is None else values * column(signs.to(values.dtype), values)
+
+
+def _weighted_means(received: Tensor, plan: Plan) -> Tensor:
+    """Return the mean of each owned group, rows counted by their weights; of equal rows the row itself, bit for bit."""
+    wide = received.to(wide_dtype(received.device))
+    weights = column(plan.weights.to(wide.dtype), wide)
+    means = wide.index_select(0, plan.firsts)
+    # As in tieopt.numbers.reduction: an estimate far from the mean costs digits; the mean around it is near.
+    for _ in range(2):
+        pivots = torch.nan_to_num(means, nan=0.0, posinf=0.0, neginf=0.0)
+        # In halves, because the distance of two large numbers may overflow.
+        differences = wide.mul(0.5).sub_(pivots.index_select(0, plan.slots), alpha=0.5).mul_(weights)
+        halves = torch.zeros_like(means)
+        scatter_add_(halves, plan.slots, differences)
+        corrected = halves.add(pivots, alpha=0.5).mul_(2)
+        largest = torch.finfo(means.dtype).max
+        corrected = torch.where(halves.isfinite(), corrected.clamp(-largest, largest), corrected)
+        means = torch.where(halves == 0, means, corrected)
+    return means
+
+
+# --- who sends what ---
 
 
 class Plan(NamedTuple):
@@ -64,60 +162,71 @@ class Plan(NamedTuple):
     Rows are sorted by the rank that they go to or come from, and then by group.
 
     Attributes:
+        rank: whose plan it is.
         groups: the labels of the spanning groups that it has members of, in the order in which it sends
             their means, int64, shape ``[s]``.
         sizes: how many members each has on all ranks, int64, shape ``[s]``.
         sent: how many of them go to each rank, itself included.
-        received: how many rows of its own groups come from each rank, itself included.
-        slots: which of its own groups each received row is of, int64, shape ``[r]``.
+        received: how many rows of the groups that it owns come from each rank, itself included.
+        slots: which of the groups that it owns each received row is of, int64, shape ``[r]``.
         weights: which share of the group's members a received row stands for, float64, shape ``[r]``.
-        firsts: the first received row of each of its own groups, int64, shape ``[o]``.
+        firsts: the first received row of each group that it owns, int64, shape ``[o]``.
     """
 
+    rank: int
     groups: Tensor
     sizes: Tensor
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
+    sent: list[int]
+    received: list[int]
     slots: Tensor
     weights: Tensor
     firsts: Tensor
 
-    @classmethod
-    def of(cls, holdings: Holdings, rank: int, ranks: int) -> Plan:
-        """The plan of one of so many ranks."""
-        mine = holdings.number[holdings.rank == rank]
-        mine = mine[holdings.owners[mine].argsort(stable=True)]
-        entries = (holdings.owners[holdings.number] == rank).nonzero().squeeze(1)
-        entries = entries[holdings.rank[entries].argsort(stable=True)]
-        own, slots = torch.unique(holdings.number[entries], return_inverse=True)
-        weights = holdings.members[entries].double() / holdings.sizes[holdings.number[entries]]
-        firsts = torch.full((len(own),), len(slots), device="cpu")
-        firsts.scatter_reduce_(0, slots, torch.arange(len(slots), device="cpu"), "amin")
-        return cls(
-            holdings.groups[mine],
-            holdings.sizes[mine],
-            tuple(torch.bincount(holdings.owners[mine], minlength=ranks).tolist()),
-            tuple(torch.bincount(holdings.rank[entries], minlength=ranks).tolist()),
-            slots,
-            weights,
-            firsts,
-        )
-
     def to(self, device: torch.device) -> Plan:
-        """The same on another device."""
-        return self._replace(
-            groups=self.groups.to(device),
-            sizes=self.sizes.to(device),
-            slots=self.slots.to(device),
-            weights=self.weights.to(device),
-            firsts=self.firsts.to(device),
-        )
-
-    def rows_moved(self, rank: int) -> int:
-        """How many rows this rank sends to others in one projection: its means, and the replies to those of others."""
-        return sum(self.sent) - self.sent[rank] + sum(self.received) - self.received[rank]
+        """Return the plan with its tensors on a device."""
+        return Plan._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
 
     @property
-    def nbytes(self) -> int:
-        """What its tensors take, in bytes."""
-        return sum(column.nbytes for column in self if isinstance(column, Tensor))
+    def rows_moved(self) -> int:
+        """How many rows it sends to other ranks in a projection: its means, and the replies to those of others."""
+        return sum(self.sent) - self.sent[self.rank] + sum(self.received) - self.received[self.rank]
+
+
+def plan_exchange(labels: Sequence[Tensor], rank: int) -> tuple[Plan, Tensor]:
+    """Plan what one rank sends and receives.
+
+    Args:
+        labels: of the members on each rank, from 0 on; int64 on the CPU.
+        rank: whose plan it is.
+
+    Returns:
+        The plan, and the labels of all groups that span ranks, ascending.
+    """
+    ranks = len(labels)
+    # An entry for each group and each rank that has members of it, sorted by group and then by rank.
+    entries = torch.cat([of_rank * ranks + number for number, of_rank in enumerate(labels)])
+    entries, members = torch.unique(entries, return_counts=True)
+    _, number, holders = torch.unique_consecutive(entries // ranks, return_inverse=True, return_counts=True)
+    spans = holders[number] > 1
+    entries, members = entries[spans], members[spans]
+    groups, number, holders = torch.unique_consecutive(entries // ranks, return_inverse=True, return_counts=True)
+    holder, sizes = entries % ranks, torch.zeros_like(groups).index_add_(0, number, members)
+    # Those who have members take turns, so that none owns much more than the others.
+    owners = holder[holders.cumsum(0) - holders + torch.arange(len(groups), device="cpu") % holders]
+    sent = number[holder == rank]
+    sent = sent[owners[sent].argsort(stable=True)]
+    received = (owners[number] == rank).nonzero().squeeze(1)
+    received = received[holder[received].argsort(stable=True)]
+    owned, slots = torch.unique(number[received], return_inverse=True)
+    arrived = torch.arange(len(slots), device="cpu")
+    plan = Plan(
+        rank=rank,
+        groups=groups[sent],
+        sizes=sizes[sent],
+        sent=torch.bincount(owners[sent], minlength=ranks).tolist(),
+        received=torch.bincount(holder[received], minlength=ranks).tolist(),
+        slots=slots,
+        weights=members[received].double() / sizes[number[received]],
+        firsts=torch.full_like(owned, len(slots)).scatter_reduce_(0, slots, arrived, "amin"),
+    )
+    return plan, groups
