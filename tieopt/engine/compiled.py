@@ -12,22 +12,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tieopt.engine.graphs import Copies, static
-
-# Where the modes and the engine look for it.
-from tieopt.engine.graphs import is_under_compiler as is_under_compiler
+from tieopt.engine.sharded import Shards
 from tieopt.numbers.folding import Folding, fold_free_gradients_
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Operation, is_narrow, rounded
 from tieopt.tensors import overlaps
-
-if TYPE_CHECKING:
-    from tieopt.engine.engine import Work
+from tieopt.ties.slices import Partition
 
 # Tensors of fewer entries are not worth a call of what was compiled.
 _LEAST = 2**19
@@ -40,21 +37,23 @@ _CHUNK = 2**20
 _CHUNKS = 8
 
 
-class Call(NamedTuple):
-    """A call of a function that is to be compiled.
+class Work(NamedTuple):
+    """Ties that are worked on as one.
 
     Attributes:
-        function: one of those below.
-        arguments: lists of tensors of equal lengths, and whether the result is the sum.
+        ties: one, or several that were merged.
+        executor: what applies operations to them: their index, or their shards.
+        numbers: of their tensors, among those of all ties that were given; None for all of them in their order.
     """
 
-    function: Callable[..., None]
-    arguments: tuple[list[Tensor] | bool, ...]
+    ties: tuple[Partition, ...]
+    executor: Index | Shards
+    numbers: list[int] | None
 
 
 def projections(
     plan: Sequence[Work], tensors: Sequence[Tensor], operation: Operation, copies: Copies
-) -> tuple[list[Call], list[Work]]:
+) -> tuple[list[Callable[[], None]], list[Work]]:
     """Return the calls that project the tensors whose means can be written out, and the rest of the plan.
 
     Means that depend on whether a step has just written the weights are not written out.
@@ -65,7 +64,7 @@ def projections(
         operation: a projection.
         copies: of the optimizer.
     """
-    calls: list[Call] = []
+    calls: list[Callable[[], None]] = []
     small, others = [], []
     count = Counter(map(id, tensors))
     for work in plan:
@@ -92,7 +91,7 @@ def gradient_foldings(
     compacts: Sequence[Tensor],
     operation: Operation,
     copies: Copies,
-) -> tuple[list[Call], list[Work]]:
+) -> tuple[list[Callable[[], None]], list[Work]]:
     """Fold the gradients whose means can be written out, but for the means.
 
     Args:
@@ -150,11 +149,11 @@ def _chunks(members: Tensor, slice_entries: int) -> Sequence[Tensor]:
 
 def _call(
     function: Callable[..., None], tensors: Sequence[tuple[Tensor, ...]], operation: Operation, copies: Copies
-) -> Call:
+) -> Callable[[], None]:
     reduction = operation.options.get("reduction", "mean")
     columns = [list(column) for column in zip(*tensors, strict=True)]
     shapes = [(each.shape, each.stride(), each.dtype, each.device) for column in columns for each in column]
-    return Call(copies.of(function, reduction, *shapes), (*columns, reduction == "sum"))
+    return partial(copies.of(function, reduction, *shapes), *columns, reduction == "sum")
 
 
 # --- what is compiled ---

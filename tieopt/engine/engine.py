@@ -6,24 +6,24 @@ decided here. Everything that is compiled for ties is kept here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tieopt.engine.compiled import Call, gradient_foldings, is_under_compiler, projections
-from tieopt.engine.graphs import Copies, between_graphs, untraced
-from tieopt.engine.sharded import Shards
+from tieopt.engine.compiled import Work, gradient_foldings, projections
+from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
+from tieopt.engine.sharded import Shards, spans_ranks
 from tieopt.numbers.folding import Folded, Folding, fold_gradients_, folded, folded_sparse
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
 from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
-from tieopt.tensors import is_sharded, local, sharded_as, wide_dtype
+from tieopt.tensors import local, sharded_as, wide_dtype
 from tieopt.ties.slices import FREE, Partition, told_apart
 
 P = TypeVar("P", bound=Partition)
@@ -37,20 +37,6 @@ _PLAIN = (Tensor, Parameter)
 
 # Which ties take part in a step may change. So many selections are remembered; in others no ties are merged.
 _SELECTIONS = 32
-
-
-class Work(NamedTuple):
-    """Ties that are worked on as one.
-
-    Attributes:
-        ties: one, or several that were merged.
-        executor: what applies operations to them: their index, or their shards.
-        numbers: of their tensors, among those of all ties that were given; None for all of them in their order.
-    """
-
-    ties: tuple[Partition, ...]
-    executor: Index | Shards
-    numbers: list[int] | None
 
 
 class Engine:
@@ -86,8 +72,8 @@ class Engine:
             pairs: ties and their tensors, all of which are sharded or none, tie by tie.
             compacts: for a folding, the compact tensors of each tie.
         """
-        for function, arguments in self._untraced_calls(operation, pairs, compacts, compiled=is_under_compiler()):
-            function(*arguments)
+        for call in self._untraced_calls(operation, pairs, compacts, compiled=is_under_compiler()):
+            call()
 
     def calls(
         self,
@@ -96,7 +82,7 @@ class Engine:
         compacts: Sequence[Sequence[Tensor]] | None = None,
         *,
         compiled: bool,
-    ) -> Sequence[Call]:
+    ) -> Sequence[Callable[[], None]]:
         """Apply an operation but for what is worth compiling, and return the calls that do the rest.
 
         Args:
@@ -111,7 +97,7 @@ class Engine:
         plan = self._plan(pairs)
         tensors = list(chain.from_iterable(map(itemgetter(1), pairs)))
         others = None if compacts is None else list(chain.from_iterable(compacts))
-        calls: Sequence[Call] = ()
+        calls: Sequence[Callable[[], None]] = ()
         if compiled:
             calls, plan = self._compiled(operation, plan, tensors, others)
         for work in plan:
@@ -131,7 +117,7 @@ class Engine:
 
     def _compiled(
         self, operation: Operation, plan: list[Work], tensors: list[Tensor], others: list[Tensor] | None
-    ) -> tuple[Sequence[Call], list[Work]]:
+    ) -> tuple[Sequence[Callable[[], None]], list[Work]]:
         """The calls for what is worth compiling, and the rest of the plan."""
         if operation.function is project_ and others is None:
             return projections(plan, tensors, operation, self.copies)
@@ -157,7 +143,7 @@ class Engine:
         workspace = Workspace()
         # Nor is anything merged for it.
         for tie, tensors in pairs:
-            if any(map(is_sharded, tensors)):
+            if spans_ranks(tensors):
                 yield self._shards_for(tie, tensors).answer(question, tensors, workspace)
             else:
                 yield question.function(tensors, self.index_for(tie, tensors), workspace, **question.options)
@@ -171,7 +157,7 @@ class Engine:
                 twice.
             reduction: ``"mean"`` or ``"sum"``.
         """
-        if not any(map(is_sharded, tensors)):
+        if not spans_ranks(tensors):
             return list(projected(tensors, partial(self.index_for, tie), reduction))
         with torch.no_grad():
             results = _copies(tensors)
@@ -183,7 +169,7 @@ class Engine:
 
         Of sharded tensors every rank gathers the whole for the time of this call.
         """
-        if not any(map(is_sharded, tensors)):
+        if not spans_ranks(tensors):
             # Of tensors that are part of a graph what is written is to be part of it, too.
             with torch.set_grad_enabled(any(tensor.grad_fn is not None for tensor in tensors)):
                 start_from_first_(tensors, self.index_for(tie, tensors), Workspace(), order)
@@ -255,7 +241,7 @@ class Engine:
         for tie, tensors in pairs:
             numbers = list(range(count, count + len(tensors)))
             count += len(tensors)
-            if any(map(is_sharded, tensors)):
+            if spans_ranks(tensors):
                 plan.append(Work((tie,), self._shards_for(tie, tensors), numbers))
                 continue
             kind = self._kind(tie, tensors[0]) if merge else None

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from tieopt.engine.compiled import Call, is_under_compiler
 from tieopt.engine.engine import Pairs
-from tieopt.engine.graphs import between_graphs, untraced
+from tieopt.engine.graphs import between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import refusal
 from tieopt.modes.conversion import begun, compacted, expanded, refolded, without_history
@@ -243,8 +242,8 @@ class CompactStep:
         """Step on the gradients that are there."""
         compiled = is_under_compiler()
         if not self._is_inner:
-            for function, arguments in self._begin(None, compiled):
-                function(*arguments)
+            for call in self._begin(None, compiled):
+                call()
         return self._run(inner_step, compiled, *args, **kwargs)
 
     @between_graphs
@@ -252,8 +251,8 @@ class CompactStep:
         """Call another method than ``step()``, which may write weights that have no gradients."""
         _check_method(self._optimizer, method)
         pairs = self._mode.pairs_of_calls(self._optimizer.param_groups, self._optimizer.state)
-        for function, arguments in self._begin(pairs, compiled=False):
-            function(*arguments)
+        for call in self._begin(pairs, compiled=False):
+            call()
         args = tuple(_replaced_by(arg, self._compacts) for arg in args)
         kwargs = {name: _replaced_by(arg, self._compacts) for name, arg in kwargs.items()}
         result = self._run(method, False, *args, **kwargs)
@@ -272,7 +271,7 @@ class CompactStep:
             self._exchange_back()
 
     @untraced
-    def _begin(self, pairs: Pairs[BoundTie] | None, compiled: bool) -> Sequence[Call]:
+    def _begin(self, pairs: Pairs[BoundTie] | None, compiled: bool) -> Sequence[Callable[[], None]]:
         """Read compact parameters, by default those with gradients, and return the calls that do the rest."""
         mode, param_groups = self._mode, self._optimizer.param_groups
         if not mode.is_attached:
@@ -335,7 +334,7 @@ class CompactStep:
             shapes = {param: compacts[id(param)].shape for param in params}
             state.update(refolded(held, shapes, tie, self._optimizer, self._mode.engine))
 
-    def _fold(self, targets_of: Mapping[int, Tensor], compiled: bool) -> Sequence[Call]:
+    def _fold(self, targets_of: Mapping[int, Tensor], compiled: bool) -> Sequence[Callable[[], None]]:
         engine, reduction = self._mode.engine, self._mode.reduction
         grads, targets = [], []
         for (tie, params), compacts in zip(self._took_part, self._values, strict=True):
@@ -400,8 +399,8 @@ class CompactStep:
             self._put_back()
             self.finish()
             loss = closure(*args, **kwargs)
-            for function, arguments in self._begin(None, is_under_compiler()):
-                function(*arguments)
+            for call in self._begin(None, is_under_compiler()):
+                call()
             self._exchange()
             return loss
 

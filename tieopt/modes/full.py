@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tieopt.engine.compiled import Call, is_under_compiler
-from tieopt.engine.graphs import between_graphs, is_capturing, untraced
+from tieopt.engine.graphs import between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import message, users_level
 from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
@@ -64,8 +63,8 @@ class FullStep:
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Step on the gradients that are there, tied."""
         compiled = is_under_compiler()
-        for function, arguments in self._begin(compiled):
-            function(*arguments)
+        for call in self._begin(compiled):
+            call()
         if compiled:
             inner_step = self._mode.inner_copies.of(inner_step)
         held = self._mode.held(self._optimizer)
@@ -77,7 +76,7 @@ class FullStep:
         return result
 
     @untraced
-    def _begin(self, compiled: bool) -> Sequence[Call]:
+    def _begin(self, compiled: bool) -> Sequence[Callable[[], None]]:
         """Tie the weights and gradients that are there, and return the calls that do the rest."""
         pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
         self._check_weights(pairs)
@@ -124,8 +123,8 @@ class FullStep:
         def tie_again(*_: object) -> None:
             if self._gradient_traces() != tied:
                 self._restore()
-                for function, arguments in self._begin(compiled=False):
-                    function(*arguments)
+                for call in self._begin(compiled=False):
+                    call()
 
         hooks = [
             inner.register_step_pre_hook(tie_again) for inner in held if hasattr(inner, "_optimizer_step_pre_hooks")
@@ -157,8 +156,8 @@ class FullStep:
             self._restore()
             loss = closure(*args, **kwargs)
             self._makes_gradients = True
-            for function, arguments in self._begin(is_under_compiler()):
-                function(*arguments)
+            for call in self._begin(is_under_compiler()):
+                call()
             return loss
 
         return tied_closure

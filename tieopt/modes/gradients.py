@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tieopt.engine.compiled import Call
 from tieopt.engine.engine import Engine, Pairs
 from tieopt.engine.sharded import placed_as, spans_ranks
 from tieopt.numbers.reduction import Operation, Reduction, divide_, project_
@@ -33,7 +32,7 @@ def tie_gradients(
     undo: list[Callable[[], None]] | None = None,
     *,
     compiled: bool = False,
-) -> Sequence[Call]:
+) -> Sequence[Callable[[], None]]:
     """Tie gradients but for what is worth compiling, and return the calls that do the rest.
 
     Args:

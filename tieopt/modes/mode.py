@@ -276,7 +276,7 @@ class Mode(ABC):
             or (any(state.get(param) for param in params) and self._is_still_tied(tie, params))
         ]
 
-    @between_graphs
+    @untraced
     def note(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> None:
         """Remember ties whose parameters are tied now."""
         self._seen.update(traces(pairs))
