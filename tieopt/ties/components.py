@@ -1,4 +1,4 @@
-"""Ties that have to be folded together, because a parameter has but one compact one."""
+"""Ties that are folded together, because a parameter has one compact parameter for all of its ties."""
 
 from __future__ import annotations
 
@@ -11,40 +11,38 @@ from tieopt.ties.slices import FREE, Slices, told_apart
 
 
 def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[BoundTie]:
-    """Ties that have a parameter in common, or join some, as one."""
-    sets: dict[Place, list[BoundTie]] = {}
+    """Return ties that have each parameter once: those that have one in common, or join some, as one."""
+    component_of: dict[Place, list[BoundTie]] = {}
     for tie in ties:
-        met = {id(own): own for place in tie.places if (own := sets.get(place)) is not None}
-        united = [*(each for own in met.values() for each in own), tie]
-        sets.update((place, united) for each in united for place in each.places)
-    return [_component(own, param_groups) for own in {id(own): own for own in sets.values()}.values()]
+        touched = {id(known): known for place in tie.places if (known := component_of.get(place)) is not None}
+        united = [*(other for known in touched.values() for other in known), tie]
+        component_of.update((place, united) for other in united for place in other.places)
+    distinct = {id(component): component for component in component_of.values()}
+    return [_as_one(component, param_groups) for component in distinct.values()]
 
 
-def _component(ties: Sequence[BoundTie], param_groups: ParamGroups) -> BoundTie:
-    kinds: dict[Place, set[tuple[int, torch.Size]]] = {}
-    for tie in ties:
-        for place, each in zip(tie.places, tie.slices, strict=True):
-            kinds.setdefault(place, set()).add((each.dim, each.labels.shape))
-    slices = [list(tie.slices) for tie in ties]
-    # What is tied in slices of several kinds is tied entry by entry.
-    if any(len(own) > 1 for own in kinds.values()):
-        params = [[parameter_at(param_groups, place) for place in tie.places] for tie in ties]
-        # Before they are told apart: a group of slices is as many groups as a slice has entries.
-        slices = [
-            [Slices(*each.entries(param)) for each, param in zip(*both, strict=True)]
-            for both in zip(slices, params, strict=True)
-        ]
-    parts: dict[Place, list[Slices]] = {}
-    for tie, own in zip(ties, told_apart(slices), strict=True):
-        for place, each in zip(tie.places, own, strict=True):
-            parts.setdefault(place, []).append(each)
-    return BoundTie(list(parts), [_overlaid(own) for own in parts.values()])
+def _as_one(ties: Sequence[BoundTie], param_groups: ParamGroups) -> BoundTie:
+    kinds = {(place, s.dim, s.labels.shape) for tie in ties for place, s in zip(tie.places, tie.slices, strict=True)}
+    # Where a parameter is tied in slices of several kinds, everything is tied entry by entry.
+    by_entry = len(kinds) > len({place for place, *_ in kinds})
+    # Before labels are told apart: a group of slices is as many groups as a slice has entries.
+    labelled = [_entries(tie, param_groups) if by_entry else tie.slices for tie in ties]
+    by_place: dict[Place, list[Slices]] = {}
+    for tie, apart in zip(ties, told_apart(labelled), strict=True):
+        for place, slices in zip(tie.places, apart, strict=True):
+            by_place.setdefault(place, []).append(slices)
+    return BoundTie(list(by_place), [_overlaid(several) for several in by_place.values()])
 
 
-def _overlaid(slices: Sequence[Slices]) -> Slices:
-    """Several labellings of the same slices, which share none, as one."""
-    labels, scale = slices[0].labels, slices[0].scales
-    for each in slices[1:]:
-        labels, scale = torch.maximum(labels, each.labels), torch.where(each.labels == FREE, scale, each.scales)
-    scaled = any(each.scale is not None for each in slices)
-    return Slices(labels, torch.where(labels == FREE, 1.0, scale) if scaled else None, slices[0].dim)
+def _entries(tie: BoundTie, param_groups: ParamGroups) -> list[Slices]:
+    params = [parameter_at(param_groups, place) for place in tie.places]
+    return [Slices(*slices.entries(param)) for slices, param in zip(tie.slices, params, strict=True)]
+
+
+def _overlaid(layers: Sequence[Slices]) -> Slices:
+    """Return several labellings of the same slices, of which each has at most one label, as one."""
+    labels, scale = layers[0].labels, layers[0].scales
+    for layer in layers[1:]:
+        labels, scale = torch.maximum(labels, layer.labels), torch.where(layer.labels == FREE, scale, layer.scales)
+    scaled = any(layer.scale is not None for layer in layers)
+    return Slices(labels, torch.where(labels == FREE, 1.0, scale) if scaled else None, layers[0].dim)
