@@ -1,4 +1,4 @@
-"""The ties of an optimizer in words: a table of them, and a line."""
+"""The ties of an optimizer in words: a table, and a line."""
 
 from __future__ import annotations
 
@@ -14,46 +14,43 @@ _HEADINGS = ("parameter", "shape", "slices", "groups", "members", "free", "disti
 
 
 def table(mode: Mode, param_groups: ParamGroups) -> str:
-    """A table with a line for each tied parameter, and below it what joins and what relaxes them."""
-    lines, notes = [list(_HEADINGS)], []
+    """Return a table with a line for each tied parameter; lines below say what joins and what relaxes them."""
+    rows: list[tuple[str, ...]] = [_HEADINGS]
+    notes = []
     for tie, params in mode.parameters(param_groups):
         drift = f"{mode.engine.drift([(tie, params)]):.3g}"
         names = [name_of(param_groups, place) for place in tie.places]
         for name, place, slices in zip(names, tie.places, tie.slices, strict=True):
-            free = int((slices.labels == FREE).sum())
-            total, shared = slices.labels.numel(), _shared([slices])
-            counts = map(str, (total, _shared([slices], pinned=True), total - free, free, shared + free))
-            lines.append([name, str(tuple(place.shape)), *counts, drift])
+            rows.append((name, str(tuple(place.shape)), *map(str, _counts([slices])), drift))
         if len(names) > 1:
-            distinct = _shared(tie.slices) + sum(int((slices.labels == FREE).sum()) for slices in tie.slices)
-            notes.append(f"Joined: {', '.join(names)}, {distinct} distinct in all")
+            notes.append(f"Joined: {', '.join(names)}, {_counts(tie.slices)[-1]} distinct in all")
     if mode.relaxed and mode.ties:
         notes.append(f"Ties are {_relaxation(mode)}")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justified = ([*map(str.ljust, cells[:2], widths[:2]), *map(str.rjust, cells[2:], widths[2:])] for cells in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justified = ([*map(str.ljust, cells[:2], widths[:2]), *map(str.rjust, cells[2:], widths[2:])] for cells in rows)
     return "\n".join([*map("  ".join, justified), *notes])
 
 
 def line(mode: Mode) -> str:
-    """How much is tied, and how. It looks at no parameter, so that it can be asked for at any time."""
+    """Return how much is tied, and how. It looks at no parameter, so that it can be asked for at any time."""
     if not mode.ties:
         return "no ties"
-    # They are numbered in each tie.
-    largest = (
-        max((int(own.labels.max()) for own in tie.slices if own.labels.numel()), default=FREE) for tie in mode.ties
-    )
-    groups = sum(number + 1 for number in largest)
-    members = sum(int((slices.labels != FREE).sum()) for tie in mode.ties for slices in tie.slices)
+    _, groups, members, *_ = map(sum, zip(*(_counts(tie.slices) for tie in mode.ties), strict=True))
     parameters = len({place for tie in mode.ties for place in tie.places})
-    counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"
     how = _relaxation(mode) if mode.relaxed else f"reduction={mode.reduction!r}"
-    return f"{counts}, {how}{', compact=True' * (mode.compact)}"
+    counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"
+    return f"{counts}, {how}{', compact=True' * mode.compact}"
 
 
-def _shared(slices: Sequence[Slices], *, pinned: bool = False) -> int:
-    """How many groups there are, with or without those that are pinned at zero."""
-    members = [each.labels[(each.labels != FREE) & (pinned | (each.scales != 0))] for each in slices]
-    return len(torch.unique(torch.cat(members)))
+def _counts(slices: Sequence[Slices]) -> tuple[int, int, int, int, int]:
+    """Return how many slices, groups, members, free and distinct slices there are; those pinned at zero are not."""
+    labels = torch.cat([each.labels.flatten() for each in slices])
+    is_member = labels != FREE
+    is_trained = is_member & (torch.cat([each.scales.flatten() for each in slices]) != 0)
+    groups, shared = (len(torch.unique(labels[chosen])) for chosen in (is_member, is_trained))
+    members = int(is_member.sum())
+    free = len(labels) - members
+    return len(labels), groups, members, free, shared + free
 
 
 def _relaxation(mode: Mode) -> str:
