@@ -1,12 +1,11 @@
-"""The state of an optimizer, converted between one entry for each member and one for each group."""
+"""The state of an optimizer, converted between one entry for each member and one for each shared value."""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +13,71 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from tieopt.engine.engine import Engine
-from tieopt.errors import shown
+from tieopt.errors import refusal, shown
 from tieopt.modes.mode import Mode
-from tieopt.modes.state import Lost, Settings, State, begins_at, held_of, is_plain, scales_for, settings_in, tied_state
+from tieopt.modes.state import Lost, Settings, State, begins_at, has_shape, held_of, scales_for, settings_in, tied_state
 from tieopt.numbers.folding import Folded, compact_like, compact_slices
 from tieopt.numbers.reduction import times
 from tieopt.tensors import bits
 from tieopt.ties.components import components
-from tieopt.ties.places import BoundTie, ParamGroups, parameters_of
+from tieopt.ties.places import BoundTie, parameters_of
 from tieopt.ties.slices import FREE, Slices
 
 # Ties that have each parameter once, and their parameters.
 Components = Iterable[tuple[BoundTie, Sequence[Tensor]]]
+
+
+class _TiedParameter(NamedTuple):
+    """A parameter of a component, and its state, which is that of the parameter or of its compact one.
+
+    Attributes:
+        param: that stands in its place now.
+        state: of the parameter.
+        slices: of the parameter.
+        folded: which row of the compact parameters each slice is a multiple of, and which multiple.
+        shape: of the parameter when it was tied.
+        compact_shape: of the compact parameter.
+    """
+
+    param: Tensor
+    state: State
+    slices: Slices
+    folded: Folded
+    shape: torch.Size
+    compact_shape: torch.Size
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether its place was taken by a parameter of another shape."""
+        return self.param.shape != self.shape
+
+    def compact_value(self, key: str) -> Tensor | None:
+        """Return the tensor under a key if it has an entry for each of the compact parameter's."""
+        value = self.state.get(key)
+        return value if has_shape(value, self.compact_shape) else None
+
+    def compacted(self, state: State) -> State:
+        """Return a state with an entry for each of the compact parameter's, where it has one for each of the whole."""
+        kept = self.folded.kept
+        like = compact_like(self.slices, self.param.detach(), len(kept))
+        compact = dict(state)
+        for key, value in state.items():
+            if has_shape(value, self.shape):
+                scales = scales_for(key, [value], self.folded.scale[kept])
+                rows = times(_select(_rows(self.slices, value), kept), 1 / scales)
+                compact[key] = _tensor_of(rows, compact_slices(self.slices), like)
+        return compact
+
+
+_Component = Sequence[_TiedParameter]
+
+
+def _component(tie: BoundTie, params: Sequence[Tensor], state: Mapping[Tensor, State], engine: Engine) -> _Component:
+    parameters = []
+    for place, slices, folded, param in zip(tie.places, tie.slices, engine.folded(tie), params, strict=True):
+        compact = compact_like(slices, torch.empty(place.shape, device="meta"), len(folded.kept))
+        parameters.append(_TiedParameter(param, held_of(state, param), slices, folded, place.shape, compact.shape))
+    return parameters
 
 
 # Tensors that are made in inference mode could not be written to outside of it, by the next step.
@@ -34,17 +86,17 @@ Components = Iterable[tuple[BoundTie, Sequence[Tensor]]]
 def compacted(
     state: Mapping[Tensor, State], pairs: Components, engine: Engine, maybe: bool = False, lost: Lost | None = None
 ) -> dict[Tensor, State]:
-    """The state of compact parameters, from that of tied ones.
+    """Return the state of compact parameters, from that of tied ones.
 
     Args:
         state: of an optimizer, by parameter; that of tied ones is tied as well.
         pairs: the ties that have each parameter once, and their parameters.
-        engine: which knows what is kept of each.
+        engine: which knows the slices of compact parameters.
         maybe: whether it may be that of compact parameters already, as distributed checkpoints do not say.
         lost: gets what cannot be converted; the parameter then has no state.
 
     Returns:
-        What takes the place of the state of each parameter.
+        The new state of each parameter.
 
     Raises:
         ValueError: something is kept in a shape that only an optimizer of the whole parameter makes sense of, and there
@@ -52,31 +104,14 @@ def compacted(
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        for slices, part, param in zip(tie.slices, engine.folded(tie), params, strict=True):
-            held = held_of(state, param)
-            whole = {key for key, value in held.items() if _is_of(value, param.shape)}
-            fitting = _compact_shape(slices, part, param.shape) if maybe else param.shape
-            odd = [key for key, value in held.items() if key not in whole and not _is_known(value, fitting)]
-            if odd and lost is None:
-                _refuse(held, odd[0], param.shape)
-            elif lost is not None and odd:
-                lost[param] = list(held)
+        for tied in _component(tie, params, state, engine):
+            odd = _of_other_shapes(tied.state, tied.shape, *[tied.compact_shape] * maybe)
+            if odd:
+                _drop(lost, tied.param, tied.state, odd, tied.shape)
             # Where nothing of a parameter is left, there is nothing to train.
-            if odd or not len(part.kept):
-                changed[param] = {}
-                continue
-            changed[param] = {
-                key: _compact_value(key, value, slices, part, param) if key in whole else value
-                for key, value in held.items()
-            }
+            is_trained = not odd and len(tied.folded.kept)
+            changed[tied.param] = tied.compacted(tied.state) if is_trained else {}
     return changed
-
-
-def _compact_value(key: str, value: Tensor, slices: Slices, part: Folded, param: Tensor) -> Tensor:
-    rows = bits(_rows(slices, value))[part.kept.to(value.device)].view(value.dtype)
-    scales = scales_for(key, [value], part.scale[part.kept])
-    values = _in_place(compact_slices(slices), times(rows, 1 / scales))
-    return _laid_out_as(compact_like(slices, param.detach(), len(part.kept)), values)
 
 
 @torch.inference_mode(False)
@@ -88,34 +123,30 @@ def refolded(
     optimizer: Optimizer,
     engine: Engine,
 ) -> dict[Tensor, State]:
-    """The state of compact parameters, where something in it has an entry for each of the whole ones.
+    """Return the state of compact parameters, where something in it has an entry for each of the whole ones.
 
     Args:
         state: of compact parameters, by the tied ones.
         shapes: of the compact parameters, by the tied ones.
         tie: the component.
         optimizer: of any kind; what LBFGS keeps is of other shapes, and may have this one by chance.
-        engine: which knows what is kept of each.
+        engine: which knows the slices of compact parameters.
 
     Returns:
-        What takes the place of the state of parameters for which it changes.
+        The new state of each parameter for which it changes.
     """
     whole = {
-        param: {key: value for key, value in held.items() if _is_of(value, param.shape)}
+        param: {key: value for key, value in held.items() if has_shape(value, param.shape)}
         for param, held in state.items()
         if param.shape != shapes[param] and not isinstance(optimizer, torch.optim.LBFGS)
     }
     if not any(whole.values()):
         return {}
-    settings = settings_in(optimizer.param_groups)
-    whole |= tied_state(whole, [(tie, list(shapes))], settings)
+    whole |= tied_state(whole, [(tie, list(shapes))], settings_in(optimizer.param_groups))
     return {
-        param: {
-            key: _compact_value(key, whole[param][key], slices, part, param) if key in whole[param] else value
-            for key, value in state[param].items()
-        }
-        for param, slices, part in zip(shapes, tie.slices, engine.folded(tie), strict=True)
-        if state[param] and whole.get(param)
+        tied.param: tied.compacted({key: whole[tied.param].get(key, value) for key, value in tied.state.items()})
+        for tied in _component(tie, list(shapes), state, engine)
+        if tied.state and whole.get(tied.param)
     }
 
 
@@ -124,18 +155,18 @@ def refolded(
 def expanded(
     state: Mapping[Tensor, State], pairs: Components, engine: Engine, settings: Settings, lost: Lost | None = None
 ) -> dict[Tensor, State]:
-    """The state of tied parameters, from that of compact ones.
+    """Return the state of tied parameters, from that of compact ones.
 
     Args:
         state: of an optimizer, by tied parameter, in the shapes of the compact ones.
         pairs: the ties that have each parameter once, and their parameters.
-        engine: which knows what is kept of each.
+        engine: which knows the slices of compact parameters.
         settings: of the parameters.
         lost: gets what cannot be converted; the parameter then has no state. With it, a parameter may have another
             shape than when it was tied, and what is kept in that shape is left as it is.
 
     Returns:
-        What takes the place of the state of each parameter.
+        The new state of each parameter.
 
     Raises:
         ValueError: something is kept in a shape that only an optimizer of the compact parameter makes sense of, and
@@ -143,140 +174,87 @@ def expanded(
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        changed |= _Expansion(tie, params, state, engine, settings).states(lost)
+        component = _component(tie, params, state, engine)
+        # For each row of all compact parameters, the number of the parameter.
+        owners = torch.repeat_interleave(torch.tensor([len(tied.folded.kept) for tied in component], device="cpu"))
+        for tied in component:
+            rows = tied.folded.rows[tied.folded.rows != FREE]
+            # Its values are in their states.
+            sources = [component[number] for number in sorted(set(owners[rows].tolist())) if component[number].state]
+            odd = _unreadable(tied, sources, lost)
+            if odd:
+                _drop(lost, tied.param, tied.state, odd, tied.compact_shape)
+                changed[tied.param] = {}
+            elif tied.state or (sources and not tied.is_replaced):
+                keys = tied.state or dict.fromkeys(key for other in component for key in other.state)
+                changed[tied.param] = {key: _expanded(key, tied, sources, component, settings) for key in keys}
     return changed
 
 
-class _Expansion:
-    """The state of the parameters of one component, on its way from compact ones.
+def _unreadable(tied: _TiedParameter, sources: _Component, lost: Lost | None) -> list[str]:
+    """Return the keys of values that can neither be expanded nor fit the parameter as it is now."""
+    if lost is None:
+        return _of_other_shapes(tied.state, tied.compact_shape)
+    if tied.is_replaced:
+        return _of_other_shapes(tied.state, tied.param.shape)
+    # Members may have their values in the state of another parameter, where these may be unreadable.
+    return _of_other_shapes(tied.state, tied.compact_shape, tied.shape) or [
+        key
+        for source in sources
+        for key in _of_other_shapes(source.state, source.compact_shape)
+        if not tied.state or tied.compact_value(key) is not None
+    ]
 
-    Args:
-        tie: the component.
-        params: its parameters.
-        state: by parameter, in the shapes of the compact ones.
-        engine: which knows what is kept of each.
-        settings: of the parameters.
-    """
 
-    def __init__(
-        self,
-        tie: BoundTie,
-        params: Sequence[Tensor],
-        state: Mapping[Tensor, State],
-        engine: Engine,
-        settings: Settings,
-    ) -> None:
-        self.slices, self.folded, self.params, self.settings = tie.slices, engine.folded(tie), params, settings
-        self.held = [held_of(state, param) for param in params]
-        # When it was tied: by now a parameter may have another one.
-        self.whole = [place.shape for place in tie.places]
-        self.compact = [
-            _compact_shape(slices, part, shape)
-            for slices, part, shape in zip(self.slices, self.folded, self.whole, strict=True)
-        ]
-        self.odd = [
-            [key for key, value in one.items() if not _is_known(value, shape)]
-            for one, shape in zip(self.held, self.compact, strict=True)
-        ]
-
-    def states(self, lost: Lost | None) -> dict[Tensor, State]:
-        """What takes the place of the state of each parameter; as for :func:`expanded`."""
-        for part, odd in enumerate(self.odd if lost is None else []):
-            if odd:
-                _refuse(self.held[part], odd[0], self.compact[part])
-        changed: dict[Tensor, State] = {}
-        for part, (param, held) in enumerate(zip(self.params, self.held, strict=True)):
-            homes = [number for number in range(len(self.held)) if self._stand_in(part, number)]
-            odd = [] if lost is None else self._odd(part, homes)
-            if lost is not None and odd:
-                lost[param], changed[param] = list(held) or odd, {}
-            elif held or (homes and param.shape == self.whole[part]):
-                changed[param] = {key: self._value(key, part, homes) for key in held or self._keys()}
-        return changed
-
-    def _odd(self, part: int, homes: Sequence[int]) -> list[str]:
-        """What is kept of a parameter, and neither can be converted nor fits it as it is now."""
-        held, param = self.held[part], self.params[part]
-        if param.shape != self.whole[part]:
-            return [key for key, value in held.items() if not _is_known(value, param.shape)]
-        odd = [key for key in self.odd[part] if not _is_of(held[key], param.shape)]
-        # Members may have their values where these cannot be read.
-        elsewhere = [key for number in homes if number != part for key in self.odd[number]]
-        return odd or [key for key in elsewhere if not held or _is_of(held.get(key), self.compact[part])]
-
-    def _stand_in(self, part: int, number: int) -> bool:
-        """Whether groups of one parameter stand in the compact one of another, which has a state."""
-        before, rows = sum(len(each.kept) for each in self.folded[:number]), self.folded[part].rows
-        end = before + len(self.folded[number].kept)
-        return bool(self.held[number]) and bool(((rows >= before) & (rows < end)).any())
-
-    def _keys(self) -> list[str]:
-        return list(dict.fromkeys(key for one in self.held for key in one))
-
-    def _value(self, key: str, part: int, homes: Sequence[int]) -> Any:
-        param, held = self.params[part], self.held[part]
-        fits = held and _is_of(held[key], param.shape) and not _is_of(held[key], self.compact[part])
-        if fits or param.shape != self.whole[part]:
-            return held[key]
-        values = [one.get(key) for one in self.held]
-        if any(_is_of(values[number], self.compact[number]) for number in {part, *homes}):
-            return _laid_out_as(param.detach(), self._expanded(key, part, values))
-        return held[key] if held else copy.deepcopy(values[homes[0]])
-
-    def _expanded(self, key: str, part: int, values: Sequence[Any]) -> Tensor:
-        plain = [_is_of(value, shape) for value, shape in zip(values, self.compact, strict=True)]
-        shown = [value for value, one in zip(values, plain, strict=True) if one]
-        like: Tensor = values[part] if plain[part] else shown[0]
-        # What no gradient has reached yet: a pinned entry, or a parameter that was not trained.
-        start = begins_at(key, self.settings(self.params[part]), like)
-        rows = torch.cat(
-            [
-                _rows(compact_slices(each), value.to(like) if one else like.new_full(shape, start))
-                for each, value, one, shape in zip(self.slices, values, plain, self.compact, strict=True)
-            ]
-        )
-        own = self.folded[part]
-        known = own.rows != FREE
-        full = rows.new_full((len(own.rows), *rows.shape[1:]), start)
-        scales = scales_for(key, shown, own.scale[known])
-        chosen = bits(rows)[own.rows[known].to(rows.device)].view(rows.dtype)
-        bits(full)[known.to(rows.device)] = bits(times(chosen, scales))
-        return _in_place(self.slices[part], full)
+def _expanded(key: str, tied: _TiedParameter, sources: _Component, component: _Component, settings: Settings) -> Any:
+    """Return the value of a whole parameter under a key, from those of the compact parameters that have its rows."""
+    value = tied.state.get(key)
+    is_whole = has_shape(value, tied.shape) and tied.shape != tied.compact_shape
+    if is_whole or tied.is_replaced or all(source.compact_value(key) is None for source in (tied, *sources)):
+        return value if tied.state else copy.deepcopy(sources[0].state.get(key))
+    values = [value for other in (tied, *component) if (value := other.compact_value(key)) is not None]
+    like = values[0]
+    # For what no gradient has reached yet: parameters that were not trained, and pinned slices.
+    start = begins_at(key, settings(tied.param), like)
+    rows = []
+    for other in component:
+        compact = other.compact_value(key)
+        compact = like.new_full(other.compact_shape, start) if compact is None else compact.to(like)
+        rows.append(_rows(compact_slices(other.slices), compact))
+    # Pinned slices have the row of number -1.
+    rows.append(like.new_full((1, *rows[0].shape[1:]), start))
+    scales = scales_for(key, values, tied.folded.scale)
+    return _tensor_of(times(_select(torch.cat(rows), tied.folded.rows), scales), tied.slices, tied.param.detach())
 
 
 def without_history(
     optimizer: Optimizer, state: Mapping[Any, Any], lost: Lost | None = None, entries: int | None = None
 ) -> dict[Any, Any]:
-    """The state without what LBFGS keeps of all parameters together, under the first one, and cannot be converted.
+    """Return the state without what LBFGS keeps of all parameters together, under the first one.
 
     Args:
         optimizer: of any kind; others have no history.
         state: that it has, by parameter.
-        lost: gets what there is.
-        entries: of how many entries a history is right as it is.
+        lost: gets the keys that are left out.
+        entries: the number of entries of a history that can stay.
 
     Raises:
-        ValueError: there is some, and no ``lost``.
+        ValueError: there is a history, and no ``lost``.
     """
     state = dict(state)
     for param in state if isinstance(optimizer, torch.optim.LBFGS) else ():
         held = held_of(state, param)
-        history = [key for key, value in held.items() if any(map(partial(_is_vector, entries), _tensors_in(value)))]
-        if history and lost is None:
-            _refuse(held, history[0], param.shape)
-        elif history and lost is not None:
-            lost[param], state[param] = list(held), {}
+        history = _with_tensors(held, lambda tensor: tensor.dim() > 0 and tensor.numel() != entries)
+        if history:
+            _drop(lost, param, held, history, param.shape)
+            state[param] = {}
     return state
-
-
-def _is_vector(entries: int | None, tensor: Tensor) -> bool:
-    return tensor.dim() > 0 and tensor.numel() != entries
 
 
 def converter(
     mode: Mode, optimizer: Any, was_compact: bool | None
-) -> Callable[[Mapping[Any, Any]], dict[Any, Any]] | None:
-    """Return what converts a state that was saved in the other mode, or without a word; None if there is no need.
+) -> Callable[[Mapping[Any, Any]], dict[Tensor, State]] | None:
+    """Return a function that converts a loaded state to the mode of the ties; None if it needs no conversion.
 
     Args:
         mode: the ties.
@@ -285,32 +263,28 @@ def converter(
     """
     if bool(was_compact) == mode.compact:
         return None
-    param_groups, settings = optimizer.param_groups, settings_in(optimizer.param_groups)
+    param_groups, engine = optimizer.param_groups, mode.engine
     ties = mode.applied if mode.compact else components(mode.ties, param_groups)
     pairs = parameters_of(ties, param_groups)
-    entries = _count_entries(pairs, mode.engine, param_groups) if was_compact is None else None
+    entries = None
+    if was_compact is None:
+        # The inner optimizer trains so many in the compact mode.
+        shapes = {param: param.shape for settings in param_groups for param in settings["params"]}
+        shapes |= {tied.param: tied.compact_shape for pair in pairs for tied in _component(*pair, {}, engine)}
+        entries = sum(shape.numel() for shape in shapes.values())
 
-    def convert(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    def convert(state: Mapping[Any, Any]) -> dict[Tensor, State]:
         if pairs:
             without_history(optimizer, state, entries=entries)
         if was_compact:
-            return dict(expanded(state, pairs, mode.engine, settings))
-        return dict(compacted(state, pairs, mode.engine, maybe=was_compact is None))
+            return expanded(state, pairs, engine, settings_in(param_groups))
+        return compacted(state, pairs, engine, maybe=was_compact is None)
 
     return convert
 
 
-def _count_entries(pairs: Components, engine: Engine, param_groups: ParamGroups) -> int:
-    """How many entries the inner optimizer trains in the compact mode."""
-    entries = {id(param): param.numel() for settings in param_groups for param in settings["params"]}
-    for tie, params in pairs:
-        for slices, part, param in zip(tie.slices, engine.folded(tie), params, strict=True):
-            entries[id(param)] = _compact_shape(slices, part, param.shape).numel()
-    return sum(entries.values())
-
-
 def begun(optimizer: Optimizer, param: Tensor, settings: Mapping[str, Any]) -> State:
-    """The state with which an optimizer begins; most have none before the first step."""
+    """Return the state of a parameter with which an optimizer begins; most have none before the first step."""
     if not isinstance(optimizer, torch.optim.Adagrad):
         return {}
     fused = bool(settings.get("fused"))
@@ -319,31 +293,36 @@ def begun(optimizer: Optimizer, param: Tensor, settings: Mapping[str, Any]) -> S
     return {"step": step, "sum": torch.full_like(param.detach(), begins_at("sum", settings, param))}
 
 
-def _refuse(held: State, key: str, shape: torch.Size) -> None:
-    raise ValueError(
-        "This state cannot be converted between the parameter and the compact parameter of a tie.\n"
-        f"  Expected: one entry for each of shape {tuple(shape)}, or a single one\n"
-        f"  Got:      {key!r}{_shape_in(held[key])}: {shown(held[key])}"
+# --- values that cannot be converted ---
+
+
+def _of_other_shapes(state: State, *shapes: torch.Size) -> list[str]:
+    """Return the keys of values that have none of some shapes, unless they are single numbers or no tensors at all."""
+    others = {key: value for key, value in state.items() if not any(has_shape(value, shape) for shape in shapes)}
+    return _with_tensors(others, lambda tensor: tensor.numel() > 1)
+
+
+def _with_tensors(state: State, condition: Callable[[Tensor], bool]) -> list[str]:
+    return [key for key, value in state.items() if any(map(condition, _tensors_in(value)))]
+
+
+def _drop(lost: Lost | None, param: Tensor, held: State, keys: list[str], shape: torch.Size) -> None:
+    """Note the state of a parameter as lost because of some keys; refuse to lose it where it cannot be noted."""
+    if lost is not None:
+        lost[param] = list(held) or keys
+        return
+    key, value = keys[0], held[keys[0]]
+    sizes = [f" of shape {tuple(tensor.shape)}" for tensor in _tensors_in(value) if tensor.numel() > 1]
+    raise refusal(
+        ValueError,
+        "This state cannot be converted between the parameter and the compact parameter of a tie.",
+        expected=f"one entry for each of shape {tuple(shape)}, or a single one",
+        got=f"{key!r}{''.join(sizes[:1])}: {shown(value)}",
     )
 
 
-def _shape_in(value: Any) -> str:
-    odd = next((tensor for tensor in _tensors_in(value) if tensor.numel() > 1), None)
-    return "" if odd is None else f" of shape {tuple(odd.shape)}"
-
-
-def _is_known(value: Any, shape: torch.Size) -> bool:
-    """Whether a value of the state can be converted: it has an entry for each of the shape, or is a single one."""
-    return _is_of(value, shape) or is_shapeless(value)
-
-
-def is_shapeless(value: Any) -> bool:
-    """Whether a value of the state has no tensor of several entries, and fits a parameter of any shape."""
-    return all(tensor.numel() <= 1 for tensor in _tensors_in(value))
-
-
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors that a value of the state consists of, in containers and objects, too."""
+    """Yield the tensors that a value of the state consists of, also those in containers and objects."""
     waiting, seen = [value], set()
     while waiting:
         value = waiting.pop()
@@ -359,27 +338,23 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
                 waiting.extend(getattr(value, "__dict__", {}).values())
 
 
-def _is_of(value: Any, shape: torch.Size) -> bool:
-    """Whether a value of the state is plain numbers, one for each entry."""
-    return is_plain(value) and value.shape == shape
+# --- tensors as rows, one for each slice, in the order of the labels ---
 
 
-def _compact_shape(slices: Slices, part: Folded, shape: torch.Size) -> torch.Size:
-    own = [len(part.kept), *slices.slice_shape(torch.empty(shape, device="meta"))]
-    return torch.empty(own, device="meta").movedim(0, compact_slices(slices).dim).shape
+def _rows(slices: Slices, tensor: Tensor) -> Tensor:
+    return tensor.movedim(slices.dim, 0).flatten(0, slices.labels.dim() - 1)
 
 
-def _rows(slices: Slices, value: Tensor) -> Tensor:
-    front = value.movedim(slices.dim, 0)
-    return front.flatten(0, slices.labels.dim() - 1)
+def _select(rows: Tensor, numbers: Tensor) -> Tensor:
+    return bits(rows)[numbers.to(rows.device)].view(rows.dtype)
 
 
-def _in_place(slices: Slices, rows: Tensor) -> Tensor:
-    """The tensor that has these rows."""
-    labels = slices.labels.shape if slices.labels.dim() > 1 else rows.shape[:1]
-    return rows.reshape(*labels, *rows.shape[1:]).movedim(0, slices.dim)
+def _tensor_of(rows: Tensor, slices: Slices, like: Tensor) -> Tensor:
+    """Return the tensor that has these rows, in the memory layout of another one.
 
-
-def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
-    """The value in the memory layout of the parameter that it belongs to: fused kernels walk both side by side."""
-    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+    Fused kernels walk a parameter and its state together, and take them to have one layout.
+    """
+    tensor = torch.empty_like(like, dtype=rows.dtype, device=rows.device)
+    front = tensor.movedim(slices.dim, 0)
+    front.copy_(rows.reshape(front.shape))
+    return tensor

@@ -1,10 +1,10 @@
-"""The state of an optimizer made as if its parameters had been tied all along."""
+"""The state of optimizers, and how it is tied."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,35 +13,50 @@ from torch.optim import Optimizer
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import untraced
 from tieopt.engine.sharded import on_any_rank
-from tieopt.numbers.reduction import rounded
 from tieopt.numbers.start import Start
-from tieopt.tensors import bits, calculable, is_sharded, is_sharded_as, local, real, sharded_as, wide_dtype
+from tieopt.tensors import calculable, is_sharded, is_sharded_as, local, real, sharded_as
 from tieopt.ties.places import BoundTie, ParamGroups
 from tieopt.ties.slices import FREE, Partition, Slices
 
-# How torch's optimizers call what has the sign of a gradient or a weight.
+# Keys of torch's optimizers for values with the sign of a gradient or a weight; their scales are those of the weights.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 
+# The powers of the scales that count under other keys; the second where a key is not listed.
+_POWERS = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}
+
+# Attributes in which no other optimizer is looked for; the first two may be large.
+KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
+
+# The state of one parameter.
 State = dict[str, Any]
 
-# The settings of the parameter group of a parameter.
+# The settings of the parameter group that a parameter is in.
 Settings = Callable[[Tensor], Mapping[str, Any]]
+
+# Values under one key of the state, by the number of the parameter in its tie.
+_Values = Mapping[int, Tensor]
+
+# Keys of the state that is dropped because it cannot be converted, by parameter.
+Lost = dict[Tensor, list[str]]
+
+
+# --- what an optimizer has ---
 
 
 def settings_in(param_groups: ParamGroups) -> Settings:
-    """The settings of the parameters of an optimizer; none of a parameter that it does not have."""
+    """Return a function that looks up the settings of a parameter; it has none if it is in no group."""
     groups = {id(param): settings for settings in param_groups for param in settings["params"]}
     return lambda param: groups.get(id(param), {})
 
 
 def held_of(state: Mapping[Any, Any], param: Tensor) -> State:
-    """What an optimizer keeps of a parameter, if it is a dictionary."""
+    """Return the state of a parameter; none if it is not a dictionary."""
     held = state.get(param)
     return held if isinstance(held, dict) else {}
 
 
 def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
-    """What an optimizer has under a key of an entry that no gradient has reached, in the dtype of a tensor."""
+    """Return the value that an optimizer begins with under a key, complex where a tensor is."""
     start: Any = 0.0
     if key == "sum":  # Adagrad
         start = settings.get("initial_accumulator_value", 0.0)
@@ -50,25 +65,26 @@ def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
     return complex(start, start) if like.is_complex() else float(start)
 
 
-# What torch and the ties keep in an optimizer: it knows of the parameters, may be large, and holds no optimizer.
-KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
-
-# What is dropped where something cannot be converted: by parameter, the keys of its state.
-Lost = dict[Tensor, list[str]]
+def has_shape(value: Any, shape: torch.Size) -> bool:
+    """Return whether a value of the state is a dense tensor of numbers of a shape."""
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and (value.is_floating_point() or value.is_complex())
+        and value.shape == shape
+    )
 
 
 @untraced
 def held_optimizers(optimizer: Any) -> list[Optimizer]:
-    """Return the optimizers that an optimizer has as attributes, or in lists and dictionaries, and those of these."""
-    found = {id(optimizer): optimizer}
-    waiting = [optimizer]
-    while waiting:
-        attributes = vars(waiting.pop())
-        for held in _optimizers_in([value for name, value in attributes.items() if name not in KEPT_BY_TORCH]):
-            if id(held) not in found:
-                found[id(held)] = held
-                waiting.append(held)
-    return list(found.values())[1:]
+    """Return the optimizers that an optimizer has as attributes, or in lists and dictionaries, and theirs."""
+    optimizers = [optimizer]
+    for holder in optimizers:  # The list grows meanwhile.
+        attributes = [value for name, value in vars(holder).items() if name not in KEPT_BY_TORCH]
+        for held in _optimizers_in(attributes):
+            if held not in optimizers:
+                optimizers.append(held)
+    return optimizers[1:]
 
 
 def _optimizers_in(values: Iterable[Any], depth: int = 2) -> Iterator[Optimizer]:
@@ -80,9 +96,12 @@ def _optimizers_in(values: Iterable[Any], depth: int = 2) -> Iterator[Optimizer]
 
 
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
-    """Return the states of an optimizer and of those that it holds; one that they share occurs once."""
+    """Return the states of an optimizer and of those that it holds; a state that they share occurs once."""
     states = [holder.state for holder in (optimizer, *held_optimizers(optimizer))]
     return list({id(state): state for state in states}.values())
+
+
+# --- tied ---
 
 
 # Tensors that are made in inference mode could not be written to outside of it, by the next step.
@@ -93,137 +112,160 @@ def tied_state(
     settings: Settings,
     start: Start = "mean",
 ) -> dict[Tensor, State]:
-    """Averages per group what an optimizer keeps of each entry of a tied parameter, or takes that of the first member.
+    """Return the state as if the parameters had been tied all along.
 
-    Whatever has not the shape of its parameter is left alone, and so is what is tied already. A parameter
-    that has no state yet, and no free entry, goes on with the state of those that it is joined with.
+    Tensors with an entry for each of the parameter's are averaged per group, or take the value of the first member.
+    Everything else is left alone, and so is what is tied already. A parameter that has no state yet, and no free
+    entry, goes on with the state of the parameters that it is joined with.
 
-    Nothing is written, and the results share no memory with what is there, which a checkpoint may hold.
+    Nothing is written, and new tensors share no memory with the old ones, which a checkpoint may hold.
 
     With scales, what is tied as the weights are is left so, and the rest goes by the names that torch's
-    optimizers use: momentum is scaled as the weights are, second moments as their squares. Of an unknown name
+    optimizers use: momentum is scaled as the weights are, second moments as their squares. Under an unknown name
     it is a second moment if no entry is negative.
 
     Args:
         state: of the optimizer, by parameter.
         pairs: ties and their parameters.
         settings: of the parameters.
-        start: what the shared values start from; the first member is that of the parameters that have state.
+        start: what the shared values start from; first members are looked for in the parameters that have state.
 
     Returns:
-        What takes the place of the state of each parameter for which it changes.
+        The new state of each parameter for which it changes.
     """
     changed: dict[Tensor, State] = {}
-    # Not that of the steps: what is compiled for the state is not needed again.
+    # The engine of the steps would keep what it compiles here, and never need it again.
     engine = Engine()
     for tie, params in pairs:
-        held = [changed.get(param, state.get(param)) for param in params]
-        states = [one if isinstance(one, dict) else {} for one in held]
-        trained = [part for part, one in enumerate(states) if one]
-        begun: dict[int, State] = {}
-        if trained:
-            others = {key: value for key, value in states[trained[0]].items() if not _is_of(value, params[trained[0]])}
-            for part, one in enumerate(states):
-                if not one and bool((tie.slices[part].labels != FREE).all()):
-                    begun[part] = copy.deepcopy(others)
-        for key in dict.fromkeys(key for one in states for key in one):
-            parts = [part for part in trained if _is_of(states[part].get(key), params[part])]
-            if not parts:
-                continue
-            values = [states[part][key] for part in parts]
-            own: Partition = tie if len(parts) == len(params) else Partition([tie.slices[part] for part in parts])
-            linear = _is_tied(own, values, engine)
-            if not linear and any(each.scale is not None for each in own.slices):
-                own = Partition(_scaled(own.slices, key, values))
-            if not linear and not _is_tied(own, values, engine):
-                if start == "first":
-                    order = [parts.index(part) for part in tie.order if part in parts]
-                    values = engine.started_from_first(own, values, order)
-                else:
-                    values = engine.projected(own, values)
-                for part, value in zip(parts, values, strict=True):
-                    _begin_pinned_(value, tie.slices[part], params[part], begins_at(key, settings(params[part]), value))
-                    changed.setdefault(params[part], dict(states[part]))[key] = value
-            for part, one in begun.items():
-                (joined,) = [tie.slices[part]] if linear else _scaled([tie.slices[part]], key, values)
-                one[key] = _multiples(own.slices, values, joined, params[part])
-                begin = begins_at(key, settings(params[part]), one[key])
-                _begin_pinned_(one[key], tie.slices[part], params[part], begin)
-        changed |= {params[part]: one for part, one in begun.items()}
+        states = [held_of(changed if param in changed else state, param) for param in params]
+        tied_states = _states_of_untrained(tie, params, states)
+        untrained = {number: params[number] for number in tied_states}
+        for key in dict.fromkeys(key for held in states for key in held):
+            values = {number: held[key] for number, held in enumerate(states) if _fits(held.get(key), params[number])}
+            for number, value in _tied_values(key, tie, values, untrained, start, engine).items():
+                _begin_pinned_(value, tie.slices[number], begins_at(key, settings(params[number]), value))
+                tied_states.setdefault(number, dict(states[number]))[key] = value
+        changed |= {params[number]: held for number, held in tied_states.items()}
     return changed
 
 
-def _is_tied(tie: Partition, values: Sequence[Tensor], engine: Engine) -> bool:
-    return engine.is_tied([(tie, [value.detach() for value in values])])
+def _states_of_untrained(tie: Partition, params: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]:
+    """Return the step count and the like for each parameter, by number, that has no state yet, and no free entry."""
+    first = next((number for number, held in enumerate(states) if held), None)
+    if first is None:
+        return {}
+    rest = {key: value for key, value in states[first].items() if not _fits(value, params[first])}
+    return {
+        number: copy.deepcopy(rest)
+        for number, (slices, held) in enumerate(zip(tie.slices, states, strict=True))
+        if not held and bool((slices.labels != FREE).all())
+    }
 
 
-@torch.no_grad()
-def _begin_pinned_(value: Tensor, slices: Slices, param: Tensor, begin: complex) -> None:
-    """Writes to the pinned entries of a value of the state what an optimizer begins with."""
-    if begin == 0 or slices.scale is None or not bool((slices.scale == 0).any()):
-        return
-    numbers, scales = slices.entries(torch.empty(param.shape, device="meta"))
-    pinned = (numbers != FREE) & (scales == 0)
-    if not is_sharded(param):
-        value.masked_fill_(pinned.to(value.device), begin)
-    elif cast(Any, param).device_mesh.get_coordinate() is not None:
-        local(value).masked_fill_(local(sharded_as(param, pinned)), begin)
+def _tied_values(
+    key: str, tie: BoundTie, values: _Values, untrained: _Values, start: Start, engine: Engine
+) -> dict[int, Tensor]:
+    """Return the new values under a key of the state, of each parameter for which they change.
+
+    Args:
+        key: of the state.
+        tie: of the parameters.
+        values: those that are there.
+        untrained: parameters that get values as well; zero in groups without members in the other parameters.
+        start: as for :func:`tied_state`.
+        engine: for the state.
+    """
+    if not values:
+        return {}
+    tied: dict[int, Tensor] = {}
+    scaled = _scaled_for(key, tie, values, engine)
+    if not _is_tied(scaled, values, engine):
+        if start == "mean":
+            tied = _applied(engine.projected, scaled, values)
+        else:
+            order = [list(values).index(number) for number in tie.order if number in values]
+            tied = _applied(engine.started_from_first, scaled, values, order)
+    if untrained:
+        dtype = next(iter(values.values())).dtype
+        with torch.no_grad():
+            zeros = {number: torch.zeros_like(param, dtype=dtype) for number, param in untrained.items()}
+            # Zeros come last: a group takes them only if none of its members has a value.
+            members = {**values, **tied, **zeros}
+            spread = _applied(engine.started_from_first, scaled, members, range(len(members)))
+        tied |= {number: spread[number] for number in untrained}
+    return tied
 
 
-def _is_of(value: Any, param: Tensor) -> bool:
-    """Whether a value of the state is plain numbers, one for each entry of the parameter."""
-    if is_sharded(param):
-        return is_sharded_as(value, param) and _is_of(local(value), local(param))
-    return is_plain(value) and value.shape == param.shape and value.device == param.device
+def _scaled_for(key: str, tie: Partition, values: _Values, engine: Engine) -> Partition:
+    """Return the tie with the scales for a key of the state: those of the weights, if values are tied so already."""
+    if all(slices.scale is None for slices in tie.slices) or _is_tied(tie, values, engine):
+        return tie
+    scales = [scales_for(key, values.values(), slices.scales) for slices in tie.slices]
+    return Partition([slices._replace(scale=scale) for slices, scale in zip(tie.slices, scales, strict=True)])
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value of the state is a dense tensor of numbers."""
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided
-        and (value.is_floating_point() or value.is_complex())
-    )
+def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
+    """Return the scales for a key of the state.
 
-
-def _scaled(slices: Sequence[Slices], key: str, values: Sequence[Tensor]) -> list[Slices]:
-    """The slices with scales for what is kept under a key."""
-    return [each._replace(scale=None if each.scale is None else scales_for(key, values, each.scale)) for each in slices]
-
-
-def scales_for(key: str, values: Sequence[Tensor], scale: Tensor) -> Tensor:
-    """What multiples the members are in what is kept under a key, where these are those of the weights."""
-    if key in _SIGNED or any(map(_has_negative, values)):
+    Args:
+        key: of the state.
+        values: that are kept under it.
+        scale: of the weights.
+    """
+    if key in _SIGNED or _any_negative(values):
         return scale
-    # To the power of zero a pinned entry would be a member.
-    power = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}.get(key, 2)
-    return torch.where(scale == 0, 0, scale.abs() ** power)
+    # What is pinned stays pinned, also to the power of zero.
+    return torch.where(scale == 0, 0, scale.abs() ** _POWERS.get(key, 2))
 
 
-def _has_negative(value: Tensor) -> bool:
-    if is_sharded(value):
-        return on_any_rank(_has_negative(local(value)), value)
-    return bool((calculable(real(value.resolve_conj())) < 0).any())
+def _is_tied(tie: Partition, values: _Values, engine: Engine) -> bool:
+    return engine.is_tied([(_part_of(tie, values), list(values.values()))])
+
+
+def _applied(
+    function: Callable[..., Sequence[Tensor]], tie: Partition, values: _Values, *args: Any
+) -> dict[int, Tensor]:
+    return dict(zip(values, function(_part_of(tie, values), list(values.values()), *args), strict=True))
+
+
+def _part_of(tie: Partition, numbers: Iterable[int]) -> Partition:
+    """Return the tie of some parameters alone; of all, the same object, for which there may be an index already."""
+    numbers = list(numbers)
+    is_whole = numbers == list(range(len(tie.slices)))
+    return tie if is_whole else Partition([tie.slices[number] for number in numbers])
+
+
+def _begin_pinned_(value: Tensor, slices: Slices, begin: complex) -> None:
+    """Write the value that an optimizer begins with to pinned entries."""
+    if begin != 0 and slices.scale is not None:
+        numbers, scales = slices.entries(torch.empty(value.shape, device="meta"))
+        _fill_where_(value, (numbers != FREE) & (scales == 0), begin)
+
+
+# --- for tensors of any kind ---
+
+
+def _fits(value: Any, param: Tensor) -> bool:
+    """Return whether a value is a dense tensor of numbers that has the shape of a parameter, and lies where it does."""
+    if is_sharded(param):
+        return is_sharded_as(value, param) and _fits(local(value), local(param))
+    return has_shape(value, param.shape) and value.device == param.device
+
+
+def _any_negative(tensors: Iterable[Tensor]) -> bool:
+    """Return whether an entry of a tensor is negative, on any rank."""
+    for tensor in tensors:
+        negative = bool((calculable(real(local(tensor).resolve_conj())) < 0).any())
+        if on_any_rank(negative, tensor) if is_sharded(tensor) else negative:
+            return True
+    return False
 
 
 @torch.no_grad()
-def _multiples(slices: Sequence[Slices], values: Sequence[Tensor], joined: Slices, param: Tensor) -> Tensor:
-    """What members in another parameter are, if these are those of tied ones; zero in groups without any."""
-    if is_sharded(param):
-        if cast(Any, param).device_mesh.get_coordinate() is None:
-            return torch.zeros_like(param, dtype=values[0].dtype)
-        # Members of a group may be on any rank.
-        whole = [value.full_tensor() for value in cast("Sequence[Any]", values)]
-        like = torch.empty(param.shape, dtype=param.dtype, device=param.device)
-        return sharded_as(param, _multiples(slices, whole, joined, like))
-    numbers, scale = joined.entries(param)
-    wide = wide_dtype(values[0].device)
-    wide = wide.to_complex() if values[0].is_complex() else wide
-    shared = values[0].new_zeros(int(numbers.max()) + 1 if numbers.numel() else 0, dtype=wide)
-    for each, value in zip(slices, values, strict=True):
-        known, scales = each.entries(value)
-        led = (known != FREE) & (known < len(shared)) & (scales != 0)
-        members = bits(value)[led.to(value.device)].view(value.dtype)
-        shared[known[led].to(shared.device)] = members.to(wide) / scales[led].to(value.device, wide)
-    multiples = shared[numbers.to(shared.device)] * scale.to(shared.device, wide)
-    return torch.empty_like(param, dtype=values[0].dtype).copy_(rounded(multiples, values[0].dtype))
+def _fill_where_(tensor: Any, mask: Tensor, number: complex) -> None:
+    """Write a number to the entries of a tensor that a mask marks, of which every rank has the whole."""
+    if is_sharded(tensor):
+        if tensor.device_mesh.get_coordinate() is None:
+            return
+        mask = local(sharded_as(tensor, mask))
+    local(tensor).masked_fill_(mask.to(tensor.device), number)
