@@ -162,6 +162,16 @@ def column(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.dim() - 1))
 
 
+def has_shape(value: Any, shape: torch.Size) -> bool:
+    """Return whether a value is a dense tensor of numbers of a shape."""
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and (value.is_floating_point() or value.is_complex())
+        and value.shape == shape
+    )
+
+
 # --- on ranks ---
 
 

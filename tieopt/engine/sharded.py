@@ -11,7 +11,7 @@ All ranks of the mesh have to take part in whatever ties, in the same order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,19 @@ from tieopt.engine.exchange import Exchange, Plan, plan_exchange
 from tieopt.errors import refusal
 from tieopt.numbers.index import Index, Layout
 from tieopt.numbers.reduction import Operation, Workspace, tied
-from tieopt.tensors import bounds_of, check_sharding, is_sharded, local, octets, wide_dtype
+from tieopt.tensors import (
+    bounds_of,
+    calculable,
+    check_sharding,
+    has_shape,
+    is_sharded,
+    is_sharded_as,
+    local,
+    octets,
+    real,
+    sharded_as,
+    wide_dtype,
+)
 from tieopt.ties.slices import FREE, Partition, Slices, described, numbered
 
 if TYPE_CHECKING:
@@ -305,3 +317,32 @@ def _new_process_group(mesh: DeviceMesh, dims: list[int], ranks: list[int]) -> A
     parts = mesh.mesh.permute(*others, *dims).reshape(-1, len(ranks)).tolist()
     group, _ = dist.new_subgroups_by_enumeration([sorted(part) for part in parts])  # type: ignore[no-untyped-call]
     return group
+
+
+# --- for tensors of any kind ---
+
+
+def fits(value: Any, param: Tensor) -> bool:
+    """Return whether a value is a dense tensor of numbers that has the shape of a parameter, and lies where it does."""
+    if is_sharded(param):
+        return is_sharded_as(value, param) and fits(local(value), local(param))
+    return has_shape(value, param.shape) and value.device == param.device
+
+
+def any_negative(tensors: Iterable[Tensor]) -> bool:
+    """Return whether an entry of a tensor is negative, on any rank."""
+    for tensor in tensors:
+        negative = bool((calculable(real(local(tensor).resolve_conj())) < 0).any())
+        if on_any_rank(negative, tensor) if is_sharded(tensor) else negative:
+            return True
+    return False
+
+
+@torch.no_grad()
+def fill_where_(tensor: Any, mask: Tensor, number: complex) -> None:
+    """Write a number to the entries of a tensor that a mask marks, of which every rank has the whole."""
+    if is_sharded(tensor):
+        if tensor.device_mesh.get_coordinate() is None:
+            return
+        mask = local(sharded_as(tensor, mask))
+    local(tensor).masked_fill_(mask.to(tensor.device), number)

@@ -15,10 +15,10 @@ from torch.optim.optimizer import _get_scalar_dtype
 from tieopt.engine.engine import Engine
 from tieopt.errors import refusal, shown
 from tieopt.modes.mode import Mode
-from tieopt.modes.state import Lost, Settings, State, begins_at, has_shape, held_of, scales_for, settings_in, tied_state
+from tieopt.modes.state import Lost, Settings, State, begins_at, held_of, scales_for, settings_in, tied_state
 from tieopt.numbers.folding import Folded, compact_like, compact_slices
 from tieopt.numbers.reduction import times
-from tieopt.tensors import bits
+from tieopt.tensors import bits, has_shape
 from tieopt.ties.components import components
 from tieopt.ties.places import BoundTie, parameters_of
 from tieopt.ties.slices import FREE, Slices

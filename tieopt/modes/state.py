@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import untraced
-from tieopt.engine.sharded import on_any_rank
+from tieopt.engine.sharded import any_negative, fill_where_, fits
 from tieopt.numbers.start import Start
-from tieopt.tensors import calculable, is_sharded, is_sharded_as, local, real, sharded_as
 from tieopt.ties.places import BoundTie, ParamGroups
 from tieopt.ties.slices import FREE, Partition, Slices
 
@@ -63,16 +62,6 @@ def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
     elif key == "step_size" and "step_sizes" in settings:  # Rprop
         start = settings["lr"]
     return complex(start, start) if like.is_complex() else float(start)
-
-
-def has_shape(value: Any, shape: torch.Size) -> bool:
-    """Return whether a value of the state is a dense tensor of numbers of a shape."""
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided
-        and (value.is_floating_point() or value.is_complex())
-        and value.shape == shape
-    )
 
 
 @untraced
@@ -141,7 +130,7 @@ def tied_state(
         tied_states = _states_of_untrained(tie, params, states)
         untrained = {number: params[number] for number in tied_states}
         for key in dict.fromkeys(key for held in states for key in held):
-            values = {number: held[key] for number, held in enumerate(states) if _fits(held.get(key), params[number])}
+            values = {number: held[key] for number, held in enumerate(states) if fits(held.get(key), params[number])}
             for number, value in _tied_values(key, tie, values, untrained, start, engine).items():
                 _begin_pinned_(value, tie.slices[number], begins_at(key, settings(params[number]), value))
                 tied_states.setdefault(number, dict(states[number]))[key] = value
@@ -154,7 +143,7 @@ def _states_of_untrained(tie: Partition, params: Sequence[Tensor], states: Seque
     first = next((number for number, held in enumerate(states) if held), None)
     if first is None:
         return {}
-    rest = {key: value for key, value in states[first].items() if not _fits(value, params[first])}
+    rest = {key: value for key, value in states[first].items() if not fits(value, params[first])}
     return {
         number: copy.deepcopy(rest)
         for number, (slices, held) in enumerate(zip(tie.slices, states, strict=True))
@@ -212,7 +201,7 @@ def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
         values: that are kept under it.
         scale: of the weights.
     """
-    if key in _SIGNED or _any_negative(values):
+    if key in _SIGNED or any_negative(values):
         return scale
     # What is pinned stays pinned, also to the power of zero.
     return torch.where(scale == 0, 0, scale.abs() ** _POWERS.get(key, 2))
@@ -239,33 +228,4 @@ def _begin_pinned_(value: Tensor, slices: Slices, begin: complex) -> None:
     """Write the value that an optimizer begins with to pinned entries."""
     if begin != 0 and slices.scale is not None:
         numbers, scales = slices.entries(torch.empty(value.shape, device="meta"))
-        _fill_where_(value, (numbers != FREE) & (scales == 0), begin)
-
-
-# --- for tensors of any kind ---
-
-
-def _fits(value: Any, param: Tensor) -> bool:
-    """Return whether a value is a dense tensor of numbers that has the shape of a parameter, and lies where it does."""
-    if is_sharded(param):
-        return is_sharded_as(value, param) and _fits(local(value), local(param))
-    return has_shape(value, param.shape) and value.device == param.device
-
-
-def _any_negative(tensors: Iterable[Tensor]) -> bool:
-    """Return whether an entry of a tensor is negative, on any rank."""
-    for tensor in tensors:
-        negative = bool((calculable(real(local(tensor).resolve_conj())) < 0).any())
-        if on_any_rank(negative, tensor) if is_sharded(tensor) else negative:
-            return True
-    return False
-
-
-@torch.no_grad()
-def _fill_where_(tensor: Any, mask: Tensor, number: complex) -> None:
-    """Write a number to the entries of a tensor that a mask marks, of which every rank has the whole."""
-    if is_sharded(tensor):
-        if tensor.device_mesh.get_coordinate() is None:
-            return
-        mask = local(sharded_as(tensor, mask))
-    local(tensor).masked_fill_(mask.to(tensor.device), number)
+        fill_where_(value, (numbers != FREE) & (scales == 0), begin)
