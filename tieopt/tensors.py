@@ -104,14 +104,14 @@ def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[ob
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """A view of what stands in memory, where torch negates or conjugates it on reading."""
+    """View the entries as they are in memory, where torch negates or conjugates them on reading."""
     if tensor.is_neg():
         return torch._neg_view(tensor)
     return tensor.conj() if tensor.is_conj() else tensor
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether entries may share memory, as those of an expanded or unfolded tensor do."""
+    """Return whether entries may share memory, as those of an expanded or unfolded tensor do."""
     if tensor.is_contiguous():
         return False
     reach = 0
@@ -124,41 +124,41 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def octets(tensor: Tensor) -> memoryview | bytes:
-    """The memory of a contiguous tensor on the CPU, while there is the tensor.
+    """Return the memory of a contiguous tensor on the CPU, without a copy; valid as long as the tensor is.
 
-    Nothing is copied, and NumPy, which torch does not need to have, is not needed.
+    NumPy is not needed, and torch may be installed without it.
     """
-    # That of no entries is nowhere.
+    # A tensor without entries may have no address.
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A view of real entries: a complex one is two."""
+    """View complex entries as two real ones each, in a last dimension."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest real dtype of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    """Return the widest real dtype of a device; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def calculable(tensor: Tensor) -> Tensor:
-    """8-bit floats as float32: torch calculates with those, but not with them."""
+    """Return 8-bit floats as float32, because torch does not calculate with 8-bit floats."""
     return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """8-bit floats as bytes: torch moves those, but not them."""
+    """View 8-bit floats as bytes, because torch does not index 8-bit floats."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def movable(tensors: list[Tensor]) -> list[Tensor]:
-    """Return several tensors of one dtype, 8-bit floats as bytes."""
+    """Return tensors of one dtype, 8-bit floats viewed as bytes; see :func:`bits`."""
     return [tensor.view(torch.uint8) for tensor in tensors] if tensors[0].element_size() == 1 else tensors
 
 
 def column(vector: Tensor, like: Tensor) -> Tensor:
-    """A vector over slices, shaped to broadcast against them."""
+    """View a vector so that it broadcasts against slices along the first dimension."""
     return vector.view(-1, *[1] * (like.dim() - 1))
 
 

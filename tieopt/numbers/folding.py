@@ -1,10 +1,10 @@
 """One row for each group and for each free slice: what is left of tied tensors without the repetitions.
 
-A *compact* tensor has the groups' shared values first, sorted as an :class:`~tieopt.numbers.index.Index` sorts groups,
-and then the free slices in their order. Where tensors are joined, a group stands in the compact tensor of the
-one that its lead is in, so that of some nothing may be left. What is pinned stands nowhere.
+A *compact* tensor has the shared values of groups first, sorted as an :class:`~tieopt.numbers.index.Index` sorts
+groups, and then the free slices in their order. Where tensors are joined, a shared value is in the compact tensor of
+the tensor that the group's lead is in, so that some compact tensors may have no rows. Pinned slices are in none.
 
-With scales a compact tensor has the shared value itself, of which the lead is a positive multiple.
+With scales a compact tensor has the shared value itself; the lead is a positive multiple of it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tieopt.ties.slices import FREE, Slices
 
 
 class Folded(NamedTuple):
-    """The rows of the compact tensor of a tensor, and which row each of its slices is a multiple of.
+    """The rows of the compact tensor of a tensor, and the row that each slice of the tensor is a multiple of.
 
-    Slices are counted in the order of their labels.
+    This answers which shared value a slice has. Slices are counted in the order of their labels.
 
     Attributes:
-        kept: the slice that each row of the compact tensor is, int64, shape ``[n]``.
-        groups: how many of them are shared values of groups; these are the first.
-        rows: for each slice the row that it is a multiple of, counted through all compact tensors; -1 for a pinned
-            one; int64, shape ``[labels]``.
-        scale: what multiple of its row each slice is, float64, shape ``[labels]``.
+        kept: for each row of the compact tensor the slice that it is made of, int64, shape ``[n]``.
+        groups: how many of the rows are shared values of groups; these come first, and then the free slices.
+        rows: for each slice the row that it is a multiple of, counted through the compact tensors of all tensors; -1
+            for a pinned slice; int64, shape ``[labels]``.
+        scale: for each slice its multiple of that row, float64, shape ``[labels]``.
     """
 
     kept: Tensor
@@ -49,40 +49,40 @@ def folded(slices: Sequence[Slices]) -> tuple[Folded, ...]:
     """
     members, pinned = sorted_members(slices)
     leads = members.leads
-    # The lead is a positive multiple: which sign a group is written with makes no difference.
+    # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
     members = members._replace(scale=members.scale * leads.scale.sign().index_select(0, members.group))
     row_of = torch.empty_like(leads.group)
-    parts, before = [], 0
-    for part, own in enumerate(slices):
-        led = leads.where(leads.part == part)
-        is_free = torch.ones(own.labels.numel(), dtype=torch.bool, device="cpu")
-        for labelled in (members, pinned):
-            is_free.index_fill_(0, labelled.where(labelled.part == part).position, False)
-        kept = torch.cat([led.position, is_free.nonzero().squeeze(1)])
-        row_of[led.group] = before + torch.arange(len(led.group), device="cpu")
+    results, before = [], 0
+    for number, labelled in enumerate(slices):
+        here = leads.where(leads.tensor == number)
+        is_free = torch.ones(labelled.labels.numel(), dtype=torch.bool, device="cpu")
+        for tied in (members, pinned):
+            is_free.index_fill_(0, tied.where(tied.tensor == number).position, False)
+        kept = torch.cat([here.position, is_free.nonzero().squeeze(1)])
+        row_of[here.group] = before + torch.arange(len(here.group), device="cpu")
         rows = torch.full((len(is_free),), FREE, device="cpu")
         rows[kept] = before + torch.arange(len(kept), device="cpu")
-        parts.append(Folded(kept, len(led.group), rows, torch.ones(len(rows), dtype=torch.float64, device="cpu")))
+        results.append(Folded(kept, len(here.group), rows, torch.ones(len(rows), dtype=torch.float64, device="cpu")))
         before += len(kept)
-    for part, whole in enumerate(parts):
-        here = members.where(members.part == part)
-        whole.rows.index_copy_(0, here.position, row_of.index_select(0, here.group))
-        whole.scale.index_copy_(0, here.position, here.scale)
-    return tuple(parts)
+    for number, result in enumerate(results):
+        here = members.where(members.tensor == number)
+        result.rows.index_copy_(0, here.position, row_of.index_select(0, here.group))
+        result.scale.index_copy_(0, here.position, here.scale)
+    return tuple(results)
 
 
 class _Shared(NamedTuple):
-    """Shared values of a run that stand together in a compact tensor.
+    """Shared values of a run that are in one compact tensor.
 
     Attributes:
-        part: the number of the tensor.
-        groups: which groups of the run they are of.
-        place: the rows of the compact tensor that they are.
+        tensor: the number of the tensor.
+        groups: the groups of the run that they are of.
+        rows: the rows of the compact tensor that they are.
     """
 
-    part: int
+    tensor: int
     groups: Tensor | slice
-    place: slice
+    rows: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +91,14 @@ class Folding:
 
     Attributes:
         index: the members of all groups.
-        slices: of the tensors, and then of their compact ones.
-        kept: for each tensor the rows that its compact one consists of, int64, shape ``[n]``.
-        free: the last of these, which are no shared values of groups.
-        groups: how many the others are.
-        shared: for each run of the index where its shared values stand.
-        scales: for each run what multiple of the shared value each lead is; None if it is the value itself.
-        places: for each tensor the row of its compact one that each row is; None if for some there is no such row, or
-            it is a multiple, or one that stands elsewhere.
+        slices: of the tensors, and then of the compact tensors.
+        kept: for each compact tensor the rows of the tensor that it is made of, int64, shape ``[n]``.
+        free: the last of these, which are free slices.
+        groups: how many the others are, which are leads of groups.
+        shared: for each run of the index where its shared values are.
+        scales: for each run the multiples of the shared values that the leads are; None if all are 1.
+        sources: for each tensor the row of its compact tensor that each row is a copy of; None if a row has none, or
+            is another multiple, or has it in the compact tensor of another tensor.
     """
 
     index: Index
@@ -108,74 +108,74 @@ class Folding:
     groups: tuple[int, ...]
     shared: tuple[tuple[_Shared, ...], ...]
     scales: tuple[Tensor | None, ...]
-    places: tuple[Tensor, ...] | None
+    sources: tuple[Tensor, ...] | None
 
     @classmethod
     @torch.inference_mode(False)
-    def compile(cls, index: Index, parts: Sequence[Folded]) -> Folding:
+    def compile(cls, index: Index, folded: Sequence[Folded]) -> Folding:
         """Compile a folding for tensors of one layout.
 
         Args:
             index: of the tensors.
-            parts: the rows of their compact tensors.
+            folded: of each tensor.
         """
-        slices, device = index.slices, index.layout.device
-        positions = [own.positions(steps).flatten() for own, steps in zip(slices, index.layout.steps, strict=True)]
-        kept = [own[part.kept].to(device) for own, part in zip(positions, parts, strict=True)]
-        groups = [part.groups for part in parts]
-        ends = [0] * len(slices)
+        device, ends = index.layout.device, [0] * len(folded)
         shared, scales = [], []
         for run in index.runs:
             values, scale = [], torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
-            for part, _, own in run.leads:
-                place = slice(ends[part], ends[part] + len(own))
-                ends[part] = place.stop
-                scale[own.cpu()] = parts[part].scale[parts[part].kept[place]]
-                values.append(_Shared(part, consecutive(own), place))
+            for number, _, groups in run.leads:
+                rows = slice(ends[number], ends[number] + len(groups))
+                ends[number] = rows.stop
+                scale[groups.cpu()] = folded[number].scale[folded[number].kept[rows]]
+                values.append(_Shared(number, consecutive(groups), rows))
             shared.append(tuple(values))
             scales.append(None if bool((scale == 1).all()) else scale.to(device, wide_dtype(device)))
+        layouts = zip(index.slices, index.layout.steps, strict=True)
+        positions = [labelled.positions(steps).flatten() for labelled, steps in layouts]
+        kept = tuple(own[result.kept].to(device) for own, result in zip(positions, folded, strict=True))
         return cls(
             index,
-            (*slices, *map(compact_slices, slices)),
-            tuple(kept),
-            tuple(own[count:] for own, count in zip(kept, groups, strict=True)),
-            tuple(groups),
+            (*index.slices, *map(compact_slices, index.slices)),
+            kept,
+            tuple(rows[result.groups :] for rows, result in zip(kept, folded, strict=True)),
+            tuple(result.groups for result in folded),
             tuple(shared),
             tuple(scales),
-            _places(parts, positions, device),
+            _sources(folded, positions, device),
         )
 
     def rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """View tensors and their compact ones as rows, see :func:`~tieopt.numbers.index.rows_of`."""
+        """View tensors and their compact tensors as rows, see :func:`~tieopt.numbers.index.rows_of`."""
         rows = rows_of(self.slices, [*tensors, *compacts])
         return rows[: len(self.kept)], rows[len(self.kept) :]
 
 
-def _places(parts: Sequence[Folded], positions: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
-    places, before = [], 0
-    for part, own in zip(parts, positions, strict=True):
-        rows, count = part.rows - before, len(part.kept)
+def _sources(folded: Sequence[Folded], positions: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
+    sources, before = [], 0
+    for (kept, _, all_rows, scale), at in zip(folded, positions, strict=True):
+        rows, count = all_rows - before, len(kept)
         before += count
-        rows[part.rows == FREE] = 0  # Pinned ones are written over afterwards.
+        rows[all_rows == FREE] = 0  # Pinned rows are overwritten afterwards.
         is_here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
-        # Where slices of several dimensions are walked with gaps, not every row is one.
-        if not is_here or int(own.max()) + 1 != len(own) or not bool((part.scale == 1).all()):
+        # If the slices of several dimensions are rows with gaps, not every row is a slice.
+        if not is_here or int(at.max()) + 1 != len(at) or not bool((scale == 1).all()):
             return None
-        by_position = torch.empty_like(rows).index_put_((own,), rows)
-        places.append(by_position.to(device, torch.int32 if count < 2**31 else torch.int64))
-    return tuple(places)
+        sources.append(
+            torch.empty_like(rows).index_put_((at,), rows).to(device, torch.int32 if count < 2**31 else None)
+        )
+    return tuple(sources)
 
 
 def compact_slices(slices: Slices) -> Slices:
-    """Return how the rows of a compact tensor are sliced."""
+    """Return the slices of a compact tensor, which are its rows."""
     return Slices(slices.labels.flatten(), dim=slices.dim if slices.labels.dim() == 1 else 0)
 
 
 def compact_like(slices: Slices, tensor: Tensor, count: int) -> Tensor:
-    """Return an uninitialised compact tensor of so many rows, in the order of memory that a tensor has."""
+    """Return an uninitialised compact tensor of ``count`` rows, its dimensions in the order that a tensor's have."""
     shape, strides = list(slices.slice_shape(tensor)), list(tensor.movedim(slices.dim, 0).stride())
     if slices.labels.dim() > 1:
-        # They become the first dimension. That of a contiguous tensor is to be contiguous as well: LBFGS needs it.
+        # They become the outermost dimension: LBFGS needs that what is compact of a contiguous tensor is contiguous.
         strides[: slices.labels.dim()] = [max(strides) + 1]
     dim = compact_slices(slices).dim
     shape.insert(dim, count)
@@ -194,12 +194,12 @@ def fold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Foldin
         workspace: buffers to work in.
     """
     rows, compact_rows = folding.rows(tensors, compacts)
-    for own, kept, compact in zip(movable(rows), folding.kept, movable(compact_rows), strict=True):
-        torch.index_select(own, 0, kept, out=compact)
+    for source, kept, compact in zip(movable(rows), folding.kept, movable(compact_rows), strict=True):
+        torch.index_select(source, 0, kept, out=compact)
     for shared, scales in zip(folding.shared, folding.scales, strict=True):
         if scales is not None:
-            for part, groups, place in shared:
-                compact = compact_rows[part][place]
+            for number, groups, shared_rows in shared:
+                compact = compact_rows[number][shared_rows]
                 # torch promotes no 8-bit floats.
                 values = compact.to(scales.dtype) / column(scales[groups], compact)
                 compact.copy_(rounded(values, compact.dtype))
@@ -232,8 +232,8 @@ def fold_gradients_(
         if values.dtype != compact_rows[0].dtype:
             values = rounded(values, compact_rows[0].dtype)
         targets, sources = [], []
-        for part, groups, place in shared:
-            targets.append(compact_rows[part][place])
+        for number, groups, kept in shared:
+            targets.append(compact_rows[number][kept])
             sources.append(values[groups])
         torch._foreach_copy_(targets, sources)
     _fold_free_(rows, compact_rows, folding)
@@ -249,15 +249,15 @@ def _fold_free_(rows: list[Tensor], compact_rows: list[Tensor], folding: Folding
     is_alike = rows[0].dtype == compact_rows[0].dtype
     if is_alike and rows[0].element_size() == 1:
         rows, compact_rows = movable(rows), movable(compact_rows)
-    for own, free, count, compact in zip(rows, folding.free, folding.groups, compact_rows, strict=True):
+    for source, free, groups, compact in zip(rows, folding.free, folding.groups, compact_rows, strict=True):
         if free.shape[0] and is_alike:
-            torch.index_select(own, 0, free, out=compact[count:])
+            torch.index_select(source, 0, free, out=compact[groups:])
         elif free.shape[0]:
-            compact[count:].copy_(own.index_select(0, free))
+            compact[groups:].copy_(source.index_select(0, free))
 
 
 def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Reduction) -> Tensor:
-    """Return the compact one of a sparse COO gradient of a tensor that is tied by rows, sparse as well."""
+    """Return the sparse gradient of a compact tensor, from a sparse COO gradient of a tensor that is tied by rows."""
     (tied,) = projected([grad.detach()], lambda _: folding.index, reduction)
     kept = folding.kept[0]
     row_of = torch.full((len(grad),), FREE, device=kept.device)
@@ -269,8 +269,8 @@ def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Re
     scale = torch.ones(len(kept), dtype=wide_dtype(kept.device), device=kept.device)
     for shared, scales in zip(folding.shared, folding.scales, strict=True):
         if scales is not None:
-            for _, groups, place in shared:
-                scale[place] = scales[groups]
+            for _, groups, shared_rows in shared:
+                scale[shared_rows] = scales[groups]
     values = rounded(values / column(scale[rows], values), values.dtype)
     indices = torch.cat([rows[None], indices[1:, chosen]])
     return torch.sparse_coo_tensor(indices, values, compact.shape, check_invariants=False)
@@ -287,33 +287,33 @@ def unfold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Fold
     """
     rows, compact_rows = folding.rows(tensors, compacts)
     moved, moved_compacts = movable(rows), movable(compact_rows)
-    if folding.places is not None:
-        for own, places, compact in zip(moved, folding.places, moved_compacts, strict=True):
-            torch.index_select(compact, 0, places, out=own)
+    if folding.sources is not None:
+        for target, sources, compact in zip(moved, folding.sources, moved_compacts, strict=True):
+            torch.index_select(compact, 0, sources, out=target)
     else:
         for run, shared, scales in zip(folding.index.runs, folding.shared, folding.scales, strict=True):
             values = workspace["values", (run.norms.shape[0], *rows[0].shape[1:]), rows[0].dtype, rows[0].device]
-            for part, groups, place in shared:
-                leads = compact_rows[part][place]
+            for number, groups, kept in shared:
+                leads = compact_rows[number][kept]
                 if scales is not None:
-                    kept = moved[part].index_select(0, folding.kept[part][place]).view(leads.dtype)
-                    leads = _leads(leads, kept, column(scales[groups], leads))
+                    before = moved[number].index_select(0, folding.kept[number][kept]).view(leads.dtype)
+                    leads = _leads(leads, before, column(scales[groups], leads))
                 values[groups] = leads
             write_values(rows, run, values, workspace)
-        for own, free, count, compact in zip(moved, folding.free, folding.groups, moved_compacts, strict=True):
-            own.index_copy_(0, free, compact[count:])
-    if folding.index.pinned.parts:
+        for target, free, count, compact in zip(moved, folding.free, folding.groups, moved_compacts, strict=True):
+            target.index_copy_(0, free, compact[count:])
+    if folding.index.pinned.tensors:
         pin_(rows, folding.index)
 
 
-def _leads(values: Tensor, leads: Tensor, scales: Tensor) -> Tensor:
-    """Return leads, which are multiples of shared values; of values that :func:`fold_` made of leads, those.
+def _leads(values: Tensor, before: Tensor, scales: Tensor) -> Tensor:
+    """Return leads, which are multiples of shared values; where :func:`fold_` made a value of a lead, that lead.
 
     Args:
         values: shared values.
-        leads: what the leads were before.
+        before: the leads as they are.
         scales: the multiples.
     """
-    wide_values, wide_leads = values.to(scales.dtype), leads.to(scales.dtype)
-    is_kept = rounded(wide_leads / scales, values.dtype).to(scales.dtype) == wide_values
-    return rounded(torch.where(is_kept, wide_leads, wide_values * scales), values.dtype)
+    wide_values, wide_before = values.to(scales.dtype), before.to(scales.dtype)
+    is_same = rounded(wide_before / scales, values.dtype).to(scales.dtype) == wide_values
+    return rounded(torch.where(is_same, wide_before, wide_values * scales), values.dtype)

@@ -22,7 +22,7 @@ from tieopt.ties.slices import FREE, Slices
 _CPU_ENTRIES = 2**19
 _ACCELERATOR_ENTRIES = 2**22
 
-# Shared values whose sums are kept all at once, so that members can be walked in the order of memory.
+# The most shared values whose sums are kept all at once, so that members can be gathered in the order of memory.
 TOTALS = 2**20
 
 # Slices of fewer entries are narrow: it is their number that counts, not what they hold.
@@ -31,13 +31,13 @@ _NARROW = 16
 # The fewest entries for which groups of one size are worth a run of their own.
 EVEN_ENTRIES = 2**15
 
-# A multiple of the shared value by which another member leads a group than one of scale 1.
+# A member of a larger scale leads its group even where there is one of scale 1.
 _MUCH_LARGER = 256.0
 
-# In the place of a number of a row that is pinned.
+# Stands for a pinned row where a member has a number.
 PINNED = FREE - 1
 
-# The longest plain running sum of float64. Sums of more are built from the sums of blocks.
+# The longest plain running sum of float64. Longer sums are built from the sums of blocks.
 _BLOCK = 32
 
 
@@ -45,13 +45,13 @@ class Members(NamedTuple):
     """Members of groups: which slices are multiples of which shared value.
 
     Attributes:
-        part: the number of the tensor that each is in, int64, shape ``[m]``.
+        tensor: the number of the tensor that each is in, int64, shape ``[m]``.
         position: which slice of that tensor it is, int64, shape ``[m]``.
         group: its group, int64, shape ``[m]``.
-        scale: what multiple of its group's shared value it is, shape ``[m]``.
+        scale: its multiple of the group's shared value, shape ``[m]``.
     """
 
-    part: Tensor
+    tensor: Tensor
     position: Tensor
     group: Tensor
     scale: Tensor
@@ -78,22 +78,22 @@ class Pieces(NamedTuple):
     """Members by the tensor that they are in.
 
     Attributes:
-        parts: the number of each tensor.
+        tensors: the number of each tensor.
         rows: which of its rows the members are, int64, shape ``[m]``; a slice where they follow each other.
         lengths: how many they are.
     """
 
-    parts: tuple[int, ...]
+    tensors: tuple[int, ...]
     rows: tuple[Tensor | slice, ...]
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, members: Members, device: torch.device) -> Pieces:
-        """Return members that stand together by the tensor that they are in."""
-        parts, lengths = (column.tolist() for column in torch.unique_consecutive(members.part, return_counts=True))
-        rows = [consecutive(positions) for positions in members.position.split_with_sizes(lengths)]
-        on_device = [own if isinstance(own, slice) else own.to(device) for own in rows]
-        return cls(tuple(parts), tuple(on_device), tuple(lengths))
+        """Return members that are sorted by tensor."""
+        tensors, lengths = (column.tolist() for column in torch.unique_consecutive(members.tensor, return_counts=True))
+        positions = map(consecutive, members.position.split_with_sizes(lengths))
+        rows = tuple(rows if isinstance(rows, slice) else rows.to(device) for rows in positions)
+        return cls(tuple(tensors), rows, tuple(lengths))
 
 
 class Round(NamedTuple):
@@ -101,9 +101,9 @@ class Round(NamedTuple):
 
     Attributes:
         pieces: the members, tensor by tensor.
-        size: of every group, if all are of one size and their members stand group by group; else 0.
+        size: of every group, if all are of one size and the members are sorted by group; else 0.
         groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``.
-        multiples: the multiple of its group's lead that each member is, shape ``[m]``; None if all are 1.
+        multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1.
         blocks: the block of each member, int64, shape ``[m]``; None if no group needs blocks.
         block_groups: the group of each block, int64, shape ``[b]``.
     """
@@ -115,40 +115,40 @@ class Round(NamedTuple):
     blocks: Tensor | None
     block_groups: Tensor
 
-    def by_part(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each tensor, and the rows and the groups of its members."""
-        parts, all_rows, lengths = self.pieces
-        for part, rows, groups in zip(parts, all_rows, self.groups.split_with_sizes(lengths), strict=True):
+        groups = self.groups.split_with_sizes(self.pieces.lengths)
+        for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups, strict=True):
             if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=groups.device)
-            yield part, rows, groups
+                rows = torch.arange(rows.start, rows.stop, device=own_groups.device)
+            yield number, rows, own_groups
 
 
 class Run(NamedTuple):
-    """Consecutive whole groups that are reduced at once: as many as fit into one round, or a large one in several.
+    """Consecutive groups that are reduced at once: as many as one round can hold, or a large one in several rounds.
 
     Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
 
     Attributes:
-        lead_members: the leads, in the order of their groups if its size is 1.
+        lead_members: the leads, sorted by group if their size is 1.
         norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
-        counts: what makes the sum out of the mean: the sum of the squared scales of each group; ``[g]``.
+        counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; ``[g]``.
         signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
-        scale: a power of two, so small that no sum over a group overflows.
-        rounds: all the members of these groups.
+        headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
+        rounds: all members of these groups.
     """
 
     lead_members: Round
     norms: Tensor
     counts: Tensor
     signed: bool
-    scale: float
+    headroom: float
     rounds: tuple[Round, ...]
 
     @property
     def leads(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The number of each tensor with leads, and their rows and groups."""
-        return self.lead_members.by_part()
+        """For each tensor that has leads its number, and their rows and groups."""
+        return self.lead_members.by_tensor()
 
 
 class Layout(NamedTuple):
@@ -156,7 +156,7 @@ class Layout(NamedTuple):
 
     Attributes:
         device: where the tensors are.
-        double: whether their entries are as wide as the sums of them, which then round.
+        double: whether their entries are float64, so that sums of them are rounded.
         steps: of the slices of each, see :meth:`~tieopt.ties.slices.Slices.steps`.
     """
 
@@ -167,7 +167,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Layout:
         """Return the layout of tensors that are sliced so."""
-        steps = tuple([own.steps(tensor) for own, tensor in zip(slices, tensors, strict=True)])
+        steps = tuple([labelled.steps(tensor) for labelled, tensor in zip(slices, tensors, strict=True)])
         return cls(tensors[0].device, tensors[0].dtype in (torch.float64, torch.complex128), steps)
 
 
@@ -179,9 +179,9 @@ class Index:
     *pinned*: they are zero, and belong to no sum.
 
     Attributes:
-        slices: what is labelled in each tensor.
-        layout: of the tensors that it is for, and of no others.
-        runs: all groups, to be worked on one run after the other.
+        slices: of each tensor, with their labels.
+        layout: of the tensors. For tensors of another layout the index is wrong.
+        runs: all groups.
         pinned: the members that are zero.
     """
 
@@ -201,8 +201,8 @@ class Index:
             slices: for each tensor, numbered. Slices with the same label are members of one group, whichever
                 tensor they are in.
             tensors: dense ones; their layout and device matter, and not their entries.
-            even: whether many groups of one size may be worked on together, which rounds otherwise.
-            singles: whether groups of one member are kept, because they have others elsewhere.
+            even: whether many groups of one size may be reduced as a matrix, which rounds in another way.
+            singles: whether groups of one member are kept, because they have members in other tensors.
         """
         layout = Layout.of(slices, tensors)
         members, pinned = sorted_members(slices, layout.steps, singles=singles)
@@ -218,57 +218,59 @@ class Index:
         return cls(slices, layout, tuple(_runs(members, tensors[0].shape[1:].numel(), layout)), Pieces((), (), ()))
 
     def keeping(self, slices: Sequence[Slices]) -> Index:
-        """Return the same index, which keeps other slices of the same shapes."""
+        """Return the same index with other slices of the same shapes, to keep these instead in memory."""
         return replace(self, slices=tuple(slices))
 
     @cached_property
     def rows(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        """Views tensors as rows, see :func:`rows_of`."""
+        """:func:`rows_of` for the slices."""
         return partial(rows_of, self.slices)
 
     @cached_property
+    @torch.inference_mode(False)
     def members_of_groups(self) -> Tensor:
         """The rows of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
         size = self.runs[0].rounds[0].size
-        with torch.inference_mode(False):
-            return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.rounds[0].by_part()])
+        return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.rounds[0].by_tensor()])
 
     @cached_property
+    @torch.inference_mode(False)
     def members(self) -> Members:
         """All members of a single tensor but the pinned ones, sorted by group; for sparse gradients."""
         device = self.layout.device
-        with torch.inference_mode(False):
-            members, _ = sorted_members(self.slices, self.layout.steps)
-            part, position, group = (column.to(device) for column in members[:3])
-            return Members(part, position, group, members.scale.to(device, wide_dtype(device)))
+        members, _ = sorted_members(self.slices, self.layout.steps)
+        tensor, position, group = (column.to(device) for column in members[:3])
+        return Members(tensor, position, group, members.scale.to(device, wide_dtype(device)))
 
     @cached_property
+    @torch.inference_mode(False)
     def starts(self) -> Tensor:
         """Where in ``members`` each group begins, and where the last one ends, int64, shape ``[g + 1]``."""
         return torch.nn.functional.pad(torch.bincount(self.members.group).cumsum(0), (1, 0))
 
     @cached_property
-    def numbers(self) -> Tensor:
+    @torch.inference_mode(False)
+    def member_of(self) -> Tensor:
         """Which of ``members`` each row is, -1 for a free one, -2 for a pinned one, int64, shape ``[n]``."""
-        numbers = torch.full((self.slices[0].labels.numel(),), FREE, device=self.layout.device)
-        numbers[self.members.position] = torch.arange(len(self.members.position), device=numbers.device)
+        member_of = torch.full((self.slices[0].labels.numel(),), FREE, device=self.layout.device)
+        member_of[self.members.position] = torch.arange(len(self.members.position), device=member_of.device)
         for rows in self.pinned.rows:
-            numbers[rows] = PINNED
-        return numbers
+            member_of[rows] = PINNED
+        return member_of
 
 
 def rows_of(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """View tensors as they are in memory, as real rows without a graph, their entries in the order of the first one's.
+    """View tensors as real rows without a graph, as they are in memory, entries in the order of the first tensor's.
 
     Tensors that torch negates or conjugates when it reads them are so all or none, which then makes no
-    difference to what is linear. No Python function is called for a tensor that is contiguous and tied by rows.
+    difference to what is linear. For a tensor that is tied by rows no Python function is called.
     """
     rows, may_have_graph = [], torch.is_grad_enabled()
-    for own, tensor in zip(slices, tensors, strict=True):
+    for labelled, tensor in zip(slices, tensors, strict=True):
         if tensor.is_conj() or tensor.is_neg():
             tensor = in_memory(tensor)
-        if own.dim or own.labels.dim() > 1:
-            tensor = own.rows(tensor)
+        if labelled.dim or labelled.labels.dim() > 1:
+            tensor = labelled.rows(tensor)
         rows.append(tensor.detach() if may_have_graph else tensor)
     if rows[0].dim() > 2:
         inner = order_within(rows[0])
@@ -284,10 +286,11 @@ def order_within(rows: Tensor) -> list[int]:
 def sorted_members(
     slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
 ) -> tuple[Members, Members]:
-    """Return the members of groups, sorted by group, each group's lead first; and the pinned ones. On the CPU.
+    """Return the members of groups, sorted by group, each group's lead first; and the pinned members. On the CPU.
 
-    This is the answer to which slice is what multiple of which shared value. Groups are numbered by their size, then
-    by the tensor that their lead is in, then by their first members: groups of one size can be reduced as a matrix.
+    This decides which slice is what multiple of which shared value, for all who ask. Groups are numbered by their
+    size, so that groups of one size can be reduced as a matrix, then by the tensor that their lead is in, then by
+    their first members.
 
     Args:
         slices: of each tensor.
@@ -295,11 +298,11 @@ def sorted_members(
         singles: whether groups of one member are groups, and not free slices.
     """
     columns = []
-    for part, own in enumerate(slices):
-        tied = (own.labels != FREE).flatten()
-        position = own.positions(steps[part]).flatten() if steps else torch.arange(len(tied), device="cpu")
-        label, position, scale = (column[tied] for column in (own.labels.flatten(), position, own.scales.flatten()))
-        columns.append(Members(torch.full_like(label, part), position, label, scale))
+    for number, labelled in enumerate(slices):
+        tied = (labelled.labels.flatten() != FREE).nonzero().squeeze(1)
+        position = labelled.positions(steps[number]).flatten()[tied] if steps else tied
+        group, scale = labelled.labels.flatten()[tied], labelled.scales.flatten()[tied]
+        columns.append(Members(torch.full_like(tied, number), position, group, scale))
     members = Members(*(torch.cat(column) for column in zip(*columns, strict=True)))
     pinned, members = members.where(members.scale == 0), members.where(members.scale != 0)
 
@@ -309,22 +312,22 @@ def sorted_members(
         members = members.where(~is_alone | (members.scale.abs() != 1))
     size = members.scale.abs()
     if not bool((size == 1).all()):
-        # A member of scale 1 or -1 leads: the others are its multiples, rounded once. If there is none, or a much
-        # larger one, that does: what is too small for the lead would be lost to all.
+        # A member of scale 1 or -1 leads, so that the others are its multiples, rounded once. If there is none, or a
+        # much larger one, the largest leads: a value that is too small for the lead would be lost to all.
         members = members.at(torch.where(size == 1, _MUCH_LARGER, size).argsort(descending=True, stable=True))
 
     sizes, count = torch.bincount(members.group), len(members.group)
     leads = torch.full_like(sizes, count)
     leads.scatter_reduce_(0, members.group, torch.arange(count, device="cpu"), "amin")
     used = sizes.nonzero().squeeze(1)
-    order = used[(sizes[used] * len(slices) + members.part[leads[used]]).argsort(stable=True)]
-    number = torch.empty_like(sizes).index_put_((order,), torch.arange(len(order), device="cpu"))
-    members = members._replace(group=number.index_select(0, members.group))
+    order = used[(sizes[used] * len(slices) + members.tensor[leads[used]]).argsort(stable=True)]
+    rank = torch.empty_like(sizes).index_put_((order,), torch.arange(len(order), device="cpu"))
+    members = members._replace(group=rank.index_select(0, members.group))
     return members.at(members.group.argsort(stable=True)), pinned
 
 
 def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = True) -> Iterator[Run]:
-    """Cut members that are sorted by group into runs of so many as are gathered at once."""
+    """Cut members that are sorted by group into runs of about as many as are gathered at once."""
     sizes = torch.bincount(members.group)
     if not len(sizes):
         return
@@ -333,7 +336,7 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
     capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
     if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
         # To gather single entries takes longer than to add them up where they are.
-        in_order = (members.part * (int(members.position.max()) + 1) + members.position).argsort()
+        in_order = (members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
         yield _run(members, in_order, 0, capacity, layout)
         return
     starts = (sizes.cumsum(0) - sizes).tolist()
@@ -343,14 +346,14 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
             end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
             run = members.at(slice(starts[first], starts[end]))
             # Members of one tensor stand together.
-            yield _run(run, None if size else run.part.argsort(stable=True), size, capacity, layout)
+            yield _run(run, None if size else run.tensor.argsort(stable=True), size, capacity, layout)
             first = end
 
 
 def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: int) -> Iterator[tuple[int, int, int]]:
-    """Yield groups that are cut into runs together: the first, the last, and the size of all, 0 if that is mixed."""
+    """Yield groups that are cut into runs together: the first, the end, and the size of all, 0 if sizes are mixed."""
     values, counts = (column.tolist() for column in torch.unique_consecutive(sizes, return_counts=True))
-    whole = bool((members.part == members.leads.part[members.group]).all())
+    whole = bool((members.tensor == members.leads.tensor[members.group]).all())
     first = mixed = 0
     for size, count in zip(values, counts, strict=True):
         enough = len(values) == 1 or size * count * slice_entries >= EVEN_ENTRIES
@@ -365,12 +368,12 @@ def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: in
 
 
 def _run(members: Members, order: Tensor | None, size: int, capacity: int, layout: Layout) -> Run:
-    """Compile whole groups.
+    """Compile groups.
 
     Args:
         members: sorted by group, each group's lead first.
-        order: in which they are gathered, those of one tensor together; None if they are as they are sorted.
-        size: of all groups, if they are gathered as they are sorted; else 0.
+        order: in which they are gathered, tensor by tensor; None if as they are sorted.
+        size: of all groups, if members are gathered as they are sorted; else 0.
         capacity: how many are gathered at once.
         layout: of the tensors.
     """
@@ -382,11 +385,11 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
     bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
     gathered = members if order is None else members.at(order)
     return Run(
-        lead_members=_round(leads.at(leads.part.argsort(stable=True)), int((leads.part.diff() >= 0).all()), layout),
+        lead_members=_round(leads.at(leads.tensor.argsort(stable=True)), int((leads.tensor.diff() >= 0).all()), layout),
         norms=_group_sums(members.group, multiples.square()).to(*device),
         counts=_group_sums(members.group, scale.square()).to(*device),
         signed=bool((multiples.abs() == 1).all()),
-        scale=0.5 ** math.ceil(math.log2(bound)),
+        headroom=0.5 ** math.ceil(math.log2(bound)),
         rounds=tuple(
             _round(gathered.at(slice(start, start + capacity)), size, layout)
             for start in range(0, len(multiples), capacity)
@@ -407,7 +410,7 @@ def consecutive(positions: Tensor) -> Tensor | slice:
 
 
 def _round(members: Members, size: int, layout: Layout) -> Round:
-    """Compile members that stand together by the tensor that they are in.
+    """Compile members that are sorted by tensor.
 
     In float64 groups of more than ``_BLOCK`` members are cut into blocks of about the square root of their
     size. The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of

@@ -12,9 +12,10 @@ is no change. A plain mean rounds. There are two ways out:
 
   and all differences of equal members are zero.
 
-Only functions of tensors stand here. They run through an :class:`~tieopt.numbers.index.Index`, gather a round
-of it into a kept workspace, add it up with ``scatter_reduce`` and write it back: no Python per group
-and no memory that grows with the number of rows.
+These are functions of tensors alone. They run through an :class:`~tieopt.numbers.index.Index`, gather some of the
+members at a time into kept buffers, add them up with ``scatter_reduce`` and write the results back: no Python for each
+group, and no memory that grows with the number of rows. No gradients flow through what they write, except through
+:func:`projected`.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from tieopt.tensors import bits, column, movable, wide_dtype
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
 
-# The bits of a float64 that numbers of 16 bits have no use for, but for whether they are zero.
+# The lowest bits of a float64. For rounding to 16 bits it matters only whether all of them are zero.
 _CUT_OFF = 2**40 - 1
 
-# Gives the values of the leads of a run, shape ``[g, ...]``.
+# Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
 
 
@@ -44,14 +45,14 @@ class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Ten
     """Buffers that are kept from call to call, because allocation costs more than the arithmetic.
 
     ``workspace[name, shape, dtype, device]`` is an uninitialised tensor, valid until the same name is asked for again.
-    Its memory is as large as the largest round of an index, whatever the size of the tied tensors.
+    The buffers are as large as the largest chunk of members that is gathered, whatever the size of the tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    # Outside inference mode, where a buffer could not be written to any more afterwards.
+    # A buffer that is made in inference mode could not be written to afterwards.
     @torch.inference_mode(False)
     def __missing__(self, key: tuple[str, tuple[int, ...], torch.dtype, torch.device]) -> Tensor:
         name, shape, dtype, device = key
@@ -59,9 +60,9 @@ class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Ten
         buffer = self._buffers.get((name, dtype, device))
         if buffer is None or buffer.numel() < entries:
             buffer = self._buffers[name, dtype, device] = torch.empty(entries, dtype=dtype, device=device)
-            # Views of the one before would keep its memory.
-            for other in [other for other in self if (other[0], *other[2:]) == (name, dtype, device)]:
-                del self[other]
+            # Views of the smaller buffer would keep its memory.
+            for outdated in [other for other in self if (other[0], *other[2:]) == (name, dtype, device)]:
+                del self[outdated]
         self[key] = view = buffer[:entries].view(shape)
         return view
 
@@ -90,13 +91,13 @@ class Operation:
 
 
 def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> bool:
-    """Return whether dense tensors are what the leads of their groups say.
+    """Return whether all members are multiples of their group's lead, rounded as they are stored.
 
     Args:
         tensors: as for :func:`project_`.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
-        means_of: what gives the values of leads that have members elsewhere, too; by default their own.
+        means_of: returns the values of the leads of a run; by default the leads themselves.
     """
     for _, members, expected in _compared(index.rows(tensors), index, means_of or _leads, workspace):
         if not torch.equal(members, expected):
@@ -117,11 +118,11 @@ def project_(
     stored*, so that projecting to the mean first changes nothing.
 
     Args:
-        tensors: those that the index is for: dense, no two entries in one memory location.
-        index: which slices to tie.
+        tensors: dense, no two entries in one memory location.
+        index: of the tensors.
         workspace: buffers to work in.
         reduction: ``"mean"`` or ``"sum"``.
-        means_of: what gives the means of groups that have members elsewhere, too; by default :func:`group_means`.
+        means_of: returns the means of the groups of a run; by default :func:`group_means`.
     """
     rows, means_of = index.rows(tensors), means_of or group_means
     for run in index.runs:
@@ -129,18 +130,18 @@ def project_(
         if reduction == "sum":
             values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
         write_values(rows, run, values, workspace)
-    if index.pinned.parts:
+    if index.pinned.tensors:
         pin_(rows, index)
 
 
 def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
-    """Write to all members of each group what its lead says they are; otherwise as :func:`project_`."""
-    # Copies, because leads that follow each other are a view of what is written.
+    """Make all members multiples of their group's lead; otherwise as :func:`project_`."""
+    # Leads that follow each other would be a view of what is written.
     project_(tensors, index, workspace, means_of=lambda *run: _leads(*run).clone())
 
 
 def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
-    """From the sum, as which :func:`project_` has left them, back to the mean."""
+    """Take tensors that :func:`project_` has left as the sum back to the mean."""
     project_(tensors, index, workspace, means_of=_divided_leads)
 
 
@@ -153,7 +154,7 @@ def relax_(
         tensors: as for :func:`project_`.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
-        strength: how far, from more than 0 to 1, which is as :func:`project_` but for the rounding.
+        strength: how far, more than 0 and at most 1; with 1 as :func:`project_`, except for the rounding.
         means_of: as for :func:`project_`.
     """
     rows = index.rows(tensors)
@@ -172,8 +173,8 @@ class _Projection(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.arguments = index_for, reduction, which
         results = tuple(tensor.clone() for tensor in tensors)
-        parts = [results[number] for number in which]
-        project_(parts, index_for(parts), Workspace(), reduction)
+        tied = [results[number] for number in which]
+        project_(tied, index_for(tied), Workspace(), reduction)
         return results
 
     @staticmethod
@@ -183,7 +184,7 @@ class _Projection(torch.autograd.Function):
 
 
 def projected(tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reduction = "mean") -> tuple[Tensor, ...]:
-    """Return the projection of dense tensors, or of one sparse COO tensor by rows, out of place and differentiable.
+    """Return the projection of dense tensors, or of a sparse COO tensor by rows, out of place and differentiable.
 
     Args:
         tensors: as for :func:`project_`; a tensor that occurs twice has one result, twice.
@@ -199,15 +200,15 @@ def projected(tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reducti
 
 
 def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Tensor:
-    """Project so that, if any member of a group is stored, every member is, afterwards; other groups stay unstored.
+    """Project a sparse tensor: where a member is stored, the whole group is afterwards, and no other groups are.
 
-    The members to be are laid out densely, group by group, the stored ones are added up in their places,
-    the rest is zero, and the dense projection does the arithmetic. Free entries stay as they are, not even
+    All members of these groups are laid out densely, group by group. The stored ones are added up in their places,
+    the others are zero, and the dense projection does the arithmetic. Free entries stay as they are, not even
     coalesced, because an optimizer may add them up in another order.
     """
     indices, values = _entries(tensor)
-    number = index.numbers[indices[0]]
-    if index.pinned.parts:
+    number = index.member_of[indices[0]]
+    if index.pinned.tensors:
         values = torch.where(column(number == PINNED, values), 0, values)
     tied = number >= 0
     number = number[tied]
@@ -253,10 +254,10 @@ def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
 
 
 def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> float:
-    """Return the largest distance of a member from what its group's mean makes of it, NaN if there is one.
+    """Return the largest distance of a member from its multiple of the group's mean; NaN if any distance is.
 
     Args:
-        tensors: as for :func:`project_`; of complex entries the modulus counts.
+        tensors: as for :func:`project_`; the distance of complex entries is the modulus.
         index: as for :func:`project_`.
         workspace: as for :func:`project_`.
         means_of: as for :func:`project_`.
@@ -276,19 +277,19 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_o
 def _compared(
     rows: list[Tensor], index: Index, values_of: ValuesOf, workspace: Workspace
 ) -> Iterator[tuple[Pieces, Tensor, Tensor]]:
-    """Yield members, what stands there, and what should if these are the values of their leads."""
+    """Yield members, their values, and the values that they should have by those of their leads."""
     for run in index.runs:
         values = values_of(rows, run, workspace)
         for chunk in run.rounds:
             members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
             yield chunk.pieces, members, _expected(values, chunk, rows[0].dtype, workspace)
-    for part, positions, length in zip(*index.pinned, strict=True):
-        pieces = Pieces((part,), (positions,), (length,))
+    for number, pinned, length in zip(*index.pinned, strict=True):
+        pieces = Pieces((number,), (pinned,), (length,))
         members = _widened(_gathered(rows, pieces, workspace), workspace)
         yield pieces, members, torch.zeros_like(members)
 
 
-# --- what stands for a group ---
+# --- the values of groups ---
 
 
 def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -302,25 +303,25 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
         return means
     if not run.signed:
         return _scaled_means(rows, run, workspace)
-    # Halves of 16 bits are not: there a sum may cancel to less than what float32 has lost of it.
+    # Numbers of 16 bits are not added up in float32: a sum may cancel to less than what float32 has lost of it.
     if not run.rounds[0].size or rows[0].device.type != "cpu" or stored != torch.float32:
         return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
     means = _pairwise_means(rows, run.rounds[0], workspace)
-    # An accelerator would have to be waited for to tell.
+    # On an accelerator this would wait for the device.
     if math.isfinite(means.sum().item()):
         return means
-    # A sum may leave the range of float32; what has not stays as it is, whatever it is worked on with.
+    # Sums beyond the range of float32 are added up again; the others keep their bits, whatever groups are beside them.
     exact = _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
     return torch.where(means.isfinite(), means.to(exact.dtype), exact)
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """Return what :func:`group_means` does, of weights that an optimizer has just written: of 16 bits without a bias.
+    """Return the means of weights that an optimizer has just written, without a bias where these have few bits.
 
-    An optimizer may round such weights at random, so that small updates add up on the average. If the members of a
-    group went to two neighbouring numbers, the number nearest to their mean is the one to which most of them went, in
-    every step: small updates are lost. A single member went to each of the two as often as the mean says. So where the
-    lead is one of the two numbers next to the mean, it stands for the group.
+    An optimizer may round weights of 16 bits or less at random, so that small updates add up on the average. If the
+    members of a group were rounded to two neighbouring numbers, the number nearest to their mean is always the one to
+    which most of them were rounded: small updates are lost. A single member was rounded to each of the two as often as
+    the mean says. So where the lead is one of the two numbers next to the mean, it stands for the group.
     """
     means = group_means(rows, run, workspace)
     if is_narrow(rows[0].dtype):
@@ -329,20 +330,20 @@ def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tens
 
 
 def is_narrow(stored: torch.dtype) -> bool:
-    """Return whether means of weights of this dtype depend on whether an optimizer has just written these."""
+    """Return whether :func:`means_after_step` and :func:`group_means` differ for a dtype."""
     return torch.finfo(stored).bits <= 16
 
 
 def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace: Workspace) -> None:
-    """Replace means that are to be stored by their leads, where these are one of the two stored numbers next to them.
+    """Replace means by leads that are one of the two numbers next to the mean in the dtype in which they are stored.
 
     Args:
         means: in the wide dtype.
         leads: of the same groups, in the wide dtype.
-        stored: the dtype that they are to be stored in.
+        stored: the dtype that the means will be stored in.
         workspace: buffers to work in.
     """
-    # To find out on an accelerator, one would have to wait for it.
+    # On an accelerator the comparison would wait for the device.
     if means.device.type == "cpu" and torch.equal(means, leads):
         return
     shape, device = means.shape, means.device
@@ -353,7 +354,7 @@ def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace:
     mean.copy_(means)
     lead.copy_(leads)
     nearest.copy_(narrow.copy_(mean))
-    # What lies in the middle of two numbers is rounded to one of them only if there is none between them.
+    # The middle of two numbers is rounded to one of them only if there is no number between them.
     torch.lerp(nearest, lead, 0.5, out=middle)
     middle.copy_(narrow.copy_(middle))
     are_neighbours = (middle == nearest).logical_or_(middle == lead)
@@ -364,7 +365,7 @@ def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace:
 def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
     shape, device = rows[0].shape[1:], rows[0].device
-    # -0.0 is what adds nothing to any number; 0.0 would turn -0.0 into 0.0.
+    # Adding -0.0 changes no number; adding 0.0 would turn -0.0 into 0.0.
     totals = workspace["totals", (run.norms.shape[0], *shape), torch.float64, device].fill_(-0.0)
     for chunk in run.rounds:
         members = workspace["wide", (chunk.groups.shape[0], *shape), torch.float64, device]
@@ -385,7 +386,7 @@ def _pairwise_means(rows: list[Tensor], chunk: Round, workspace: Workspace) -> T
         members.mul_(column(chunk.multiples.to(members.dtype), members))
     size, groups, shape = chunk.size, members.shape[0] // chunk.size, members.shape[1:]
     sums, names = members.view(groups, size, *shape), ("halves", "quarters")
-    # A single member may be in the rows themselves, which are not to be written.
+    # This may be a view of the rows, which are not written here.
     if size == 1:
         return sums[:, 0]
     while size % 2 == 0:
@@ -394,10 +395,10 @@ def _pairwise_means(rows: list[Tensor], chunk: Round, workspace: Workspace) -> T
         sums, names = torch.add(sums[:, :size], sums[:, size:], out=halved), names[::-1]
     if size > 1:
         sums = workspace["odd", (groups, size, *shape), torch.float64, device].copy_(sums)
-    return _folded(sums).div_(chunk.size)
+    return _pairwise_sums(sums).div_(chunk.size)
 
 
-def _folded(values: Tensor) -> Tensor:
+def _pairwise_sums(values: Tensor) -> Tensor:
     """Return the sums over the second dimension, in place, from sums of halves."""
     size = values.shape[1]
     while size > 1:
@@ -409,8 +410,8 @@ def _folded(values: Tensor) -> Tensor:
 
 
 def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """Return the leads of groups that are tied already, and the means of the others; for multiples that are rounded."""
-    leads = _leads(rows, run, workspace).clone()
+    """Return the leads of groups that are tied already, and the means of others; where multiples are rounded."""
+    leads = _leads(rows, run, workspace)
     totals, distances = torch.zeros_like(leads), torch.zeros_like(leads)
     for chunk in run.rounds:
         members = workspace["wide", (chunk.groups.shape[0], *leads.shape[1:]), leads.dtype, leads.device]
@@ -421,7 +422,7 @@ def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
         _add_up(distances, chunk, differences, weighted=False)
         _add_up(totals, chunk, members)
     means = totals.div_(column(run.norms, totals))
-    # What is finite has a finite mean, but perhaps beyond the range of the lead.
+    # The mean of finite members is finite, but perhaps beyond the range of the lead.
     return torch.where(distances == 0, leads, _clamped(means, means, rows[0].dtype))
 
 
@@ -434,10 +435,10 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
         members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
         differences = _expected(pivots, chunk, rows[0].dtype, workspace)
         # Scaled by a power of two, so that no sum overflows where the mean is finite.
-        differences.mul_(-run.scale).add_(members, alpha=run.scale)
+        differences.mul_(-run.headroom).add_(members, alpha=run.headroom)
         _add_up(totals, chunk, differences)
     # Half the distance from the pivot, because the distance itself may overflow.
-    halves = totals.div_(column(run.norms * (2 * run.scale), totals))
+    halves = totals.div_(column(run.norms * (2 * run.headroom), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
     # The mean of finite members is finite, whatever the last rounding says.
     means = _clamped(means, halves, means.dtype)
@@ -463,11 +464,11 @@ def _divided_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor
 
 
 def _add_up(totals: Tensor, chunk: Round, values: Tensor, *, weighted: bool = True) -> None:
-    """Add the values of members, times their multiples if these are weights, to the totals; the values are lost."""
+    """Add the values of members, by default times their multiples, to the totals; the values are overwritten."""
     if weighted and chunk.multiples is not None:
         values.mul_(column(chunk.multiples, values))
     if chunk.size:
-        totals.add_(_folded(values.view(totals.shape[0], chunk.size, *values.shape[1:])))
+        totals.add_(_pairwise_sums(values.view(totals.shape[0], chunk.size, *values.shape[1:])))
     elif chunk.blocks is None:
         scatter_add_(totals, chunk.groups, values)
     else:
@@ -482,14 +483,14 @@ def scatter_add_(totals: Tensor, groups: Tensor, values: Tensor) -> None:
         totals.scatter_reduce_(0, column(groups, values).expand_as(values), values, "sum")
     else:
         # On CUDA scatter_reduce adds with atomics, in an order that changes from run to run: replicas
-        # of one model would drift apart. This sorts first and always adds in the same order.
+        # of a model would drift apart. index_put_ sorts first and always adds in the same order.
         totals.index_put_((groups,), values, accumulate=True)
 
 
 def _expected(
     values: Tensor, chunk: Round, stored: torch.dtype, workspace: Workspace, out: Tensor | None = None
 ) -> Tensor:
-    """Return what members are if these are the values of their leads, in the dtype of the values.
+    """Return the values of members by those of their leads, in the dtype of the latter.
 
     A multiple is rounded as it will be when it is stored: only then is tying idempotent.
     """
@@ -505,20 +506,20 @@ def _expected(
 
 
 def _gathered(rows: list[Tensor], pieces: Pieces, workspace: Workspace, name: str = "members") -> Tensor:
-    """Return members as they are stored: in a buffer, or as a view where they follow each other."""
-    is_single = len(pieces.parts) == 1
+    """Return members as they are stored, in a buffer; a view of the rows where they follow each other."""
+    is_single = len(pieces.tensors) == 1
     if is_single and isinstance(pieces.rows[0], slice):
-        return rows[pieces.parts[0]][pieces.rows[0]]
+        return rows[pieces.tensors[0]][pieces.rows[0]]
     members = workspace[name, (sum(pieces.lengths), *rows[0].shape[1:]), rows[0].dtype, rows[0].device]
     moved = members
     if members.element_size() == 1:
         rows, (moved,) = movable(rows), movable([members])
     targets = (moved,) if is_single else moved.split_with_sizes(pieces.lengths)
-    for part, positions, target in zip(pieces.parts, pieces.rows, targets, strict=True):
-        if isinstance(positions, slice):
-            target.copy_(rows[part][positions])
+    for number, chosen, target in zip(pieces.tensors, pieces.rows, targets, strict=True):
+        if isinstance(chosen, slice):
+            target.copy_(rows[number][chosen])
         else:
-            torch.index_select(rows[part], 0, positions, out=target)
+            torch.index_select(rows[number], 0, chosen, out=target)
     return members
 
 
@@ -526,75 +527,73 @@ def _put(rows: list[Tensor], pieces: Pieces, members: Tensor) -> None:
     """Write members to their rows."""
     if members.element_size() == 1:
         rows, (members,) = movable(rows), movable([members])
-    sources = (members,) if len(pieces.parts) == 1 else members.split_with_sizes(pieces.lengths)
-    for part, positions, source in zip(pieces.parts, pieces.rows, sources, strict=True):
-        if isinstance(positions, slice):
-            rows[part][positions] = source
+    sources = (members,) if len(pieces.tensors) == 1 else members.split_with_sizes(pieces.lengths)
+    for number, chosen, source in zip(pieces.tensors, pieces.rows, sources, strict=True):
+        if isinstance(chosen, slice):
+            rows[number][chosen] = source
         else:
-            rows[part].index_copy_(0, positions, source)
+            rows[number].index_copy_(0, chosen, source)
 
 
 def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tensor:
-    """Return members in the wide dtype, to be read."""
+    """Return members in the wide dtype; they are read only."""
     wide = wide_dtype(members.device)
     return members if members.dtype == wide else workspace[name, members.shape, wide, members.device].copy_(members)
 
 
 def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
-    """Give every member of a group the group's value."""
+    """Write to every member its multiple of the value of its group."""
     for chunk in run.rounds:
-        part, positions = chunk.pieces.parts[0], chunk.pieces.rows[0]
-        if chunk.multiples is not None or len(chunk.pieces.parts) > 1:
+        (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
+        if others or chunk.multiples is not None or not (chunk.size or isinstance(chosen, slice)):
             _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))
-        elif isinstance(positions, slice):
-            _expected(values, chunk, values.dtype, workspace, rows[part][positions])
-        elif chunk.size:
-            bits(rows[part])[positions.view(-1, chunk.size)] = bits(values).unsqueeze(1)
+        elif isinstance(chosen, slice):
+            _expected(values, chunk, values.dtype, workspace, rows[target][chosen])
         else:
-            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))
+            bits(rows[target])[chosen.view(-1, chunk.size)] = bits(values).unsqueeze(1)
 
 
 def pin_(rows: list[Tensor], index: Index) -> None:
     """Write zeros to what is pinned."""
-    for part, positions in zip(index.pinned.parts, index.pinned.rows, strict=True):
-        if isinstance(positions, slice):
-            bits(rows[part])[positions] = 0
+    for number, pinned in zip(index.pinned.tensors, index.pinned.rows, strict=True):
+        if isinstance(pinned, slice):
+            bits(rows[number])[pinned] = 0
         else:
-            bits(rows[part]).index_fill_(0, positions, 0)
+            bits(rows[number]).index_fill_(0, pinned, 0)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values in another dtype, rounded once.
 
-    torch takes float64 to 8 and 16 bits by way of float32. What it rounds to the middle between two numbers there, it
-    may then round to the wrong one. So first all but 13 significant bits, which float32 has exactly, are cut off, and
-    the last of those is set if anything was lost. With two bits more than float16 has it is known on which side of the
-    middle a value is (Boldo and Melquiond, "When double rounding is odd", 2005).
+    torch takes float64 to 8 and 16 bits by way of float32. A value that float32 rounds to the middle between two
+    numbers may then be rounded to the wrong one. So first all but 13 significant bits, which float32 represents, are
+    cut off, and the last of these is set if anything was lost. With two bits more than float16 has it is known on which
+    side of the middle a value is (Boldo and Melquiond, "When double rounding is odd", 2005).
     """
     if values.is_complex():
         return torch.view_as_complex(rounded(torch.view_as_real(values), dtype.to_real()))
     if values.dtype != torch.float64 or dtype.itemsize > 2:
         return values.to(dtype)
     pattern = values.view(torch.int64)
-    # A carry goes into the last bit that is kept, unless all that are cut off are zero.
+    # A carry goes into the last bit that is kept, unless all bits that are cut off are zero.
     odd = pattern.bitwise_and(_CUT_OFF).add_(_CUT_OFF).bitwise_or_(pattern).bitwise_and_(~_CUT_OFF)
     return odd.view(torch.float64).to(dtype)
 
 
 def multiplied(values: Tensor, multiples: Tensor, stored: torch.dtype) -> Tensor:
-    """Return multiples of slices in a dtype, rounded once; of what is finite the multiple is finite, too."""
+    """Return multiples of slices, rounded once to the dtype in which they are stored; of finite values finite."""
     wide = values.to(multiples.dtype)
     return rounded(_clamped(wide * column(multiples, wide), wide, stored), stored)
 
 
 def _clamped(values: Tensor, origins: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values, those that were made of finite ones within the range of a dtype."""
+    """Return values, limited to the range of a dtype where their origins are finite."""
     largest = torch.finfo(dtype).max
     return torch.where(origins.isfinite(), values.clamp(-largest, largest), values)
 
 
 def times(slices: Tensor, factors: Tensor) -> Tensor:
-    """Return slices times a factor each, rounded once."""
+    """Return slices, each times its factor, rounded once."""
     if bool((factors == 1).all()):
         return slices
     wide = wide_dtype(slices.device)

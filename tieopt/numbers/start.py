@@ -1,4 +1,4 @@
-"""Where the shared values start: from the first member of each group, where the mean is not wanted.
+"""Shared values that start from the first member of each group, and not from the mean.
 
 The mean of independent random weights is smaller than they are; the first of them is a weight as it was drawn.
 """
@@ -21,7 +21,7 @@ Start = Literal["mean", "first"]
 
 
 def check_start(start: Any, *, relaxed: bool) -> None:
-    """Refuse what is no start, and what relaxed ties cannot start from.
+    """Refuse a start that is unknown, or that relaxed ties cannot have.
 
     Raises:
         ValueError: it is one of these.
@@ -40,13 +40,13 @@ def check_start(start: Any, *, relaxed: bool) -> None:
 def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Workspace, order: Sequence[int]) -> None:
     """Give every group the value of its first member that is not pinned, and write zero to what is pinned.
 
-    What is written is tied, to the last bit, and what is tied already keeps its bits.
+    The results are tied, to the last bit, and tensors that are tied already keep their bits.
 
     Args:
         tensors: dense ones, in which no two entries share memory.
         index: of the tensors.
         workspace: buffers to work in.
-        order: the numbers of the tensors, that with the first members first.
+        order: the numbers of the tensors in the order of their members, that with the first members first.
     """
     slices = [index.slices[number] for number in order]
     fronts = [real(in_memory(tensors[number])).movedim(index.slices[number].dim, 0) for number in order]
@@ -55,21 +55,21 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
         leads = members.leads
         values = _lead_values(fronts, slices, members, leads)
         multiples = members.scale / leads.scale[members.group]
-        for front, at, here in _by_part(fronts, slices, members):
+        for front, at, here in _by_tensor(fronts, slices, members):
             front[at] = _times(values[members.group[here].to(front.device)], multiples[here])
-    # Multiples are rounded as a projection rounds them, and what is pinned is written.
+    # This rounds multiples as a projection does, and writes what is pinned.
     lead_(tensors, index, workspace)
 
 
 def _lead_values(fronts: Sequence[Tensor], slices: Sequence[Slices], members: Members, leads: Members) -> Tensor:
     """Return the value of the lead of each group if the first member keeps its value."""
-    number = members.part * (int(members.position.max()) + 1) + members.position
+    number = members.tensor * (int(members.position.max()) + 1) + members.position
     least = torch.full_like(leads.group, int(number.max())).scatter_reduce_(0, members.group, number, "amin")
     firsts = members.where(number == least[members.group])
     values = _gathered(fronts, slices, firsts)
     if torch.equal(firsts.scale, leads.scale):
         return values
-    # A lead of which the first member is the multiple stays, so that nothing changes where all are tied.
+    # A lead stays if the first member is its multiple, so that tied tensors do not change.
     before, wide = _gathered(fronts, slices, leads), wide_dtype(values.device)
     is_kept = _times(before, firsts.scale / leads.scale).to(wide) == values.to(wide)
     others = _times(values, leads.scale / firsts.scale)
@@ -78,19 +78,19 @@ def _lead_values(fronts: Sequence[Tensor], slices: Sequence[Slices], members: Me
 
 def _gathered(fronts: Sequence[Tensor], slices: Sequence[Slices], chosen: Members) -> Tensor:
     """Return one slice for each of the members, in their order."""
-    values = fronts[0].new_empty((len(chosen.part), *fronts[0].shape[slices[0].labels.dim() :]))
-    for front, at, here in _by_part(fronts, slices, chosen):
+    values = fronts[0].new_empty((len(chosen.group), *fronts[0].shape[slices[0].labels.dim() :]))
+    for front, at, here in _by_tensor(fronts, slices, chosen):
         values[here.to(front.device)] = front[at]
     return values
 
 
-def _by_part(
+def _by_tensor(
     fronts: Sequence[Tensor], slices: Sequence[Slices], members: Members
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
-    """Yield each tensor, the indices of its members, which are counted by their labels, and which members these are."""
-    for part, (front, own) in enumerate(zip(fronts, slices, strict=True)):
-        here = (members.part == part).nonzero().squeeze(1)
-        indices = torch.unravel_index(members.position[here], own.labels.shape)
+    """Yield for each tensor a view with the slices in front, the indices of its members, and their numbers."""
+    for number, (front, labelled) in enumerate(zip(fronts, slices, strict=True)):
+        here = (members.tensor == number).nonzero().squeeze(1)
+        indices = torch.unravel_index(members.position[here], labelled.labels.shape)
         yield front, tuple(index.to(front.device) for index in indices), here
 
 
