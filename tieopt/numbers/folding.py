@@ -71,18 +71,8 @@ def folded(slices: Sequence[Slices]) -> tuple[Folded, ...]:
     return tuple(results)
 
 
-class _Shared(NamedTuple):
-    """Shared values of a run that are in one compact tensor.
-
-    Attributes:
-        tensor: the number of the tensor.
-        groups: the groups of the run that they are of.
-        rows: the rows of the compact tensor that they are.
-    """
-
-    tensor: int
-    groups: Tensor | slice
-    rows: slice
+# Shared values of a run: the number of the tensor, the groups of the run, and the rows of the compact tensor.
+_Shared = tuple[int, Tensor | slice, slice]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +85,7 @@ class Folding:
         kept: for each compact tensor the rows of the tensor that it is made of, int64, shape ``[n]``.
         free: the last of these, which are free slices.
         groups: how many the others are, which are leads of groups.
-        shared: for each run of the index where its shared values are.
+        shared: for each run of the index its shared values, compact tensor by compact tensor.
         scales: for each run the multiples of the shared values that the leads are; None if all are 1.
         sources: for each tensor the row of its compact tensor that each row is a copy of; None if a row has none, or
             is another multiple, or has it in the compact tensor of another tensor.
@@ -122,17 +112,20 @@ class Folding:
         device, ends = index.layout.device, [0] * len(folded)
         shared, scales = [], []
         for run in index.runs:
-            values, scale = [], torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
+            values: list[_Shared] = []
+            scale = torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
             for number, _, groups in run.leads:
                 rows = slice(ends[number], ends[number] + len(groups))
                 ends[number] = rows.stop
                 scale[groups.cpu()] = folded[number].scale[folded[number].kept[rows]]
-                values.append(_Shared(number, consecutive(groups), rows))
+                values.append((number, consecutive(groups), rows))
             shared.append(tuple(values))
             scales.append(None if bool((scale == 1).all()) else scale.to(device, wide_dtype(device)))
-        layouts = zip(index.slices, index.layout.steps, strict=True)
-        positions = [labelled.positions(steps).flatten() for labelled, steps in layouts]
-        kept = tuple(own[result.kept].to(device) for own, result in zip(positions, folded, strict=True))
+        positions = [
+            labelled.positions(steps).flatten()
+            for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
+        ]
+        kept = tuple(rows[result.kept].to(device) for rows, result in zip(positions, folded, strict=True))
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),
@@ -198,8 +191,8 @@ def fold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Foldin
         torch.index_select(source, 0, kept, out=compact)
     for shared, scales in zip(folding.shared, folding.scales, strict=True):
         if scales is not None:
-            for number, groups, shared_rows in shared:
-                compact = compact_rows[number][shared_rows]
+            for number, groups, rows_of_groups in shared:
+                compact = compact_rows[number][rows_of_groups]
                 # torch promotes no 8-bit floats.
                 values = compact.to(scales.dtype) / column(scales[groups], compact)
                 compact.copy_(rounded(values, compact.dtype))
@@ -269,8 +262,8 @@ def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Re
     scale = torch.ones(len(kept), dtype=wide_dtype(kept.device), device=kept.device)
     for shared, scales in zip(folding.shared, folding.scales, strict=True):
         if scales is not None:
-            for _, groups, shared_rows in shared:
-                scale[shared_rows] = scales[groups]
+            for _, groups, rows_of_groups in shared:
+                scale[rows_of_groups] = scales[groups]
     values = rounded(values / column(scale[rows], values), values.dtype)
     indices = torch.cat([rows[None], indices[1:, chosen]])
     return torch.sparse_coo_tensor(indices, values, compact.shape, check_invariants=False)

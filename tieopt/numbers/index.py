@@ -339,8 +339,7 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
         in_order = (members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
         yield _run(members, in_order, 0, capacity, layout)
         return
-    starts = (sizes.cumsum(0) - sizes).tolist()
-    starts.append(len(members.group))
+    starts = [0, *sizes.cumsum(0).tolist()]
     for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
         while first < last:
             end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
@@ -377,7 +376,7 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
         capacity: how many are gathered at once.
         layout: of the tensors.
     """
-    device, scale = (layout.device, wide_dtype(layout.device)), members.scale
+    device, wide, scale = layout.device, wide_dtype(layout.device), members.scale
     members = members._replace(group=members.group - members.group[0])
     members = members._replace(scale=scale / members.leads.scale[members.group])
     leads, multiples = members.leads, members.scale
@@ -386,8 +385,8 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
     gathered = members if order is None else members.at(order)
     return Run(
         lead_members=_round(leads.at(leads.tensor.argsort(stable=True)), int((leads.tensor.diff() >= 0).all()), layout),
-        norms=_group_sums(members.group, multiples.square()).to(*device),
-        counts=_group_sums(members.group, scale.square()).to(*device),
+        norms=_group_sums(members.group, multiples.square()).to(device, wide),
+        counts=_group_sums(members.group, scale.square()).to(device, wide),
         signed=bool((multiples.abs() == 1).all()),
         headroom=0.5 ** math.ceil(math.log2(bound)),
         rounds=tuple(

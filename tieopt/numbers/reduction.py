@@ -99,10 +99,8 @@ def tied(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of
         workspace: as for :func:`project_`.
         means_of: returns the values of the leads of a run; by default the leads themselves.
     """
-    for _, members, expected in _compared(index.rows(tensors), index, means_of or _leads, workspace):
-        if not torch.equal(members, expected):
-            return False
-    return True
+    compared = _compared(index.rows(tensors), index, means_of or _leads, workspace)
+    return all(torch.equal(members, expected) for _, members, expected in compared)
 
 
 def project_(
