@@ -20,9 +20,9 @@ from tieopt import Tie, TiedOptimizer
 from tieopt.numbers.folding import (
     Folding,
     compact_like,
+    compact_rows_of,
     fold_,
     fold_gradients_,
-    folded,
     folded_sparse,
     unfold_,
 )
@@ -67,7 +67,7 @@ class Case:
 
     def compacts(self) -> list[Tensor]:
         """Compact tensors, with anything in them."""
-        parts = zip(self.component.slices, self.tensors, folded(self.component.slices), strict=True)
+        parts = zip(self.component.slices, self.tensors, compact_rows_of(self.component.slices), strict=True)
         return [compact_like(slices, tensor, len(part.kept)).fill_(7.0) for slices, tensor, part in parts]
 
     def normal_compacts(self, seed: int) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Case:
 
 def folding_of(tie: BoundTie, tensors: Sequence[Tensor]) -> Folding:
     """The ties compiled for tensors."""
-    return Folding.compile(Index.compile(tie.slices, tensors), folded(tie.slices))
+    return Folding.compile(Index.compile(tie.slices, tensors), compact_rows_of(tie.slices))
 
 
 def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[Case]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tieopt import is_tied, tie_
 from tieopt.numbers import index as index_module
-from tieopt.numbers.folding import folded
+from tieopt.numbers.folding import compact_rows_of
 from tieopt.numbers.index import Index, Run
 from tieopt.numbers.reduction import Workspace, divide_, drift, project_, relax_, tied
 from tieopt.ties.slices import Slices, numbered
@@ -125,63 +125,63 @@ KINDS: dict[str, tuple[list[int], int, torch.dtype, dict[str, int], Callable[[tu
         16,
         torch.float32,
         {},
-        lambda runs: len(runs) == 1 and runs[0].rounds[0].size == 6,
+        lambda runs: len(runs) == 1 and runs[0].chunks[0].size == 6,
     ),
     "several matrices": (
         [6] * 9,
         16,
         torch.float32,
         {"_CPU_ENTRIES": 16 * 14},
-        lambda runs: [len(run.norms) for run in runs] == [2, 2, 2, 2, 1] and all(run.rounds[0].size for run in runs),
+        lambda runs: [len(run.norms) for run in runs] == [2, 2, 2, 2, 1] and all(run.chunks[0].size for run in runs),
     ),
     "in the order of memory": (
         [6] * 4,
         3,
         torch.float32,
         {},
-        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and not _is_sorted(runs[0].rounds[0].groups),
+        lambda runs: len(runs) == 1 and not runs[0].chunks[0].size and not _is_sorted(runs[0].chunks[0].groups),
     ),
-    "in the order of memory, in rounds": (
+    "in the order of memory, in chunks": (
         [6] * 4,
         3,
         torch.float32,
         {"_CPU_ENTRIES": 30},
-        lambda runs: len(runs) == 1 and len(runs[0].rounds) == 3,
+        lambda runs: len(runs) == 1 and len(runs[0].chunks) == 3,
     ),
     "ragged": (
         [2, 5, 3, 4],
         16,
         torch.float32,
         {},
-        lambda runs: len(runs) == 1 and not runs[0].rounds[0].size and _is_sorted(runs[0].rounds[0].groups),
+        lambda runs: len(runs) == 1 and not runs[0].chunks[0].size and _is_sorted(runs[0].chunks[0].groups),
     ),
-    "one group over several rounds": (
+    "one group over several chunks": (
         [40],
         16,
         torch.float32,
         {"_CPU_ENTRIES": 1},
-        lambda runs: len(runs) == 1 and len(runs[0].rounds) == 7,
+        lambda runs: len(runs) == 1 and len(runs[0].chunks) == 7,
     ),
     "many of one size among others": (
         [5, *[2] * 8, 3],
         16,
         torch.float32,
         {"EVEN_ENTRIES": 2 * 8 * 16},
-        lambda runs: [run.rounds[0].size for run in runs] == [2, 0],
+        lambda runs: [run.chunks[0].size for run in runs] == [2, 0],
     ),
     "many of a larger size among others": (
         [2, *[4] * 8, 3, 9],
         16,
         torch.float32,
         {"EVEN_ENTRIES": 4 * 8 * 16},
-        lambda runs: [run.rounds[0].size for run in runs] == [0, 4, 0],
+        lambda runs: [run.chunks[0].size for run in runs] == [0, 4, 0],
     ),
     "in blocks": (
         [70, 3],
         16,
         torch.float64,
         {},
-        lambda runs: len(runs) == 1 and runs[0].rounds[0].blocks is not None,
+        lambda runs: len(runs) == 1 and runs[0].chunks[0].blocks is not None,
     ),
 }
 
@@ -232,7 +232,7 @@ def test_members_that_follow_each_other_have_the_bits_of_those_that_do_not(
     kinds = []
     for labels, tensor in ((together, start), (apart, spread)):
         index = compiled([labels], [tensor], [None])
-        kinds += [isinstance(rows, slice) for run in index.runs for part in run.rounds for rows in part.pieces.rows]
+        kinds += [isinstance(rows, slice) for run in index.runs for chunk in run.chunks for rows in chunk.pieces.rows]
         project_([tensor], index, Workspace())
     assert kinds == [True, False]
     assert same_bits(spread[::2], start)
@@ -250,6 +250,6 @@ def test_a_million_groups_are_tied() -> None:
     assert torch.equal(tensor[second], mean)
     assert is_tied(tensor, labels)
 
-    (part,) = folded(numbered([Slices(labels)]))
+    (part,) = compact_rows_of(numbered([Slices(labels)]))
     assert len(part.kept) == part.groups == count
     assert torch.equal(labels[part.kept][part.rows], labels)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt.numbers import index as index_module
-from tieopt.numbers.folding import Folding, compact_like, fold_, fold_gradients_, folded, unfold_
+from tieopt.numbers.folding import Folding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Workspace, divide_, drift, project_, rounded, tied
 from tieopt.ties.slices import Slices, told_apart
@@ -27,13 +27,13 @@ reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def in_pieces(entries, tensor, labels, reduction="mean"):
-    """The result when so many entries are worked on at a time, and the number of rounds."""
+    """The result when so many entries are worked on at a time, and the number of chunks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "_CPU_ENTRIES", entries)
         index = index_of(labels, tensor)
     result = tensor.clone()
     project_([result], index, Workspace(), reduction)
-    return result, sum(len(run.rounds) for run in index.runs)
+    return result, sum(len(run.chunks) for run in index.runs)
 
 
 def shuffled(labels, seed):
@@ -87,9 +87,9 @@ def test_groups_of_one_size_have_the_same_bits_wherever_the_pieces_end(
     width = 40 if dtype.is_complex else 20
 
     whole, _ = in_pieces(2**18, tensor, labels, reduction)
-    cut, rounds = in_pieces(groups_at_a_time * size * width, tensor, labels, reduction)
+    cut, chunks = in_pieces(groups_at_a_time * size * width, tensor, labels, reduction)
 
-    assert rounds > 1 or count <= 2 * groups_at_a_time
+    assert chunks > 1 or count <= 2 * groups_at_a_time
     assert same_bits(cut, whole)
 
 
@@ -492,7 +492,7 @@ def test_a_warm_operation_calls_few_functions_and_none_for_each_parameter(functi
     for count in (1, 2, 200):
         tensors = [randn(5, columns, seed=seed) for seed in range(count)]
         slices = [own for (own,) in told_apart([Slices(torch.tensor([0, 0, 1, 1, -1]))] for _ in tensors)]
-        index, parts = Index.compile(slices, tensors), folded(slices)
+        index, parts = Index.compile(slices, tensors), compact_rows_of(slices)
         folding = Folding.compile(index, parts)
         kept = [len(part.kept) for part in parts]
         compacts = [compact.fill_(1.0) for compact in map(compact_like, slices, tensors, kept)]

@@ -123,7 +123,7 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def octets(tensor: Tensor) -> memoryview | bytes:
+def raw_bytes(tensor: Tensor) -> memoryview | bytes:
     """Return the memory of a contiguous tensor on the CPU, without a copy; valid as long as the tensor is.
 
     NumPy is not needed, and torch may be installed without it.

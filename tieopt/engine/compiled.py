@@ -126,7 +126,7 @@ def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     index = work.executor
     if not isinstance(index, Index) or len(tensors) != 1 or tensors[0].numel() < _LEAST:
         return None
-    sizes = {run.rounds[0].size for run in index.runs}
+    sizes = {run.chunks[0].size for run in index.runs}
     if (
         index.slices[0].scale is not None
         or len(sizes) != 1

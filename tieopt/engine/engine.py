@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from tieopt.engine.compiled import Work, gradient_foldings, projections
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, spans_ranks
-from tieopt.numbers.folding import Folded, Folding, fold_gradients_, folded, folded_sparse
+from tieopt.numbers.folding import CompactRows, Folding, compact_rows_of, fold_gradients_, folded_sparse
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
 from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
@@ -53,7 +53,7 @@ class Engine:
         self._workspace = Workspace()
         self._indices: dict[tuple[Partition, Layout], Index] = {}
         self._shards: dict[tuple[Any, ...], Shards] = {}
-        self._folded: dict[Partition, tuple[Folded, ...]] = {}
+        self._folded: dict[Partition, tuple[CompactRows, ...]] = {}
         self._foldings: dict[Index | Shards, Folding] = {}
         self._plans: dict[tuple[Any, ...], list[Work]] = {}
         self._sizes: dict[Partition, int | None] = {}
@@ -197,10 +197,10 @@ class Engine:
         work = Work((tie,), self.index_for(tie, [param]), None)
         return folded_sparse(grad, compact, self._folding(work), reduction)
 
-    def folded(self, tie: Partition) -> tuple[Folded, ...]:
+    def folded(self, tie: Partition) -> tuple[CompactRows, ...]:
         """Return which slices of each tensor a compact one has; worked out once."""
         if tie not in self._folded:
-            self._folded[tie] = folded(tie.slices)
+            self._folded[tie] = compact_rows_of(tie.slices)
         return self._folded[tie]
 
     def index_for(self, tie: Partition, tensors: Sequence[Tensor]) -> Index:
@@ -290,7 +290,7 @@ class Engine:
             if len(work.ties) == 1:
                 parts = self.folded(work.ties[0])
             else:
-                parts = folded([slices for (slices,) in told_apart([tie.slices[0]] for tie in work.ties)])
+                parts = compact_rows_of([slices for (slices,) in told_apart([tie.slices[0]] for tie in work.ties)])
             self._foldings[index] = Folding.compile(index, parts)
         return self._foldings[index]
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Run, order_within
+from tieopt.numbers.index import Index, Run, memory_order
 from tieopt.numbers.reduction import (
     ValuesOf,
     Workspace,
@@ -85,7 +85,7 @@ class Exchange:
         stored, device = rows[0].dtype, rows[0].device
         # Dimensions are sent in an order that does not depend on how a rank has its shard in memory.
         raw = self.index.slices[0].rows(in_memory(shards[0]))
-        back = [0, *order_within(raw), *range(raw.dim(), rows[0].dim())]
+        back = [0, *memory_order(raw), *range(raw.dim(), rows[0].dim())]
         order = sorted(range(len(back)), key=back.__getitem__)
         shape = [rows[0].shape[dim] for dim in order[1:]]
         # A mean of a few members in half precision has digits that the mean of all needs.

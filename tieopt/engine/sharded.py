@@ -31,7 +31,7 @@ from tieopt.tensors import (
     is_sharded,
     is_sharded_as,
     local,
-    octets,
+    raw_bytes,
     real,
     sharded_as,
     wide_dtype,
@@ -199,7 +199,7 @@ def _check_same(tie: Partition, tensors: Sequence[DTensor]) -> None:
     digest = hashlib.sha256(repr(known).encode())
     columns = [column for slices in tie.slices for column in (slices.labels, slices.scale) if column is not None]
     for column in map(Tensor.contiguous, columns):
-        digest.update(octets(column))
+        digest.update(raw_bytes(column))
     number = torch.tensor(int.from_bytes(digest.digest()[:7]), device=local(tensors[0]).device)
     if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
         what, expected = "This rank has other ties than some other rank.", "the same labels and scales on every rank"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import message, refusal, shown
-from tieopt.tensors import local, octets
+from tieopt.tensors import local, raw_bytes
 
 _NAMES = {
     torch.bool: "BOOL", torch.complex64: "C64",
@@ -72,7 +72,7 @@ class Writer(ExitStack):
             expected = f"names that are not another name followed by {endings}, and not {_METADATA}"
             raise refusal(ValueError, "Two tensors of a file would have one name.", expected=expected, got=name)
         tensor = plain(tensor).contiguous()
-        self._data[tensor.dtype.itemsize].write(octets(tensor))
+        self._data[tensor.dtype.itemsize].write(raw_bytes(tensor))
         self._tensors[name] = tensor.dtype, tensor.shape
         self._hashes[name] = _hash(name, tensor)
 
@@ -209,5 +209,5 @@ def plain(tensor: Tensor) -> Tensor:
 
 def _hash(name: str, tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(octets(tensor))
+    digest.update(raw_bytes(tensor))
     return digest.hexdigest()

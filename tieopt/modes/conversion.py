@@ -16,7 +16,7 @@ from tieopt.engine.engine import Engine
 from tieopt.errors import refusal, shown
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, Settings, State, begins_at, held_of, scales_for, settings_in, tied_state
-from tieopt.numbers.folding import Folded, compact_like, compact_slices
+from tieopt.numbers.folding import CompactRows, compact_like, compact_slices
 from tieopt.numbers.reduction import times
 from tieopt.tensors import bits, has_shape
 from tieopt.ties.components import components
@@ -42,7 +42,7 @@ class _TiedParameter(NamedTuple):
     param: Tensor
     state: State
     slices: Slices
-    folded: Folded
+    folded: CompactRows
     shape: torch.Size
     compact_shape: torch.Size
 

@@ -22,7 +22,7 @@ from tieopt.tensors import column, movable, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
 
-class Folded(NamedTuple):
+class CompactRows(NamedTuple):
     """The rows of the compact tensor of a tensor, and the row that each slice of the tensor is a multiple of.
 
     This answers which shared value a slice has. Slices are counted in the order of their labels.
@@ -41,7 +41,7 @@ class Folded(NamedTuple):
     scale: Tensor
 
 
-def folded(slices: Sequence[Slices]) -> tuple[Folded, ...]:
+def compact_rows_of(slices: Sequence[Slices]) -> tuple[CompactRows, ...]:
     """Return the rows of the compact tensors of several tensors; on the CPU.
 
     Args:
@@ -62,7 +62,8 @@ def folded(slices: Sequence[Slices]) -> tuple[Folded, ...]:
         row_of[here.group] = before + torch.arange(len(here.group), device="cpu")
         rows = torch.full((len(is_free),), FREE, device="cpu")
         rows[kept] = before + torch.arange(len(kept), device="cpu")
-        results.append(Folded(kept, len(here.group), rows, torch.ones(len(rows), dtype=torch.float64, device="cpu")))
+        scale = torch.ones(len(rows), dtype=torch.float64, device="cpu")
+        results.append(CompactRows(kept, len(here.group), rows, scale))
         before += len(kept)
     for number, result in enumerate(results):
         here = members.where(members.tensor == number)
@@ -102,14 +103,14 @@ class Folding:
 
     @classmethod
     @torch.inference_mode(False)
-    def compile(cls, index: Index, folded: Sequence[Folded]) -> Folding:
+    def compile(cls, index: Index, compact: Sequence[CompactRows]) -> Folding:
         """Compile a folding for tensors of one layout.
 
         Args:
             index: of the tensors.
-            folded: of each tensor.
+            compact: the rows of the compact tensors.
         """
-        device, ends = index.layout.device, [0] * len(folded)
+        device, ends = index.layout.device, [0] * len(compact)
         shared, scales = [], []
         for run in index.runs:
             values: list[_Shared] = []
@@ -117,7 +118,7 @@ class Folding:
             for number, _, groups in run.leads:
                 rows = slice(ends[number], ends[number] + len(groups))
                 ends[number] = rows.stop
-                scale[groups.cpu()] = folded[number].scale[folded[number].kept[rows]]
+                scale[groups.cpu()] = compact[number].scale[compact[number].kept[rows]]
                 values.append((number, consecutive(groups), rows))
             shared.append(tuple(values))
             scales.append(None if bool((scale == 1).all()) else scale.to(device, wide_dtype(device)))
@@ -125,16 +126,16 @@ class Folding:
             labelled.positions(steps).flatten()
             for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
         ]
-        kept = tuple(rows[result.kept].to(device) for rows, result in zip(positions, folded, strict=True))
+        kept = tuple(rows[result.kept].to(device) for rows, result in zip(positions, compact, strict=True))
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),
             kept,
-            tuple(rows[result.groups :] for rows, result in zip(kept, folded, strict=True)),
-            tuple(result.groups for result in folded),
+            tuple(rows[result.groups :] for rows, result in zip(kept, compact, strict=True)),
+            tuple(result.groups for result in compact),
             tuple(shared),
             tuple(scales),
-            _sources(folded, positions, device),
+            _sources(compact, positions, device),
         )
 
     def rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -143,9 +144,11 @@ class Folding:
         return rows[: len(self.kept)], rows[len(self.kept) :]
 
 
-def _sources(folded: Sequence[Folded], positions: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
+def _sources(
+    compact: Sequence[CompactRows], positions: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, ...] | None:
     sources, before = [], 0
-    for (kept, _, all_rows, scale), at in zip(folded, positions, strict=True):
+    for (kept, _, all_rows, scale), at in zip(compact, positions, strict=True):
         rows, count = all_rows - before, len(kept)
         before += count
         rows[all_rows == FREE] = 0  # Pinned rows are overwritten afterwards.

@@ -96,7 +96,7 @@ class Pieces(NamedTuple):
         return cls(tuple(tensors), rows, tuple(lengths))
 
 
-class Round(NamedTuple):
+class Chunk(NamedTuple):
     """Members that are gathered at once.
 
     Attributes:
@@ -125,7 +125,7 @@ class Round(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive groups that are reduced at once: as many as one round can hold, or a large one in several rounds.
+    """Consecutive groups that are reduced at once: as many as fit into one chunk, or a large group in several.
 
     Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
 
@@ -135,15 +135,15 @@ class Run(NamedTuple):
         counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; ``[g]``.
         signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
         headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
-        rounds: all members of these groups.
+        chunks: all members of these groups.
     """
 
-    lead_members: Round
+    lead_members: Chunk
     norms: Tensor
     counts: Tensor
     signed: bool
     headroom: float
-    rounds: tuple[Round, ...]
+    chunks: tuple[Chunk, ...]
 
     @property
     def leads(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -230,8 +230,8 @@ class Index:
     @torch.inference_mode(False)
     def members_of_groups(self) -> Tensor:
         """The rows of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
-        size = self.runs[0].rounds[0].size
-        return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.rounds[0].by_tensor()])
+        size = self.runs[0].chunks[0].size
+        return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.chunks[0].by_tensor()])
 
     @cached_property
     @torch.inference_mode(False)
@@ -273,12 +273,12 @@ def rows_of(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]
             tensor = labelled.rows(tensor)
         rows.append(tensor.detach() if may_have_graph else tensor)
     if rows[0].dim() > 2:
-        inner = order_within(rows[0])
+        inner = memory_order(rows[0])
         rows = [tensor.permute(0, *inner) for tensor in rows]
     return [torch.view_as_real(tensor) for tensor in rows] if rows[0].is_complex() else rows
 
 
-def order_within(rows: Tensor) -> list[int]:
+def memory_order(rows: Tensor) -> list[int]:
     """Return the dimensions of rows but the first, as they are in memory from the outermost to the innermost."""
     return sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
 
@@ -332,7 +332,7 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
     if not len(sizes):
         return
     entries = _CPU_ENTRIES if layout.device.type == "cpu" else _ACCELERATOR_ENTRIES
-    # At least sqrt(largest), so that the sums of no more than sqrt(largest) rounds are added up.
+    # At least sqrt(largest), so that the sums of no more than sqrt(largest) chunks are added up.
     capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
     if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
         # To gather single entries takes longer than to add them up where they are.
@@ -384,13 +384,13 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
     bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
     gathered = members if order is None else members.at(order)
     return Run(
-        lead_members=_round(leads.at(leads.tensor.argsort(stable=True)), int((leads.tensor.diff() >= 0).all()), layout),
+        lead_members=_chunk(leads.at(leads.tensor.argsort(stable=True)), int((leads.tensor.diff() >= 0).all()), layout),
         norms=_group_sums(members.group, multiples.square()).to(device, wide),
         counts=_group_sums(members.group, scale.square()).to(device, wide),
         signed=bool((multiples.abs() == 1).all()),
         headroom=0.5 ** math.ceil(math.log2(bound)),
-        rounds=tuple(
-            _round(gathered.at(slice(start, start + capacity)), size, layout)
+        chunks=tuple(
+            _chunk(gathered.at(slice(start, start + capacity)), size, layout)
             for start in range(0, len(multiples), capacity)
         ),
     )
@@ -408,7 +408,7 @@ def consecutive(positions: Tensor) -> Tensor | slice:
     return positions
 
 
-def _round(members: Members, size: int, layout: Layout) -> Round:
+def _chunk(members: Members, size: int, layout: Layout) -> Chunk:
     """Compile members that are sorted by tensor.
 
     In float64 groups of more than ``_BLOCK`` members are cut into blocks of about the square root of their
@@ -418,7 +418,7 @@ def _round(members: Members, size: int, layout: Layout) -> Round:
     """
     device, groups = layout.device, members.group
     multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
-    chunk = Round(Pieces.of(members, device), size, groups.to(device), multiples, None, groups[:0].to(device))
+    chunk = Chunk(Pieces.of(members, device), size, groups.to(device), multiples, None, groups[:0].to(device))
     if size or not layout.double:
         return chunk
     _, counts = torch.unique_consecutive(groups, return_counts=True)

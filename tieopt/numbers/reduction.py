@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import PINNED, Index, Pieces, Round, Run
+from tieopt.numbers.index import PINNED, Chunk, Index, Pieces, Run
 from tieopt.tensors import bits, column, movable, wide_dtype
 
 Reduction = Literal["mean", "sum"]
@@ -278,7 +278,7 @@ def _compared(
     """Yield members, their values, and the values that they should have by those of their leads."""
     for run in index.runs:
         values = values_of(rows, run, workspace)
-        for chunk in run.rounds:
+        for chunk in run.chunks:
             members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
             yield chunk.pieces, members, _expected(values, chunk, rows[0].dtype, workspace)
     for number, pinned, length in zip(*index.pinned, strict=True):
@@ -302,9 +302,9 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     if not run.signed:
         return _scaled_means(rows, run, workspace)
     # Numbers of 16 bits are not added up in float32: a sum may cancel to less than what float32 has lost of it.
-    if not run.rounds[0].size or rows[0].device.type != "cpu" or stored != torch.float32:
+    if not run.chunks[0].size or rows[0].device.type != "cpu" or stored != torch.float32:
         return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
-    means = _pairwise_means(rows, run.rounds[0], workspace)
+    means = _pairwise_means(rows, run.chunks[0], workspace)
     # On an accelerator this would wait for the device.
     if math.isfinite(means.sum().item()):
         return means
@@ -365,14 +365,14 @@ def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     shape, device = rows[0].shape[1:], rows[0].device
     # Adding -0.0 changes no number; adding 0.0 would turn -0.0 into 0.0.
     totals = workspace["totals", (run.norms.shape[0], *shape), torch.float64, device].fill_(-0.0)
-    for chunk in run.rounds:
+    for chunk in run.chunks:
         members = workspace["wide", (chunk.groups.shape[0], *shape), torch.float64, device]
         members.copy_(_gathered(rows, chunk.pieces, workspace))
         _add_up(totals, chunk, members)
     return totals
 
 
-def _pairwise_means(rows: list[Tensor], chunk: Round, workspace: Workspace) -> Tensor:
+def _pairwise_means(rows: list[Tensor], chunk: Chunk, workspace: Workspace) -> Tensor:
     """Return the means of groups of one size, added up by pairs in float32 as long as their number is even.
 
     The sum of two equal numbers is exact, but not that of three: an odd number of sums is added up in float64. The
@@ -411,7 +411,7 @@ def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the leads of groups that are tied already, and the means of others; where multiples are rounded."""
     leads = _leads(rows, run, workspace)
     totals, distances = torch.zeros_like(leads), torch.zeros_like(leads)
-    for chunk in run.rounds:
+    for chunk in run.chunks:
         members = workspace["wide", (chunk.groups.shape[0], *leads.shape[1:]), leads.dtype, leads.device]
         members.copy_(_gathered(rows, chunk.pieces, workspace))
         differences = _expected(leads, chunk, rows[0].dtype, workspace)
@@ -429,7 +429,7 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
     # The difference of two infinities is NaN, where their mean may well be infinite.
     pivots = torch.nan_to_num(estimates, nan=0.0, posinf=0.0, neginf=0.0)
     totals = torch.zeros_like(estimates)
-    for chunk in run.rounds:
+    for chunk in run.chunks:
         members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
         differences = _expected(pivots, chunk, rows[0].dtype, workspace)
         # Scaled by a power of two, so that no sum overflows where the mean is finite.
@@ -461,7 +461,7 @@ def _divided_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor
 # --- from the members to their groups, and back ---
 
 
-def _add_up(totals: Tensor, chunk: Round, values: Tensor, *, weighted: bool = True) -> None:
+def _add_up(totals: Tensor, chunk: Chunk, values: Tensor, *, weighted: bool = True) -> None:
     """Add the values of members, by default times their multiples, to the totals; the values are overwritten."""
     if weighted and chunk.multiples is not None:
         values.mul_(column(chunk.multiples, values))
@@ -486,7 +486,7 @@ def scatter_add_(totals: Tensor, groups: Tensor, values: Tensor) -> None:
 
 
 def _expected(
-    values: Tensor, chunk: Round, stored: torch.dtype, workspace: Workspace, out: Tensor | None = None
+    values: Tensor, chunk: Chunk, stored: torch.dtype, workspace: Workspace, out: Tensor | None = None
 ) -> Tensor:
     """Return the values of members by those of their leads, in the dtype of the latter.
 
@@ -541,7 +541,7 @@ def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tenso
 
 def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
     """Write to every member its multiple of the value of its group."""
-    for chunk in run.rounds:
+    for chunk in run.chunks:
         (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
         if others or chunk.multiples is not None or not (chunk.size or isinstance(chosen, slice)):
             _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.tensors import octets
+from tieopt.tensors import raw_bytes
 
 FREE = -1
 
@@ -199,7 +199,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     places = [(number, one.dim, tuple(one.labels.shape)) for number, one in zip(numbers, slices, strict=True)]
     digest = hashlib.sha256(repr(places).encode())
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
-        digest.update(octets(column))
+        digest.update(raw_bytes(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
