@@ -1282,3 +1282,78 @@ def test_clearing_gradients_in_the_middle_of_a_step_clears_those_of_the_model() 
         weight, optimizer = _looking(lambda tied, to_none=to_none: tied.zero_grad(to_none))
         optimizer.step()
         assert weight.grad is None if to_none else torch.equal(weight.grad, torch.zeros(SHAPE))
+
+
+def test_looking_up_the_state_of_a_parameter_of_the_model_in_a_step_leaves_what_is_kept_of_it() -> None:
+    weight, optimizer = _looking(lambda tied: None)
+    type(optimizer).look = staticmethod(lambda tied: tied.state[weight])
+    del optimizer.look
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        del type(optimizer).look
+    other, plain = one_tied(SGD, compact=True, momentum=0.9)
+    other.grad = weight.grad
+    for _ in range(3):
+        plain.step()
+    assert same(weight, other)
+    assert same(optimizer.state[weight]["momentum_buffer"], plain.state[other]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the step", "in the step"])
+def test_parameters_may_stand_in_a_tuple(before: bool) -> None:
+    def freeze(tied: Any) -> None:
+        tied.param_groups[0]["params"] = tuple(tied.param_groups[0]["params"])
+
+    weight, optimizer = _looking(lambda tied: None if before else freeze(tied))
+    other, plain = one_tied(SGD, compact=True, momentum=0.9)
+    other.grad = weight.grad
+    if before:
+        freeze(optimizer)
+    for _ in range(2):
+        optimizer.step()
+        plain.step()
+    assert type(optimizer.param_groups[0]["params"]) is tuple
+    assert _is_at_rest(optimizer, weight)
+    assert same(weight, other)
+
+
+@pytest.mark.parametrize("between", ["tie_weights", "state_dict", "deepcopy", "pickle"])
+def test_the_state_of_a_parameter_follows_what_took_its_place(between: str) -> None:
+    weight, optimizer = one_tied(SGD, compact=True, momentum=0.9, lr=0.1)
+    weight.grad = torch.ones(SHAPE)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = Parameter(weight.detach().clone())
+    if between in ("tie_weights", "state_dict"):
+        getattr(optimizer, between)()
+    else:
+        optimizer = copy.deepcopy(optimizer) if between == "deepcopy" else pickled(optimizer)
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones(SHAPE)
+    optimizer.step()
+    assert_close(optimizer.state[param]["momentum_buffer"], torch.full((4, 5), 1.9))
+    assert len(optimizer.state) == 1
+
+
+def test_a_line_search_may_have_another_list_of_its_parameters() -> None:
+    weight, optimizer = one_tied(LBFGS, compact=True, reduction="sum")
+    optimizer.param_groups[0]["params"] = list(optimizer.param_groups[0]["params"])
+    optimizer.retie({weight: [[0, 1]]})
+    assert is_tied(weight, [[0, 1]])
+
+
+def test_without_ties_the_state_is_not_touched() -> None:
+    class Counted(defaultdict):
+        cleared = 0
+
+        def clear(self) -> None:
+            type(self).cleared += 1
+            super().clear()
+
+    weight, optimizer = one_tied(SGD, compact=True, momentum=0.9)
+    optimizer.untie()
+    optimizer.state = Counted(dict)
+    weight.grad = torch.ones(SHAPE)
+    optimizer.step()
+    assert Counted.cleared == 0

@@ -1,5 +1,7 @@
 """Methods other than ``step()`` that read gradients or write weights, and optimizers that hold another one."""
 
+import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -436,3 +438,84 @@ def test_gradients_that_an_optimizer_makes_for_itself_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="MakesGradients made gradients within its step"):
         optimizer.step()
     assert tied_bitwise(weight)
+
+
+# --- clearing gradients ---
+
+
+class ClearsItsWay(SGD):
+    """Has another default than torch, and takes it by another name."""
+
+    def zero_grad(self, keep: bool = True) -> None:
+        super().zero_grad(set_to_none=not keep)
+
+
+class Counting(TiedOptimizer):
+    cleared = 0
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        Counting.cleared += 1
+        super().zero_grad(*args, **kwargs)
+
+
+def test_clearing_gradients_is_what_the_optimizer_makes_of_it(compact: bool) -> None:
+    weight = Parameter(randn(*SHAPE))
+    optimizer = Counting(ClearsItsWay([weight], lr=0.1), {weight: GROUPS}, compact=compact)
+    before = Counting.cleared
+    weight.grad = torch.ones(SHAPE)
+    optimizer.zero_grad()
+    assert torch.equal(weight.grad, torch.zeros(SHAPE))
+    optimizer.zero_grad(keep=False)
+    assert weight.grad is None
+    assert Counting.cleared == before + 2
+
+
+# --- optimizers that come and go, and steps within methods ---
+
+
+@pytest.mark.parametrize("container", [[], {}], ids=["list", "dictionary"])
+def test_an_optimizer_that_is_held_later_steps_on_the_shared_rows(container: Any, compact: bool) -> None:
+    class Holds(Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+            self.parts = copy.copy(container)
+
+        def step(self, closure: None = None) -> None:
+            for part in self.parts.values() if isinstance(self.parts, dict) else self.parts:
+                part.step()
+
+    weight, optimizer = made(Holds, compact=compact)
+    weight.grad = torch.ones(SHAPE)
+    optimizer.step()
+    before = weight.detach().clone()
+    later = SGD(optimizer.param_groups, lr=0.1)
+    if isinstance(optimizer.parts, dict):
+        optimizer.parts["later"] = later
+    else:
+        optimizer.parts.append(later)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - 0.1)
+    assert later.param_groups[0]["params"][0] is weight
+
+
+def test_a_method_may_step_with_a_closure(compact: bool) -> None:
+    class Fits(SGD):
+        def fit(self, function: Callable[[], Tensor]) -> Any:
+            return self.step(function)
+
+        def step(self, closure: Callable[[], Tensor]) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            inspect.unwrap(SGD.step)(self)
+            return loss
+
+    weight, optimizer = made(lambda params: Fits(params, lr=0.1), compact=compact)
+    before = weight.detach().clone()
+
+    def closure() -> Tensor:
+        weight.grad = torch.ones(SHAPE)
+        return weight.sum()
+
+    with torch.no_grad():
+        optimizer.fit(closure)
+    torch.testing.assert_close(weight.detach(), before - 0.1)

@@ -450,7 +450,10 @@ class TiedOptimizer(Optimizer):
             ['state', 'param_groups', 'tieopt']
             >>> torch.optim.Adam([weight]).load_state_dict(optimizer.state_dict())
         """
-        state_dict = super().state_dict(*args, **kwargs)
+        # In the middle of a step in another thread the state has other keys.
+        with self._tieopt.lock:
+            self._tieopt.follow(self)
+            state_dict = super().state_dict(*args, **kwargs)
         saved = self._tieopt.saved(self.param_groups)
         return {**state_dict, _TIEOPT: saved} if saved else state_dict
 
@@ -487,6 +490,7 @@ class TiedOptimizer(Optimizer):
             ...
         """
         mode, saved = self._tieopt, state_dict.get(_TIEOPT)
+        mode.follow(self)
         pairs, settings = mode.parameters(self.param_groups), settings_in(self.param_groups)
         if _TIEOPT in state_dict:
             mode.check_saved(saved, self.param_groups)
@@ -612,17 +616,14 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
     return method
 
 
-def _tied_zero_grad(inner: type[Optimizer]) -> Callable[..., Any]:
+def _tied_zero_grad(cls: type[TiedOptimizer], inner: type[Optimizer]) -> Callable[..., Any]:
     """``zero_grad`` that also clears the gradients of the model, in the middle of a step of other parameters."""
+    below = cls if cls.zero_grad is not Optimizer.zero_grad else inner
 
-    @wraps(inner.zero_grad)
-    def zero_grad(self: TiedOptimizer, set_to_none: bool = True) -> None:
-        inner.zero_grad(self, set_to_none)
-        for param in self._tieopt.set_aside.values():
-            if set_to_none or param.grad is None:
-                param.grad = None
-            else:
-                param.grad.detach_().zero_()
+    @wraps(below.zero_grad)
+    def zero_grad(self: TiedOptimizer, *args: Any, **kwargs: Any) -> None:
+        super(_tied_classes[cls, inner], self).zero_grad(*args, **kwargs)
+        self._tieopt.clear_set_aside(self.param_groups)
 
     return zero_grad
 
@@ -649,7 +650,7 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer]) -> type[TiedOp
             "__module__": inner.__module__,
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
-            "zero_grad": _tied_zero_grad(inner),
+            "zero_grad": _tied_zero_grad(cls, inner),
             **{name: _tied_method(inner, name) for name in _methods(inner) if not hasattr(cls, name)},
         }
         bases = (*_layout_base(inner), cls, inner)

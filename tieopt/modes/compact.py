@@ -11,7 +11,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from operator import is_
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from tieopt.errors import refusal
 from tieopt.modes.conversion import begun, compacted, expanded, refolded, without_history
 from tieopt.modes.gradients import grad_of, prepare_gradients, with_gradients
 from tieopt.modes.mode import Mode
-from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_of, held_optimizers, settings_in
+from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_of, held_optimizers, settings_in, states_of
 from tieopt.numbers.folding import compact_like, fold_, fold_gradients_, unfold_
 from tieopt.numbers.reduction import Operation, Reduction, project_
 from tieopt.numbers.start import Start
@@ -75,17 +75,21 @@ class CompactMode(Mode):
 
     def _begin(self) -> None:
         self.is_attached = False
+        # The step that has put compact parameters in the places of the tied ones.
+        self.outer: CompactStep | None = None
+        # The ties and parameters for which the state was last seen to be right.
+        self.known_for: object = None
         self._compacts: dict[tuple[int, int], Parameter] = {}
         self._gradients: dict[int, Tensor] = {}
         # The parameters that stood in their places when they were last seen.
         self._known: dict[tuple[int, int], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("is_attached", "_compacts", "_gradients", "_known")
+        made = ("is_attached", "outer", "known_for", "_compacts", "_gradients", "_known")
         return {key: value for key, value in super().__getstate__().items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._begin()
 
     def stepping(self, optimizer: Any, *, reads_gradients: bool = True) -> CompactStep:
@@ -104,9 +108,12 @@ class CompactMode(Mode):
     def at_rest(self, optimizer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
         """Return the attributes of an optimizer as they are between steps."""
         if not self.set_aside:
-            return attributes
-        state = {self.set_aside.get(id(key), key): value for key, value in optimizer.state.items()}
-        return {**attributes, "param_groups": self.param_groups_of(optimizer), "state": defaultdict(dict, state)}
+            return {
+                **attributes,
+                "state": defaultdict(dict, self.state_by_place(optimizer.state, optimizer.param_groups)),
+            }
+        state = defaultdict(dict, _with_keys(optimizer.state, self.set_aside))
+        return {**attributes, "param_groups": self.param_groups_of(optimizer), "state": state}
 
     # --- compact parameters ---
 
@@ -196,7 +203,7 @@ class CompactMode(Mode):
         return {key: value for key, value in whole.items() if id(key) not in gone}
 
     def state_by_place(self, state: Mapping[Any, Any], param_groups: ParamGroups) -> dict[Any, Any]:
-        """Return a state that a parameter has which took the place of another one, if nobody gave it one."""
+        """Return the state, with the entries of replaced parameters moved to those that took their places."""
         now = _by_place(param_groups)
         held = set(map(id, now.values()))
         took_place = {
@@ -206,9 +213,16 @@ class CompactMode(Mode):
         }
         return {took_place.get(id(key), key): value for key, value in state.items()}
 
-    def know(self, param_groups: ParamGroups) -> None:
-        """Remember the parameters that stand in their places now."""
-        now = _by_place(param_groups)
+    def follow(self, optimizer: Any) -> None:
+        """Move the states of parameters that were replaced to the parameters that took their places."""
+        if self.set_aside:
+            return
+        now = _by_place(optimizer.param_groups)
+        for state in states_of(optimizer):
+            moved = self.state_by_place(state, optimizer.param_groups)
+            if any(map(is_not, moved, state)):
+                state.clear()
+                state.update(moved)
         self._known.update((place, now[place]) for place in self._compacts if place in now)
 
 
@@ -236,6 +250,7 @@ class CompactStep:
         self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         # A step within another one steps on the compact parameters as they are.
         self._is_inner = bool(mode.set_aside)
+        self._exchanged: list[Any] = []
 
     @between_graphs
     def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -264,8 +279,8 @@ class CompactStep:
         """Run the step, or another method, on the compact parameters."""
         if compiled:
             inner = self._mode.inner_copies.of(inner)
-        self._exchange()
         try:
+            self._exchange()
             return inner(self._optimizer, *args, **kwargs)
         finally:
             self._exchange_back()
@@ -276,8 +291,12 @@ class CompactStep:
         mode, param_groups = self._mode, self._optimizer.param_groups
         if not mode.is_attached:
             mode.attach(param_groups)
+        applied = mode.applied_to(param_groups)
+        if mode.known_for is not applied:
+            mode.follow(self._optimizer)
+            mode.known_for = applied
         if pairs is None:
-            pairs = with_gradients(mode.applied_to(param_groups))
+            pairs = with_gradients(applied)
         _check_whole(pairs)
         written = mode.written(pairs, param_groups)
         self._replaced = _prepared_gradients(pairs)
@@ -323,12 +342,8 @@ class CompactStep:
         return targets
 
     def _adopt(self, pairs: Pairs[BoundTie], compacts: Mapping[int, Parameter]) -> None:
-        """Fold what a host has put into the state for parameters that it replaced, with an entry for each of theirs."""
-        state, param_groups = self._optimizer.state, self._optimizer.param_groups
-        by_place = self._mode.state_by_place(state, param_groups)
-        state.clear()
-        state.update(by_place)
-        self._mode.know(param_groups)
+        """Convert the state that a host has put there for parameters that it replaced to that of compact ones."""
+        state = self._optimizer.state
         for tie, params in pairs:
             held = {param: held_of(state, param) for param in params}
             shapes = {param: compacts[id(param)].shape for param in params}
@@ -352,15 +367,22 @@ class CompactStep:
     @untraced
     def _exchange(self) -> None:
         """Put the compact parameters in the places of the tied ones."""
-        if not self._is_inner:
-            _exchange([self._optimizer, *self._mode.held(self._optimizer)], self._compacts)
-            self._mode.set_aside = {id(compact): param for param, compact in self._counterparts}
+        mode = self._mode
+        if self._counterparts and not self._is_inner:
+            mode.lock.acquire()
+            self._exchanged = [self._optimizer, *mode.held(self._optimizer)]
+            mode.outer, mode.set_aside = self, {id(compact): param for param, compact in self._counterparts}
+            _exchange(self._exchanged, self._compacts)
 
     @untraced
     def _exchange_back(self) -> None:
-        if self._mode.set_aside and not self._is_inner:
-            _exchange([self._optimizer, *self._mode.held(self._optimizer)], self._mode.set_aside)
-            self._mode.set_aside = {}
+        mode = self._mode
+        if self._exchanged:
+            # What it has come to hold in the step may have compact parameters, too.
+            exchanged, self._exchanged = [*self._exchanged, *mode.held(self._optimizer)], []
+            set_aside, mode.outer, mode.set_aside = mode.set_aside, None, {}
+            _exchange(exchanged, set_aside)
+            mode.lock.release()
 
     @untraced
     def finish(self) -> None:
@@ -389,12 +411,12 @@ class CompactStep:
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the closure as the inner step is to call it: it sees the weights, and leaves their gradients."""
+        if self._is_inner and self._mode.outer is not None:
+            return self._mode.outer.around(closure)
 
         @wraps(closure)
         @between_graphs
         def unfolded_closure(*args: Any, **kwargs: Any) -> Any:
-            if self._is_inner:
-                return closure(*args, **kwargs)
             self._exchange_back()
             self._put_back()
             self.finish()
@@ -426,23 +448,36 @@ def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:
 
 def _exchange(optimizers: Sequence[Any], others: Mapping[int, Any]) -> None:
     """Put other parameters, by the identities of those that are there, into parameter groups and states."""
-    seen = set()
-    for optimizer in optimizers:
-        for settings in optimizer.param_groups:
-            params = settings["params"]
-            # Some optimizers share groups, or states, with the one that holds them.
-            if id(params) not in seen:
-                seen.add(id(params))
-                params[:] = [others.get(id(param), param) for param in params]
-        state = optimizer.state
-        if id(state) not in seen:
-            seen.add(id(state))
-            items = [(others.get(id(key), key), value) for key, value in state.items()]
-            state.clear()
-            state.update(items)
-        if isinstance(optimizer, torch.optim.LBFGS):
+    # One that it came to hold after it was tied may have neither.
+    known = {id(optimizer): optimizer for optimizer in optimizers}
+    holders = [holder for holder in known.values() if hasattr(holder, "param_groups") and hasattr(holder, "state")]
+    # Some optimizers share groups, or states, with the one that holds them.
+    states = {id(holder.state): holder.state for holder in holders}
+    for settings in [settings for holder in holders for settings in holder.param_groups]:
+        params = settings["params"]
+        exchanged = [others.get(id(param), param) for param in params]
+        if isinstance(params, list):
+            # The same list, as some optimizers hold it.
+            params[:] = exchanged
+        else:
+            settings["params"] = type(params)(exchanged)
+    for state in states.values():
+        items = _with_keys(state, others)
+        state.clear()
+        state.update(items)
+    for holder in holders:
+        if isinstance(holder, torch.optim.LBFGS):
             # It keeps the list of its parameters, which copies of it lack, and counts their entries once.
-            optimizer._params, optimizer._numel_cache = optimizer.param_groups[0]["params"], None
+            holder._params, holder._numel_cache = holder.param_groups[0]["params"], None
+
+
+def _with_keys(state: Mapping[Any, Any], others: Mapping[int, Any]) -> dict[Any, Any]:
+    """Return a state with other keys in the places of those that have one, by id."""
+    items = {others.get(id(key), key): value for key, value in state.items()}
+    if len(items) < len(state):
+        # To look up what a defaultdict does not have leaves an empty state there, which is none.
+        items.update((others.get(id(key), key), value) for key, value in state.items() if value != {})
+    return items
 
 
 def _replaced_by(value: Any, others: Mapping[int, Any]) -> Any:
@@ -462,7 +497,7 @@ def _is_sparse(grad: Tensor | None) -> bool:
 
 
 def _check_method(optimizer: Any, method: Callable[..., Any]) -> None:
-    """Refuse a method that goes on after it has returned, and an object that only shows the optimizer's attributes."""
+    """Refuse a method that goes on after it has returned."""
     below = inspect.unwrap(method)
     if inspect.isgeneratorfunction(below) or inspect.iscoroutinefunction(below):
         raise refusal(
@@ -524,6 +559,8 @@ def _check_reached(optimizer: Any, held: Sequence[Optimizer], tied: set[int]) ->
         attributes = {name: value for name, value in vars(inner).items() if name not in KEPT_BY_TORCH}
         # The lists of parameter groups have the compact ones during a step.
         lists = {id(settings["params"]) for settings in inner.param_groups}
+        if isinstance(inner, torch.optim.LBFGS):
+            attributes.pop("_params", None)
         # One that holds no other may look up more about each parameter by those of its groups, as heavyball does.
         looked_up = () if held_optimizers(inner) else dict
         reached = [

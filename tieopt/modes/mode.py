@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -17,7 +18,7 @@ from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, untraced
 from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import message, refusal, shown, users_level
-from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
+from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
 from tieopt.numbers.start import Start, check_start
 from tieopt.tensors import traces
@@ -43,6 +44,9 @@ State = MutableMapping[Any, Any]
 _COMPARES_LOSS = {"LBFGS", "AliG"}
 
 
+# What may hold optimizers.
+_HOLDERS = (Optimizer, list, tuple, dict)
+
 _PROJECT, _PROJECT_STEPPED = Operation(project_), Operation(project_, stepped=True)
 
 
@@ -62,14 +66,15 @@ class Mode(ABC):
         relaxed: whether the ties are approximate: gradients stay as they are, and weights may drift apart.
         engine: the numbers.
         running: whether a step, or another method of the optimizer, is running.
-        set_aside: the parameters of the model that have others in their places now, by the identities of these.
+        set_aside: the model's parameters that compact ones replace now, by the identities of the compact ones.
+        lock: held while they are replaced.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
 
     compact: ClassVar[bool]
-    # What makes the gradient that the inner optimizer is given that of what it trains.
+    # The reduction that gives the true gradient of what this mode trains.
     true_reduction: ClassVar[Reduction]
 
     running = False
@@ -88,27 +93,47 @@ class Mode(ABC):
         self.applied: Sequence[BoundTie] = self.ties
         self.engine = Engine()
         self.inner_copies = Copies()
+        self.lock = threading.RLock()
         self._captured = False
         self._replaced: Mode | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
         self._fingerprints: dict[tuple[BoundTie, tuple[int, ...]], str] = {}
         self._pairs: list[tuple[BoundTie, list[Tensor]]] | None = None
-        self._held: list[Optimizer] = []
-        self._held_for: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made in the middle of a step takes no part in it.
-        state = {key: value for key, value in vars(self).items() if key not in ("running", "set_aside")}
-        forgotten = {"_seen": {}, "_captured": False, "_replaced": None, "_pairs": None, "_held": [], "_held_for": []}
+        state = {key: value for key, value in vars(self).items() if key not in ("running", "set_aside", "lock")}
+        forgotten = {"_seen": {}, "_captured": False, "_replaced": None, "_pairs": None}
         return {**state, **forgotten}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
 
     @between_graphs
     def held(self, optimizer: Any) -> list[Optimizer]:
-        """Return the optimizers that an optimizer holds; looked for again when one of its attributes was replaced."""
-        attributes = list(map(id, vars(optimizer).values()))
-        if attributes != self._held_for:
-            self._held, self._held_for = held_optimizers(optimizer), attributes
-        return self._held
+        """Return the optimizers that an optimizer holds now."""
+        for name, value in vars(optimizer).items():
+            if value and name not in KEPT_BY_TORCH and isinstance(value, _HOLDERS):
+                return held_optimizers(optimizer)
+        return []
+
+    def follow(self, optimizer: Any) -> None:  # noqa: B027
+        """Let the state follow parameters that were replaced, where it goes by their places."""
+
+    def clear_set_aside(self, param_groups: ParamGroups) -> None:
+        """Clear the gradients of what is set aside as those of what stands in its place were."""
+        if not self.set_aside:
+            return
+        for settings in param_groups:
+            for stand_in in settings["params"]:
+                param = self.set_aside.get(id(stand_in))
+                if param is None or param.grad is None:
+                    continue
+                if stand_in.grad is None:
+                    param.grad = None
+                else:
+                    param.grad.detach_().zero_()
 
     # --- what a mode does in its own way ---
 
@@ -206,6 +231,7 @@ class Mode(ABC):
         self._replaced = other if other._captured else other._replaced
         # What was compiled for tensors that are still there goes on.
         self.engine.copies = other.engine.copies
+        # The inner step is compiled for its state and parameters, and the compact ones are new.
         if not self.compact and not any(states):
             self.inner_copies = other.inner_copies
 

@@ -24,7 +24,7 @@ _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 _POWERS = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}
 
 # Attributes in which no other optimizer is looked for; the first two may be large.
-KEPT_BY_TORCH = ("param_groups", "state", "_tieopt")
+KEPT_BY_TORCH = ("param_groups", "state", "defaults", "_tieopt")
 
 # The state of one parameter.
 State = dict[str, Any]

@@ -393,7 +393,7 @@ def _as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
     if not isinstance(values, Tensor):
         try:
             # A copy, because torch takes no array that is read-only or reversed.
-            return torch.as_tensor(values.copy())
+            return torch.as_tensor(values.__array__().copy())
         except (TypeError, ValueError):
             expected, got = f"{dtype}, in the byte order of this machine", repr(values.dtype)
             raise refusal(TypeError, f"{what} for {name} have the wrong dtype.", expected=expected, got=got) from None
