@@ -107,13 +107,9 @@ class CompactMode(Mode):
 
     def at_rest(self, optimizer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
         """Return the attributes of an optimizer as they are between steps."""
-        if not self.set_aside:
-            return {
-                **attributes,
-                "state": defaultdict(dict, self.state_by_place(optimizer.state, optimizer.param_groups)),
-            }
-        state = defaultdict(dict, _with_keys(optimizer.state, self.set_aside))
-        return {**attributes, "param_groups": self.param_groups_of(optimizer), "state": state}
+        param_groups = self.param_groups_of(optimizer)
+        state = self.state_by_place(_with_keys(optimizer.state, self.set_aside), param_groups)
+        return {**attributes, "param_groups": param_groups, "state": defaultdict(dict, state)}
 
     # --- compact parameters ---
 
