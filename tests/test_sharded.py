@@ -199,13 +199,15 @@ def tied_beside_other_groups(ranks_of_mesh: list, placements: list) -> Tensor | 
     mesh = DeviceMesh("cpu", ranks_of_mesh)
     # Ranks are in different numbers of groups from here on, as where one of them has a group to itself for its log.
     dist.new_group([0])
-    if mesh.get_coordinate() is None:
-        return None
-    tensor = distribute_tensor(randn(8, 3), mesh, placements)
     # What waits for a rank that looks elsewhere is to fail soon.
-    patient = functools.partial(dist.new_group, timeout=timedelta(seconds=10))
-    with unittest.mock.patch.object(dist, "new_group", patient):
-        return tie_(tensor, torch.arange(8) % 3).full_tensor()
+    patient, tied = functools.partial(dist.new_group, timeout=timedelta(seconds=10)), None
+    if mesh.get_coordinate() is not None:
+        tensor = distribute_tensor(randn(8, 3), mesh, placements)
+        with unittest.mock.patch.object(dist, "new_group", patient):
+            tied = tie_(tensor, torch.arange(8) % 3).full_tensor()
+    # Ranks outside the mesh have taken no part, and yet all find each other in the next group that they make.
+    dist.barrier(patient())
+    return tied
 
 
 @pytest.mark.parametrize("where", ["all", "halves", "some"])

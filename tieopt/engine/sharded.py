@@ -306,16 +306,30 @@ def _ranks_along(mesh: DeviceMesh, dims: list[int], here: list[int]) -> tuple[Pr
 def _new_process_group(mesh: DeviceMesh, dims: list[int], ranks: list[int]) -> Any:
     """Make a process group of some ranks, while others make those of theirs."""
     if mesh.size() < dist.get_world_size():
-        # Those outside the mesh are not there to take part. Made by its members alone, a group is named by how many
-        # groups a member is in, and found by those alone that call it so: groups of one make up for what is missing.
-        count = len(dist.distributed_c10d._world.pg_names)
-        most = _gathered(torch.tensor(count, device=mesh.device_type), mesh).max()
-        for _ in range(count, int(most)):
-            dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        return dist.new_group(ranks, use_local_synchronization=True)
+        return _process_group_of_members(mesh, ranks)
     others = [dim for dim in range(mesh.ndim) if dim not in dims]
     parts = mesh.mesh.permute(*others, *dims).reshape(-1, len(ranks)).tolist()
     group, _ = dist.new_subgroups_by_enumeration([sorted(part) for part in parts])  # type: ignore[no-untyped-call]
+    return group
+
+
+def _process_group_of_members(mesh: DeviceMesh, ranks: list[int]) -> Any:
+    """Make a process group while ranks outside the mesh are not there to take part.
+
+    Its members find each other by its name, which torch makes from a number that may differ between them: how many
+    groups a rank is in, and since torch 2.14 how many it has made. Groups of one make the former equal. The latter is
+    set, and set back after, because the ranks of the world find each other by it when they next make a group together.
+    """
+    world = dist.distributed_c10d._world
+    count, made = len(world.pg_names), world.group_count
+    most = int(_gathered(torch.tensor(count, device=mesh.device_type), mesh).max())
+    try:
+        for number in range(count, most + 1):
+            # Below zero, so that the name is none that torch has given or will give.
+            world.group_count = -number
+            group = dist.new_group(ranks if number == most else [dist.get_rank()], use_local_synchronization=True)
+    finally:
+        world.group_count = made
     return group
 
 
