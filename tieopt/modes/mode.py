@@ -114,7 +114,7 @@ class Mode(ABC):
     def held(self, optimizer: Any) -> list[Optimizer]:
         """Return the optimizers that an optimizer holds now."""
         for name, value in vars(optimizer).items():
-            if value and name not in KEPT_BY_TORCH and isinstance(value, _HOLDERS):
+            if isinstance(value, _HOLDERS) and value and name not in KEPT_BY_TORCH:
                 return held_optimizers(optimizer)
         return []
 
