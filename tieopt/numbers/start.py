@@ -14,7 +14,7 @@ from torch import Tensor
 from tieopt.errors import refusal, shown
 from tieopt.numbers.index import Index, Members, sorted_members
 from tieopt.numbers.reduction import Workspace, lead_, multiplied
-from tieopt.tensors import in_memory, real, wide_dtype
+from tieopt.tensors import bits, in_memory, real, wide_dtype
 from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
@@ -56,7 +56,10 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
         values = _lead_values(fronts, slices, members, leads)
         multiples = members.scale / leads.scale[members.group]
         for front, at, here in _by_tensor(fronts, slices, members):
-            front[at] = _times(values[members.group[here].to(front.device)], multiples[here])
+            chosen = bits(values)[members.group[here].to(front.device)]
+            # Not of all dtypes: a view of another dtype is no part of a graph.
+            chosen = chosen if chosen.dtype == values.dtype else chosen.view(values.dtype)
+            bits(front)[at] = bits(_times(chosen, multiples[here]))
     # This rounds multiples as a projection does, and writes what is pinned.
     lead_(tensors, index, workspace)
 
@@ -80,7 +83,7 @@ def _gathered(fronts: Sequence[Tensor], slices: Sequence[Slices], chosen: Member
     """Return one slice for each of the members, in their order."""
     values = fronts[0].new_empty((len(chosen.group), *fronts[0].shape[slices[0].labels.dim() :]))
     for front, at, here in _by_tensor(fronts, slices, chosen):
-        values[here.to(front.device)] = front[at]
+        bits(values)[here.to(front.device)] = bits(front)[at]
     return values
 
 
