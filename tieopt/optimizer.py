@@ -49,7 +49,7 @@ _TIEOPT = "tieopt"
 
 
 class TiedOptimizer(Optimizer):
-    r"""Keeps entries of the parameters of any optimizer equal.
+    r"""Keep entries of the parameters of any optimizer equal.
 
     Before a step the gradients of each group are replaced by their mean (or sum), and after it the
     members by their mean:
@@ -224,7 +224,7 @@ class TiedOptimizer(Optimizer):
 
     @untraced
     def tie_gradients(self) -> None:
-        r"""Replaces the gradients of the members of each group by their mean, in ``.grad``.
+        r"""Replace the gradients of the members of each group by their mean, in ``.grad``.
 
         .. math:: g_i \leftarrow s_i \frac{\sum_j s_j g_j}{\sum_j s_j^2}
 
@@ -256,7 +256,7 @@ class TiedOptimizer(Optimizer):
 
     @between_graphs
     def tie_weights(self) -> None:
-        r"""Replaces the members of each group by their mean; for when anything else wrote to the weights.
+        r"""Replace the members of each group by their mean; for when anything else wrote to the weights.
 
         .. math:: w_i \leftarrow s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
@@ -283,7 +283,7 @@ class TiedOptimizer(Optimizer):
         mode.note_all(param_groups)
 
     def retie(self, ties: Ties, *, start: Start = "mean") -> None:
-        """Replaces all ties by others, in the middle of a training.
+        """Replace all ties by others, in the middle of a training.
 
         The weights are tied at once, and the state of the optimizer is made to look as if they had been
         tied all along: what it keeps of each entry is averaged per group or, with ``start="first"``, is that of the
@@ -343,7 +343,7 @@ class TiedOptimizer(Optimizer):
             kept.update(state)
 
     def untie(self) -> None:
-        """Ends all ties: from here on every entry is trained for itself.
+        """End all ties: from here on every entry is trained for itself.
 
         The weights stay as they are, and so does the state; after the compact mode each member gets that of its group.
         It works whatever has become of the parameters that were tied. In the compact mode, state that cannot be
@@ -458,7 +458,7 @@ class TiedOptimizer(Optimizer):
         return {**state_dict, _TIEOPT: saved} if saved else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loads a state that was saved with the same ties, in either mode, or without any.
+        """Load a state that was saved with the same ties, in either mode, or without any.
 
         One without any, or with relaxed ones, is averaged per group, as if the weights had been tied all along.
         With the weights, which ``model.load_state_dict`` loads, training goes on bit for bit as if never stopped.
@@ -513,7 +513,7 @@ class TiedOptimizer(Optimizer):
             self.state.update(convert(self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; its parameters are free until :meth:`retie`.
+        """Add a parameter group; its parameters are free until :meth:`retie`.
 
         Args:
             param_group: parameters and their settings, as for :meth:`torch.optim.Optimizer.add_param_group`.
@@ -681,7 +681,7 @@ def _restored(cls: type[TiedOptimizer], inner: type[Optimizer], mode: Mode) -> T
 
 
 def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
-    """Says of which parameters the optimizer begins the state anew."""
+    """Warn of the parameters whose state the optimizer begins anew."""
     dropped = [
         f"{name_of(param_groups, place)} of shape {tuple(place.shape)}: {', '.join(map(str, lost[param]))}"
         for place in all_places(param_groups)
@@ -696,7 +696,7 @@ def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
 
 
 def _check_itself(optimizer: Any) -> None:
-    """Refuses an object of the same class that only asks the tied optimizer for its attributes, as those of Lightning.
+    """Refuse an object of the same class that only asks the tied optimizer for its attributes, as those of Lightning.
 
     What was written to it would not reach the optimizer.
     """
