@@ -97,8 +97,9 @@ class TiedTrainingBehavesAsTheReference(RuleBasedStateMachine):
             loss.backward()
             return loss
 
-        if self.compact and any(self.written):
-            # Which members were written how is forgotten when shared values are read, before the closure or after it.
+        if any(self.written) and (self.compact or any(parameter.grad is not None for parameter in self.parameters)):
+            # Written weights are tied before the closure where there are gradients by then, or shared values, else
+            # after it. The reference ties them after it.
             self.tie_weights()
         expected = loss_of(self.parameters, seed)
         returned = self.optimizer.step(closure=closure) if by_name else self.optimizer.step(closure)
