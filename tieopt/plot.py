@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -108,23 +108,23 @@ def draw_groups(
     """
     panels = _panels(_listed(ties))
     groups = ties.param_groups if isinstance(ties, TiedOptimizer) else []
-    names = {id(parameter_at(groups, place)): name_of(groups, place) for place in all_places(groups)}
+    names = {parameter_at(groups, place): name_of(groups, place) for place in all_places(groups)}
     pyplot = _matplotlib("pyplot")
     columns = min(len(panels), _PANELS_IN_A_LINE)
     lines = math.ceil(len(panels) / columns)
     figure = figure or pyplot.figure(figsize=(1 + 3 * columns, 0.5 + 3 * lines), layout="constrained")
     wide, high = (72 * pixels / figure.dpi for pixels in (figure.bbox.width, figure.bbox.height))
     legend = {}
-    for number, panel in enumerate(panels, start=1):
+    for number, (param, panel) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(lines, columns, number)
-        legend.update(_draw(axes, panel, _SIDE * min(wide / columns, high / lines)))
-        name, shape = names.get(id(panel.param), ""), tuple(panel.param.shape)
+        legend.update(_draw(axes, param.shape, panel, _SIDE * min(wide / columns, high / lines)))
+        name, shape = names.get(param, ""), tuple(param.shape)
         short = name if len(name) <= _NAME else f"{name[: _NAME // 3]}...{name[3 + _NAME // 3 - _NAME :]}"
         title = f"{short}\n{shape}" if name else f"parameter of shape {shape}"
         axes.set_title(title, fontsize="medium", parse_math=False)
     if legend:
-        patch, edge = _matplotlib("patches").Patch, _style("text.color").tolist()
-        handles = [patch(facecolor=color, edgecolor=edge, linewidth=0.5, label=text) for text, color in legend.items()]
+        style = {"edgecolor": pyplot.rcParams["text.color"], "linewidth": 0.5}
+        handles = [_matplotlib("patches").Patch(facecolor=color, label=text, **style) for text, color in legend.items()]
         columns = len(handles) if wide > _LEGEND else 1
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -219,22 +219,6 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
     return axes
 
 
-class _Panel(NamedTuple):
-    """The entries of a parameter that are drawn.
-
-    Attributes:
-        param: the parameter.
-        indices: the indices of each dimension that are drawn.
-        numbers: the group of each entry that is drawn, -1 for a free one.
-        scales: the scale of each entry that is drawn.
-    """
-
-    param: Tensor
-    indices: list[Tensor]
-    numbers: Tensor
-    scales: Tensor
-
-
 def _listed(ties: Any) -> list[Tie]:
     """Return the ties as a list, which is not empty."""
     if isinstance(ties, TiedOptimizer):
@@ -249,17 +233,15 @@ def _listed(ties: Any) -> list[Tie]:
     return listed
 
 
-def _panels(ties: Sequence[Tie]) -> list[_Panel]:
-    """Return a panel for each parameter, with the groups of all ties numbered together."""
-    panels: dict[int, _Panel] = {}
+def _panels(ties: Sequence[Tie]) -> dict[Tensor, Slices]:
+    """Return the entries that are drawn of each parameter, with the groups of all ties numbered together."""
+    panels: dict[Tensor, Slices] = {}
     sampled = told_apart(numbered([_sampled(part) for part in tie.parts]) for tie in ties)
     for part, slices in zip(chain(*(tie.parts for tie in ties)), chain(*sampled), strict=True):
-        param = cast(Tensor, part.param)
-        free, unscaled = torch.full_like(slices.labels, FREE), torch.ones_like(slices.scales)
-        panel = panels.setdefault(id(param), _Panel(param, _drawn_indices(param.shape), free, unscaled))
-        tied = slices.labels != FREE
-        panel.numbers[tied], panel.scales[tied] = slices.labels[tied], slices.scales[tied]
-    return list(panels.values())
+        free = Slices(torch.full_like(slices.labels, FREE), torch.ones_like(slices.scales))
+        panel, tied = panels.setdefault(cast(Tensor, part.param), free), slices.labels != FREE
+        panel.labels[tied], panel.scales[tied] = slices.labels[tied], slices.scales[tied]
+    return panels
 
 
 def _sampled(part: Part) -> Slices:
@@ -308,10 +290,10 @@ def _image(entries: Tensor, gap: int) -> Tensor:
     return entries.permute(*down, *across).reshape(height, width)[: height - below, : width - right]
 
 
-def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, list[float]]:
+def _draw(axes: Axes, shape: torch.Size, panel: Slices, side: float) -> dict[str, list[float]]:
     """Draw a parameter, ``side`` points along its longer side, and return the colours of the legend by their texts."""
-    numbers, scales = _image(panel.numbers, _GAP), _image(panel.scales, 1)
-    paper, ink = _rgba(axes.get_facecolor()), _style("text.color")
+    numbers, scales = _image(panel.labels, _GAP), _image(panel.scales, 1)
+    paper, ink = _rgba(axes.get_facecolor()), _rgba(_matplotlib().rcParams["text.color"])
     free = paper.lerp(ink, 0.15)
     pinned, faded = (numbers >= 0) & (scales == 0), (numbers >= 0) & (scales < 0)
 
@@ -334,8 +316,9 @@ def _draw(axes: Axes, panel: _Panel, side: float) -> dict[str, list[float]]:
             if size >= _SMALLEST:
                 color = "black" if float(image[row, column, :3] @ _LUMINANCE) > 0.4 else "white"
                 axes.text(column, row, text, color=color, fontsize=size, ha="center", va="center")
-    for axis, dims, room in zip((axes.yaxis, axes.xaxis), _sides(panel.param.shape), (down, across), strict=True):
-        _label(axis, dims, panel, room)
+    rows, columns = _sides(shape)
+    _label(axes.yaxis, rows, shape, height, down)
+    _label(axes.xaxis, columns, shape, width, across)
     legend = {
         "free": (free, numbers == FREE),
         "pinned at zero": (ink, pinned),
@@ -349,26 +332,25 @@ def _multiple(scale: float, number: int) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _label(axis: Any, side: Sequence[int], panel: _Panel, room: float) -> None:
+def _label(axis: Any, side: Sequence[int], shape: torch.Size, cells: int, room: float) -> None:
     """Label an axis with its dimensions, and with as many indices as fit into ``room`` points."""
     if not side:
         axis.set_ticks([])
         return
-    sizes = {dim: (len(panel.indices[dim]), panel.param.shape[dim]) for dim in side}
-    parts = [f"{dim} ({drawn} of {size})" if drawn < size else str(dim) for dim, (drawn, size) in sizes.items()]
-    axis.set_label_text(f"dimension{'s' * (len(side) > 1)} {', '.join(parts)}")
-    outer = panel.indices[side[0]]
+    indices = _drawn_indices(shape)
+    sizes = {dim: (len(indices[dim]), shape[dim]) for dim in side}
+    texts = [f"{dim} ({drawn} of {size})" if drawn < size else str(dim) for dim, (drawn, size) in sizes.items()]
+    axis.set_label_text(f"dimension{'s' * (len(side) > 1)} {', '.join(texts)}")
+    outer, gap = indices[side[0]], len(side) > 1
     # The cells of one outer index, with a gap after the innermost dimension.
-    block = math.prod(len(panel.indices[dim]) for dim in side[1:-1])
-    block *= len(panel.indices[side[-1]]) + 1 if len(side) > 1 else 1
-    size = _matplotlib().rcParams[f"{axis.axis_name}tick.labelsize"]
-    font = _matplotlib("font_manager").FontProperties(size=size).get_size_in_points()
+    block = (cells + gap) / max(len(outer), 1)
+    font = axis.get_major_ticks(1)[0].label1.get_fontsize()
     # Along the horizontal axis, a label is as wide as its digits and a blank.
-    taken = font * (_CHARACTER * (len(str(panel.param.shape[side[0]])) + 1) if axis.axis_name == "x" else 1.2)
+    taken = font * (_CHARACTER * (len(str(shape[side[0]])) + 1) if axis.axis_name == "x" else 1.2)
     count = max(min(_TICKS, int(room / taken)), 1)
     steps = (digit * 10**power for power in range(3) for digit in (1, 2, 5))
     step = next(step for step in steps if step * count >= len(outer))
-    positions = [number * block + max(block - 2, 0) / 2 for number in range(0, len(outer), step)]
+    positions = [number * block + max(block - 1 - gap, 0) / 2 for number in range(0, len(outer), step)]
     axis.set_ticks(positions, [str(index) for index in outer[::step].tolist()])
 
 
@@ -388,11 +370,6 @@ def _faded(color: Tensor, paper: Tensor) -> Tensor:
 
 def _rgba(color: Any) -> Tensor:
     return torch.tensor(_matplotlib("colors").to_rgba(color, alpha=1), dtype=torch.float64, device="cpu")
-
-
-def _style(setting: str) -> Tensor:
-    """Return a colour of the current style."""
-    return _rgba(_matplotlib().rcParams[setting])
 
 
 def _new_axes() -> Any:
