@@ -312,8 +312,7 @@ def hankel(shape: Sequence[int]) -> Tensor:
         >>> torch.equal(labels[1:, :-1], labels[:-1, 1:])
         True
     """
-    i, j = _grid(*_sizes(shape, least=2)[:2])
-    return i + j
+    return toeplitz(shape).flip(0)
 
 
 # --- symmetries of any shape ---

@@ -209,10 +209,9 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
         raise ValueError(text)
     axes = axes or _new_axes()
     axes.plot(range(1, len(values) + 1), values.tolist(), marker="." if len(values) <= _BARS else None)
-    drawn = torch.cat([torch.as_tensor(line.get_ydata(), dtype=torch.float64, device="cpu") for line in axes.lines])
-    positive = drawn[(drawn > 0) & drawn.isfinite()]
-    if len(positive) and float(positive.max()) > 100 * float(positive.min()):
-        axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(float(positive.min()))))
+    smallest = axes.dataLim.minposy  # of what is positive in all curves; infinite if nothing is
+    if axes.dataLim.ymax > 100 * smallest:
+        axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
     axes.set(xlabel="measurement", ylabel="drift")

@@ -206,21 +206,20 @@ class _SharedModel(nn.Module):
     def __init__(self, model: nn.Module, optimizer: TiedOptimizer, reduction: Reduction) -> None:
         super().__init__()
         self._model = [copy.deepcopy(model)]  # in a list, so that its parameters are not trained
-        params = dict(model.named_parameters())
-        self._names = {param: name for name, param in params.items()}
-        self._sources: dict[str, list[Parameter]] = {name: [] for name in params}
-        self._indices = {name: torch.full(param.shape, FREE, device=param.device) for name, param in params.items()}
-        self._scales = {name: torch.ones_like(indices, dtype=torch.float64) for name, indices in self._indices.items()}
+        self._params = dict(model.named_parameters())
+        params = self._params.values()
+        self._sources: dict[Any, list[Parameter]] = {param: [] for param in params}
+        self._indices = {param: torch.full(param.shape, FREE, device=param.device) for param in params}
+        self._scales = {param: torch.ones(param.shape, dtype=torch.float64, device=param.device) for param in params}
         for tie in optimizer.ties:
             tied = [cast(Parameter, part.param) for part in tie.parts]
             if tied[0].requires_grad:  # Frozen parameters are not tied.
                 self._share(_slices(tie), tied, reduction)
-        for name, param in params.items():
-            free = self._indices[name].cpu() == FREE
-            if bool(free.any()) or not self._sources[name]:
-                labels = torch.full(param.shape, FREE, device="cpu")
-                labels[free] = torch.arange(int(free.sum()), device="cpu")
-                self._share([Slices(labels)], [param], reduction)
+        for param in params:
+            free = self._indices[param].cpu() == FREE
+            if bool(free.any()) or not self._sources[param]:
+                labels = free.flatten().cumsum(0).view(param.shape) - 1
+                self._share([Slices(torch.where(free, labels, FREE))], [param], reduction)
 
     def _share(self, slices: Sequence[Slices], params: Sequence[Parameter], reduction: Reduction) -> None:
         """Add the source for a tie whose groups are numbered, from which its members are built."""
@@ -231,14 +230,13 @@ class _SharedModel(nn.Module):
         source = Parameter(first.new_zeros(shape), first.requires_grad)
         shared, norms = source.data.view(-1), torch.zeros(shape, dtype=torch.float64, device=first.device)
         for labelled, param in zip(slices, params, strict=True):
-            name = self._names[param]
             indices, scales = (column.to(first.device) for column in labelled.entries(param))
             tied, scaled = indices != FREE, (indices != FREE) & (scales != 0)
             norms.view(-1).index_add_(0, indices[tied], scales[tied].square())
             shared[indices[scaled]] = param.detach()[scaled] / scales[scaled]
-            self._indices[name][tied] = indices[tied] + sum(other.numel() for other in self._sources[name])
-            self._scales[name][tied] = scales[tied]
-            self._sources[name].append(source)
+            self._indices[param][tied] = indices[tied] + sum(other.numel() for other in self._sources[param])
+            self._scales[param][tied] = scales[tied]
+            self._sources[param].append(source)
         # The gradient of a source is a sum over members, each times its scale.
         if reduction == "mean" and source.requires_grad:
             divide = partial(torch.mul, 1 / torch.where(norms == 0, 1.0, norms))
@@ -247,10 +245,11 @@ class _SharedModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the model, differentiable."""
-        return {
-            name: torch.cat([source.flatten() for source in sources])[self._indices[name]] * self._scales[name]
-            for name, sources in self._sources.items()
-        }
+        weights = {}
+        for name, param in self._params.items():
+            shared = torch.cat([source.flatten() for source in self._sources[param]])
+            weights[name] = shared[self._indices[param]] * self._scales[param]
+        return weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._model[0], self.weights(), args, kwargs)
@@ -313,27 +312,21 @@ def labels(shape: int | Sequence[int]) -> SearchStrategy[Tensor]:
 
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     count = math.prod(sizes)
+    generators = st.integers(0, 2**32 - 1).map(torch.Generator("cpu").manual_seed)
 
-    @st.composite
-    def drawn(draw: st.DrawFn) -> Tensor:
-        kind = draw(st.sampled_from(["any", "any", "one group", "pairs", "free"])) if count else "free"
-        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
-        most = draw(st.integers(0, min(count, 20)))
-        if kind == "free":
-            names = torch.full((count,), FREE, device="cpu")
-        elif kind == "one group":
-            names = torch.zeros(count, dtype=torch.int64, device="cpu")
-            names[draw(st.lists(st.integers(0, count - 1), max_size=2))] = FREE
-        elif kind == "pairs":
-            names = torch.randperm(count, generator=generator, device="cpu") // 2
-        elif count <= 12:
-            listed = draw(st.lists(st.integers(FREE, most), min_size=count, max_size=count))
-            names = torch.tensor(listed, device="cpu")
-        else:
-            names = torch.randint(FREE, most + 1, (count,), generator=generator, device="cpu")
-        return names.view(sizes)
+    def at_random(last: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(FREE, last + 1, (count,), generator=generator, device="cpu")
 
-    return drawn()
+    lasts = st.integers(0, min(count, 20))
+    listed = lasts.flatmap(lambda last: st.lists(st.integers(FREE, last), min_size=count, max_size=count))
+    partitions = listed if count <= 12 else st.builds(at_random, lasts, generators)
+    exceptions = st.sets(st.integers(0, count - 1), max_size=2)
+    one_group = exceptions.map(lambda free: [FREE if number in free else 0 for number in range(count)])
+    pairs = generators.map(lambda generator: torch.randperm(count, generator=generator, device="cpu") // 2)
+    all_free = st.just([FREE] * count)
+    kinds = [partitions, partitions, one_group, pairs, all_free] if count else [all_free]
+    names = st.sampled_from(kinds).flatmap(lambda kind: kind)
+    return names.map(lambda drawn: torch.as_tensor(drawn, dtype=torch.int64, device="cpu").view(sizes))
 
 
 def scales(
@@ -362,19 +355,16 @@ def scales(
     """
     from hypothesis import strategies as st
 
-    values = [1.0, -1.0, 0.0, 2.0, -0.5, 3.0, 0.1, -1 / 3]
+    values = torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5, 3.0, 0.1, -1 / 3], dtype=torch.float64, device="cpu")
     counts = {"signs": 2, "zeros": 3, "any": len(values)}
+    generators = st.integers(0, 2**32 - 1).map(torch.Generator("cpu").manual_seed)
 
-    @st.composite
-    def drawn(draw: st.DrawFn) -> Tensor | None:
-        kind = draw(st.sampled_from(list(kinds)))
+    def at_random(kind: str, generator: torch.Generator) -> Tensor | None:
         if kind == "none":
             return None
-        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**32 - 1)))
-        picks = torch.randint(counts[kind], tuple(shape), generator=generator, device="cpu")
-        return torch.tensor(values, dtype=torch.float64, device="cpu")[picks]
+        return values[torch.randint(counts[kind], tuple(shape), generator=generator, device="cpu")]
 
-    return drawn()
+    return st.builds(at_random, st.sampled_from(list(kinds)), generators)
 
 
 def ties(

@@ -154,11 +154,8 @@ def _members(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> Iter
 
 def packed(numbers: Tensor, width: int) -> Tensor:
     """Pack numbers of ``width`` bits into bytes without gaps, the lowest bit first."""
-    chunks = [torch.empty(0, dtype=torch.uint8, device="cpu")]
-    for chunk in torch.split(numbers.flatten(), _CHUNK):
-        binary = _binary(chunk, width).view(-1)
-        chunks.append(_from_binary(pad(binary, (0, -binary.numel() % 8)).view(-1, 8)).byte())
-    return torch.cat(chunks)
+    chunks = [_binary(chunk, width).view(-1) for chunk in torch.split(numbers.flatten(), _CHUNK)]
+    return torch.cat([_from_binary(pad(binary, (0, -binary.numel() % 8)).view(-1, 8)).byte() for binary in chunks])
 
 
 def unpacked(data: Tensor, width: int, shape: torch.Size) -> Tensor:

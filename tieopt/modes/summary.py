@@ -44,13 +44,11 @@ def line(mode: Mode) -> str:
 
 def _counts(slices: Sequence[Slices]) -> tuple[int, int, int, int, int]:
     """Return how many slices, groups, members, free and distinct slices there are; those pinned at zero are not."""
-    labels = torch.cat([each.labels.flatten() for each in slices])
-    is_member = labels != FREE
-    is_trained = is_member & (torch.cat([each.scales.flatten() for each in slices]) != 0)
-    groups, shared = (len(torch.unique(labels[chosen])) for chosen in (is_member, is_trained))
-    members = int(is_member.sum())
-    free = len(labels) - members
-    return len(labels), groups, members, free, shared + free
+    labels = torch.cat([labelled.labels.flatten() for labelled in slices])
+    scales = torch.cat([labelled.scales.flatten() for labelled in slices])
+    members, trained = labels[labels != FREE], labels[(labels != FREE) & (scales != 0)]
+    free = len(labels) - len(members)
+    return len(labels), len(torch.unique(members)), len(members), free, len(torch.unique(trained)) + free
 
 
 def _relaxation(mode: Mode) -> str:
