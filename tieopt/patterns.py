@@ -357,8 +357,7 @@ def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
     halves = [(size + 1) // 2 if dim in dims else size for dim, size in enumerate(sizes)]
     labels = torch.arange(prod(halves), device="cpu").view(halves)
     for dim in dims:
-        entries = torch.arange(sizes[dim], device="cpu")
-        labels = labels.index_select(dim, torch.minimum(entries, entries.flip(0)))
+        labels = torch.cat([labels, labels.flip(dim).narrow(dim, sizes[dim] % 2, sizes[dim] // 2)], dim)
     return labels
 
 

@@ -125,8 +125,8 @@ def draw_groups(
     if legend:
         style = {"edgecolor": pyplot.rcParams["text.color"], "linewidth": 0.5}
         handles = [_matplotlib("patches").Patch(facecolor=color, label=text, **style) for text, color in legend.items()]
-        columns = len(handles) if wide > _LEGEND else 1
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+        ncols = len(handles) if wide > _LEGEND else 1
+        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
     return figure
 
 
@@ -154,9 +154,8 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
         >>> [int(bar.get_height()) for bar in axes.patches]
         [2, 1]
     """
-    slices = told_apart(numbered([Slices(part.groups) for part in tie.parts]) for tie in _listed(ties))
-    labels = torch.cat([part.labels.flatten() for part in chain(*slices)])
-    sizes = torch.bincount(labels[labels != FREE])
+    labels = [torch.cat([part.groups.flatten() for part in tie.parts]) for tie in _listed(ties)]
+    sizes = torch.cat([torch.unique(column[column != FREE], return_counts=True)[1] for column in labels])
     if not len(sizes):
         raise refusal(ValueError, "There are no groups to draw.", expected="ties with groups", got="free slices only")
     axes = axes or _new_axes()
@@ -171,8 +170,7 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
         axes.hist(values.tolist(), bins.tolist(), weights=counts.tolist())
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-    for axis in [axes.yaxis] if axes.get_xscale() == "log" else [axes.xaxis, axes.yaxis]:
-        axis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
+    axes.locator_params("y" if axes.get_xscale() == "log" else "both", integer=True)
     axes.set(xlabel="members of a group", ylabel="groups")
     return axes
 
@@ -213,7 +211,7 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
     if axes.dataLim.ymax > 100 * smallest:
         axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
+    axes.locator_params("x", integer=True)
     axes.set(xlabel="measurement", ylabel="drift")
     return axes
 

@@ -87,21 +87,19 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
     else:
         got = shown(model_or_tensor)
         raise refusal(TypeError, "This cannot be tied.", expected="a model or a tensor", got=got)
-    names = list(named)
-    param_groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": names}]
+    param_groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": list(named)}]
     for tie in bind_ties(param_groups, ties, "model"):
         params = [param_groups[0]["params"][place.position] for place in tie.places]
         tied = [param.detach().clone() for param in params]
         Engine().apply_(Operation(lead_), [(tie, tied)])
-        for place, slices, expected, param in zip(tie.places, tie.slices, tied, params, strict=True):
+        for name, slices, expected, param in zip(tie.names, tie.slices, tied, params, strict=True):
             wide = torch.complex128 if param.is_complex() else torch.float64
             expected, got = expected.cpu().to(wide), param.detach().cpu().to(wide)
             wrong = ((expected != got) & (slices.entries(param)[0] != FREE)).nonzero()
             if len(wrong):
                 at = tuple(wrong[0].tolist())
                 says = f"{expected[at].item()} at {at}, as another member of its group says"
-                what = f"{names[place.position]} is not tied."
-                raise refusal(AssertionError, what, expected=says, got=got[at].item())
+                raise refusal(AssertionError, f"{name} is not tied.", expected=says, got=got[at].item())
 
 
 def assert_equivalent(

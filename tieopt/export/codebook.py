@@ -7,7 +7,6 @@ scales has an entry for each of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,34 +64,24 @@ def encode(
     labels = slices.labels
     alone = torch.arange(labels.numel(), device="cpu").view(labels.shape) + labels.numel()
     with_free = numbered([slices._replace(labels=torch.where(labels == FREE, alone, labels))])
-    codebook = codebook_of(with_free, [tensor], ["the tensor"])
-    return codebook.entries.to(param.device), codebook.indices[0].to(param.device)
+    entries, (indices,), *_ = codebook_of(with_free, [tensor], ["the tensor"])
+    return entries.to(param.device), indices.to(param.device)
 
 
-class Codebook(NamedTuple):
-    """The codebook of a tie.
-
-    Attributes:
-        entries: the values, shape ``[entries, *slice]``.
-        indices: for each tensor the entry of every slice, int64, in the shape of the labels. The index of a free
-            slice is the number of entries.
-        groups: the group of each entry, int64.
-        scales: the scale of each entry, float64.
-    """
-
-    entries: Tensor
-    indices: list[Tensor]
-    groups: Tensor
-    scales: Tensor
-
-
-def codebook_of(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequence[str]) -> Codebook:
+def codebook_of(
+    slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequence[str]
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Return the codebook of a tie, with its entries in the order in which they occur.
 
     Args:
         slices: the slices of each tensor, with groups numbered by :func:`~tieopt.ties.slices.numbered`.
         tensors: the tied tensors, on the CPU.
         names: the names of the tensors, for the error.
+
+    Returns:
+        The entries, shape ``[entries, *slice]``; for each tensor the entry of every slice, int64, in the shape of the
+        labels, where the index of a free slice is the number of entries; the group of each entry, int64; and the scale
+        of each entry, float64.
 
     Raises:
         ValueError: members with the same group and scale are not equal bit for bit.
@@ -112,7 +101,7 @@ def codebook_of(slices: Sequence[Slices], tensors: Sequence[Tensor], names: Sequ
     entries = entries.view(tensors[0].dtype)
     for labelled, tensor, name, index in zip(slices, tensors, names, indices, strict=True):
         _check_tied(tensor, entries, labelled.dim, index, name)
-    return Codebook(entries, indices, labels[is_first], scales[is_first])
+    return entries, indices, labels[is_first], scales[is_first]
 
 
 def _split(column: Tensor, slices: Sequence[Slices]) -> list[Tensor]:
@@ -154,7 +143,7 @@ def _members(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> Iter
 
 def packed(numbers: Tensor, width: int) -> Tensor:
     """Pack numbers of ``width`` bits into bytes without gaps, the lowest bit first."""
-    chunks = [_binary(chunk, width).view(-1) for chunk in torch.split(numbers.flatten(), _CHUNK)]
+    chunks = (_binary(chunk, width).view(-1) for chunk in torch.split(numbers.flatten(), _CHUNK))
     return torch.cat([_from_binary(pad(binary, (0, -binary.numel() % 8)).view(-1, 8)).byte() for binary in chunks])
 
 

@@ -222,19 +222,19 @@ def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
 
 def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[str], tied: _Tied) -> list[Any]:
     """Write a tie, add its slices to those of its parameters, and return its metadata."""
-    codebook = codebook_of(tie.slices, [plain(param) for param in params], names)
+    entries, indices, groups, scales = codebook_of(tie.slices, [plain(param) for param in params], names)
     parts = []
-    for name, labelled, indices in zip(names, tie.slices, codebook.indices, strict=True):
+    for name, labelled, chosen in zip(names, tie.slices, indices, strict=True):
         key = f"{name}.{len(tied[name])}" if tied[name] else name
         # At least one bit for an index, so that the size of the file limits their number.
-        width = max(int(indices.max()).bit_length(), 1) if indices.numel() else 0
-        writer.add(f"{key}.indices", packed(indices, width))
+        width = max(int(chosen.max()).bit_length(), 1) if chosen.numel() else 0
+        writer.add(f"{key}.indices", packed(chosen, width))
         parts.append(_Part(name, key, labelled.dim, labelled.labels.shape, width))
         tied[name].append(labelled)
-    writer.add(f"{parts[0].key}.codebook", codebook.entries)
+    writer.add(f"{parts[0].key}.codebook", entries)
     if any(labelled.scale is not None for labelled in tie.slices):
-        writer.add(f"{parts[0].key}.groups", _narrow(codebook.groups, _GROUPS))
-        writer.add(f"{parts[0].key}.scales", _narrow(codebook.scales, _SCALES))
+        writer.add(f"{parts[0].key}.groups", _narrow(groups, _GROUPS))
+        writer.add(f"{parts[0].key}.scales", _narrow(scales, _SCALES))
     return [part._asdict() for part in parts]
 
 
@@ -284,11 +284,10 @@ class _ModelReader(Reader):
             self.tied = {name: Size(shape) for name, shape in stated["tied"].items()}
             self.whole: list[str] = list(stated["whole"])
             self.aliases: dict[str, list[str]] = dict(stated["aliases"])
-            sound = all(self._conditions())
+            if not all(self._conditions()):
+                raise ValueError
         except (LookupError, TypeError, ValueError, AttributeError):
-            sound = False
-        if not sound:
-            raise self.error("metadata that tieopt.export.save has written", "others")
+            raise self.error("metadata that tieopt.export.save has written", "others") from None
         self._check_sizes()
 
     def _conditions(self) -> Iterator[bool]:
@@ -355,8 +354,7 @@ class _ModelReader(Reader):
             tensor = torch.empty(shape, dtype=dtype, device="cpu")
             free = torch.ones(shape, dtype=torch.bool, device="cpu")
         except RuntimeError:
-            got = f"{name} of shape {tuple(shape)} and {dtype}"
-            raise self.error("tensors that fit into memory", got) from None
+            raise self.error("tensors that fit into memory", f"{name} of shape {tuple(shape)} and {dtype}") from None
         for key, part in sources:
             entries = self.read(key)
             indices = self._read_indices(part, len(entries))

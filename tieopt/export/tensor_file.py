@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import message, refusal, shown
+from tieopt.errors import refusal, shown
 from tieopt.tensors import local, raw_bytes
 
 _NAMES = {
@@ -92,17 +92,15 @@ class Writer(ExitStack):
         # The file may replace a private one, so nobody else may read it before it has the same permissions.
         opener = partial(os.open, mode=0o600) if replaces else None
         unfinished = self._file.parent / f".{secrets.token_hex(8)}.partial"
-        try:
-            with open(unfinished, "xb", opener=opener) as target:
-                target.write(len(header).to_bytes(8, "little") + header)
-                for data in self._data.values():
-                    data.seek(0)
-                    shutil.copyfileobj(data, target, 2**20)
-            if replaces:
-                shutil.copymode(self._file, unfinished)
-            unfinished.replace(self._file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        self.callback(unfinished.unlink, missing_ok=True)
+        with open(unfinished, "xb", opener=opener) as target:
+            target.write(len(header).to_bytes(8, "little") + header)
+            for data in self._data.values():
+                data.seek(0)
+                shutil.copyfileobj(data, target, 2**20)
+        if replaces:
+            shutil.copymode(self._file, unfinished)
+        unfinished.replace(self._file)
 
 
 class Reader(ExitStack):
@@ -155,7 +153,7 @@ class Reader(ExitStack):
 
     def error(self, expected: str, got: object) -> ValueError:
         """Return the error for a file that is not as it should be."""
-        return ValueError(message(f"{self._file} cannot be read.", expected=expected, got=got))
+        return refusal(ValueError, f"{self._file} cannot be read.", expected=expected, got=got)
 
     def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
         """Return the dtype and the shape of a tensor, without reading it.
