@@ -145,7 +145,10 @@ def neurons(
         if isinstance(layer, _NORMS) or _is_depthwise(layer, len(labels)):
             entries, dim = _entries(module, labels, layer, text)
             ties += _ties_of(layer, entries, dim)
-            statistics += [(statistic, entries) for statistic in _statistics_of(layer, entries)]
+            for statistic in _tensors(layer, "running_mean", "running_var"):
+                slices_for(statistic, entries, 0, None, f"a running statistic of {layer}")
+                check_writable(statistic, f"a running statistic of {layer}")
+                statistics.append((statistic, entries))
         else:
             ties.append(_reader_tie(module, labels, layer, text))
             reader = text
@@ -162,15 +165,6 @@ def _tensors(layer: nn.Module, *names: str) -> list[Tensor]:
 
 def _ties_of(layer: nn.Module, labels: Tensor, dim: int = 0) -> list[Tie]:
     return [Tie(param, labels, dim=dim) for param in _tensors(layer, "weight", "bias")]
-
-
-def _statistics_of(norm: nn.Module, entries: Tensor) -> list[Tensor]:
-    """Return the running statistics of a norm, after a check that all of them can be tied."""
-    statistics = _tensors(norm, "running_mean", "running_var")
-    for statistic in statistics:
-        slices_for(statistic, entries, 0, None, f"a running statistic of {norm}")
-        check_writable(statistic, f"a running statistic of {norm}")
-    return statistics
 
 
 def _layers(module: nn.Module, following: Any) -> list[tuple[Any, str]]:

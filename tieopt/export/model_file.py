@@ -207,8 +207,7 @@ class _Part(NamedTuple):
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Return a key that two tensors have in common if they are the same entries in memory."""
     address = tensor.data_ptr() if tensor.numel() else id(tensor)
-    kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-    return address, *kind, tensor.is_conj(), tensor.is_neg()
+    return address, tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
@@ -297,8 +296,7 @@ class _ModelReader(Reader):
             yield all(size >= 0 for size in shape) and math.prod(max(size, 1) for size in shape) < 2**59
         parts = [part for tie in self.ties for part in tie]
         for part in parts:
-            yield type(part.dim) is type(part.bits) is int and isinstance(part.key, str)
-            yield part.dim >= 0 and 0 <= part.bits < 64
+            yield type(part.dim) is type(part.bits) is int and isinstance(part.key, str) and part.dim >= 0
             yield len(part.shape) > 0 and part.shape == self._moved_shape(part)[: len(part.shape)]
         yield all(self.ties)
         yield self.tied.keys() == {part.name for part in parts}
