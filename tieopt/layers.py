@@ -137,11 +137,8 @@ def neurons(
         raise refusal(ValueError, "Neurons are tied whole.", expected=expected, got=tuple(labels.shape))
     ties = _ties_of(module, labels)
     statistics: list[tuple[Tensor, Tensor]] = []
-    reader = ""
-    for layer, text in _layers(module, following):
-        if reader:
-            what = "A layer comes after the one that reads these neurons."
-            raise refusal(ValueError, what, expected=f"nothing after {reader}", got=text)
+    layers = _layers(module, following)
+    for number, (layer, text) in enumerate(layers, start=1):
         if isinstance(layer, _NORMS) or _is_depthwise(layer, len(labels)):
             entries, dim = _entries(module, labels, layer, text)
             ties += _ties_of(layer, entries, dim)
@@ -151,7 +148,9 @@ def neurons(
                 statistics.append((statistic, entries))
         else:
             ties.append(_reader_tie(module, labels, layer, text))
-            reader = text
+            if number < len(layers):
+                what = "A layer comes after the one that reads these neurons."
+                raise refusal(ValueError, what, expected=f"nothing after {text}", got=layers[number][1])
     _warn_of_different_units(module, labels)
     for statistic, entries in statistics:
         tie_(statistic, entries)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["assert_equivalent", "assert_tied", "labels", "scales", "ties"]
 
 MakeOptimizer = Callable[[Iterable[tuple[str, Parameter]]], Optimizer]
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> None:
@@ -109,7 +108,7 @@ def assert_equivalent(
     batches: Iterable[Any],
     *,
     reduction: Reduction = "mean",
-    loss: Loss | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     tolerance: float = 1e-12,
 ) -> None:
     r"""Assert that tied training is training of the shared values, step by step in float64.
