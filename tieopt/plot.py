@@ -207,7 +207,8 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
         raise ValueError(text)
     axes = axes or _new_axes()
     axes.plot(range(1, len(values) + 1), values.tolist(), marker="." if len(values) <= _BARS else None)
-    smallest = axes.dataLim.minposy  # of what is positive in all curves; infinite if nothing is
+    # The smallest positive value of all curves, infinite if there is none.
+    smallest = axes.dataLim.minposy
     if axes.dataLim.ymax > 100 * smallest:
         axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
     axes.set_ylim(bottom=0)
@@ -256,11 +257,9 @@ def _sampled(part: Part) -> Slices:
 
 def _sides(shape: torch.Size) -> tuple[list[int], list[int]]:
     """Return the dimensions that run down a panel, and those that run across it, the outermost first."""
-    dims = list(range(len(shape)))
-    if len(dims) == 1:
-        return [], dims
-    down = [0, len(dims) - 2] if len(dims) > 3 else [0]
-    return down, [dim for dim in dims if dim not in down]
+    # Down a vector runs no dimension, and down the matrix of a convolution's kernels the height of these as well.
+    down = [0, len(shape) - 2][: len(shape) // 2]
+    return down, [dim for dim in range(len(shape)) if dim not in down]
 
 
 def _drawn_indices(shape: torch.Size) -> list[Tensor]:
@@ -290,9 +289,8 @@ def _image(entries: Tensor, gap: int) -> Tensor:
 def _draw(axes: Axes, shape: torch.Size, panel: Slices, side: float) -> dict[str, list[float]]:
     """Draw a parameter, ``side`` points along its longer side, and return the colours of the legend by their texts."""
     numbers, scales = _image(panel.labels, _GAP), _image(panel.scales, 1)
-    paper, ink = _rgba(axes.get_facecolor()), _rgba(_matplotlib().rcParams["text.color"])
-    free = paper.lerp(ink, 0.15)
-    pinned, faded = (numbers >= 0) & (scales == 0), (numbers >= 0) & (scales < 0)
+    paper, ink = _rgba(axes.get_facecolor()), _rgba(_matplotlib("pyplot").rcParams["text.color"])
+    free, pinned, faded = paper.lerp(ink, 0.15), scales == 0, scales < 0
 
     distinct, which = torch.unique(numbers, return_inverse=True)
     special = {FREE: free, _GAP: torch.zeros_like(paper)}
@@ -373,9 +371,9 @@ def _new_axes() -> Any:
     return _matplotlib("pyplot").subplots(layout="constrained")[1]
 
 
-def _matplotlib(name: str = "") -> Any:
+def _matplotlib(name: str) -> Any:
     try:
-        return import_module(f"matplotlib.{name}" if name else "matplotlib")
+        return import_module(f"matplotlib.{name}")
     except ImportError as error:
         what, expected = "Figures are drawn with matplotlib.", "pip install 'tieopt[plot]'"
         raise refusal(ImportError, what, expected=expected, got=error) from None
