@@ -137,7 +137,10 @@ def neurons(
         raise refusal(ValueError, "Neurons are tied whole.", expected=expected, got=tuple(labels.shape))
     ties = _ties_of(module, labels)
     statistics: list[tuple[Tensor, Tensor]] = []
-    layers = _layers(module, following)
+    given = [] if following is None else list(_unpacked(following))
+    layers = [(layer, text) for layer, text in given if not _is_passed_over(layer)]
+    if given and (isinstance(module, nn.Embedding) or not layers):
+        raise refusal(TypeError, _NO_READER, expected=_FOLLOWING, got=given[0][1])
     for number, (layer, text) in enumerate(layers, start=1):
         if isinstance(layer, _NORMS) or _is_depthwise(layer, len(labels)):
             entries, dim = _entries(module, labels, layer, text)
@@ -164,15 +167,6 @@ def _tensors(layer: nn.Module, *names: str) -> list[Tensor]:
 
 def _ties_of(layer: nn.Module, labels: Tensor, dim: int = 0) -> list[Tie]:
     return [Tie(param, labels, dim=dim) for param in _tensors(layer, "weight", "bias")]
-
-
-def _layers(module: nn.Module, following: Any) -> list[tuple[Any, str]]:
-    """Return the layers that follow and are not passed over, each with its text for errors."""
-    given = [] if following is None else list(_unpacked(following))
-    layers = [(layer, text) for layer, text in given if not _is_passed_over(layer)]
-    if given and (isinstance(module, nn.Embedding) or not layers):
-        raise refusal(TypeError, _NO_READER, expected=_FOLLOWING, got=given[0][1])
-    return layers
 
 
 def _unpacked(following: Any, position: str = "") -> Iterator[tuple[Any, str]]:

@@ -667,8 +667,7 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
         2
     """
     if of not in ("rows", "values"):
-        expected = "of='rows' or of='values'"
-        raise refusal(ValueError, "Clusters are of something else.", expected=expected, got=shown(of))
+        raise refusal(ValueError, "Clusters are of something else.", expected="of='rows' or of='values'", got=shown(of))
     rows = of == "rows"
     points = _points(tensor, rows)
     count = integer_between(count, "The number of clusters", 1, len(points))
@@ -777,8 +776,7 @@ def _taps(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> list[
         padding = {"same": reach, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[dim]
         if size + padding <= reach:
             what = f"The input of a convolution is too small in dimension {dim}."
-            expected = f"{reach + 1 - padding} or more, for {conv}"
-            raise refusal(ValueError, what, expected=expected, got=size)
+            raise refusal(ValueError, what, expected=f"{reach + 1 - padding} or more, for {conv}", got=size)
         o, i = _grid((size + padding - reach - 1) // stride + 1, size)
         # An odd padding has one less on the left.
         offset = i + padding // 2 - o * stride
