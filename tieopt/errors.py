@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from operator import index
 from typing import Any, TypeVar
 
@@ -53,6 +54,20 @@ def message(what: str, hint: str = "", /, **lines: object) -> str:
     width = max(map(len, lines), default=0) + 1
     rows = [f"  {f'{name.capitalize()}:':{width}} {text}" for name, text in lines.items()]
     return "\n".join([what, *rows]) + (f" ({hint})" if hint else "")
+
+
+def imported(module: str, what: str, extra: str) -> Any:
+    """Import a module that only an extra of tieopt needs; without it, raise an ImportError that names the extra.
+
+    Args:
+        module: the name of the module.
+        what: as for :func:`message`.
+        extra: as in ``pip install 'tieopt[extra]'``.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise refusal(ImportError, what, expected=f"pip install 'tieopt[{extra}]'", got=error) from None
 
 
 def shown_entry(tensor: Tensor, marked: Tensor) -> str:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from importlib import import_module
 from math import prod
 from operator import index
 from typing import Any, Literal, SupportsIndex
@@ -29,7 +28,7 @@ from typing import Any, Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from tieopt.errors import integer_between, refusal, shown
+from tieopt.errors import imported, integer_between, refusal, shown
 
 __all__ = [
     "antisymmetric",
@@ -824,8 +823,4 @@ def _summary(values: Tensor, sizes: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 def _optional(module: str) -> Any:
     """Import a module that only some patterns need."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        expected = "pip install 'tieopt[patterns]'"
-        raise refusal(ImportError, f"This pattern needs {module}.", expected=expected, got=error) from None
+    return imported(module, f"This pattern needs {module}.", "patterns")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tieopt.errors import message, refusal, shown
+from tieopt.errors import imported, message, refusal, shown
 from tieopt.optimizer import TiedOptimizer
 from tieopt.ties.places import all_places, name_of, parameter_at
 from tieopt.ties.slices import FREE, Slices, numbered, told_apart
@@ -372,8 +371,4 @@ def _new_axes() -> Any:
 
 
 def _matplotlib(name: str) -> Any:
-    try:
-        return import_module(f"matplotlib.{name}")
-    except ImportError as error:
-        what, expected = "Figures are drawn with matplotlib.", "pip install 'tieopt[plot]'"
-        raise refusal(ImportError, what, expected=expected, got=error) from None
+    return imported(f"matplotlib.{name}", "Figures are drawn with matplotlib.", "plot")

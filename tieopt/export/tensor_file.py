@@ -14,7 +14,6 @@ import secrets
 import shutil
 from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tieopt.errors import refusal, shown
+from tieopt.errors import imported, refusal, shown
 from tieopt.tensors import local, raw_bytes
 
 _NAMES = {
@@ -121,11 +120,7 @@ class Reader(ExitStack):
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         super().__init__()
-        try:
-            safetensors = import_module("safetensors")
-        except ImportError as error:
-            expected = "pip install 'tieopt[export]'"
-            raise refusal(ImportError, "Files are read with safetensors.", expected=expected, got=error) from None
+        safetensors = imported("safetensors", "Files are read with safetensors.", "export")
         self._file = os.fsdecode(file)
         # torch raises one of the last two for a shape that no tensor can have.
         self._unreadable = safetensors.SafetensorError, TypeError, RuntimeError
