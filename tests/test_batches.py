@@ -49,8 +49,7 @@ def _one_by_one(pairs: Pairs, reduction: Reduction) -> None:
 def _merged(pairs: Pairs) -> list[list[Tensor]]:
     """The tensors that are worked on together."""
     tensors = [tensor for _, own in pairs for tensor in own]
-    numbers = [work.numbers for work in Engine()._plan(pairs)]
-    return [tensors if chosen is None else [tensors[number] for number in chosen] for chosen in numbers]
+    return [[tensors[number] for number in work.numbers] for work in Engine()._plan(pairs)]
 
 
 def _same(first: Pairs, second: Pairs) -> bool:

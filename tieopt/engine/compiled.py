@@ -43,12 +43,12 @@ class Work(NamedTuple):
     Attributes:
         ties: one, or several that were merged.
         executor: what applies operations to them: their index, or their shards.
-        numbers: of their tensors, among those of all ties that were given; None for all of them in their order.
+        numbers: of their tensors, among those of all ties that were given.
     """
 
     ties: tuple[Partition, ...]
     executor: Index | Shards
-    numbers: list[int] | None
+    numbers: list[int]
 
 
 def projections(
@@ -68,7 +68,7 @@ def projections(
     small, others = [], []
     count = Counter(map(id, tensors))
     for work in plan:
-        chosen = _chosen(tensors, work)
+        chosen = [tensors[number] for number in work.numbers]
         plain = count[id(chosen[0])] == 1 and not (operation.stepped and is_narrow(chosen[0].dtype))
         means = _written_out(work, chosen) if plain else None
         if means is None:
@@ -86,7 +86,8 @@ def projections(
 
 
 def gradient_foldings(
-    foldings: Sequence[tuple[Work, Folding]],
+    plan: Sequence[Work],
+    folding_of: Callable[[Work], Folding],
     grads: Sequence[Tensor],
     compacts: Sequence[Tensor],
     operation: Operation,
@@ -95,7 +96,8 @@ def gradient_foldings(
     """Fold the gradients whose means can be written out, but for the means.
 
     Args:
-        foldings: what is worked on together, with its folding.
+        plan: what is worked on together.
+        folding_of: returns the folding of a part of the plan.
         grads: of all of it.
         compacts: to write to, one for each gradient.
         operation: :func:`~tieopt.numbers.folding.fold_gradients_`.
@@ -105,20 +107,17 @@ def gradient_foldings(
         The calls that write the means, and the rest of the plan.
     """
     small, others = [], []
-    for work, folding in foldings:
-        chosen, targets = _chosen(grads, work), _chosen(compacts, work)
+    for work in plan:
+        chosen = [grads[number] for number in work.numbers]
         means = _written_out(work, chosen)
         if means is None:
             others.append(work)
             continue
+        targets, folding = [compacts[number] for number in work.numbers], folding_of(work)
         fold_free_gradients_(chosen, targets, folding)
         _, (compact,) = folding.rows(chosen, targets)
         small.append((*means, static(compact[: folding.groups[0]])))
     return [_call(_mean, small, operation, copies)] if small else [], others
-
-
-def _chosen(tensors: Sequence[Tensor], work: Work) -> list[Tensor]:
-    return list(tensors) if work.numbers is None else [tensors[number] for number in work.numbers]
 
 
 def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -6,6 +6,7 @@ decided here. Everything that is compiled for ties is kept here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -24,7 +25,7 @@ from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
 from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import local, sharded_as, wide_dtype
-from tieopt.ties.slices import FREE, Partition, told_apart
+from tieopt.ties.slices import FREE, Partition, Slices, told_apart
 
 P = TypeVar("P", bound=Partition)
 Pairs = Sequence[tuple[P, list[Tensor]]]
@@ -56,7 +57,6 @@ class Engine:
         self._folded: dict[Partition, tuple[CompactRows, ...]] = {}
         self._foldings: dict[Index | Shards, Folding] = {}
         self._plans: dict[tuple[Any, ...], list[Work]] = {}
-        self._sizes: dict[Partition, int | None] = {}
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
         return Engine, ()
@@ -96,15 +96,17 @@ class Engine:
                 return self.calls(operation, pairs, compacts, compiled=compiled)
         plan = self._plan(pairs)
         tensors = list(chain.from_iterable(map(itemgetter(1), pairs)))
-        others = None if compacts is None else list(chain.from_iterable(compacts))
+        others = list(chain.from_iterable(compacts or ()))
         calls: Sequence[Callable[[], None]] = ()
-        if compiled:
-            calls, plan = self._compiled(operation, plan, tensors, others)
+        if compiled and operation.function is project_:
+            calls, plan = projections(plan, tensors, operation, self.copies)
+        elif compiled and operation.function is fold_gradients_:
+            calls, plan = gradient_foldings(plan, self._folding, tensors, others, operation, self.copies)
         for work in plan:
             # Without a Python call, as a step has to be quick where there is little to do.
-            chosen = tensors if work.numbers is None else list(map(tensors.__getitem__, work.numbers))
-            if others is not None:
-                compact = others if work.numbers is None else list(map(others.__getitem__, work.numbers))
+            chosen = list(map(tensors.__getitem__, work.numbers))
+            if compacts is not None:
+                compact = list(map(others.__getitem__, work.numbers))
                 folding = self._foldings.get(work.executor) or self._folding(work)
                 operation.function(chosen, compact, folding, self._workspace, **operation.options)
             elif type(work.executor) is Index:
@@ -114,17 +116,6 @@ class Engine:
         return calls
 
     _untraced_calls = untraced(calls)
-
-    def _compiled(
-        self, operation: Operation, plan: list[Work], tensors: list[Tensor], others: list[Tensor] | None
-    ) -> tuple[Sequence[Callable[[], None]], list[Work]]:
-        """The calls for what is worth compiling, and the rest of the plan."""
-        if operation.function is project_ and others is None:
-            return projections(plan, tensors, operation, self.copies)
-        if operation.function is fold_gradients_ and others is not None:
-            foldings = [(work, self._folding(work)) for work in plan]
-            return gradient_foldings(foldings, tensors, others, operation, self.copies)
-        return (), plan
 
     @torch.no_grad()
     def is_tied(self, pairs: Pairs[Partition]) -> bool:
@@ -143,10 +134,11 @@ class Engine:
         workspace = Workspace()
         # Nor is anything merged for it.
         for tie, tensors in pairs:
-            if spans_ranks(tensors):
-                yield self._shards_for(tie, tensors).answer(question, tensors, workspace)
+            executor = self._executor((tie,), tensors)
+            if isinstance(executor, Shards):
+                yield from executor.answers(question, tensors, workspace)
             else:
-                yield question.function(tensors, self.index_for(tie, tensors), workspace, **question.options)
+                yield question.function(tensors, executor, workspace, **question.options)
 
     def projected(self, tie: Partition, tensors: Sequence[Tensor], reduction: Reduction = "mean") -> list[Tensor]:
         """Return the projection of tensors, out of place; differentiable where they are not sharded.
@@ -194,7 +186,7 @@ class Engine:
         self, tie: Partition, grad: Tensor, param: Tensor, compact: Tensor, reduction: Reduction
     ) -> Tensor:
         """Return the sparse gradient of a compact tensor; see :func:`~tieopt.numbers.folding.folded_sparse`."""
-        work = Work((tie,), self.index_for(tie, [param]), None)
+        work = Work((tie,), self.index_for(tie, [param]), [0])
         return folded_sparse(grad, compact, self._folding(work), reduction)
 
     def folded(self, tie: Partition) -> tuple[CompactRows, ...]:
@@ -215,7 +207,7 @@ class Engine:
         self._plan(pairs)
 
     def _plan(self, pairs: Pairs[Partition]) -> list[Work]:
-        """What is worked on together; made once for ties and the layouts of their tensors."""
+        """Return what is worked on together; planned once for ties and the layouts of their tensors."""
         key: list[Any] = []
         for tie, tensors in pairs:
             key.append(tie)
@@ -223,75 +215,45 @@ class Engine:
                 key += tensor.dtype, tensor.device, tensor.stride()
                 if type(tensor) not in _PLAIN:
                     key += type(tensor), getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
-        found = self._plans.get(tuple(key))
-        if found is None:
-            merge = len(self._plans) < _SELECTIONS
-            found = self._planned(pairs, merge)
-            if len(found) == 1:
-                found = [found[0]._replace(numbers=None)]
-            if merge:
-                self._plans[tuple(key)] = found
-        return found
-
-    def _planned(self, pairs: Pairs[Partition], merge: bool) -> list[Work]:
-        plan: list[Work] = []
-        alike: dict[tuple[Any, ...], list[tuple[Partition, list[Tensor], list[int]]]] = {}
-        entries: dict[tuple[Any, ...], int] = {}
-        count = 0
-        for tie, tensors in pairs:
-            numbers = list(range(count, count + len(tensors)))
-            count += len(tensors)
-            if spans_ranks(tensors):
-                plan.append(Work((tie,), self._shards_for(tie, tensors), numbers))
-                continue
-            kind = self._kind(tie, tensors[0]) if merge else None
-            if kind is None:
-                plan.append(Work((tie,), self.index_for(tie, tensors), numbers))
-                continue
-            entries[kind] = entries.get(kind, 0) + tensors[0].numel()
-            alike.setdefault((*kind, entries[kind] // (TOTALS - _SMALL)), []).append((tie, tensors, numbers))
-        for (size, *_), several in alike.items():
-            ties = tuple(tie for tie, _, _ in several)
-            tensors, numbers = (
-                [one for own in column for one in own] for column in list(zip(*several, strict=True))[1:]
-            )
-            plan.append(Work(ties, self._merged(ties, tensors, even=bool(size)), numbers))
+        plan = self._plans.get(tuple(key))
+        if plan is None:
+            is_kept = len(self._plans) < _SELECTIONS
+            plan = self._new_plan(pairs, merge=is_kept)
+            if is_kept:
+                self._plans[tuple(key)] = plan
         return plan
 
-    def _merged(self, ties: Sequence[Partition], tensors: Sequence[Tensor], *, even: bool) -> Index:
-        """One index of the first slices of several ties, with the groups of each."""
+    def _new_plan(self, pairs: Pairs[Partition], *, merge: bool) -> list[Work]:
+        alike: dict[tuple[Any, ...], list[tuple[Partition, list[Tensor], range]]] = {}
+        entries: Counter[tuple[Any, ...]] = Counter()
+        count = 0
+        for tie, tensors in pairs:
+            kind = _kind(tie, tensors[0]) if merge else ()
+            entries[kind] += tensors[0].numel()
+            key = (*kind, entries[kind] // (TOTALS - _SMALL)) if kind else (count,)
+            numbers = range(count, count + len(tensors))
+            alike.setdefault(key, []).append((tie, tensors, numbers))
+            count = numbers.stop
+        plan = []
+        for (size, *_), several in alike.items():
+            ties, tensors_of, numbers_of = zip(*several, strict=True)
+            executor = self._executor(ties, list(chain.from_iterable(tensors_of)), even=bool(size))
+            plan.append(Work(ties, executor, list(chain.from_iterable(numbers_of))))
+        return plan
+
+    def _executor(self, ties: Sequence[Partition], tensors: Sequence[Tensor], *, even: bool = True) -> Index | Shards:
+        """Return what applies operations to ties as one; ``even`` is for several, see :meth:`Index.compile`."""
         if len(ties) == 1:
-            return self.index_for(ties[0], tensors)
-        apart = [slices for (slices,) in told_apart([tie.slices[0]] for tie in ties)]
+            return (self._shards_for if spans_ranks(tensors) else self.index_for)(ties[0], tensors)
         # The labels that are told apart go: of many ties of a large parameter they take much memory.
-        return Index.compile(apart, tensors, even=even).keeping([tie.slices[0] for tie in ties])
-
-    def _kind(self, tie: Partition, tensor: Tensor) -> tuple[Any, ...] | None:
-        """What ties have in common that can be worked on as one; None for a tie that is worked on by itself."""
-        size = self._size(tie)
-        # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
-        double = tensor.dtype.to_real() == wide_dtype(tensor.device)
-        limit = _SMALL if size else EVEN_ENTRIES - 1
-        if size is None or double or tensor.numel() > limit or not tensor.is_contiguous():
-            return None
-        return size, tensor.shape[1:], tensor.dtype, tensor.device
-
-    def _size(self, tie: Partition) -> int | None:
-        """The size of all groups of a tie, 0 if there are several; None if it cannot be merged."""
-        if tie not in self._sizes:
-            self._sizes[tie] = _common_size(tie)
-        return self._sizes[tie]
+        return Index.compile(_joined(ties), tensors, even=even).keeping([tie.slices[0] for tie in ties])
 
     def _folding(self, work: Work) -> Folding:
-        index = work.executor
-        if isinstance(index, Shards):
-            raise TypeError("Sharded tensors are not folded.")
+        # The compact mode takes no sharded parameters.
+        index = cast(Index, work.executor)
         if index not in self._foldings:
-            if len(work.ties) == 1:
-                parts = self.folded(work.ties[0])
-            else:
-                parts = compact_rows_of([slices for (slices,) in told_apart([tie.slices[0]] for tie in work.ties)])
-            self._foldings[index] = Folding.compile(index, parts)
+            rows = self.folded(work.ties[0]) if len(work.ties) == 1 else compact_rows_of(_joined(work.ties))
+            self._foldings[index] = Folding.compile(index, rows)
         return self._foldings[index]
 
     def _shards_for(self, tie: Partition, tensors: Sequence[Any]) -> Shards:
@@ -310,11 +272,25 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [copies[id(tensor)] for tensor in tensors]
 
 
-def _common_size(tie: Partition) -> int | None:
+def _joined(ties: Sequence[Partition]) -> list[Slices]:
+    """Return the slices of all ties, with labels that no two of the ties share."""
+    return list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
+
+
+def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
+    """Return what ties have in common that can be worked on as one; nothing for a tie that is worked on by itself.
+
+    It begins with the size of all groups, 0 if there are several.
+    """
+    # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
+    double = tensor.dtype.to_real() == wide_dtype(tensor.device)
+    if spans_ranks([tensor]) or double or not 0 < tensor.numel() <= _SMALL or not tensor.is_contiguous():
+        return ()
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
     # Multiples that are rounded have a run take another way, and all groups in it.
-    if not tie.is_of_rows or not labels.numel() or not bool(((scales == 0) | (scales == 1)).all()):
-        return None
+    if not tie.is_of_rows or not bool(((scales == 0) | (scales == 1)).all()):
+        return ()
     sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
     several = torch.unique(sizes[sizes > 1])
-    return int(several[0]) if len(several) == 1 else 0
+    size = int(several[0]) if len(several) == 1 else 0
+    return (size, tensor.shape[1:], tensor.dtype, tensor.device) if size or tensor.numel() < EVEN_ENTRIES else ()

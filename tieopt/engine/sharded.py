@@ -22,7 +22,7 @@ from torch import Tensor
 from tieopt.engine.exchange import Exchange, Plan, plan_exchange
 from tieopt.errors import refusal
 from tieopt.numbers.index import Index, Layout
-from tieopt.numbers.reduction import Operation, Workspace, tied
+from tieopt.numbers.reduction import Operation, Workspace
 from tieopt.tensors import (
     bounds_of,
     calculable,
@@ -109,14 +109,10 @@ class Shards:
             results.append(operation.function(shards, exchange.index, workspace, **options))
         return results
 
-    def answer(self, question: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> Any:
-        """Return whether tensors are tied on all ranks, or the largest drift on any rank."""
-        answers = self.apply_(question, tensors, workspace)
-        if question.function is tied:
-            return not on_any_rank(not all(answers), tensors[0])
-        device = local(tensors[0]).device
-        # Unlike Python's, this maximum is NaN if a drift is.
-        return float(_gathered(torch.tensor(answers, dtype=wide_dtype(device), device=device).max(), self._mesh).max())
+    def answers(self, question: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[float]:
+        """Return the answers of all ranks to whether tensors are tied, or how far they have drifted."""
+        answers, device = self.apply_(question, tensors, workspace), local(tensors[0]).device
+        return _gathered(torch.tensor(answers, dtype=wide_dtype(device), device=device), self._mesh).tolist()
 
 
 def _is_member(slices: Slices) -> Tensor:
@@ -265,8 +261,8 @@ def placed_as(grad: Any, param: Any) -> Tensor:
 
 
 def _gathered(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the values of a number on all ranks of a mesh; on a rank outside it, its own."""
-    values = value.reshape(1)
+    """Return the numbers that all ranks of a mesh have; on a rank outside it, those that it has."""
+    values = value.reshape(-1)
     if mesh.get_coordinate() is None:
         return values
     for dim in range(mesh.ndim):
