@@ -6,7 +6,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,35 +17,20 @@ from tieopt.errors import refusal
 T = TypeVar("T")
 
 
-class _Span(NamedTuple):
-    """The bytes from the first to the last entry of a tensor.
-
-    Attributes:
-        device: where they are, as text, so that spans can be sorted.
-        start: the address of the first byte.
-        end: the address after the last byte.
-        number: of the tensor.
-    """
-
-    device: str
-    start: int
-    end: int
-    number: int
-
-
 def sharing(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
     """Yield pairs of tensors, by their numbers, that have an entry in the same memory.
 
     Tensors without memory of their own (lazy, sparse, on the meta device, or wrappers of other tensors) share none.
     """
-    spans = sorted(_span(tensor, number) for number, tensor in enumerate(tensors) if _has_memory(tensor))
-    open_spans: list[_Span] = []
-    for span in spans:
-        open_spans = [other for other in open_spans if other.device == span.device and other.end > span.start]
-        for other in open_spans:
-            if _meet(tensors[other.number], other, tensors[span.number], span):
-                yield other.number, span.number
-        open_spans.append(span)
+    spans = [(str(tensor.device), *_span(tensor), n) for n, tensor in enumerate(tensors) if _has_memory(tensor)]
+    before: list[tuple[str, int, int, int]] = []
+    for span in sorted(spans):
+        device, start, _, number = span
+        before = [other for other in before if other[0] == device and other[2] > start]
+        for *_, other_number in before:
+            if _meet(tensors[other_number], tensors[number]):
+                yield other_number, number
+        before.append(span)
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -53,26 +38,26 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and tensor.numel() > 0 and tensor.data_ptr() != 0
 
 
-def _span(tensor: Tensor, number: int) -> _Span:
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of the first byte of a tensor, and the one after the last."""
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    start = tensor.data_ptr()
-    return _Span(str(tensor.device), start, start + (last + 1) * tensor.itemsize, number)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
-def _meet(first: Tensor, span: _Span, second: Tensor, other: _Span) -> bool:
-    """Whether tensors whose spans overlap have an entry in common; columns of one matrix have none."""
-    if all(one.end - one.start == tensor.nbytes for tensor, one in ((first, span), (second, other))):
+def _meet(*tensors: Tensor) -> bool:
+    """Return whether two tensors whose spans overlap have an entry in common; columns of one matrix have none."""
+    starts, ends = zip(*map(_span, tensors), strict=True)
+    if all(end - start == tensor.nbytes for start, end, tensor in zip(starts, ends, tensors, strict=True)):
         return True
     # In units in which every entry starts and ends.
-    start = min(span.start, other.start)
-    strides = (stride * tensor.itemsize for tensor in (first, second) for stride in tensor.stride())
-    unit = math.gcd(first.itemsize, second.itemsize, abs(span.start - other.start), *strides)
-    taken = torch.zeros((max(span.end, other.end) - start) // unit, dtype=torch.bool, device="cpu")
-    for tensor, one in ((first, span), (second, other)):
+    strides = (stride * tensor.itemsize for tensor in tensors for stride in tensor.stride())
+    unit = math.gcd(*(tensor.itemsize for tensor in tensors), starts[1] - starts[0], *strides)
+    taken = torch.zeros((max(ends) - min(starts)) // unit, dtype=torch.bool, device="cpu")
+    for start, tensor in zip(starts, tensors, strict=True):
         # What is repeated along a stride of 0 is one entry.
         sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         steps = [stride * tensor.itemsize // unit for stride in tensor.stride()]
-        units = taken.as_strided((*sizes, tensor.itemsize // unit), (*steps, 1), (one.start - start) // unit)
+        units = taken.as_strided((*sizes, tensor.itemsize // unit), (*steps, 1), (start - min(starts)) // unit)
         if bool(units.any()):
             return True
         units.fill_(True)
@@ -88,16 +73,15 @@ def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[ob
     The last entry for a tensor counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
     inference mode none are: its trace equals no other.
     """
-    found = {}
-    for key, several in pairs:
-        traces_of_several: list[tuple[object, ...]] = []
-        for tensor in several:
+    traced: dict[T, list[tuple[object, ...]]] = {}
+    for key, tensors in pairs:
+        traced[key] = []
+        for tensor in tensors:
             # Entries of other layouts have no place in memory each.
             where = (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
             writes = object() if tensor.is_inference() else tensor._version
-            traces_of_several.append((id(tensor), *where, writes))
-        found[key] = traces_of_several
-    return found
+            traced[key].append((id(tensor), *where, writes))
+    return traced
 
 
 # --- in memory ---
@@ -116,10 +100,9 @@ def overlaps(tensor: Tensor) -> bool:
         return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
     return False
 
 
@@ -181,16 +164,6 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_sharded_as(tensor: Any, other: Any) -> bool:
-    """Return whether each rank has the same entries of a tensor and of another one, which is sharded."""
-    return (
-        is_sharded(tensor)
-        and tensor.shape == other.shape
-        and tensor.device_mesh == other.device_mesh
-        and tensor.placements == other.placements
-    )
-
-
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """Return the shard that this rank has; of a tensor that is not sharded, the tensor."""
@@ -213,12 +186,9 @@ def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:
     return tuple(bounds)
 
 
-@torch.no_grad()
-def sharded_as(tensor: Any, full: Tensor) -> Tensor:
-    """Shard a tensor that every rank has as a whole, as another one is sharded."""
-    result = torch.zeros_like(tensor, dtype=full.dtype)
-    local(result).copy_(full[bounds_of(tensor, tensor.device_mesh.get_coordinate())])
-    return result
+def shard_of(full: Tensor, like: Any) -> Tensor:
+    """Return the shard that this rank has once a whole tensor is sharded as another one."""
+    return full[bounds_of(like, like.device_mesh.get_coordinate())]
 
 
 def check_sharding(param: Any, name: str) -> None:

@@ -24,7 +24,7 @@ from tieopt.numbers.folding import CompactRows, Folding, compact_rows_of, fold_g
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
 from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
-from tieopt.tensors import local, sharded_as, wide_dtype
+from tieopt.tensors import local, shard_of, wide_dtype
 from tieopt.ties.slices import FREE, Partition, Slices, told_apart
 
 P = TypeVar("P", bound=Partition)
@@ -174,7 +174,7 @@ class Engine:
             whole = [gathered[id(tensor)] for tensor in tensors]
             start_from_first_(whole, self.index_for(tie, whole), Workspace(), order)
             for tensor, result in zip(tensors, whole, strict=True):
-                local(tensor).copy_(local(sharded_as(tensor, result)))
+                local(tensor).copy_(shard_of(result, tensor))
 
     def started_from_first(self, tie: Partition, tensors: Sequence[Any], order: Sequence[int]) -> list[Tensor]:
         """As :meth:`start_from_first_`, out of place; a tensor that occurs twice has one result, twice."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Run, memory_order
+from tieopt.numbers.index import Index, Run, memory_order, sorted_members
 from tieopt.numbers.reduction import (
     ValuesOf,
     Workspace,
@@ -28,7 +29,7 @@ from tieopt.numbers.reduction import (
     towards_leads_,
 )
 from tieopt.tensors import bits, column, in_memory, wide_dtype
-from tieopt.ties.slices import Slices
+from tieopt.ties.slices import Slices, flat_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,17 +53,16 @@ class Exchange:
         self, slices: Sequence[Slices], shards: Sequence[Tensor], plan: Plan, process_group: ProcessGroup | None
     ) -> None:
         index = Index.compile(slices, shards, singles=True)
-        by_position = list(map(_by_position, slices, index.layout.steps))
+        leads = sorted_members(slices, singles=True)[0].leads
+        before = torch.tensor([0, *accumulate(part.labels.numel() for part in slices)], device="cpu")
+        rows = flat_labels(slices)[before[leads.tensor] + leads.position]
+        sizes = [len(run.norms) for run in index.runs]
+        rows_of, signs_of = rows.split_with_sizes(sizes), leads.scale.split_with_sizes(sizes)
         runs = []
         # By the identity of a run, which has no hash: the row that is sent for each of its groups, and what the lead of
         # each is of the shared value, 1 or -1; None if all are 1.
         self._sent: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for run in index.runs:
-            row = torch.empty(len(run.norms), dtype=torch.int64, device="cpu")
-            sign = torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
-            for part, positions, slots in run.leads:
-                labels, scales = by_position[part]
-                row[slots.cpu()], sign[slots.cpu()] = labels[positions.cpu()], scales[positions.cpu()]
+        for run, row, sign in zip(index.runs, rows_of, signs_of, strict=True):
             # The sum is that over the members on all ranks.
             runs.append(run._replace(counts=plan.sizes[row].to(run.counts)))
             signs = None if bool((sign == 1).all()) else sign.to(run.counts)
@@ -120,14 +120,6 @@ class Exchange:
             return _signed(values.to(wide_dtype(device)), signs)
 
         return values_of
-
-
-def _by_position(slices: Slices, steps: tuple[int, ...]) -> list[Tensor]:
-    """Return labels and scales by the rows of slices, see :meth:`~tieopt.ties.slices.Slices.positions`."""
-    positions = slices.positions(steps).flatten()
-    count = int(positions.max()) + 1 if len(positions) else 0
-    flat = [values.flatten() for values in (slices.labels, slices.scales)]
-    return [values.new_zeros(count).index_put_((positions,), values) for values in flat]
 
 
 def _signed(values: Tensor, signs: Tensor | None) -> Tensor:

@@ -29,11 +29,10 @@ from tieopt.tensors import (
     check_sharding,
     has_shape,
     is_sharded,
-    is_sharded_as,
     local,
     raw_bytes,
     real,
-    sharded_as,
+    shard_of,
     wide_dtype,
 )
 from tieopt.ties.slices import FREE, Partition, Slices, described, numbered
@@ -63,8 +62,7 @@ class Shards:
             check_sharding(tensor, name)
         _check_same(tie, tensors)
         slices, dims = _cut_apart(tie, tensors)
-        self._indices: dict[Layout, Index] = {}
-        self._exchanges: dict[Layout, Exchange] = {}
+        self._compiled: dict[Layout, tuple[Index, Exchange | None]] = {}
         self._plan: Plan | None = None
         coordinate = self._mesh.get_coordinate()
         if coordinate is None:
@@ -94,15 +92,15 @@ class Shards:
     def apply_(self, operation: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[Any]:
         """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
         shards, options = [local(tensor) for tensor in tensors], operation.options
+        # As that of the slices in groups that span ranks: labels make no difference to it.
         layout = Layout.of(self._whole, shards)
-        if layout not in self._indices:
-            self._indices[layout] = Index.compile(self._whole, shards)
-        results = [operation.function(shards, self._indices[layout], workspace, **options)]
-        if self._plan is not None:
-            layout = Layout.of(self._spanning, shards)
-            if layout not in self._exchanges:
-                self._exchanges[layout] = Exchange(self._spanning, shards, self._plan, self._process_group)
-            exchange = self._exchanges[layout]
+        if layout not in self._compiled:
+            plan = self._plan
+            exchange = None if plan is None else Exchange(self._spanning, shards, plan, self._process_group)
+            self._compiled[layout] = Index.compile(self._whole, shards), exchange
+        index, exchange = self._compiled[layout]
+        results = [operation.function(shards, index, workspace, **options)]
+        if exchange is not None:
             if operation.needs_means:
                 # Exchanged whatever this rank has found: the others would wait for it.
                 options = {**options, "means_of": exchange.means_of(shards, workspace, operation.stepped)}
@@ -335,7 +333,9 @@ def _process_group_of_members(mesh: DeviceMesh, ranks: list[int]) -> Any:
 def fits(value: Any, param: Tensor) -> bool:
     """Return whether a value is a dense tensor of numbers that has the shape of a parameter, and lies where it does."""
     if is_sharded(param):
-        return is_sharded_as(value, param) and fits(local(value), local(param))
+        alike = ("shape", "device_mesh", "placements")
+        same = is_sharded(value) and all(getattr(value, name) == getattr(param, name) for name in alike)
+        return same and fits(local(value), local(param))
     return has_shape(value, param.shape) and value.device == param.device
 
 
@@ -354,5 +354,5 @@ def fill_where_(tensor: Any, mask: Tensor, number: complex) -> None:
     if is_sharded(tensor):
         if tensor.device_mesh.get_coordinate() is None:
             return
-        mask = local(sharded_as(tensor, mask))
+        mask = shard_of(mask, tensor)
     local(tensor).masked_fill_(mask.to(tensor.device), number)

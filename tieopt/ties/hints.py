@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tieopt.errors import message, shown, shown_list, users_level
-from tieopt.ties.slices import FREE, Slices, described
+from tieopt.ties.slices import FREE, Slices, described, flat_labels
 
 # --- ties that tie nothing ---
 
@@ -32,10 +32,6 @@ class IdleTie(NamedTuple):
     slices: list[Slices]
     slice_shape: torch.Size
 
-    def labels(self) -> list[int]:
-        """Return the labels that the user gave."""
-        return [label for part in self.slices for label in part.labels[part.labels != FREE].tolist()]
-
     def calls(self, groups: str = "...") -> list[str]:
         """Return the calls of ``Tie`` for its parameters, with these groups."""
         return [
@@ -51,7 +47,8 @@ def warn_of_idle(ties: Sequence[IdleTie]) -> None:
     """
     joinable: dict[tuple[torch.Size, int], list[IdleTie]] = {}
     for tie in ties:
-        keys = [(tie.slice_shape, label) for label in tie.labels()]
+        labels = flat_labels(tie.slices)
+        keys = [(tie.slice_shape, label) for label in labels[labels != FREE].tolist()]
         alike = next((joinable[key] for key in keys if key in joinable), [])
         alike.append(tie)
         for key in keys:
@@ -94,16 +91,15 @@ _MOST_GUESSES = 3
 _MOST_LISTED = 20
 
 
-def not_held(key: Any, held: Sequence[tuple[str, Tensor]], holder: str, *, named: bool) -> str:
+def not_held(key: Any, params: dict[str, Tensor], holder: str, *, named: bool) -> str:
     """Return the error for a tie of a parameter that is not held, with the parameters that may have been meant.
 
     Args:
         key: the parameter that the user gave.
-        held: the parameters that there are, with their names or what is shown for names.
+        params: the parameters that there are, by their names or what is shown for names.
         holder: ``"optimizer"`` or ``"model"``, whichever has these parameters.
         named: whether they have names.
     """
-    params = dict(held)
     likely, kind, hint = _guess(key, params, holder, named)
     likely = likely[:_MOST_GUESSES]
     listed = {name: f"{name} {tuple(param.shape)}" for name, param in params.items()}

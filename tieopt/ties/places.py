@@ -93,11 +93,6 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
     return param
 
 
-def _param(param_groups: ParamGroups, place: Place) -> Tensor:
-    param: Tensor = param_groups[place.group]["params"][place.position]
-    return param
-
-
 T = TypeVar("T", bound=BoundTie)
 
 
@@ -174,20 +169,19 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
     """
     places: dict[Any, Place] = {}
     for place in all_places(param_groups):
-        settings = param_groups[place.group]
-        places.setdefault(settings["params"][place.position], place)
-        if place.position < len(settings.get("param_names", ())):
-            places.setdefault(settings["param_names"][place.position], place)
+        places.setdefault(parameter_at(param_groups, place), place)
+        places.setdefault(given_name(param_groups, place), place)
 
     bound, idle = [], []
     for parts in _listed(ties):
-        held = []
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
-                raise ValueError(_not_held(param_groups, part.param, holder))
-            held.append(places[part.param])
+                known = {name_of(param_groups, place): parameter_at(param_groups, place) for place in places.values()}
+                is_named = any("param_names" in settings for settings in param_groups)
+                raise ValueError(not_held(part.param, known, holder, named=is_named))
+        held = [places[part.param] for part in parts]
         names = [name_of(param_groups, place) for place in held]
-        params = [_param(param_groups, place) for place in held]
+        params = [parameter_at(param_groups, place) for place in held]
         slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
         check_one_shape(list(zip(slices, params, strict=True)), names)
         for param, name in zip(params, names, strict=True):
@@ -202,11 +196,6 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
     check_apart(param_groups, bound)
     warn_of_idle(idle)
     return bound
-
-
-def _not_held(param_groups: ParamGroups, key: Any, holder: str) -> str:
-    held = [(name_of(param_groups, place), _param(param_groups, place)) for place in all_places(param_groups)]
-    return not_held(key, held, holder, named=any("param_names" in settings for settings in param_groups))
 
 
 def _written(param_groups: ParamGroups, place: Place) -> str:
@@ -329,9 +318,9 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
         ValueError: there is one.
     """
     tied = {place[:2] for tie in ties for place in tie.places}
-    places = {id(_param(param_groups, place)): place for place in reversed(all_places(param_groups))}
+    places = {id(parameter_at(param_groups, place)): place for place in reversed(all_places(param_groups))}
     held = sorted(places.values())
-    params = [_param(param_groups, place) for place in held]
+    params = [parameter_at(param_groups, place) for place in held]
     for pair in sharing([local(param) for param in params]):
         if any(held[number][:2] in tied for number in pair):
             first, second = (f"{name_of(param_groups, held[n])} {tuple(held[n].shape)}" for n in sorted(pair))

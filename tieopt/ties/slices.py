@@ -81,7 +81,7 @@ class Slices(NamedTuple):
             free one, int64; and its scale, float64. Both have the shape of the tensor.
         """
         shape = self.slice_shape(tensor)
-        labels, scales = (one.reshape(*one.shape, *[1] * len(shape)) for one in (self.labels, self.scales))
+        labels, scales = (values.reshape(*values.shape, *[1] * len(shape)) for values in (self.labels, self.scales))
         inner = torch.arange(shape.numel(), device="cpu").view(shape)
         numbers = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
         return numbers.movedim(0, self.dim), scales.expand(numbers.shape).movedim(0, self.dim)
@@ -114,12 +114,17 @@ class Partition:
         self.is_of_rows = len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
 
 
+def flat_labels(slices: Sequence[Slices]) -> Tensor:
+    """Return the labels of all slices, tensor by tensor."""
+    return torch.cat([part.labels.flatten() for part in slices])
+
+
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     """Groups numbered 0, 1, ... in the order of their first members.
 
     Two ways to write one partition give equal labels then.
     """
-    flat = torch.cat([each.labels.flatten() for each in slices])
+    flat = flat_labels(slices)
     places = (flat != FREE).nonzero().squeeze(1)
     names = flat[places]
     if len(names) and int(names.max()) >= 4 * len(flat):
@@ -130,8 +135,10 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     rank = torch.full_like(first, FREE)
     rank[used[first[used].argsort()]] = torch.arange(len(used), device="cpu")
     flat = torch.full_like(flat, FREE).index_put_((places,), rank[names])
-    parts = torch.split(flat, [each.labels.numel() for each in slices])
-    return tuple(each._replace(labels=part.view(each.labels.shape)) for each, part in zip(slices, parts, strict=True))
+    columns = torch.split(flat, [part.labels.numel() for part in slices])
+    return tuple(
+        part._replace(labels=column.view(part.labels.shape)) for part, column in zip(slices, columns, strict=True)
+    )
 
 
 def counted(number: int, noun: str) -> str:
@@ -154,25 +161,22 @@ def described(slices: Sequence[Slices]) -> str:
 
 def _counts(slices: Sequence[Slices]) -> tuple[int, int, int]:
     """The numbers of groups, members and free slices."""
-    labels = torch.cat([each.labels.flatten() for each in slices])
+    labels = flat_labels(slices)
     free = int((labels == FREE).sum())
     return len(torch.unique(labels[labels != FREE])), labels.numel() - free, free
 
 
 def is_idle(slices: Sequence[Slices]) -> bool:
-    """Whether labelled slices tie nothing: each is alone in its group, and none is pinned or scaled.
+    """Return whether labelled slices tie nothing: each is alone in its group, and none is pinned or scaled.
 
     Args:
         slices: with groups numbered from 0 on without gaps, as by :func:`numbered`.
     """
-    labelled = [each.labels != FREE for each in slices]
-    members = sum(int(each.sum()) for each in labelled)
-    groups = 1 + max((int(each.labels.max()) for each in slices if each.labels.numel()), default=FREE)
-    scaled = any(
-        each.scale is not None and bool((each.scale.abs() != 1)[own].any())
-        for each, own in zip(slices, labelled, strict=True)
-    )
-    return 0 < members == groups and not scaled
+    labels = flat_labels(slices)
+    members = labels[labels != FREE]
+    scaled = (part for part in slices if part.scale is not None)
+    is_scaled = any(bool((part.scales.abs() != 1)[part.labels != FREE].any()) for part in scaled)
+    return len(members) > 0 and int(members.max()) + 1 == len(members) and not is_scaled
 
 
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
@@ -185,8 +189,8 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
         slices: of each parameter.
         numbers: of the parameters in the ``state_dict``.
     """
-    flat = torch.cat([one.labels.flatten() for one in slices])
-    scale = torch.cat([one.scales.flatten() for one in slices])
+    flat = flat_labels(slices)
+    scale = torch.cat([part.scales.flatten() for part in slices])
     tied, pinned = (flat != FREE) & (scale != 0), (flat != FREE) & (scale == 0)
     _, number, sizes = torch.unique(torch.where(tied, flat, FREE), return_inverse=True, return_counts=True)
     kept = tied & ((sizes[number] > 1) | (scale.abs() != 1))
@@ -196,7 +200,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
         0, labels + 1, torch.arange(len(flat), device="cpu"), "amin"
     )
     signs = torch.where(kept, scale[leads[labels + 1]].sign(), 1.0)
-    places = [(number, one.dim, tuple(one.labels.shape)) for number, one in zip(numbers, slices, strict=True)]
+    places = [(number, part.dim, tuple(part.labels.shape)) for number, part in zip(numbers, slices, strict=True)]
     digest = hashlib.sha256(repr(places).encode())
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         digest.update(raw_bytes(column))
@@ -208,11 +212,10 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
 
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[list[Slices]]:
-    """The slices of several ties, with labels that no two of the ties share."""
-    parted, count = [], 0
+    """Return the slices of several ties, with labels that no two of the ties share."""
+    results, count = [], 0
     for slices in ties:
-        parted.append(
-            [each._replace(labels=torch.where(each.labels == FREE, FREE, each.labels + count)) for each in slices]
-        )
-        count += 1 + max(int(each.labels.max()) if each.labels.numel() else FREE for each in slices)
-    return parted
+        moved = [torch.where(part.labels == FREE, FREE, part.labels + count) for part in slices]
+        results.append([part._replace(labels=labels) for part, labels in zip(slices, moved, strict=True)])
+        count += 1 + max(int(part.labels.max()) if part.labels.numel() else FREE for part in slices)
+    return results
