@@ -164,6 +164,11 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def sharding_of(tensor: Any) -> tuple[Any, Any]:
+    """Return the mesh and the placements of a sharded tensor, None and None for any other."""
+    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+
+
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """Return the shard that this rank has; of a tensor that is not sharded, the tensor."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -51,21 +52,30 @@ class Work(NamedTuple):
     numbers: list[int]
 
 
-def projections(
-    plan: Sequence[Work], tensors: Sequence[Tensor], operation: Operation, copies: Copies
+def calls_of_means(
+    plan: Sequence[Work],
+    tensors: Sequence[Tensor],
+    compacts: Sequence[Tensor],
+    folding_of: Callable[[Work], Folding],
+    operation: Operation,
+    copies: Copies,
 ) -> tuple[list[Callable[[], None]], list[Work]]:
-    """Return the calls that project the tensors whose means can be written out, and the rest of the plan.
+    """Return the calls that write the means that can be written out, and the rest of the plan.
 
-    Means that depend on whether a step has just written the weights are not written out.
+    Means that depend on whether a step has just written the weights are not written out. Of gradients that are folded
+    the free slices are written here.
 
     Args:
         plan: what is worked on together.
         tensors: of all of it.
-        operation: a projection.
+        compacts: where the means of gradients are written to, one for each; none where they are written to the members.
+        folding_of: returns the folding of the gradients of a part of the plan.
+        operation: a projection, or :func:`~tieopt.numbers.folding.fold_gradients_`.
         copies: of the optimizer.
     """
     calls: list[Callable[[], None]] = []
-    small, others = [], []
+    small: list[tuple[Tensor, ...]] = []
+    others = []
     count = Counter(map(id, tensors))
     for work in plan:
         chosen = [tensors[number] for number in work.numbers]
@@ -75,49 +85,20 @@ def projections(
             others.append(work)
             continue
         rows, members = means
+        if compacts:
+            targets, folding = [compacts[number] for number in work.numbers], folding_of(work)
+            fold_free_gradients_(chosen, targets, folding)
+            _, (compact,) = folding.rows(chosen, targets)
+            small.append((rows, members, static(compact[: folding.groups[0]])))
+            continue
         chunks = _chunks(members, rows[0].numel())
         if len(chunks) == 1:
             small.append((rows, chunks[0]))
         else:
             calls.extend(_call(_project, [(rows, chunk)], operation, copies) for chunk in chunks)
     if small:
-        calls.append(_call(_project, small, operation, copies))
+        calls.append(_call(_mean if compacts else _project, small, operation, copies))
     return calls, others
-
-
-def gradient_foldings(
-    plan: Sequence[Work],
-    folding_of: Callable[[Work], Folding],
-    grads: Sequence[Tensor],
-    compacts: Sequence[Tensor],
-    operation: Operation,
-    copies: Copies,
-) -> tuple[list[Callable[[], None]], list[Work]]:
-    """Fold the gradients whose means can be written out, but for the means.
-
-    Args:
-        plan: what is worked on together.
-        folding_of: returns the folding of a part of the plan.
-        grads: of all of it.
-        compacts: to write to, one for each gradient.
-        operation: :func:`~tieopt.numbers.folding.fold_gradients_`.
-        copies: of the optimizer.
-
-    Returns:
-        The calls that write the means, and the rest of the plan.
-    """
-    small, others = [], []
-    for work in plan:
-        chosen = [grads[number] for number in work.numbers]
-        means = _written_out(work, chosen)
-        if means is None:
-            others.append(work)
-            continue
-        targets, folding = [compacts[number] for number in work.numbers], folding_of(work)
-        fold_free_gradients_(chosen, targets, folding)
-        _, (compact,) = folding.rows(chosen, targets)
-        small.append((*means, static(compact[: folding.groups[0]])))
-    return [_call(_mean, small, operation, copies)] if small else [], others
 
 
 def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -151,7 +132,7 @@ def _call(
 ) -> Callable[[], None]:
     reduction = operation.options.get("reduction", "mean")
     columns = [list(column) for column in zip(*tensors, strict=True)]
-    shapes = [(each.shape, each.stride(), each.dtype, each.device) for column in columns for each in column]
+    shapes = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in chain(*columns)]
     return partial(copies.of(function, reduction, *shapes), *columns, reduction == "sum")
 
 
@@ -159,13 +140,13 @@ def _call(
 
 
 def _project(rows: list[Tensor], members: list[Tensor], to_sum: bool) -> None:
-    for own, group_members in zip(rows, members, strict=True):
-        own[group_members] = _values(own, group_members, to_sum).unsqueeze(1)
+    for slices, group_members in zip(rows, members, strict=True):
+        slices[group_members] = _values(slices, group_members, to_sum).unsqueeze(1)
 
 
 def _mean(rows: list[Tensor], members: list[Tensor], targets: list[Tensor], to_sum: bool) -> None:
-    for own, group_members, target in zip(rows, members, targets, strict=True):
-        target.copy_(_values(own, group_members, to_sum))
+    for slices, group_members, target in zip(rows, members, targets, strict=True):
+        target.copy_(_values(slices, group_members, to_sum))
 
 
 def _values(rows: Tensor, members: Tensor, to_sum: bool) -> Tensor:

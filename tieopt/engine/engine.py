@@ -10,21 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tieopt.engine.compiled import Work, gradient_foldings, projections
+from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, spans_ranks
 from tieopt.numbers.folding import CompactRows, Folding, compact_rows_of, fold_gradients_, folded_sparse
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
 from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
-from tieopt.tensors import local, shard_of, wide_dtype
+from tieopt.tensors import local, shard_of, sharding_of, wide_dtype
 from tieopt.ties.slices import FREE, Partition, Slices, told_apart
 
 P = TypeVar("P", bound=Partition)
@@ -98,10 +98,8 @@ class Engine:
         tensors = list(chain.from_iterable(map(itemgetter(1), pairs)))
         others = list(chain.from_iterable(compacts or ()))
         calls: Sequence[Callable[[], None]] = ()
-        if compiled and operation.function is project_:
-            calls, plan = projections(plan, tensors, operation, self.copies)
-        elif compiled and operation.function is fold_gradients_:
-            calls, plan = gradient_foldings(plan, self._folding, tensors, others, operation, self.copies)
+        if compiled and operation.function in (project_, fold_gradients_):
+            calls, plan = calls_of_means(plan, tensors, others, self._folding, operation, self.copies)
         for work in plan:
             # Without a Python call, as a step has to be quick where there is little to do.
             chosen = list(map(tensors.__getitem__, work.numbers))
@@ -152,7 +150,7 @@ class Engine:
         if not spans_ranks(tensors):
             return list(projected(tensors, partial(self.index_for, tie), reduction))
         with torch.no_grad():
-            results = _copies(tensors)
+            results = _once(Tensor.clone, tensors)
         self.apply_(Operation(project_, reduction=reduction), [(tie, results)])
         return results
 
@@ -170,15 +168,14 @@ class Engine:
         if tensors[0].device_mesh.get_coordinate() is None:
             return
         with torch.no_grad():
-            gathered = {id(tensor): tensor.full_tensor() for tensor in tensors}
-            whole = [gathered[id(tensor)] for tensor in tensors]
+            whole = _once(methodcaller("full_tensor"), tensors)
             start_from_first_(whole, self.index_for(tie, whole), Workspace(), order)
             for tensor, result in zip(tensors, whole, strict=True):
                 local(tensor).copy_(shard_of(result, tensor))
 
     def started_from_first(self, tie: Partition, tensors: Sequence[Any], order: Sequence[int]) -> list[Tensor]:
         """As :meth:`start_from_first_`, out of place; a tensor that occurs twice has one result, twice."""
-        results = _copies(tensors)
+        results = _once(Tensor.clone, tensors)
         self.start_from_first_(tie, results, order)
         return results
 
@@ -214,7 +211,7 @@ class Engine:
             for tensor in tensors:
                 key += tensor.dtype, tensor.device, tensor.stride()
                 if type(tensor) not in _PLAIN:
-                    key += type(tensor), getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+                    key += type(tensor), sharding_of(tensor)
         plan = self._plans.get(tuple(key))
         if plan is None:
             is_kept = len(self._plans) < _SELECTIONS
@@ -258,18 +255,16 @@ class Engine:
 
     def _shards_for(self, tie: Partition, tensors: Sequence[Any]) -> Shards:
         """The tie as this rank sees it; the first time all ranks have to ask for the same."""
-        key = (
-            tie,
-            *((getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)) for tensor in tensors),
-        )
+        key = tie, *map(sharding_of, tensors)
         if key not in self._shards:
             self._shards[key] = Shards(tie, tensors)
         return self._shards[key]
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    copies = {id(tensor): tensor.clone() for tensor in tensors}
-    return [copies[id(tensor)] for tensor in tensors]
+def _once(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the results for tensors; for one that occurs twice the same result, twice."""
+    results = {id(tensor): function(tensor) for tensor in tensors}
+    return [results[id(tensor)] for tensor in tensors]
 
 
 def _joined(ties: Sequence[Partition]) -> list[Slices]:

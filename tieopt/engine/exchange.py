@@ -53,6 +53,7 @@ class Exchange:
         self, slices: Sequence[Slices], shards: Sequence[Tensor], plan: Plan, process_group: ProcessGroup | None
     ) -> None:
         index = Index.compile(slices, shards, singles=True)
+        device = index.layout.device
         leads = sorted_members(slices, singles=True)[0].leads
         before = torch.tensor([0, *accumulate(part.labels.numel() for part in slices)], device="cpu")
         rows = flat_labels(slices)[before[leads.tensor] + leads.position]
@@ -66,9 +67,9 @@ class Exchange:
             # The sum is that over the members on all ranks.
             runs.append(run._replace(counts=plan.sizes[row].to(run.counts)))
             signs = None if bool((sign == 1).all()) else sign.to(run.counts)
-            self._sent[id(runs[-1])] = row.to(index.layout.device), signs
+            self._sent[id(runs[-1])] = row.to(device), signs
         self.index = replace(index, runs=tuple(runs))
-        self._plan = plan.to(index.layout.device)
+        self._plan = Plan._make(value.to(device) if isinstance(value, Tensor) else value for value in plan)
         self._process_group = process_group
 
     @torch.no_grad()
@@ -173,10 +174,6 @@ class Plan(NamedTuple):
     slots: Tensor
     weights: Tensor
     firsts: Tensor
-
-    def to(self, device: torch.device) -> Plan:
-        """Return the plan with its tensors on a device."""
-        return Plan._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
 
     @property
     def rows_moved(self) -> int:

@@ -33,6 +33,7 @@ from tieopt.tensors import (
     raw_bytes,
     real,
     shard_of,
+    sharding_of,
     wide_dtype,
 )
 from tieopt.ties.slices import FREE, Partition, Slices, described, numbered
@@ -158,10 +159,8 @@ def _cut_apart(tie: Partition, tensors: Sequence[DTensor]) -> tuple[Sequence[Sli
             raise refusal(ValueError, what, parameters=", ".join(tie.names), expected=expected, got=got)
     if all(len(ways) == 1 for ways in cuts):
         return tie.slices, [dim for dim, ways in enumerate(cuts) if ways == {0}]
-    by_entry = []
-    for slices, tensor in zip(tie.slices, tensors, strict=True):
-        labels, scale = slices.entries(torch.empty(tensor.shape, device="meta"))
-        by_entry.append(Slices(labels, None if slices.scale is None else scale))
+    whole = [torch.empty(tensor.shape, device="meta") for tensor in tensors]
+    by_entry = [Slices(*slices.entries(tensor)) for slices, tensor in zip(tie.slices, whole, strict=True)]
     return by_entry, [dim for dim, ways in enumerate(cuts) if ways != {None}]
 
 
@@ -213,14 +212,13 @@ def _check_chunks(tie: Partition, tensors: Sequence[DTensor], here: Sequence[int
 
 
 def _check_scales(slices: Sequence[Slices], spanning: Tensor, names: Sequence[str]) -> None:
-    for each, name in zip(slices, names, strict=True):
-        if each.scale is None:
-            continue
-        rounding = (each.scale.abs() != 1) & (each.scale != 0) & torch.isin(each.labels, spanning)
-        if bool(rounding.any()):
+    for part, name in zip(slices, names, strict=True):
+        rounding = (part.scales.abs() != 1) & (part.scales != 0)
+        spans = torch.isin(part.labels[rounding], spanning)
+        if bool(spans.any()):
             what = "A group whose members are on several ranks has multiples that are rounded."
             expected = "scales of -1, 0 and 1, or groups that are whole on one rank"
-            got = f"a scale of {float(each.scale[rounding][0])}"
+            got = f"a scale of {float(part.scales[rounding][spans][0])}"
             raise refusal(ValueError, what, parameter=name, expected=expected, got=got)
 
 
@@ -233,7 +231,9 @@ def spans_ranks(tensors: Sequence[Any]) -> bool:
 
 
 def on_any_rank(condition: bool, tensor: Any) -> bool:
-    """Return whether something holds on a rank that has a shard of a tensor."""
+    """Return whether something holds on a rank that has a shard of a tensor; on this one, if the tensor is whole."""
+    if not is_sharded(tensor):
+        return condition
     here = torch.tensor(condition, dtype=torch.uint8, device=local(tensor).device)
     return bool(_gathered(here, tensor.device_mesh).max())
 
@@ -333,19 +333,16 @@ def _process_group_of_members(mesh: DeviceMesh, ranks: list[int]) -> Any:
 def fits(value: Any, param: Tensor) -> bool:
     """Return whether a value is a dense tensor of numbers that has the shape of a parameter, and lies where it does."""
     if is_sharded(param):
-        alike = ("shape", "device_mesh", "placements")
-        same = is_sharded(value) and all(getattr(value, name) == getattr(param, name) for name in alike)
-        return same and fits(local(value), local(param))
+        alike = is_sharded(value) and sharding_of(value) == sharding_of(param) and value.shape == param.shape
+        return alike and fits(local(value), local(param))
     return has_shape(value, param.shape) and value.device == param.device
 
 
 def any_negative(tensors: Iterable[Tensor]) -> bool:
     """Return whether an entry of a tensor is negative, on any rank."""
-    for tensor in tensors:
-        negative = bool((calculable(real(local(tensor).resolve_conj())) < 0).any())
-        if on_any_rank(negative, tensor) if is_sharded(tensor) else negative:
-            return True
-    return False
+    return any(
+        on_any_rank(bool((calculable(real(local(tensor).resolve_conj())) < 0).any()), tensor) for tensor in tensors
+    )
 
 
 @torch.no_grad()

@@ -190,18 +190,12 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
         check_joined(param_groups, held, params, joining=True)
         bound.append(BoundTie(held, slices, names))
         if is_idle(bound[-1].slices):
-            written = [_written(param_groups, place) for place in held]
+            written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0])))
     _check_disjoint(param_groups, bound)
     check_apart(param_groups, bound)
     warn_of_idle(idle)
     return bound
-
-
-def _written(param_groups: ParamGroups, place: Place) -> str:
-    """What stands for a parameter in a tie, as an expression in Python."""
-    name = given_name(param_groups, place)
-    return str(place) if name is None else f'"{name}"'
 
 
 def check_joined(
@@ -264,10 +258,10 @@ def _check_settings(param_groups: ParamGroups, first: Place, second: Place, join
 
 
 def _same(first: Any, second: Any, tensors: bool) -> bool:
-    held = [one for one in (first, second) if isinstance(one, Tensor)]
-    if held:
+    values = [value for value in (first, second) if isinstance(value, Tensor)]
+    if values:
         # An accelerator would have to be waited for.
-        known = tensors or all(one.device.type == "cpu" for one in held)
+        known = tensors or all(value.device.type == "cpu" for value in values)
         return not known or torch.equal(torch.as_tensor(first).cpu(), torch.as_tensor(second).cpu())
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(map(_same, first, second, repeat(tensors)))
@@ -318,12 +312,12 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
         ValueError: there is one.
     """
     tied = {place[:2] for tie in ties for place in tie.places}
-    places = {id(parameter_at(param_groups, place)): place for place in reversed(all_places(param_groups))}
-    held = sorted(places.values())
-    params = [parameter_at(param_groups, place) for place in held]
-    for pair in sharing([local(param) for param in params]):
-        if any(held[number][:2] in tied for number in pair):
-            first, second = (f"{name_of(param_groups, held[n])} {tuple(held[n].shape)}" for n in sorted(pair))
+    held = {parameter_at(param_groups, place): place for place in reversed(all_places(param_groups))}
+    places = list(held.values())
+    for numbers in sharing([local(param) for param in held]):
+        pair = sorted(places[number] for number in numbers)
+        if any(place[:2] in tied for place in pair):
+            first, second = (f"{name_of(param_groups, place)} {tuple(place.shape)}" for place in pair)
             raise refusal(
                 ValueError,
                 "A tied parameter shares memory with another parameter, so that each step would move it twice.",

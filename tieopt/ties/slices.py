@@ -44,11 +44,7 @@ class Slices(NamedTuple):
 
     def steps(self, tensor: Tensor) -> tuple[int, ...]:
         """For each dimension of the labels, how many of :meth:`rows` lie between neighbours."""
-        if self.labels.dim() == 1:
-            return (1,)
-        strides = self._strides(tensor)
-        unit = _common(strides)
-        return tuple(stride // unit for stride in strides)
+        return (1,) if self.labels.dim() == 1 else self._walk(tensor)[1]
 
     def positions(self, steps: tuple[int, ...]) -> Tensor:
         """Which of :meth:`rows` each slice is, int64, the shape of ``labels``."""
@@ -67,11 +63,10 @@ class Slices(NamedTuple):
         front, depth = tensor.movedim(self.dim, 0) if self.dim else tensor, self.labels.dim()
         if depth == 1:
             return front
-        strides = self._strides(tensor)
-        last = sum(stride * (size - 1) for stride, size in zip(strides, self.labels.shape, strict=True))
-        unit = _common(strides)
-        count = last // unit + 1 if self.labels.numel() else 0
-        return front.as_strided((count, *front.shape[depth:]), (unit, *front.stride()[depth:]))
+        stride, steps = self._walk(tensor)
+        last = sum(step * (size - 1) for step, size in zip(steps, self.labels.shape, strict=True))
+        count = last + 1 if self.labels.numel() else 0
+        return front.as_strided((count, *front.shape[depth:]), (stride, *front.stride()[depth:]))
 
     def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The slices written out entry by entry.
@@ -86,15 +81,13 @@ class Slices(NamedTuple):
         numbers = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
         return numbers.movedim(0, self.dim), scales.expand(numbers.shape).movedim(0, self.dim)
 
-    def _strides(self, tensor: Tensor) -> tuple[int, ...]:
-        shape = self.labels.shape
-        strides = tensor.movedim(self.dim, 0).stride()[: len(shape)]
+    def _walk(self, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+        """Return the stride of :meth:`rows`, and :meth:`steps`."""
+        strides = tensor.movedim(self.dim, 0).stride()
         # The stride of a dimension of one entry means nothing.
-        return tuple([stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)])
-
-
-def _common(strides: tuple[int, ...]) -> int:
-    return math.gcd(*strides) or 1
+        used = [stride if size > 1 else 0 for stride, size in zip(strides, self.labels.shape, strict=False)]
+        unit = math.gcd(*used) or 1
+        return unit, tuple([stride // unit for stride in used])
 
 
 class Partition:
