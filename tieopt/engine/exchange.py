@@ -88,22 +88,19 @@ class Exchange:
         raw = self.index.slices[0].rows(in_memory(shards[0]))
         back = [0, *memory_order(raw), *range(raw.dim(), rows[0].dim())]
         order = sorted(range(len(back)), key=back.__getitem__)
-        shape = [rows[0].shape[dim] for dim in order[1:]]
+        shape = tuple(rows[0].shape[dim] for dim in order[1:])
         # A mean of a few members in half precision has digits that the mean of all needs.
         wire = stored if stored.itemsize >= 4 else torch.float32
 
-        def buffer(name: str, count: int, dtype: torch.dtype) -> Tensor:
-            return workspace.take(name, (count, *shape), dtype, device)
-
         def to_be_sent(values_of: ValuesOf, name: str) -> Tensor:
-            values = buffer(name, len(plan.groups), wire)
+            values = workspace[name, (len(plan.groups), *shape), wire, device]
             for run in self.index.runs:
                 sent, signs = self._sent[id(run)]
                 values.index_copy_(0, sent, _signed(values_of(rows, run, workspace), signs).permute(order).to(wire))
             return values
 
         means = to_be_sent(group_means, "sent")
-        received = buffer("received", len(plan.slots), wire)
+        received = workspace["received", (len(plan.slots), *shape), wire, device]
         dist.all_to_all_single(received, means, plan.received, plan.sent, group=self._process_group)
         owned = _weighted_means(received, plan)
         if stepped and is_narrow(stored):
@@ -111,7 +108,8 @@ class Exchange:
             first = sum(plan.sent[: plan.rank])
             leads = to_be_sent(means_after_step, "settled")[first : first + len(owned)].to(stored)
             towards_leads_(owned, leads.to(owned.dtype), stored, workspace)
-        replies, shared = buffer("replies", len(received), stored), buffer("shared", len(means), stored)
+        replies = workspace["replies", received.shape, stored, device]
+        shared = workspace["shared", means.shape, stored, device]
         torch.index_select(bits(rounded(owned, stored)), 0, plan.slots, out=bits(replies))
         dist.all_to_all_single(bits(shared), bits(replies), plan.sent, plan.received, group=self._process_group)
 

@@ -36,7 +36,7 @@ from tieopt.tensors import (
     sharding_of,
     wide_dtype,
 )
-from tieopt.ties.slices import FREE, Partition, Slices, described, numbered
+from tieopt.ties.slices import FREE, Partition, Slices, described, numbered, with_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,24 +71,24 @@ class Shards:
             self._whole = tuple(Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors)
             return
         here = list(coordinate)
-        self._process_group, coordinates = _ranks_along(self._mesh, dims, here)
         _check_chunks(tie, tensors, here)
-        shards = [
-            [_slices_of_shard(of_tensor, tensor, at) for of_tensor, tensor in zip(slices, tensors, strict=True)]
-            for at in coordinates
-        ]
-        rank = coordinates.index(here)
-        members = [torch.cat([part.labels[_is_member(part)] for part in shard]) for shard in shards]
-        plan, spanning = plan_exchange(members, rank)
+        self._process_group, coordinates = _ranks_along(self._mesh, dims, here)
+
+        def shard_at(coordinate: list[int]) -> list[Slices]:
+            return [_slices_of_shard(*cut, coordinate) for cut in zip(slices, tensors, strict=True)]
+
+        members = []
+        for at in coordinates:
+            labels = torch.cat([part.labels[_is_member(part)] for part in shard_at(at)])
+            # Ranks that differ in other dimensions have the same groups, and exchange them among themselves.
+            takes_part = all(dim in dims or at[dim] == here[dim] for dim in range(len(here)))
+            members.append(labels if takes_part else labels[:0])
+        shard, (plan, spanning) = shard_at(here), plan_exchange(members, coordinates.index(here))
         _check_scales(slices, spanning, tie.names)
         self._plan = plan if len(spanning) else None
-        self._spanning = [part._replace(labels=rows_sent(part, plan)) for part in shards[rank]]
-        self._whole = numbered(
-            [
-                part._replace(labels=torch.where(sent.labels == FREE, part.labels, FREE))
-                for part, sent in zip(shards[rank], self._spanning, strict=True)
-            ]
-        )
+        sent = [rows_sent(part, plan) for part in shard]
+        others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(shard, sent, strict=True)]
+        self._spanning, self._whole = with_labels(shard, sent), numbered(with_labels(shard, others))
 
     def apply_(self, operation: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[Any]:
         """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
@@ -146,11 +146,10 @@ def _cut_apart(tie: Partition, tensors: Sequence[DTensor]) -> tuple[Sequence[Sli
     Returns:
         The slices, written out entry by entry if they are sharded in different ways, and the dimensions.
     """
-    by_tensor = [
-        [_cut(slices, placement) for placement in tensor.placements]
-        for slices, tensor in zip(tie.slices, tensors, strict=True)
+    cuts = [
+        {_cut(slices, tensor.placements[dim]) for slices, tensor in zip(tie.slices, tensors, strict=True)}
+        for dim in range(tensors[0].device_mesh.ndim)
     ]
-    cuts = [set(cuts) for cuts in zip(*by_tensor, strict=True)]
     for dim, ways in enumerate(cuts):
         if None in ways and len(ways) > 1:
             what = "Joined parameters are not sharded over the same dimensions of the mesh."
@@ -193,7 +192,7 @@ def _check_same(tie: Partition, tensors: Sequence[DTensor]) -> None:
     columns = [column for slices in tie.slices for column in (slices.labels, slices.scale) if column is not None]
     for column in map(Tensor.contiguous, columns):
         digest.update(raw_bytes(column))
-    number = torch.tensor(int.from_bytes(digest.digest()[:7]), device=local(tensors[0]).device)
+    number = torch.tensor([int.from_bytes(digest.digest()[:7])], device=local(tensors[0]).device)
     if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
         what, expected = "This rank has other ties than some other rank.", "the same labels and scales on every rank"
         got = f"{described(tie.slices)} here"
@@ -234,7 +233,7 @@ def on_any_rank(condition: bool, tensor: Any) -> bool:
     """Return whether something holds on a rank that has a shard of a tensor; on this one, if the tensor is whole."""
     if not is_sharded(tensor):
         return condition
-    here = torch.tensor(condition, dtype=torch.uint8, device=local(tensor).device)
+    here = torch.tensor([condition], dtype=torch.uint8, device=local(tensor).device)
     return bool(_gathered(here, tensor.device_mesh).max())
 
 
@@ -258,9 +257,8 @@ def placed_as(grad: Any, param: Any) -> Tensor:
 # --- what ranks say to each other ---
 
 
-def _gathered(value: Tensor, mesh: DeviceMesh) -> Tensor:
+def _gathered(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return the numbers that all ranks of a mesh have; on a rank outside it, those that it has."""
-    values = value.reshape(-1)
     if mesh.get_coordinate() is None:
         return values
     for dim in range(mesh.ndim):
@@ -270,45 +268,30 @@ def _gathered(value: Tensor, mesh: DeviceMesh) -> Tensor:
     return values
 
 
-_process_groups: WeakKeyDictionary[DeviceMesh, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+_process_groups: WeakKeyDictionary[DeviceMesh, ProcessGroup] = WeakKeyDictionary()
 
 
 def _ranks_along(mesh: DeviceMesh, dims: list[int], here: list[int]) -> tuple[ProcessGroup | None, list[list[int]]]:
-    """Find the ranks whose coordinates differ from this one's in some dimensions of a mesh alone.
+    """Find the ranks whose coordinates differ from this one's in some dimensions of a mesh.
 
     Returns:
-        Their process group, None if there are no such dimensions, and their coordinates.
+        A process group that they are in, None if there are no such dimensions, and the coordinates of all its ranks.
     """
-    group: ProcessGroup | None = None
     if not dims:
-        return group, [here]
-    chosen = tuple(slice(None) if dim in dims else at for dim, at in enumerate(here))
-    ranks = sorted(mesh.mesh[chosen].flatten().tolist())
+        return None, [here]
+    group: ProcessGroup | None
     if len(dims) == 1:
         group = mesh.get_group(dims[0])
-    elif len(ranks) == dist.get_world_size():
+    elif mesh.size() == dist.get_world_size():
         group = dist.group.WORLD
     else:
-        # The mesh has groups along one dimension; one along several is made once.
-        made = _process_groups.setdefault(mesh, {})
-        if tuple(dims) not in made:
-            made[tuple(dims)] = _new_process_group(mesh, dims, ranks)
-        group = made[tuple(dims)]
+        # The mesh has groups along one dimension; one of all its ranks is made once.
+        group = _process_groups.get(mesh) or _process_groups.setdefault(mesh, _process_group_of(mesh))
     return group, [(mesh.mesh == rank).nonzero()[0].tolist() for rank in dist.get_process_group_ranks(group)]
 
 
-def _new_process_group(mesh: DeviceMesh, dims: list[int], ranks: list[int]) -> Any:
-    """Make a process group of some ranks, while others make those of theirs."""
-    if mesh.size() < dist.get_world_size():
-        return _process_group_of_members(mesh, ranks)
-    others = [dim for dim in range(mesh.ndim) if dim not in dims]
-    parts = mesh.mesh.permute(*others, *dims).reshape(-1, len(ranks)).tolist()
-    group, _ = dist.new_subgroups_by_enumeration([sorted(part) for part in parts])  # type: ignore[no-untyped-call]
-    return group
-
-
-def _process_group_of_members(mesh: DeviceMesh, ranks: list[int]) -> Any:
-    """Make a process group while ranks outside the mesh are not there to take part.
+def _process_group_of(mesh: DeviceMesh) -> Any:
+    """Make a process group of the ranks of a mesh, while others are not there to take part.
 
     Its members find each other by its name, which torch makes from a number that may differ between them: how many
     groups a rank is in, and since torch 2.14 how many it has made. Groups of one make the former equal. The latter is
@@ -316,12 +299,13 @@ def _process_group_of_members(mesh: DeviceMesh, ranks: list[int]) -> Any:
     """
     world = dist.distributed_c10d._world
     count, made = len(world.pg_names), world.group_count
-    most = int(_gathered(torch.tensor(count, device=mesh.device_type), mesh).max())
+    most = int(_gathered(torch.tensor([count], device=mesh.device_type), mesh).max())
     try:
         for number in range(count, most + 1):
             # Below zero, so that the name is none that torch has given or will give.
             world.group_count = -number
-            group = dist.new_group(ranks if number == most else [dist.get_rank()], use_local_synchronization=True)
+            ranks = sorted(mesh.mesh.flatten().tolist()) if number == most else [dist.get_rank()]
+            group = dist.new_group(ranks, use_local_synchronization=True)
     finally:
         world.group_count = made
     return group

@@ -101,9 +101,8 @@ def not_held(key: Any, params: dict[str, Tensor], holder: str, *, named: bool) -
         named: whether they have names.
     """
     likely, kind, hint = _guess(key, params, holder, named)
-    likely = likely[:_MOST_GUESSES]
     listed = {name: f"{name} {tuple(param.shape)}" for name, param in params.items()}
-    guesses = [f"{' or '.join(listed.pop(name) for name in likely)}, {kind}"] if likely else []
+    guesses = [f"{' or '.join(listed.pop(name) for name in likely[:_MOST_GUESSES])}, {kind}"] if likely else []
     others = [f"one of {shown_list(list(listed.values()), _MOST_LISTED)}"] if listed else []
     expected = "; or ".join(guesses + others) or f"no ties, because the {holder} has no parameters"
     what = f"A tie is for a parameter that the {holder} does not hold."

@@ -143,11 +143,10 @@ def _listed(ties: Any) -> list[tuple[Part, ...]]:
     """The parts of each tie."""
     if isinstance(ties, Mapping):
         return [(Part(param, groups, 0, None),) for param, groups in ties.items()]
-    single = isinstance(ties, (Tie, Tensor)) or not isinstance(ties, Iterable)
-    listed = [ties] if single else list(ties)
+    listed = list(ties) if isinstance(ties, Iterable) and not isinstance(ties, Tensor) else [ties]
     for tie in listed:
         if not isinstance(tie, Tie):
-            got = shown(tie) if single else f"{shown(tie)} in {shown(ties)}"
+            got = shown(tie) if tie is ties else f"{shown(tie)} in {shown(ties)}"
             expected = "a mapping {parameter: groups}, a Tie, or an iterable of Ties"
             raise refusal(TypeError, "These are no ties.", expected=expected, got=got)
     return [tie.parts for tie in listed]

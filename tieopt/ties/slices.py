@@ -112,6 +112,11 @@ def flat_labels(slices: Sequence[Slices]) -> Tensor:
     return torch.cat([part.labels.flatten() for part in slices])
 
 
+def with_labels(slices: Sequence[Slices], labels: Iterable[Tensor]) -> tuple[Slices, ...]:
+    """Return slices with other labels, given in any shape."""
+    return tuple(part._replace(labels=new.view(part.labels.shape)) for part, new in zip(slices, labels, strict=True))
+
+
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     """Groups numbered 0, 1, ... in the order of their first members.
 
@@ -128,10 +133,7 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     rank = torch.full_like(first, FREE)
     rank[used[first[used].argsort()]] = torch.arange(len(used), device="cpu")
     flat = torch.full_like(flat, FREE).index_put_((places,), rank[names])
-    columns = torch.split(flat, [part.labels.numel() for part in slices])
-    return tuple(
-        part._replace(labels=column.view(part.labels.shape)) for part, column in zip(slices, columns, strict=True)
-    )
+    return with_labels(slices, torch.split(flat, [part.labels.numel() for part in slices]))
 
 
 def counted(number: int, noun: str) -> str:
@@ -204,11 +206,11 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     return f"{counts}{zeros}, sha256 {digest.hexdigest()}"
 
 
-def told_apart(ties: Iterable[Sequence[Slices]]) -> list[list[Slices]]:
+def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
     """Return the slices of several ties, with labels that no two of the ties share."""
     results, count = [], 0
     for slices in ties:
-        moved = [torch.where(part.labels == FREE, FREE, part.labels + count) for part in slices]
-        results.append([part._replace(labels=labels) for part, labels in zip(slices, moved, strict=True)])
+        labels = [torch.where(part.labels == FREE, FREE, part.labels + count) for part in slices]
+        results.append(with_labels(slices, labels))
         count += 1 + max(int(part.labels.max()) if part.labels.numel() else FREE for part in slices)
     return results

@@ -242,10 +242,9 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
     _check_can_be_tied(tensor, name)
     ndim = tensor.dim()
     dim = integer_between(dim, f"dim for {name}", -ndim, ndim - 1, IndexError, parameter=tuple(tensor.shape)) % ndim
-    if isinstance(groups, Tensor) or hasattr(groups, "__array__"):
-        labels = _read_labels(groups, dim, tensor, name)
-    else:
-        labels = _read_lists(groups, dim, tensor, name)
+    # As tensors and NumPy arrays have it.
+    read = _read_labels if hasattr(groups, "__array__") else _read_lists
+    labels = read(groups, dim, tensor, name)
     return Slices(labels, _read_scale(scale, labels, tensor, name), dim)
 
 
@@ -367,7 +366,7 @@ def _checked_lists(groups: Any, name: str) -> list[list[Any]]:
 def _read_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor | None:
     if scale is None:
         return None
-    if not isinstance(scale, Tensor) and not hasattr(scale, "__array__"):
+    if not hasattr(scale, "__array__"):
         expected = f"a tensor of real numbers of shape {tuple(labels.shape)}, or None"
         raise refusal(TypeError, f"The scale for {name} is no tensor.", expected=expected, got=shown(scale))
     scale = _as_tensor(scale, "Scales", "a real dtype", name)
