@@ -73,8 +73,8 @@ def calls_of_means(
         operation: a projection, or :func:`~tieopt.numbers.folding.fold_gradients_`.
         copies: of the optimizer.
     """
-    calls: list[Callable[[], None]] = []
-    small: list[tuple[Tensor, ...]] = []
+    # Of small ties together, and then of each chunk of a large one.
+    arguments: list[list[tuple[Tensor, ...]]] = [[]]
     others = []
     count = Counter(map(id, tensors))
     for work in plan:
@@ -89,16 +89,15 @@ def calls_of_means(
             targets, folding = [compacts[number] for number in work.numbers], folding_of(work)
             fold_free_gradients_(chosen, targets, folding)
             _, (compact,) = folding.rows(chosen, targets)
-            small.append((rows, members, static(compact[: folding.groups[0]])))
+            arguments[0].append((rows, members, static(compact[: folding.groups[0]])))
             continue
         chunks = _chunks(members, rows[0].numel())
         if len(chunks) == 1:
-            small.append((rows, chunks[0]))
+            arguments[0].append((rows, chunks[0]))
         else:
-            calls.extend(_call(_project, [(rows, chunk)], operation, copies) for chunk in chunks)
-    if small:
-        calls.append(_call(_mean if compacts else _project, small, operation, copies))
-    return calls, others
+            arguments.extend([(rows, chunk)] for chunk in chunks)
+    function = _mean if compacts else _project
+    return [_call(function, columns, operation, copies) for columns in arguments if columns], others
 
 
 def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
