@@ -159,19 +159,17 @@ class Engine:
 
         Of sharded tensors every rank gathers the whole for the time of this call.
         """
-        if not spans_ranks(tensors):
-            # Of tensors that are part of a graph what is written is to be part of it, too.
-            with torch.set_grad_enabled(any(tensor.grad_fn is not None for tensor in tensors)):
-                start_from_first_(tensors, self.index_for(tie, tensors), Workspace(), order)
-            return
+        sharded = spans_ranks(tensors)
         # A rank outside the mesh has nothing to write, and nothing to send.
-        if tensors[0].device_mesh.get_coordinate() is None:
+        if sharded and tensors[0].device_mesh.get_coordinate() is None:
             return
-        with torch.no_grad():
-            whole = _once(methodcaller("full_tensor"), tensors)
+        # Of tensors that are part of a graph what is written is to be part of it, too.
+        with torch.set_grad_enabled(not sharded and any(tensor.grad_fn is not None for tensor in tensors)):
+            whole = _once(methodcaller("full_tensor"), tensors) if sharded else tensors
             start_from_first_(whole, self.index_for(tie, whole), Workspace(), order)
-            for tensor, result in zip(tensors, whole, strict=True):
-                local(tensor).copy_(shard_of(result, tensor))
+            if sharded:
+                for tensor, result in zip(tensors, whole, strict=True):
+                    local(tensor).copy_(shard_of(result, tensor))
 
     def started_from_first(self, tie: Partition, tensors: Sequence[Any], order: Sequence[int]) -> list[Tensor]:
         """As :meth:`start_from_first_`, out of place; a tensor that occurs twice has one result, twice."""

@@ -141,13 +141,12 @@ def _nearest_names(wanted: str, names: Sequence[str]) -> list[str]:
     In this order: names that differ in upper and lower case alone, names that have a prefix more or less, names that
     are spelt similarly, and names with the same last two components; of each kind the most similar first.
     """
-    wanted_parts, ranked = wanted.lower().split("."), []
+    wanted, ranked = wanted.lower(), []
     for name in names:
-        parts = name.lower().split(".")
-        shorter = min(len(parts), len(wanted_parts))
-        similarity = SequenceMatcher(None, name.lower(), wanted.lower()).ratio()
-        same, prefixed = parts == wanted_parts, parts[-shorter:] == wanted_parts[-shorter:]
-        kinds = [same, prefixed, similarity >= 0.6, parts[-2:] == wanted_parts[-2:]]
+        lower = name.lower()
+        similarity = SequenceMatcher(None, lower, wanted).ratio()
+        has_prefix = f".{lower}".endswith(f".{wanted}") or f".{wanted}".endswith(f".{lower}")
+        kinds = [lower == wanted, has_prefix, similarity >= 0.6, lower.split(".")[-2:] == wanted.split(".")[-2:]]
         if any(kinds):
             ranked.append((kinds.index(True), -similarity, name))
     return [name for *_, name in sorted(ranked, key=lambda rank: rank[:2])]

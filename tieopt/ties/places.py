@@ -69,8 +69,7 @@ def given_name(param_groups: ParamGroups, place: Place) -> str | None:
 
 def name_of(param_groups: ParamGroups, place: Place) -> str:
     """Return what errors and tables call a parameter."""
-    name = given_name(param_groups, place)
-    return str(place) if name is None else name
+    return given_name(param_groups, place) or str(place)
 
 
 def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
@@ -90,6 +89,11 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
             expected=tuple(place.shape),
             got=f"{now}; call retie() with ties that fit it, or untie()",
         )
+    return param
+
+
+def _param(param_groups: ParamGroups, place: Place) -> Tensor:
+    param: Tensor = param_groups[place.group]["params"][place.position]
     return param
 
 
@@ -168,19 +172,19 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
     """
     places: dict[Any, Place] = {}
     for place in all_places(param_groups):
-        places.setdefault(parameter_at(param_groups, place), place)
+        places.setdefault(_param(param_groups, place), place)
         places.setdefault(given_name(param_groups, place), place)
 
     bound, idle = [], []
     for parts in _listed(ties):
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
-                known = {name_of(param_groups, place): parameter_at(param_groups, place) for place in places.values()}
+                known = {name_of(param_groups, place): _param(param_groups, place) for place in places.values()}
                 is_named = any("param_names" in settings for settings in param_groups)
                 raise ValueError(not_held(part.param, known, holder, named=is_named))
         held = [places[part.param] for part in parts]
         names = [name_of(param_groups, place) for place in held]
-        params = [parameter_at(param_groups, place) for place in held]
+        params = [_param(param_groups, place) for place in held]
         slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
         check_one_shape(list(zip(slices, params, strict=True)), names)
         for param, name in zip(params, names, strict=True):
@@ -212,11 +216,10 @@ def check_joined(
     Raises:
         ValueError: they differ.
     """
-    first = params[0]
     for place, param in zip(places, params, strict=True):
         _check_settings(param_groups, places[0], place, joining)
         for attribute, way in _WAYS_TO_JOIN.items():
-            expected, got = getattr(first, attribute), getattr(param, attribute)
+            expected, got = getattr(params[0], attribute), getattr(param, attribute)
             if expected != got:
                 way = way.format(expected) if joining else "retie or untie them first"
                 raise refusal(
@@ -236,14 +239,14 @@ _WAYS_TO_JOIN = {
 
 
 def _check_settings(param_groups: ParamGroups, first: Place, second: Place, joining: bool) -> None:
-    one, other = param_groups[first.group], param_groups[second.group]
-    if one is other:
+    settings, others = param_groups[first.group], param_groups[second.group]
+    if settings is others:
         return
     differing = [
-        f"{key}: {shown(one[key])} and {shown(other[key])}"
+        f"{key}: {shown(settings[key])} and {shown(others[key])}"
         # What only one of them has is nothing that the optimizer reads, as the `initial_lr` of a scheduler.
-        for key in one.keys() & other.keys()
-        if key != "params" and "name" not in key and not _same(one[key], other[key], joining)
+        for key in settings.keys() & others.keys()
+        if key != "params" and "name" not in key and not _same(settings[key], others[key], joining)
     ]
     if differing:
         way = "set them alike, or put the parameters into one group" if joining else "or retie or untie them first"
@@ -311,9 +314,9 @@ def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:
         ValueError: there is one.
     """
     tied = {place[:2] for tie in ties for place in tie.places}
-    held = {parameter_at(param_groups, place): place for place in reversed(all_places(param_groups))}
-    places = list(held.values())
-    for numbers in sharing([local(param) for param in held]):
+    held = {_param(param_groups, place): place for place in reversed(all_places(param_groups))}
+    places = sorted(held.values())
+    for numbers in sharing([local(_param(param_groups, place)) for place in places]):
         pair = sorted(places[number] for number in numbers)
         if any(place[:2] in tied for place in pair):
             first, second = (f"{name_of(param_groups, place)} {tuple(place.shape)}" for place in pair)

@@ -191,9 +191,8 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     kept = tied & ((sizes[number] > 1) | (scale.abs() != 1))
     (canonical,) = numbered([Slices(torch.where(kept, flat, FREE))])
     labels = canonical.labels
-    leads = torch.full((len(flat) + 1,), len(flat), device="cpu").scatter_reduce_(
-        0, labels + 1, torch.arange(len(flat), device="cpu"), "amin"
-    )
+    leads = torch.full((len(flat) + 1,), len(flat), device="cpu")
+    leads.scatter_reduce_(0, labels + 1, torch.arange(len(flat), device="cpu"), "amin")
     signs = torch.where(kept, scale[leads[labels + 1]].sign(), 1.0)
     places = [(number, part.dim, tuple(part.labels.shape)) for number, part in zip(numbers, slices, strict=True)]
     digest = hashlib.sha256(repr(places).encode())
@@ -202,8 +201,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
-    counts = f"{groups} group{'' if groups == 1 else 's'} of {members} members, {free} free"
-    return f"{counts}{zeros}, sha256 {digest.hexdigest()}"
+    return f"{counted(groups, 'group')} of {members} members, {free} free{zeros}, sha256 {digest.hexdigest()}"
 
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
