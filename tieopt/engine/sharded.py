@@ -65,10 +65,10 @@ class Shards:
         slices, dims = _cut_apart(tie, tensors)
         self._compiled: dict[Layout, tuple[Index, Exchange | None]] = {}
         self._plan: Plan | None = None
-        coordinate = self._mesh.get_coordinate()
+        coordinate, nothing = self._mesh.get_coordinate(), torch.empty(0, dtype=torch.int64, device="cpu")
         if coordinate is None:
             # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
-            self._whole = tuple(Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors)
+            self._whole = tuple(Slices(nothing) for _ in tensors)
             return
         here = list(coordinate)
         _check_chunks(tie, tensors, here)
@@ -79,13 +79,14 @@ class Shards:
 
         members = []
         for at in coordinates:
-            labels = torch.cat([part.labels[_is_member(part)] for part in shard_at(at)])
             # Ranks that differ in other dimensions have the same groups, and exchange them among themselves.
             takes_part = all(dim in dims or at[dim] == here[dim] for dim in range(len(here)))
-            members.append(labels if takes_part else labels[:0])
-        shard, (plan, spanning) = shard_at(here), plan_exchange(members, coordinates.index(here))
+            parts = shard_at(at) if takes_part else []
+            members.append(torch.cat([nothing, *(part.labels[_is_member(part)] for part in parts)]))
+        plan, spanning = plan_exchange(members, coordinates.index(here))
         _check_scales(slices, spanning, tie.names)
         self._plan = plan if len(spanning) else None
+        shard = shard_at(here)
         sent = [rows_sent(part, plan) for part in shard]
         others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(shard, sent, strict=True)]
         self._spanning, self._whole = with_labels(shard, sent), numbered(with_labels(shard, others))
