@@ -169,9 +169,8 @@ def is_idle(slices: Sequence[Slices]) -> bool:
     """
     labels = flat_labels(slices)
     members = labels[labels != FREE]
-    scaled = (part for part in slices if part.scale is not None)
-    is_scaled = any(bool((part.scales.abs() != 1)[part.labels != FREE].any()) for part in scaled)
-    return len(members) > 0 and int(members.max()) + 1 == len(members) and not is_scaled
+    is_alone = len(members) > 0 and int(members.max()) + 1 == len(members)
+    return is_alone and all(bool((part.scales.abs() == 1)[part.labels != FREE].all()) for part in slices)
 
 
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
