@@ -28,7 +28,7 @@ from tieopt.errors import refusal, shown, users_level
 from tieopt.modes import mode_class, summary
 from tieopt.modes.conversion import converter
 from tieopt.modes.gradients import tie_gradients, with_gradients
-from tieopt.modes.mode import Mode, is_differentiable
+from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, settings_in, states_of, tied_state
 from tieopt.numbers.reduction import Reduction
 from tieopt.numbers.start import Start
@@ -277,10 +277,7 @@ class TiedOptimizer(Optimizer):
             >>> is_tied(weight, [[0, 1]])
             True
         """
-        mode, param_groups = self._tieopt, self._tieopt.param_groups_of(self)
-        trained = [pair for pair in mode.parameters(param_groups) if pair[1][0].requires_grad]
-        mode.tie_weights(trained, differentiable=is_differentiable(self))
-        mode.note_all(param_groups)
+        self._tieopt.tie_all(self)
 
     def retie(self, ties: Ties, *, start: Start = "mean") -> None:
         """Replace all ties by others, in the middle of a training.
@@ -560,9 +557,9 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
         if getattr(inner_step, "__code__", None) is _HOOKED_CODE:
             inner_step = inner_step.__wrapped__
         self._opt_called = True
-        stepping, grad = self._tieopt.stepping(self), torch.is_grad_enabled()
+        stepping, grad = self._tieopt.step_class(self._tieopt, self), torch.is_grad_enabled()
         if getattr(inner_step, "__code__", None) is _USE_GRAD_CODE:
-            inner_step, grad = inner_step.__wrapped__, stepping.differentiable
+            inner_step, grad = inner_step.__wrapped__, self.defaults.get("differentiable", False)
         if args and callable(args[0]):
             args = (stepping.around(args[0]), *args[1:])
         elif callable(kwargs.get("closure")):
@@ -605,7 +602,7 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
         if self._tieopt.running:
             # The step that calls it ties.
             return inner_method(self, *args, **kwargs)
-        stepping = self._tieopt.stepping(self, reads_gradients=reads_gradients)
+        stepping = self._tieopt.step_class(self._tieopt, self, reads_gradients=reads_gradients)
         if callable(kwargs.get("closure")):
             kwargs["closure"] = stepping.around(kwargs["closure"])
         elif closure_at < len(args) and callable(args[closure_at]):

@@ -115,6 +115,10 @@ class Engine:
 
     _untraced_calls = untraced(calls)
 
+    def whole(self, pairs: Sequence[tuple[P, list[Tensor]]]) -> list[tuple[P, list[Tensor]]]:
+        """Return the ties whose tensors this rank has as a whole."""
+        return [(tie, tensors) for tie, tensors in pairs if not spans_ranks(tensors)]
+
     @torch.no_grad()
     def is_tied(self, pairs: Pairs[Partition]) -> bool:
         """Return whether the members of each group are equal; with scales, multiples of one value."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial
 from operator import is_, is_not
 from typing import Any
 
@@ -19,14 +19,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from tieopt.engine.engine import Pairs
-from tieopt.engine.graphs import between_graphs, is_under_compiler, untraced
-from tieopt.engine.sharded import spans_ranks
+from tieopt.engine.graphs import between_graphs, untraced
 from tieopt.errors import refusal
 from tieopt.modes.conversion import begun, compacted, expanded, refolded, without_history
-from tieopt.modes.gradients import grad_of, prepare_gradients, with_gradients
-from tieopt.modes.mode import Mode
-from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_of, held_optimizers, settings_in, states_of
+from tieopt.modes.gradients import grad_of, prepare_gradients, put_back, with_gradients
+from tieopt.modes.mode import Mode, Pairs, Step
+from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_optimizers, settings_in, states_of
 from tieopt.numbers.folding import compact_like, fold_, fold_gradients_, unfold_
 from tieopt.numbers.reduction import Operation, Reduction, project_
 from tieopt.numbers.start import Start
@@ -36,6 +34,143 @@ from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, param
 
 _FOLD, _UNFOLD, _PROJECT = Operation(fold_), Operation(unfold_), Operation(project_)
 _FOLD_GRADIENTS = {reduction: Operation(fold_gradients_, reduction=reduction) for reduction in ("mean", "sum")}
+
+
+class CompactStep(Step):
+    """One step in the compact mode; a step within it steps on the compact parameters as they are."""
+
+    _mode: CompactMode
+    _took_part: Pairs = ()
+    _values: Sequence[Sequence[Tensor]] = ()
+    # The optimizers that have compact parameters now.
+    _exchanged: Sequence[Any] = ()
+
+    @between_graphs
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call another method than ``step()``, with compact parameters in the places of those among its arguments."""
+        mode = self._mode
+        _check_method(self._optimizer, method)
+        self._prepare(mode.pairs_of_calls(self._optimizer))
+        args = tuple(_replaced_by(arg, mode.compacts) for arg in args)
+        kwargs = {name: _replaced_by(arg, mode.compacts) for name, arg in kwargs.items()}
+        result = _replaced_by(method(self._optimizer, *args, **kwargs), mode.originals)
+        self.finish()
+        return result
+
+    @between_graphs
+    def _prepare(self, pairs: Pairs | None = None) -> bool:
+        compiled = super()._prepare(pairs)
+        self._exchange()
+        return compiled
+
+    @untraced
+    def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
+        """Read compact parameters and their gradients."""
+        mode, optimizer = self._mode, self._optimizer
+        if mode.set_aside:
+            return ()
+        attached = mode.attach(optimizer)
+        if pairs is None:
+            pairs = with_gradients(attached)
+        written = mode.written(pairs, optimizer.param_groups)
+        replaced = prepare_gradients(pairs)
+        if replaced:
+            self._undo.append(partial(put_back, replaced))
+        # What a closure has left without a gradient is not trained any more.
+        self._took_part, self._values = pairs, []
+        for _, params in pairs:
+            self._values.append(list(map(mode.compacts.__getitem__, map(id, params))))
+        self._match()
+        if written:
+            # What was written from outside, or took the place of another parameter, may not be tied.
+            optimizer.state.update(refolded(optimizer.state, written, optimizer, mode.engine))
+            mode.engine.calls(_PROJECT, written, compiled=False)
+        return self._fold(compiled)
+
+    def _match(self) -> None:
+        """Give compact parameters the dtype, the device and the kind of gradient of theirs."""
+        trained = set()
+        for _, params in self._took_part:
+            for param in params:
+                if param.grad is not None:
+                    trained.add(id(param))
+        mode = self._mode
+        for param, compact in zip(mode.originals.values(), mode.compacts.values(), strict=True):
+            grad = compact.grad
+            other_kind = compact.dtype != param.dtype or compact.device != param.device
+            # What is as it is to be is left so: a compiled step is compiled again where it finds other attributes.
+            if grad is not None and (other_kind or id(param) not in trained or grad.is_sparse):
+                grad = compact.grad = None
+            if other_kind:
+                with torch.inference_mode(False):
+                    compact.data = compact.data.to(param)
+            if compact.requires_grad != param.requires_grad:
+                compact.requires_grad_(param.requires_grad)
+            # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
+            if grad is None and id(param) in trained and compact.numel() and not _is_sparse(param.grad):
+                compact.grad = mode.gradient_of(compact)
+
+    def _fold(self, compiled: bool) -> Sequence[Callable[[], None]]:
+        engine, reduction = self._mode.engine, self._mode.reduction
+        grads: list[tuple[BoundTie, list[Tensor]]] = []
+        targets: list[list[Tensor]] = []
+        for (tie, params), compacts in zip(self._took_part, self._values, strict=True):
+            grad = params[0].grad
+            if grad is None:
+                continue
+            if grad.layout is torch.sparse_coo:
+                compacts[0].grad = engine.folded_sparse(tie, grad, params[0], compacts[0], reduction)
+                continue
+            grads.append((tie, list(map(grad_of, params))))
+            targets.append([])
+            for compact in compacts:
+                targets[-1].append(torch.empty_like(compact) if compact.grad is None else compact.grad)
+        engine.calls(_FOLD, self._took_part, self._values, compiled=False)
+        return engine.calls(_FOLD_GRADIENTS[reduction], grads, targets, compiled=compiled)
+
+    @untraced
+    def _exchange(self) -> None:
+        """Put the compact parameters in the places of the tied ones."""
+        mode = self._mode
+        if mode.compacts and mode.outer is None:
+            mode.lock.acquire()
+            self._exchanged = [self._optimizer, *mode.held(self._optimizer)]
+            mode.outer, mode.set_aside = self, mode.originals
+            _exchange(self._exchanged, mode.compacts)
+
+    @untraced
+    def _exchange_back(self) -> None:
+        mode = self._mode
+        if self._exchanged:
+            # What it has come to hold in the step may have compact parameters, too.
+            exchanged, self._exchanged = [*self._exchanged, *mode.held(self._optimizer)], ()
+            set_aside, mode.outer, mode.set_aside = mode.set_aside, None, {}
+            _exchange(exchanged, set_aside)
+            mode.lock.release()
+
+    @untraced
+    def finish(self) -> None:
+        """Write the compact parameters that were trained to the weights."""
+        self._mode.engine.calls(_UNFOLD, self._took_part, self._values, compiled=False)
+        self._mode.note(self._took_part)
+
+    @between_graphs
+    def __exit__(self, *_: object) -> None:
+        """Put everything back; the gradients of the model are not to be written."""
+        self._mode.running = self._was_running
+        self._exchange_back()
+        if self._undo:
+            self._restore()
+
+    @between_graphs
+    def _pause(self) -> None:
+        self._exchange_back()
+        self._restore()
+        self.finish()
+
+    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the closure as the inner step is to call it, also where that is a step within another one."""
+        return Step.around(self._mode.outer or self, closure)
 
 
 class CompactMode(Mode):
@@ -57,6 +192,7 @@ class CompactMode(Mode):
     compact = True
     # Of the shared value.
     true_reduction = "sum"
+    step_class = CompactStep
 
     def __init__(
         self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
@@ -71,30 +207,18 @@ class CompactMode(Mode):
             )
         # Each parameter is in one.
         self.applied: Sequence[BoundTie] = components(self.ties, param_groups)
-        self._begin()
 
-    def _begin(self) -> None:
-        self.is_attached = False
+    def reset(self) -> None:
+        """Begin without anything that belongs to the steps of one optimizer."""
+        super().reset()
         # The step that has put compact parameters in the places of the tied ones.
         self.outer: CompactStep | None = None
-        # The ties and parameters for which the state was last seen to be right.
-        self.known_for: object = None
+        # Compact parameters, by the places and by the identities of the tied ones; and these, as they were last seen.
         self._compacts: dict[tuple[int, int], Parameter] = {}
+        self.compacts: dict[int, Parameter] = {}
+        self.originals: dict[int, Tensor] = {}
+        self._attached: Pairs | None = None
         self._gradients: dict[int, Tensor] = {}
-        # The parameters that stood in their places when they were last seen.
-        self._known: dict[tuple[int, int], Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        made = ("is_attached", "outer", "known_for", "_compacts", "_gradients", "_known")
-        return {key: value for key, value in super().__getstate__().items() if key not in made}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._begin()
-
-    def stepping(self, optimizer: Any, *, reads_gradients: bool = True) -> CompactStep:
-        """Return what runs one step, see :class:`CompactStep`."""
-        return CompactStep(self, optimizer)
 
     def param_groups_of(self, optimizer: Any) -> ParamGroups:
         """Return the parameter groups with the parameters of the model, also in the middle of a step."""
@@ -113,24 +237,31 @@ class CompactMode(Mode):
 
     # --- compact parameters ---
 
-    # Tensors that are made in inference mode could not be trained outside of it.
-    @torch.inference_mode(False)
-    def attach(self, param_groups: ParamGroups) -> None:
-        """Make the compact parameters, once.
+    def attach(self, optimizer: Any) -> Pairs:
+        """Return the ties and their parameters, when each has its compact parameter, and the state is of these.
 
         Raises:
-            ValueError: with its scales, a shared value is beyond the range of the dtype.
+            ValueError: a parameter is sharded; or with its scales, a shared value is beyond the range of the dtype.
         """
-        if self.is_attached:
-            return
-        self.is_attached = True
+        pairs = self.applied_to(optimizer.param_groups)
+        if pairs is not self._attached:
+            self._check_whole(pairs)
+            if not self._compacts:
+                self._make(pairs)
+            self.follow(optimizer)
+            self._attached = pairs
+        return pairs
+
+    # Tensors that are made in inference mode could not be trained outside of it.
+    @torch.inference_mode(False)
+    def _make(self, pairs: Pairs) -> None:
         made: dict[tuple[int, int], Parameter] = {}
-        pairs = self.applied_to(param_groups)
+        originals: dict[int, Tensor] = {}
         for tie, params in pairs:
             for place, slices, part, param in zip(tie.places, tie.slices, self.engine.folded(tie), params, strict=True):
                 compact = compact_like(slices, param.detach(), len(part.kept))
                 made[place[:2]] = Parameter(compact, requires_grad=param.requires_grad)
-                self._known[place[:2]] = param
+                originals[id(made[place[:2]])] = param
         # From here on they are read from the weights before each step.
         values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
         self.engine.apply_(_FOLD, pairs, values)
@@ -138,15 +269,18 @@ class CompactMode(Mode):
             _check_range(tie, params, compacts)
         for compact in made.values():
             compact.grad = self.gradient_of(compact) if compact.numel() else None
-        self._compacts = made
+        self._compacts, self.originals = made, originals
 
-    def counterparts(self, param_groups: ParamGroups) -> list[tuple[Tensor, Parameter]]:
-        """Return the parameters that are tied, and the compact one of each; not of those that are gone."""
-        return [
-            (param_groups[group]["params"][position], compact)
-            for (group, position), compact in self._compacts.items()
-            if group < len(param_groups) and position < len(param_groups[group]["params"])
-        ]
+    def _check_whole(self, pairs: Pairs) -> None:
+        for pair in pairs:
+            if not self.engine.whole([pair]):
+                param: Any = pair[1][0]
+                raise refusal(
+                    ValueError,
+                    "The compact mode has no shards of compact parameters.",
+                    expected="parameters that are whole on every rank, or compact=False",
+                    got=f"{param.placements} of a parameter of shape {tuple(param.shape)}",
+                )
 
     @torch.inference_mode(False)
     def gradient_of(self, compact: Parameter) -> Tensor:
@@ -169,7 +303,7 @@ class CompactMode(Mode):
         super().check_served(optimizer)
         if self.ties:
             _check_served(optimizer, self.applied)
-        self.attach(optimizer.param_groups)
+        self.attach(optimizer)
 
     def state_within(self, optimizer: Any, state: Mapping[Any, Any], start: Start, lost: Lost | None) -> dict[Any, Any]:
         """Return the state of compact parameters that takes the place of that of whole ones."""
@@ -187,15 +321,16 @@ class CompactMode(Mode):
         # The state of a parameter that is gone may have the values of others.
         now = _by_place(param_groups)
         held = set(map(id, now.values()))
+        known = self._known()
         # What the state is of: a parameter that was tied, wherever it stands now; or what took its place.
-        moved = {place: param for place, param in self._known.items() if id(param) in held or place not in now}
+        moved = {place: param for place, param in known.items() if id(param) in held or place not in now}
         params = {**now, **moved}
         pairs = [(tie, [params.get(place[:2], torch.empty(0)) for place in tie.places]) for tie in self.applied]
         whole = {**state, **expanded(state, pairs, self.engine, settings, lost)}
         if self.applied:
             whole = without_history(optimizer, whole, lost)
         whole |= {param: begun(optimizer, param, settings(param)) for param in lost}
-        gone = set(map(id, self._known.values())) - held
+        gone = set(map(id, known.values())) - held
         return {key: value for key, value in whole.items() if id(key) not in gone}
 
     def state_by_place(self, state: Mapping[Any, Any], param_groups: ParamGroups) -> dict[Any, Any]:
@@ -204,7 +339,7 @@ class CompactMode(Mode):
         held = set(map(id, now.values()))
         took_place = {
             id(before): now[place]
-            for place, before in self._known.items()
+            for place, before in self._known().items()
             if place in now and id(before) not in held and now[place] not in state
         }
         return {took_place.get(id(key), key): value for key, value in state.items()}
@@ -213,229 +348,18 @@ class CompactMode(Mode):
         """Move the states of parameters that were replaced to the parameters that took their places."""
         if self.set_aside:
             return
-        now = _by_place(optimizer.param_groups)
+        now, known = _by_place(optimizer.param_groups), self._known()
         for state in states_of(optimizer):
             moved = self.state_by_place(state, optimizer.param_groups)
             if any(map(is_not, moved, state)):
                 state.clear()
                 state.update(moved)
-        self._known.update((place, now[place]) for place in self._compacts if place in now)
+        self.originals = {id(compact): now.get(place, known[place]) for place, compact in self._compacts.items()}
+        self.compacts = dict(zip(map(id, self.originals.values()), self._compacts.values(), strict=True))
 
-
-class CompactStep:
-    """One step in the compact mode.
-
-    ``torch.compile`` is to see the folding of gradients and the inner step, each in a graph of its own. In one graph
-    the optimizer could keep the very buffer of a gradient as its momentum, and the next step writes over that.
-
-    Args:
-        mode: the ties.
-        optimizer: the tied one.
-    """
-
-    # The mode refuses what is.
-    differentiable = False
-
-    def __init__(self, mode: CompactMode, optimizer: Any) -> None:
-        self._mode = mode
-        self._optimizer = optimizer
-        self._took_part: Pairs[BoundTie] = ()
-        self._values: list[list[Tensor]] = []
-        self._counterparts: Sequence[tuple[Tensor, Parameter]] = ()
-        self._compacts: dict[int, Parameter] = {}
-        self._replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-        # A step within another one steps on the compact parameters as they are.
-        self._is_inner = bool(mode.set_aside)
-        self._exchanged: list[Any] = []
-
-    @between_graphs
-    def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Step on the gradients that are there."""
-        compiled = is_under_compiler()
-        if not self._is_inner:
-            for call in self._begin(None, compiled):
-                call()
-        return self._run(inner_step, compiled, *args, **kwargs)
-
-    @between_graphs
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call another method than ``step()``, which may write weights that have no gradients."""
-        _check_method(self._optimizer, method)
-        pairs = self._mode.pairs_of_calls(self._optimizer.param_groups, self._optimizer.state)
-        for call in self._begin(pairs, compiled=False):
-            call()
-        args = tuple(_replaced_by(arg, self._compacts) for arg in args)
-        kwargs = {name: _replaced_by(arg, self._compacts) for name, arg in kwargs.items()}
-        result = self._run(method, False, *args, **kwargs)
-        self.finish()
-        return _replaced_by(result, {id(compact): param for param, compact in self._counterparts})
-
-    @between_graphs
-    def _run(self, inner: Callable[..., Any], compiled: bool, *args: Any, **kwargs: Any) -> Any:
-        """Run the step, or another method, on the compact parameters."""
-        if compiled:
-            inner = self._mode.inner_copies.of(inner)
-        try:
-            self._exchange()
-            return inner(self._optimizer, *args, **kwargs)
-        finally:
-            self._exchange_back()
-
-    @untraced
-    def _begin(self, pairs: Pairs[BoundTie] | None, compiled: bool) -> Sequence[Callable[[], None]]:
-        """Read compact parameters, by default those with gradients, and return the calls that do the rest."""
-        mode, param_groups = self._mode, self._optimizer.param_groups
-        if not mode.is_attached:
-            mode.attach(param_groups)
-        applied = mode.applied_to(param_groups)
-        if mode.known_for is not applied:
-            mode.follow(self._optimizer)
-            mode.known_for = applied
-        if pairs is None:
-            pairs = with_gradients(applied)
-        _check_whole(pairs)
-        written = mode.written(pairs, param_groups)
-        self._replaced = _prepared_gradients(pairs)
-        self._counterparts = mode.counterparts(param_groups)
-        self._compacts = compacts = {id(param): compact for param, compact in self._counterparts}
-        # What a closure has left without a gradient is not trained any more.
-        self._took_part, self._values = pairs, []
-        for _, params in pairs:
-            self._values.append(list(map(compacts.__getitem__, map(id, params))))
-        targets = self._prepare(pairs)
-        if written:
-            # What was written from outside, or took the place of another parameter, may not be tied.
-            self._adopt(written, compacts)
-            mode.engine.calls(_PROJECT, written, compiled=False)
-        return self._fold(targets, compiled)
-
-    def _prepare(self, pairs: Pairs[BoundTie]) -> dict[int, Tensor]:
-        """Give compact parameters the dtype, the device and the kind of gradient of theirs.
-
-        Returns:
-            For each tied parameter, by its identity, the tensor that its compact gradient is written to.
-        """
-        trained, targets = set(), {}
-        for _, params in pairs:
-            for param in params:
-                if param.grad is not None:
-                    trained.add(id(param))
-        for param, compact in self._counterparts:
-            grad = compact.grad
-            other_kind = compact.dtype != param.dtype or compact.device != param.device
-            # What is as it is to be is left so: a compiled step is compiled again where it finds other attributes.
-            if grad is not None and (other_kind or id(param) not in trained or grad.is_sparse):
-                grad = compact.grad = None
-            if other_kind:
-                with torch.inference_mode(False):
-                    compact.data = compact.data.to(param)
-            if compact.requires_grad != param.requires_grad:
-                compact.requires_grad_(param.requires_grad)
-            # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
-            if grad is None and id(param) in trained and compact.numel() and not _is_sparse(param.grad):
-                grad = compact.grad = self._mode.gradient_of(compact)
-            targets[id(param)] = torch.empty_like(compact) if grad is None else grad
-        return targets
-
-    def _adopt(self, pairs: Pairs[BoundTie], compacts: Mapping[int, Parameter]) -> None:
-        """Convert the state that a host has put there for parameters that it replaced to that of compact ones."""
-        state = self._optimizer.state
-        for tie, params in pairs:
-            held = {param: held_of(state, param) for param in params}
-            shapes = {param: compacts[id(param)].shape for param in params}
-            state.update(refolded(held, shapes, tie, self._optimizer, self._mode.engine))
-
-    def _fold(self, targets_of: Mapping[int, Tensor], compiled: bool) -> Sequence[Callable[[], None]]:
-        engine, reduction = self._mode.engine, self._mode.reduction
-        grads, targets = [], []
-        for (tie, params), compacts in zip(self._took_part, self._values, strict=True):
-            grad = params[0].grad
-            if grad is None:
-                continue
-            if grad.layout is torch.sparse_coo:
-                compacts[0].grad = engine.folded_sparse(tie, grad, params[0], compacts[0], reduction)
-                continue
-            grads.append((tie, list(map(grad_of, params))))
-            targets.append(list(map(targets_of.__getitem__, map(id, params))))
-        engine.calls(_FOLD, self._took_part, self._values, compiled=False)
-        return engine.calls(_FOLD_GRADIENTS[reduction], grads, targets, compiled=compiled)
-
-    @untraced
-    def _exchange(self) -> None:
-        """Put the compact parameters in the places of the tied ones."""
-        mode = self._mode
-        if self._counterparts and not self._is_inner:
-            mode.lock.acquire()
-            self._exchanged = [self._optimizer, *mode.held(self._optimizer)]
-            mode.outer, mode.set_aside = self, {id(compact): param for param, compact in self._counterparts}
-            _exchange(self._exchanged, self._compacts)
-
-    @untraced
-    def _exchange_back(self) -> None:
-        mode = self._mode
-        if self._exchanged:
-            # What it has come to hold in the step may have compact parameters, too.
-            exchanged, self._exchanged = [*self._exchanged, *mode.held(self._optimizer)], []
-            set_aside, mode.outer, mode.set_aside = mode.set_aside, None, {}
-            _exchange(exchanged, set_aside)
-            mode.lock.release()
-
-    @untraced
-    def finish(self) -> None:
-        """Write the compact parameters that were trained to the weights."""
-        if not self._is_inner:
-            self._mode.engine.calls(_UNFOLD, self._took_part, self._values, compiled=False)
-            self._mode.note(self._took_part)
-
-    @between_graphs
-    def __enter__(self) -> None:
-        self._was_running = self._mode.begin()
-
-    @between_graphs
-    def __exit__(self, *_: object) -> None:
-        self._mode.running = self._was_running
-        if self._replaced:
-            self._put_back()
-
-    @between_graphs
-    def _put_back(self) -> None:
-        """Put back the gradients that could not be folded as they were; the model's are not to be written."""
-        for param, grad, replacement in self._replaced:
-            if param.grad is replacement:
-                param.grad = grad
-        self._replaced = []
-
-    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the closure as the inner step is to call it: it sees the weights, and leaves their gradients."""
-        if self._is_inner and self._mode.outer is not None:
-            return self._mode.outer.around(closure)
-
-        @wraps(closure)
-        @between_graphs
-        def unfolded_closure(*args: Any, **kwargs: Any) -> Any:
-            self._exchange_back()
-            self._put_back()
-            self.finish()
-            loss = closure(*args, **kwargs)
-            for call in self._begin(None, is_under_compiler()):
-                call()
-            self._exchange()
-            return loss
-
-        return unfolded_closure
-
-
-def _prepared_gradients(pairs: Pairs[BoundTie]) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Prepare gradients, and return the parameters whose gradients were replaced, with both."""
-    given: list[tuple[Tensor, Tensor | None]] = []
-    for _, params in pairs:
-        given.extend(zip(params, map(grad_of, params), strict=True))
-    prepare_gradients(pairs)
-    replaced = []
-    for param, grad in given:
-        if param.grad is not grad:
-            replaced.append((param, grad, param.grad))
-    return replaced
+    def _known(self) -> dict[tuple[int, int], Tensor]:
+        """The parameters that stood in the places of the tied ones when they were last seen."""
+        return {place: self.originals[id(compact)] for place, compact in self._compacts.items()}
 
 
 def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:
@@ -517,19 +441,6 @@ def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Ten
             )
 
 
-def _check_whole(pairs: Pairs[BoundTie]) -> None:
-    for _, params in pairs:
-        for param in params:
-            if type(param) is not Parameter and spans_ranks([param]):
-                placements = param.placements  # type: ignore[attr-defined]
-                raise refusal(
-                    ValueError,
-                    "The compact mode has no shards of compact parameters.",
-                    expected="parameters that are whole on every rank, or compact=False",
-                    got=f"{placements} of a parameter of shape {tuple(param.shape)}",
-                )
-
-
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:
     """Whether something is one of some parameters, or contains one."""
     if isinstance(value, Tensor):
@@ -592,7 +503,6 @@ def _check_served(optimizer: Any, ties: Sequence[BoundTie]) -> None:
             expected="differentiable=False, or compact=False",
             got=f"{type(optimizer).__name__} with differentiable=True",
         )
-    _check_whole(pairs)
     muon = getattr(torch.optim, "Muon", None)
     for tie, params in pairs:
         for place, slices, param in zip(tie.places, tie.slices, params, strict=True):

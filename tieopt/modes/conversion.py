@@ -117,37 +117,36 @@ def compacted(
 @torch.inference_mode(False)
 @torch.no_grad()
 def refolded(
-    state: Mapping[Tensor, State],
-    shapes: Mapping[Tensor, torch.Size],
-    tie: BoundTie,
-    optimizer: Optimizer,
-    engine: Engine,
+    state: Mapping[Tensor, State], pairs: Components, optimizer: Optimizer, engine: Engine
 ) -> dict[Tensor, State]:
     """Return the state of compact parameters, where something in it has an entry for each of the whole ones.
 
     Args:
         state: of compact parameters, by the tied ones.
-        shapes: of the compact parameters, by the tied ones.
-        tie: the component.
+        pairs: the ties that have each parameter once, and their parameters.
         optimizer: of any kind; what LBFGS keeps is of other shapes, and may have this one by chance.
         engine: which knows the slices of compact parameters.
 
     Returns:
         The new state of each parameter for which it changes.
     """
-    whole = {
-        param: {key: value for key, value in held.items() if has_shape(value, param.shape)}
-        for param, held in state.items()
-        if param.shape != shapes[param] and not isinstance(optimizer, torch.optim.LBFGS)
-    }
-    if not any(whole.values()):
-        return {}
-    whole |= tied_state(whole, [(tie, list(shapes))], settings_in(optimizer.param_groups))
-    return {
-        tied.param: tied.compacted({key: whole[tied.param].get(key, value) for key, value in tied.state.items()})
-        for tied in _component(tie, list(shapes), state, engine)
-        if tied.state and whole.get(tied.param)
-    }
+    changed: dict[Tensor, State] = {}
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return changed
+    for tie, params in pairs:
+        component = _component(tie, params, state, engine)
+        whole = {
+            tied.param: {key: value for key, value in tied.state.items() if has_shape(value, tied.shape)}
+            for tied in component
+            if tied.shape != tied.compact_shape
+        }
+        if any(whole.values()):
+            whole |= tied_state(whole, [(tie, list(params))], settings_in(optimizer.param_groups))
+            for tied in component:
+                if tied.state and whole.get(tied.param):
+                    held = {key: whole[tied.param].get(key, value) for key, value in tied.state.items()}
+                    changed[tied.param] = tied.compacted(held)
+    return changed
 
 
 @torch.inference_mode(False)

@@ -5,90 +5,55 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tieopt.engine.graphs import between_graphs, is_capturing, is_under_compiler, untraced
-from tieopt.engine.sharded import spans_ranks
+from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.errors import message, users_level
 from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
-from tieopt.modes.mode import Mode, Pairs, is_differentiable
+from tieopt.modes.mode import Mode, Pairs, Step
 from tieopt.tensors import traces
 from tieopt.ties.places import BoundTie, ParamGroups
 
 
-class FullMode(Mode):
-    """The ties of an optimizer that trains every member; arguments as for :class:`~tieopt.modes.mode.Mode`."""
+class FullStep(Step):
+    """One step in the full mode; arguments as for :class:`~tieopt.modes.mode.Step`."""
 
-    compact = False
-    # Of a direction in which all members move together.
-    true_reduction = "mean"
+    # Whether a closure or another method than step() may have made others, which is what these are for.
+    _makes_gradients = False
 
-    def stepping(self, optimizer: Any, *, reads_gradients: bool = True) -> FullStep:
-        """Return what runs one step, see :class:`FullStep`."""
-        return FullStep(self, optimizer, ties_gradients=reads_gradients and not self.relaxed)
-
-
-class FullStep:
-    """One step in the full mode.
-
-    ``torch.compile`` is to see what ties the gradients, the inner step and what ties the weights, each in a graph of
-    its own: in one of all of them it has whole copies of both.
-
-    Args:
-        mode: the ties.
-        optimizer: the tied one.
-        ties_gradients: whether gradients are tied, too.
-
-    Attributes:
-        differentiable: whether the step may be part of a graph.
-    """
-
-    def __init__(self, mode: Mode, optimizer: Any, *, ties_gradients: bool) -> None:
-        self._mode = mode
-        self._optimizer = optimizer
-        self._ties_gradients = ties_gradients
-        # Whether a closure or another method than step() may have made others, which is what these are for.
-        self._makes_gradients = False
-        # What turns the sums that the inner optimizer reads into the means that accumulate.
-        self._undo: list[Callable[[], None]] = []
+    def __init__(self, mode: Mode, optimizer: Any, *, reads_gradients: bool = True) -> None:
+        super().__init__(mode, optimizer, reads_gradients=reads_gradients and not mode.relaxed)
         self._took_part: dict[BoundTie, list[Tensor]] = {}
         self._given: list[tuple[Tensor, Tensor | None]] = []
-        self.differentiable = is_differentiable(optimizer)
 
     @between_graphs
-    def step(self, inner_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Step on the gradients that are there, tied."""
-        compiled = is_under_compiler()
-        for call in self._begin(compiled):
-            call()
-        if compiled:
-            inner_step = self._mode.inner_copies.of(inner_step)
+    def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         held = self._mode.held(self._optimizer)
         if held:
             with self._tied_for(held):
-                return inner_step(self._optimizer, *args, **kwargs)
-        result = inner_step(self._optimizer, *args, **kwargs)
+                return inner(self._optimizer, *args, **kwargs)
+        result = inner(self._optimizer, *args, **kwargs)
         self._check_gradients()
         return result
 
     @untraced
-    def _begin(self, compiled: bool) -> Sequence[Callable[[], None]]:
-        """Tie the weights and gradients that are there, and return the calls that do the rest."""
+    def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
+        if pairs is not None:
+            self._makes_gradients = True
+            self._check_weights(pairs)
         pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
         self._check_weights(pairs)
-        self._took_part.update(pairs)
-        if not self._ties_gradients:
+        if not self._reads_gradients:
             return ()
         calls = tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
         for _, params in pairs:
             self._given.extend(zip(params, map(grad_of, params), strict=True))
         return calls
 
-    def _check_weights(self, pairs: Pairs[BoundTie]) -> None:
+    def _check_weights(self, pairs: Pairs) -> None:
         """Tie weights that something else has written since the last step; each tie as it begins to take part."""
         trained = []
         for tie, params in pairs:
@@ -96,7 +61,8 @@ class FullStep:
                 trained.append((tie, params))
         written = self._mode.written(trained, self._optimizer.param_groups)
         if written and not self._mode.relaxed:
-            self._mode.tie_weights(written, differentiable=self.differentiable)
+            self._mode.tie_weights(written)
+        self._took_part.update(pairs)
 
     @between_graphs
     def _check_gradients(self) -> None:
@@ -123,8 +89,7 @@ class FullStep:
         def tie_again(*_: object) -> None:
             if self._gradient_traces() != tied:
                 self._restore()
-                for call in self._begin(compiled=False):
-                    call()
+                self._prepare()
 
         hooks = [
             inner.register_step_pre_hook(tie_again) for inner in held if hasattr(inner, "_optimizer_step_pre_hooks")
@@ -140,59 +105,42 @@ class FullStep:
         pairs = self._mode.applied_to(self._optimizer.param_groups)
         return traces((tie, gradients_of(params)) for tie, params in pairs)
 
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call another method than ``step()``, which may write weights that have no gradients."""
-        pairs = self._mode.pairs_of_calls(self._optimizer.param_groups, self._optimizer.state)
-        self._check_weights(pairs)
-        self._took_part, self._makes_gradients = dict(pairs), True
-        return self.step(method, *args, **kwargs)
-
-    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the closure, with the gradients that it leaves tied after each call."""
-
-        @wraps(closure)
-        @between_graphs
-        def tied_closure(*args: Any, **kwargs: Any) -> Any:
-            self._restore()
-            loss = closure(*args, **kwargs)
-            self._makes_gradients = True
-            for call in self._begin(is_under_compiler()):
-                call()
-            return loss
-
-        return tied_closure
+    @between_graphs
+    def _pause(self) -> None:
+        self._restore()
+        self._makes_gradients = True
 
     @between_graphs
     def finish(self) -> None:
         """Pull relaxed members together, every so many steps."""
-        if self._mode.relaxed and not _is_at_rest(self._optimizer.param_groups):
-            self._mode.steps += 1
-            if self._mode.steps % self._mode.every == 0:
-                pairs, strength = list(self._took_part.items()), self._mode.strength
-                self._mode.tie_weights(pairs, differentiable=self.differentiable, strength=strength, stepped=True)
-
-    @between_graphs
-    def __enter__(self) -> None:
-        self._was_running = self._mode.begin()
+        mode = self._mode
+        if mode.relaxed and not _is_at_rest(self._optimizer.param_groups):
+            mode.steps += 1
+            if mode.steps % mode.every == 0:
+                mode.tie_weights(list(self._took_part.items()), strength=mode.strength, stepped=True)
 
     @between_graphs
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the mean in ``.grad``, so that the next backward adds to the mean, and tie the weights."""
-        self._mode.running = self._was_running
+        mode, pairs = self._mode, list(self._took_part.items())
+        mode.running = self._was_running
         if self._undo:
             self._restore()
         if kind is not None:
             # An error may be that of one rank alone: what it sent now, the others would take for what they wait for.
-            self._took_part = {tie: params for tie, params in self._took_part.items() if not spans_ranks(params)}
-        pairs = list(self._took_part.items())
-        if not self._mode.relaxed:
-            self._mode.tie_weights(pairs, differentiable=self.differentiable, stepped=True)
-        self._mode.note(pairs)
+            pairs = mode.engine.whole(pairs)
+        if not mode.relaxed:
+            mode.tie_weights(pairs, stepped=True)
+        mode.note(pairs)
 
-    @untraced
-    def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+
+class FullMode(Mode):
+    """The ties of an optimizer that trains every member; arguments as for :class:`~tieopt.modes.mode.Mode`."""
+
+    compact = False
+    # Of a direction in which all members move together.
+    true_reduction = "mean"
+    step_class = FullStep
 
 
 def _is_at_rest(param_groups: ParamGroups) -> bool:

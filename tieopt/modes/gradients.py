@@ -6,7 +6,7 @@ and sparse ones, which have no place for every member, are replaced by other ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -23,6 +23,9 @@ from tieopt.ties.places import BoundTie, T
 
 _PROJECT = {reduction: Operation(project_, reduction=reduction) for reduction in ("mean", "sum")}
 _DIVIDE = Operation(divide_)
+
+# Parameters whose gradients were replaced, with both gradients.
+Replaced = Iterable[tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 def tie_gradients(
@@ -50,9 +53,9 @@ def tie_gradients(
         _replace(others, engine, "mean")
     if reduction == "sum" and undo is not None:
         undo.append(partial(_divide, pairs, written, engine))
-        means = {param: param.grad for _, params in others for param in params}
+        means = [(param, param.grad) for _, params in others for param in params]
         _replace(others, engine, reduction)
-        undo.extend(partial(_put_back, param, param.grad, mean) for param, mean in means.items())
+        undo.append(partial(put_back, [(param, mean, param.grad) for param, mean in means]))
     return calls
 
 
@@ -85,9 +88,11 @@ def _divide(pairs: Pairs[BoundTie], sums: Pairs[BoundTie], engine: Engine) -> No
     engine.apply_(_DIVIDE, kept)
 
 
-def _put_back(param: Tensor, total: Tensor | None, mean: Tensor | None) -> None:
-    if param.grad is total:
-        param.grad = mean
+def put_back(replaced: Replaced) -> None:
+    """Put back gradients, but where somebody has replaced the replacement."""
+    for param, grad, replacement in replaced:
+        if param.grad is replacement:
+            param.grad = grad
 
 
 # Without a Python call for each of many parameters, as the loops of this file.
@@ -110,14 +115,15 @@ def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, lis
     return chosen
 
 
-def prepare_gradients(pairs: Pairs[BoundTie]) -> None:
-    """Give every parameter a gradient that can be tied."""
-    is_missing = False
+def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
+    """Give every parameter a gradient that can be tied, and return those whose gradients were replaced."""
+    replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    missing = []
     for tie, params in pairs:
         for param in params:
             grad = param.grad
             if grad is None:
-                is_missing = True
+                missing.append(param)
                 continue
             # Without a call for each of many gradients that are as they should be.
             if (
@@ -131,18 +137,15 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> None:
             prepared = _prepared(grad, param, is_of_rows=tie.is_of_rows)
             if prepared is not grad:
                 param.grad = prepared
-    if is_missing:
-        _begin_joined(pairs)
-
-
-def _begin_joined(pairs: Pairs[BoundTie]) -> None:
-    """Give parameters that are joined with some that have gradients one of zeros."""
-    # A parameter may be joined with one, and with another by another tie.
-    joined = _connected(pairs, {id(param) for _, params in pairs for param in params if param.grad is not None})
-    for _, params in pairs:
-        for param in params:
-            if param.grad is None and id(param) in joined:
+                replaced.append((param, grad, prepared))
+    if missing:
+        # A parameter may be joined with one that has a gradient, and with another by another tie.
+        joined = _connected(pairs, {id(param) for _, params in pairs for param in params if param.grad is not None})
+        for param in missing:
+            if id(param) in joined:
                 param.grad = torch.zeros_like(param)
+                replaced.append((param, None, param.grad))
+    return replaced
 
 
 def _prepared(grad: Tensor, param: Tensor, *, is_of_rows: bool) -> Tensor:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from itertools import accumulate
-from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from itertools import accumulate, chain
+from operator import attrgetter, itemgetter
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
-from tieopt.engine.graphs import Copies, between_graphs, is_capturing, untraced
-from tieopt.engine.sharded import spans_ranks
+from tieopt.engine.graphs import Copies, between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.errors import message, refusal, shown, users_level
 from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
@@ -35,17 +35,20 @@ from tieopt.ties.places import (
 from tieopt.ties.slices import fingerprint, is_idle
 from tieopt.ties.tie import check_writable
 
-T = TypeVar("T", bound=BoundTie)
-Pairs = Sequence[tuple[T, list[Tensor]]]
-State = MutableMapping[Any, Any]
+Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
 # Optimizers that compare how the loss changes with what the gradient says, by their names: a line search of LBFGS, the
 # step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
 _COMPARES_LOSS = {"LBFGS", "AliG"}
 
-
 # What may hold optimizers.
 _HOLDERS = (Optimizer, list, tuple, dict)
+
+# What copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
+_COPIED = ("reduction", "strength", "every", "relaxed", "steps", "ties", "applied")
+
+# Without a Python call for each of many parameters.
+_graph_of = attrgetter("grad_fn")
 
 _PROJECT, _PROJECT_STEPPED = Operation(project_), Operation(project_, stepped=True)
 
@@ -65,7 +68,9 @@ class Mode(ABC):
         applied: the ties as the mode applies them.
         relaxed: whether the ties are approximate: gradients stay as they are, and weights may drift apart.
         engine: the numbers.
+        inner_copies: of the methods of the optimizer that ``torch.compile`` gets.
         running: whether a step, or another method of the optimizer, is running.
+        captured: whether a step was captured in a CUDA graph.
         set_aside: the model's parameters that compact ones replace now, by the identities of the compact ones.
         lock: held while they are replaced.
 
@@ -76,9 +81,7 @@ class Mode(ABC):
     compact: ClassVar[bool]
     # The reduction that gives the true gradient of what this mode trains.
     true_reduction: ClassVar[Reduction]
-
-    running = False
-    set_aside: Mapping[int, Tensor] = MappingProxyType({})
+    step_class: ClassVar[Callable[..., Step]]
 
     def __init__(
         self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
@@ -91,24 +94,27 @@ class Mode(ABC):
         self.steps = 0
         self.ties = bind_ties(param_groups, ties)
         self.applied: Sequence[BoundTie] = self.ties
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin without anything that belongs to the steps of one optimizer."""
         self.engine = Engine()
         self.inner_copies = Copies()
+        self.running = False
+        self.set_aside: Mapping[int, Tensor] = {}
         self.lock = threading.RLock()
-        self._captured = False
+        self.captured = False
         self._replaced: Mode | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
         self._fingerprints: dict[tuple[BoundTie, tuple[int, ...]], str] = {}
-        self._pairs: list[tuple[BoundTie, list[Tensor]]] | None = None
+        self._pairs: Pairs | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that is made in the middle of a step takes no part in it.
-        state = {key: value for key, value in vars(self).items() if key not in ("running", "set_aside", "lock")}
-        forgotten = {"_seen": {}, "_captured": False, "_replaced": None, "_pairs": None}
-        return {**state, **forgotten}
+        return {name: getattr(self, name) for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.lock = threading.RLock()
+        self.reset()
 
     @between_graphs
     def held(self, optimizer: Any) -> list[Optimizer]:
@@ -136,15 +142,6 @@ class Mode(ABC):
                     param.grad.detach_().zero_()
 
     # --- what a mode does in its own way ---
-
-    @abstractmethod
-    def stepping(self, optimizer: Any, *, reads_gradients: bool = True) -> Any:
-        """Return what runs one step of the optimizer, or one call of another of its methods.
-
-        Args:
-            optimizer: the tied one.
-            reads_gradients: whether it may read gradients.
-        """
 
     def param_groups_of(self, optimizer: Any) -> ParamGroups:
         """Return the parameter groups with the parameters of the model, also in the middle of a step."""
@@ -210,13 +207,7 @@ class Mode(ABC):
         self.engine.prepare(self.parameters(optimizer.param_groups))
         self.check_served(optimizer)
         changed = [self.state_within(optimizer, state, start, lost) for state in states]
-        trained = [pair for pair in self.parameters(optimizer.param_groups) if pair[1][0].requires_grad]
-        if start == "first":
-            for tie, params in trained:
-                self.engine.start_from_first_(tie, params, tie.order)
-        # What starts from the first members is tied already, and keeps its bits.
-        self.tie_weights(trained, differentiable=is_differentiable(optimizer), strength=self.strength)
-        self.note_all(optimizer.param_groups)
+        self.tie_all(optimizer, start, self.strength)
         return changed
 
     def replace(self, other: Mode, states: Sequence[Mapping[Any, Any]]) -> None:
@@ -228,19 +219,12 @@ class Mode(ABC):
         """
         self.steps = other.steps
         # A CUDA graph that has captured one of their steps goes on to use their tensors, which therefore stay.
-        self._replaced = other if other._captured else other._replaced
+        self._replaced = other if other.captured else other._replaced
         # What was compiled for tensors that are still there goes on.
         self.engine.copies = other.engine.copies
         # The inner step is compiled for its state and parameters, and the compact ones are new.
         if not self.compact and not any(states):
             self.inner_copies = other.inner_copies
-
-    @between_graphs
-    def begin(self) -> bool:
-        """Mark that a step, or another method, is running, and return whether one was running already."""
-        was_running, self.running = self.running, True
-        self._captured = self._captured or is_capturing()
-        return was_running
 
     @untraced
     def parameters(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
@@ -252,25 +236,40 @@ class Mode(ABC):
         """
         return parameters_of(self.ties, param_groups)
 
-    def applied_to(self, param_groups: ParamGroups) -> list[tuple[BoundTie, list[Tensor]]]:
+    def applied_to(self, param_groups: ParamGroups) -> Pairs:
         """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`."""
         if self._pairs is None or not still_there(self._pairs, param_groups):
             self._pairs = parameters_of(self.applied, param_groups)
         return self._pairs
 
     @between_graphs
-    def tie_weights(
-        self, pairs: Pairs[BoundTie], *, differentiable: bool, strength: float = 1.0, stepped: bool = False
-    ) -> None:
-        """Tie parameters; where the step is part of a graph, the projection is too.
+    def tie_all(self, optimizer: Any, start: Start = "mean", strength: float = 1.0) -> None:
+        """Tie the parameters that are not frozen.
+
+        Args:
+            optimizer: of the parameters.
+            start: what the shared values start from.
+            strength: how far members are moved towards their mean.
+        """
+        param_groups = self.param_groups_of(optimizer)
+        trained = [pair for pair in self.parameters(param_groups) if pair[1][0].requires_grad]
+        if start == "first":
+            for tie, params in trained:
+                self.engine.start_from_first_(tie, params, tie.order)
+        # What starts from the first members is tied already, and keeps its bits.
+        self.tie_weights(trained, strength=strength)
+        self._note_all(param_groups)
+
+    @between_graphs
+    def tie_weights(self, pairs: Pairs, *, strength: float = 1.0, stepped: bool = False) -> None:
+        """Tie parameters; where a step has made them part of a graph, the projection is too.
 
         Args:
             pairs: ties and their parameters.
-            differentiable: whether steps may be part of a graph.
             strength: how far members are moved towards their mean.
             stepped: whether a step of the inner optimizer has just written them.
         """
-        if differentiable:
+        if any(map(_graph_of, chain.from_iterable(map(itemgetter(1), pairs)))):
             pairs = self._tie_graphs(pairs, strength)
         if strength == 1:
             self.engine.apply_(_PROJECT_STEPPED if stepped else _PROJECT, pairs)
@@ -278,18 +277,16 @@ class Mode(ABC):
             self.engine.apply_(Operation(relax_, stepped=stepped, strength=strength), pairs)
 
     @untraced
-    def _tie_graphs(self, pairs: Pairs[BoundTie], strength: float) -> Pairs[BoundTie]:
+    def _tie_graphs(self, pairs: Pairs, strength: float) -> Pairs:
         """Tie the parameters that are part of a graph, and return the other ones."""
-        graphs = [pair for pair in pairs if any(param.grad_fn is not None for param in pair[1])]
+        graphs = [pair for pair in pairs if any(map(_graph_of, pair[1]))]
         for tie, params in graphs:
             with torch.enable_grad():
                 for param, result in zip(params, self.engine.projected(tie, params), strict=True):
                     param.copy_(result if strength == 1 else param.lerp(result, strength))
         return [pair for pair in pairs if pair not in graphs]
 
-    def pairs_of_calls(
-        self, param_groups: ParamGroups, state: Mapping[Any, Any]
-    ) -> list[tuple[BoundTie, list[Tensor]]]:
+    def pairs_of_calls(self, optimizer: Any) -> Pairs:
         """Return the ties that a method other than ``step()`` may write.
 
         These are also frozen ones that the optimizer has state of, unless somebody has written their members apart:
@@ -297,9 +294,9 @@ class Mode(ABC):
         """
         return [
             (tie, params)
-            for tie, params in self.applied_to(param_groups)
+            for tie, params in self.applied_to(optimizer.param_groups)
             if params[0].requires_grad
-            or (any(state.get(param) for param in params) and self._is_still_tied(tie, params))
+            or (any(optimizer.state.get(param) for param in params) and self._is_still_tied(tie, params))
         ]
 
     @untraced
@@ -308,11 +305,10 @@ class Mode(ABC):
         self._seen.update(traces(pairs))
 
     @untraced
-    def note_all(self, param_groups: ParamGroups) -> None:
-        """Remember that all parameters that are not frozen are tied now."""
+    def _note_all(self, param_groups: ParamGroups) -> None:
         self.note(pair for pair in self.applied_to(param_groups) if pair[1][0].requires_grad)
 
-    def written(self, pairs: Pairs[T], param_groups: ParamGroups) -> list[tuple[T, list[Tensor]]]:
+    def written(self, pairs: Pairs, param_groups: ParamGroups) -> Pairs:
         """Return the ties whose parameters were replaced, moved or written to since they were noted.
 
         Warns if the members of a group are not equal any more.
@@ -328,13 +324,12 @@ class Mode(ABC):
             self._check_written(changed, now, param_groups)
         return changed
 
-    def _check_written(self, changed: Pairs[BoundTie], now: Mapping[Any, Any], groups: ParamGroups) -> None:
+    def _check_written(self, changed: Pairs, now: Mapping[Any, Any], groups: ParamGroups) -> None:
         # The last entry of a trace counts writes.
         moved = [
             (tie, params)
             for tie, params in changed
-            if tie not in self._seen
-            or any(new[:-1] != old[:-1] for new, old in zip(now[tie], self._seen[tie], strict=True))
+            if [trace[:-1] for trace in now[tie]] != [trace[:-1] for trace in self._seen.get(tie, ())]
         ]
         for tie, params in moved:
             for place, param in zip(tie.places, params, strict=True):
@@ -357,7 +352,7 @@ class Mode(ABC):
 
     def _is_still_tied(self, tie: BoundTie, params: list[Tensor]) -> bool:
         """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
-        unknown = spans_ranks(params) or any(param.grad_fn is not None for param in params)
+        unknown = not self.engine.whole([(tie, params)]) or any(map(_graph_of, params))
         return unknown or is_capturing() or self.engine.is_tied([(tie, [param.detach() for param in params])])
 
     # --- what a checkpoint says ---
@@ -421,9 +416,90 @@ class Mode(ABC):
                 )
 
 
-def is_differentiable(optimizer: Any) -> bool:
-    """Return whether an optimizer makes its step part of a graph."""
-    return bool(getattr(optimizer, "defaults", {}).get("differentiable", False))
+class Step(ABC):
+    """One step of an optimizer, or one call of another of its methods.
+
+    ``torch.compile`` is to see what ties or reads gradients, the inner step and what writes weights, each in a graph of
+    its own. In one graph of all of them inductor makes whole copies, and the optimizer could keep the very buffer of a
+    gradient as its momentum, and the next step writes over that.
+
+    Args:
+        mode: the ties.
+        optimizer: the tied one.
+        reads_gradients: whether the optimizer may read gradients.
+    """
+
+    def __init__(self, mode: Mode, optimizer: Any, *, reads_gradients: bool = True) -> None:
+        self._mode = mode
+        self._optimizer = optimizer
+        self._reads_gradients = reads_gradients
+        # What makes gradients again what accumulates.
+        self._undo: list[Callable[[], None]] = []
+
+    @between_graphs
+    def __enter__(self) -> None:
+        mode = self._mode
+        self._was_running, mode.running = mode.running, True
+        mode.captured = mode.captured or is_capturing()
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Restore the gradients, and what else an exception has to find restored."""
+
+    @between_graphs
+    def step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Step on the gradients that are there."""
+        if self._prepare():
+            inner = self._mode.inner_copies.of(inner)
+        return self._run(inner, *args, **kwargs)
+
+    @between_graphs
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call another method than ``step()``, which may write weights that have no gradients."""
+        if self._prepare(self._mode.pairs_of_calls(self._optimizer)):
+            method = self._mode.inner_copies.of(method)
+        return self._run(method, *args, **kwargs)
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write the weights, unless an exception has ended the step."""
+
+    def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the closure as the inner step is to call it: it sees weights, and gradients that accumulate."""
+
+        @wraps(closure)
+        @between_graphs
+        def called_closure(*args: Any, **kwargs: Any) -> Any:
+            self._pause()
+            loss = closure(*args, **kwargs)
+            self._prepare()
+            return loss
+
+        return called_closure
+
+    @between_graphs
+    def _prepare(self, pairs: Pairs | None = None) -> bool:
+        """Prepare ties, by default those with gradients, and return whether ``torch.compile`` gets what follows."""
+        compiled = is_under_compiler()
+        for call in self._prepared(pairs, compiled):
+            call()
+        return compiled
+
+    @abstractmethod
+    def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
+        """Prepare weights and gradients but for what is worth compiling, and return the calls that do the rest."""
+
+    @abstractmethod
+    def _pause(self) -> None:
+        """Let a closure see the weights and gradients of the model."""
+
+    def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return inner(self._optimizer, *args, **kwargs)
+
+    @untraced
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
 
 def check_options(reduction: Any, strength: Any, every: Any) -> None:
