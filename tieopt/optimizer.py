@@ -35,14 +35,11 @@ from tieopt.numbers.start import Start
 from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
 from tieopt.ties.tie import Tie, Ties, with_name
 
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+_HOOKS = [
+    f"_optimizer_{method}_{when}_hooks"
+    for method in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+]
 
 # Where what the ties add stands in a state_dict, beside "state" and "param_groups".
 _TIEOPT = "tieopt"
@@ -493,21 +490,19 @@ class TiedOptimizer(Optimizer):
             mode.check_saved(saved, self.param_groups)
         convert = converter(mode, self, None if saved is None else saved.get("compact", False))
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
-        if convert is not None:
-            # As load_state_dict finds them: some checkpoints have names in the places of numbers.
-            numbers, params = (
-                [param for settings in param_groups for param in settings["params"]]
-                for param_groups in (state_dict["param_groups"], self.param_groups)
-            )
-            held = dict(zip(numbers, params, strict=False))
-            convert({held[number]: state for number, state in state_dict["state"].items() if number in held})
+        # As load_state_dict finds them: some checkpoints have names in the places of numbers.
+        numbers, params = (
+            [param for settings in param_groups for param in settings["params"]]
+            for param_groups in (state_dict["param_groups"], self.param_groups)
+        )
+        held = dict(zip(numbers, params, strict=False))
+        convert({held[number]: state for number, state in state_dict["state"].items() if number in held})
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
         if not mode.relaxed and (saved is None or "steps" in saved):
             self.state.update(tied_state(self.state, pairs, settings))
-        if convert is not None:
-            self.state.update(convert(self.state))
+        self.state.update(convert(self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters are free until :meth:`retie`.

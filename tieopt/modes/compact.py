@@ -134,7 +134,7 @@ class CompactStep(Step):
         mode = self._mode
         if mode.compacts and mode.outer is None:
             mode.lock.acquire()
-            self._exchanged = [self._optimizer, *mode.held(self._optimizer)]
+            self._exchanged = [self._optimizer, *held_optimizers(self._optimizer)]
             mode.outer, mode.set_aside = self, mode.originals
             _exchange(self._exchanged, mode.compacts)
 
@@ -143,7 +143,7 @@ class CompactStep(Step):
         mode = self._mode
         if self._exchanged:
             # What it has come to hold in the step may have compact parameters, too.
-            exchanged, self._exchanged = [*self._exchanged, *mode.held(self._optimizer)], ()
+            exchanged, self._exchanged = [*self._exchanged, *held_optimizers(self._optimizer)], ()
             set_aside, mode.outer, mode.set_aside = mode.set_aside, None, {}
             _exchange(exchanged, set_aside)
             mode.lock.release()
@@ -199,12 +199,8 @@ class CompactMode(Mode):
     ) -> None:
         super().__init__(param_groups, ties, reduction, strength, every)
         if self.relaxed:
-            raise refusal(
-                ValueError,
-                "Relaxed ties train every member by its own gradient, and not one entry for all of them.",
-                expected="compact=False, or strength=1 and every=1",
-                got=f"compact=True, strength={strength}, every={every}",
-            )
+            what = "Relaxed ties train every member by its own gradient, and not one entry for all of them."
+            raise _unserved(what, "strength=1 and every=1", f"compact=True, strength={strength}, every={every}")
         # Each parameter is in one.
         self.applied: Sequence[BoundTie] = components(self.ties, param_groups)
 
@@ -219,15 +215,6 @@ class CompactMode(Mode):
         self.originals: dict[int, Tensor] = {}
         self._attached: Pairs | None = None
         self._gradients: dict[int, Tensor] = {}
-
-    def param_groups_of(self, optimizer: Any) -> ParamGroups:
-        """Return the parameter groups with the parameters of the model, also in the middle of a step."""
-        if not self.set_aside:
-            return super().param_groups_of(optimizer)
-        return [
-            {**settings, "params": [self.set_aside.get(id(param), param) for param in settings["params"]]}
-            for settings in optimizer.param_groups
-        ]
 
     def at_rest(self, optimizer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
         """Return the attributes of an optimizer as they are between steps."""
@@ -275,11 +262,10 @@ class CompactMode(Mode):
         for pair in pairs:
             if not self.engine.whole([pair]):
                 param: Any = pair[1][0]
-                raise refusal(
-                    ValueError,
+                raise _unserved(
                     "The compact mode has no shards of compact parameters.",
-                    expected="parameters that are whole on every rank, or compact=False",
-                    got=f"{param.placements} of a parameter of shape {tuple(param.shape)}",
+                    "parameters that are whole on every rank",
+                    f"{param.placements} of a parameter of shape {tuple(param.shape)}",
                 )
 
     @torch.inference_mode(False)
@@ -416,6 +402,11 @@ def _is_sparse(grad: Tensor | None) -> bool:
 # --- what the mode cannot serve ---
 
 
+def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError:
+    """Return the refusal of what the full mode can serve alone."""
+    return refusal(ValueError, what, **lines, expected=f"{expected}, or compact=False", got=got)
+
+
 def _check_method(optimizer: Any, method: Callable[..., Any]) -> None:
     """Refuse a method that goes on after it has returned."""
     below = inspect.unwrap(method)
@@ -433,11 +424,10 @@ def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Ten
         return
     for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
         if bool(calculable(param).isfinite().all()) and not bool(calculable(compact).isfinite().all()):
-            raise refusal(
-                ValueError,
+            raise _unserved(
                 "The compact mode trains shared values, and one is beyond the range of the weights.",
-                expected=f"weights divided by their scales within {param.dtype}, or compact=False",
-                got=f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}",
+                f"weights divided by their scales within {param.dtype}",
+                f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}",
             )
 
 
@@ -454,15 +444,12 @@ def _has(value: Any, params: set[int], depth: int = 2) -> bool:
 def _check_reached(optimizer: Any, held: Sequence[Optimizer], tied: set[int]) -> None:
     """Refuse optimizers that reach the tied parameters other than by their groups."""
     kind = type(optimizer).__name__
+    tied_first = "ties of the optimizer within, before it is wrapped"
     around = f"{kind} around {type(held[0]).__name__}" if held else kind
     for inner in [optimizer, *held]:
         if held and not {"param_groups", "state"} <= vars(inner).keys():
-            raise refusal(
-                ValueError,
-                "The compact mode cannot serve an optimizer that only hands gradients to another one.",
-                expected="ties of the optimizer within, before it is wrapped; or compact=False",
-                got=around,
-            )
+            what = "The compact mode cannot serve an optimizer that only hands gradients to another one."
+            raise _unserved(what, tied_first, around)
         attributes = {name: value for name, value in vars(inner).items() if name not in KEPT_BY_TORCH}
         # The lists of parameter groups have the compact ones during a step.
         lists = {id(settings["params"]) for settings in inner.param_groups}
@@ -476,20 +463,15 @@ def _check_reached(optimizer: Any, held: Sequence[Optimizer], tied: set[int]) ->
             if id(value) not in lists and not isinstance(value, looked_up) and _has(value, tied)
         ]
         if reached:
-            way = "ties of the optimizer within, before it is wrapped;" if held else "an optimizer that steps on these,"
-            raise refusal(
-                ValueError,
-                "The compact mode cannot serve an optimizer that keeps parameters outside its parameter groups.",
-                expected=f"{way} or compact=False",
-                got=f"{around}, with parameters in {reached[0]}",
-            )
+            what = "The compact mode cannot serve an optimizer that keeps parameters outside its parameter groups."
+            way = tied_first if held else "an optimizer that steps on these"
+            raise _unserved(what, way, f"{around}, with parameters in {reached[0]}")
         models = [name for name, value in attributes.items() if isinstance(value, Module)]
         if held and models:
-            raise refusal(
-                ValueError,
+            raise _unserved(
                 "The compact mode cannot serve an optimizer that runs the model itself.",
-                expected="an optimizer that runs the model in a closure alone, or compact=False",
-                got=f"{type(inner).__name__} with a model as {models[0]}",
+                "an optimizer that runs the model in a closure alone",
+                f"{type(inner).__name__} with a model as {models[0]}",
             )
 
 
@@ -497,28 +479,19 @@ def _check_served(optimizer: Any, ties: Sequence[BoundTie]) -> None:
     pairs = parameters_of(ties, optimizer.param_groups)
     _check_reached(optimizer, held_optimizers(optimizer), {id(param) for _, params in pairs for param in params})
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
-        raise refusal(
-            ValueError,
-            "The compact mode has no graph through the step.",
-            expected="differentiable=False, or compact=False",
-            got=f"{type(optimizer).__name__} with differentiable=True",
-        )
+        got = f"{type(optimizer).__name__} with differentiable=True"
+        raise _unserved("The compact mode has no graph through the step.", "differentiable=False", got)
     muon = getattr(torch.optim, "Muon", None)
     for tie, params in pairs:
         for place, slices, param in zip(tie.places, tie.slices, params, strict=True):
             name = name_of(optimizer.param_groups, place)
             if param.is_neg() or param.is_conj():
-                raise refusal(
-                    ValueError,
-                    "The compact mode reads weights as they are in memory.",
-                    expected="a parameter that is not lazily negated or conjugated, or compact=False",
-                    got=name,
-                )
+                expected = "a parameter that is not lazily negated or conjugated"
+                raise _unserved("The compact mode reads weights as they are in memory.", expected, name)
             if muon is not None and isinstance(optimizer, muon) and slices.labels.dim() != 1:
-                raise refusal(
-                    ValueError,
+                raise _unserved(
                     "Muon trains matrices, and the compact parameter would be a list of single values.",
+                    "ties of whole rows or columns",
+                    f"labels of shape {tuple(slices.labels.shape)}",
                     parameter=f"{name} of shape {tuple(param.shape)}",
-                    expected="ties of whole rows or columns, or compact=False",
-                    got=f"labels of shape {tuple(slices.labels.shape)}",
                 )

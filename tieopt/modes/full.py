@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.errors import message, users_level
 from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
 from tieopt.modes.mode import Mode, Pairs, Step
+from tieopt.modes.state import held_optimizers
 from tieopt.tensors import traces
 from tieopt.ties.places import BoundTie, ParamGroups
 
@@ -24,14 +27,12 @@ class FullStep(Step):
     # Whether a closure or another method than step() may have made others, which is what these are for.
     _makes_gradients = False
 
-    def __init__(self, mode: Mode, optimizer: Any, *, reads_gradients: bool = True) -> None:
-        super().__init__(mode, optimizer, reads_gradients=reads_gradients and not mode.relaxed)
-        self._took_part: dict[BoundTie, list[Tensor]] = {}
-        self._given: list[tuple[Tensor, Tensor | None]] = []
+    _took_part: Mapping[BoundTie, list[Tensor]] = {}
+    _given: Sequence[tuple[Tensor, Tensor | None]] = ()
 
     @between_graphs
     def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        held = self._mode.held(self._optimizer)
+        held = held_optimizers(self._optimizer)
         if held:
             with self._tied_for(held):
                 return inner(self._optimizer, *args, **kwargs)
@@ -46,11 +47,11 @@ class FullStep(Step):
             self._check_weights(pairs)
         pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
         self._check_weights(pairs)
-        if not self._reads_gradients:
+        if not self._ties_gradients:
             return ()
         calls = tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
-        for _, params in pairs:
-            self._given.extend(zip(params, map(grad_of, params), strict=True))
+        params = list(chain.from_iterable(map(itemgetter(1), pairs)))
+        self._given = list(zip(params, map(grad_of, params), strict=True))
         return calls
 
     def _check_weights(self, pairs: Pairs) -> None:
@@ -62,7 +63,7 @@ class FullStep(Step):
         written = self._mode.written(trained, self._optimizer.param_groups)
         if written and not self._mode.relaxed:
             self._mode.tie_weights(written)
-        self._took_part.update(pairs)
+        self._took_part = {**self._took_part, **dict(pairs)}
 
     @between_graphs
     def _check_gradients(self) -> None:

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.errors import message, refusal, shown, users_level
-from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_optimizers, settings_in, tied_state
+from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
 from tieopt.numbers.start import Start, check_start
 from tieopt.tensors import traces
@@ -40,9 +39,6 @@ Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 # Optimizers that compare how the loss changes with what the gradient says, by their names: a line search of LBFGS, the
 # step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
 _COMPARES_LOSS = {"LBFGS", "AliG"}
-
-# What may hold optimizers.
-_HOLDERS = (Optimizer, list, tuple, dict)
 
 # What copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
 _COPIED = ("reduction", "strength", "every", "relaxed", "steps", "ties", "applied")
@@ -116,13 +112,15 @@ class Mode(ABC):
         self.__dict__.update(state)
         self.reset()
 
-    @between_graphs
-    def held(self, optimizer: Any) -> list[Optimizer]:
-        """Return the optimizers that an optimizer holds now."""
-        for name, value in vars(optimizer).items():
-            if isinstance(value, _HOLDERS) and value and name not in KEPT_BY_TORCH:
-                return held_optimizers(optimizer)
-        return []
+    def param_groups_of(self, optimizer: Any) -> ParamGroups:
+        """Return the parameter groups with the parameters of the model, also in the middle of a step."""
+        param_groups: ParamGroups = optimizer.param_groups
+        if not self.set_aside:
+            return param_groups
+        return [
+            {**settings, "params": [self.set_aside.get(id(param), param) for param in settings["params"]]}
+            for settings in param_groups
+        ]
 
     def follow(self, optimizer: Any) -> None:  # noqa: B027
         """Let the state follow parameters that were replaced, where it goes by their places."""
@@ -143,11 +141,6 @@ class Mode(ABC):
 
     # --- what a mode does in its own way ---
 
-    def param_groups_of(self, optimizer: Any) -> ParamGroups:
-        """Return the parameter groups with the parameters of the model, also in the middle of a step."""
-        param_groups: ParamGroups = optimizer.param_groups
-        return param_groups
-
     def at_rest(self, optimizer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
         """Return the attributes of an optimizer as they are between steps."""
         return attributes
@@ -160,7 +153,7 @@ class Mode(ABC):
         """
         if self.reduction == self.true_reduction or self.relaxed or all(is_idle(tie.slices) for tie in self.ties):
             return
-        kinds = (kind for held in [optimizer, *self.held(optimizer)] for kind in type(held).__mro__)
+        kinds = (kind for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__)
         for kind in kinds:
             if kind.__name__ in _COMPARES_LOSS:
                 raise refusal(
@@ -316,10 +309,8 @@ class Mode(ABC):
         Raises:
             ValueError: entries of a parameter share memory now, with each other or with those of another parameter.
         """
-        changed, now = [], traces(pairs)
-        for tie, params in pairs:
-            if now[tie] != self._seen.get(tie):
-                changed.append((tie, params))
+        now = traces(pairs)
+        changed = [(tie, params) for tie, params in pairs if now[tie] != self._seen.get(tie)]
         if changed:
             self._check_written(changed, now, param_groups)
         return changed
@@ -432,7 +423,7 @@ class Step(ABC):
     def __init__(self, mode: Mode, optimizer: Any, *, reads_gradients: bool = True) -> None:
         self._mode = mode
         self._optimizer = optimizer
-        self._reads_gradients = reads_gradients
+        self._ties_gradients = reads_gradients and not mode.relaxed
         # What makes gradients again what accumulates.
         self._undo: list[Callable[[], None]] = []
 

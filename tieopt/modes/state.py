@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
-from tieopt.engine.graphs import untraced
+from tieopt.engine.graphs import between_graphs
 from tieopt.engine.sharded import any_negative, fill_where_, fits
 from tieopt.numbers.start import Start
 from tieopt.ties.places import BoundTie, ParamGroups
@@ -25,6 +25,9 @@ _POWERS = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}
 
 # Attributes in which no other optimizer is looked for; the first two may be large.
 KEPT_BY_TORCH = ("param_groups", "state", "defaults", "_tieopt")
+
+# What may hold optimizers.
+_HOLDERS = (Optimizer, list, tuple, dict)
 
 # The state of one parameter.
 State = dict[str, Any]
@@ -64,24 +67,26 @@ def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
     return complex(start, start) if like.is_complex() else float(start)
 
 
-@untraced
+@between_graphs
 def held_optimizers(optimizer: Any) -> list[Optimizer]:
     """Return the optimizers that an optimizer has as attributes, or in lists and dictionaries, and theirs."""
     optimizers = [optimizer]
     for holder in optimizers:  # The list grows meanwhile.
-        attributes = [value for name, value in vars(holder).items() if name not in KEPT_BY_TORCH]
-        for held in _optimizers_in(attributes):
-            if held not in optimizers:
-                optimizers.append(held)
+        for name, value in vars(holder).items():
+            # Without a call for what is empty, as the hooks of most optimizers.
+            if isinstance(value, _HOLDERS) and value and name not in KEPT_BY_TORCH:
+                for held in _optimizers_in(value):
+                    if held not in optimizers:
+                        optimizers.append(held)
     return optimizers[1:]
 
 
-def _optimizers_in(values: Iterable[Any], depth: int = 2) -> Iterator[Optimizer]:
-    for value in values:
-        if isinstance(value, Optimizer):
-            yield value
-        elif depth and isinstance(value, (list, tuple, dict)):
-            yield from _optimizers_in(value.values() if isinstance(value, dict) else value, depth - 1)
+@between_graphs
+def _optimizers_in(value: Any, depth: int = 2) -> list[Optimizer]:
+    if isinstance(value, Optimizer):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [held for item in items if depth and isinstance(item, _HOLDERS) for held in _optimizers_in(item, depth - 1)]
 
 
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
