@@ -560,9 +560,7 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = stepping.around(kwargs["closure"])
         with torch.set_grad_enabled(grad), stepping:
-            result = stepping.step(inner_step, *args, **kwargs)
-            stepping.finish()
-            return result
+            return stepping.step(inner_step, *args, **kwargs)
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]

@@ -53,9 +53,7 @@ class CompactStep(Step):
         self._prepare(mode.pairs_of_calls(self._optimizer))
         args = tuple(_replaced_by(arg, mode.compacts) for arg in args)
         kwargs = {name: _replaced_by(arg, mode.compacts) for name, arg in kwargs.items()}
-        result = _replaced_by(method(self._optimizer, *args, **kwargs), mode.originals)
-        self.finish()
-        return result
+        return _replaced_by(method(self._optimizer, *args, **kwargs), mode.originals)
 
     @between_graphs
     def _prepare(self, pairs: Pairs | None = None) -> bool:
@@ -77,9 +75,8 @@ class CompactStep(Step):
         if replaced:
             self._undo.append(partial(put_back, replaced))
         # What a closure has left without a gradient is not trained any more.
-        self._took_part, self._values = pairs, []
-        for _, params in pairs:
-            self._values.append(list(map(mode.compacts.__getitem__, map(id, params))))
+        self._took_part = pairs
+        self._values = [list(map(mode.compacts.__getitem__, map(id, params))) for _, params in pairs]
         self._match()
         if written:
             # What was written from outside, or took the place of another parameter, may not be tied.
@@ -89,11 +86,7 @@ class CompactStep(Step):
 
     def _match(self) -> None:
         """Give compact parameters the dtype, the device and the kind of gradient of theirs."""
-        trained = set()
-        for _, params in self._took_part:
-            for param in params:
-                if param.grad is not None:
-                    trained.add(id(param))
+        trained = {id(param) for _, params in self._took_part for param in params if param.grad is not None}
         mode = self._mode
         for param, compact in zip(mode.originals.values(), mode.compacts.values(), strict=True):
             grad = compact.grad
@@ -140,7 +133,10 @@ class CompactStep(Step):
 
     @untraced
     def _exchange_back(self) -> None:
+        """Put the parameters of the model back, and their gradients, which are not to be written."""
         mode = self._mode
+        if self._undo:
+            self._restore()
         if self._exchanged:
             # What it has come to hold in the step may have compact parameters, too.
             exchanged, self._exchanged = [*self._exchanged, *held_optimizers(self._optimizer)], ()
@@ -149,24 +145,23 @@ class CompactStep(Step):
             mode.lock.release()
 
     @untraced
-    def finish(self) -> None:
+    def _write(self) -> None:
         """Write the compact parameters that were trained to the weights."""
         self._mode.engine.calls(_UNFOLD, self._took_part, self._values, compiled=False)
         self._mode.note(self._took_part)
 
     @between_graphs
-    def __exit__(self, *_: object) -> None:
-        """Put everything back; the gradients of the model are not to be written."""
-        self._mode.running = self._was_running
-        self._exchange_back()
-        if self._undo:
-            self._restore()
-
-    @between_graphs
     def _pause(self) -> None:
         self._exchange_back()
-        self._restore()
-        self.finish()
+        self._write()
+
+    @between_graphs
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Put everything back, and write the weights unless the step has failed."""
+        self._mode.running = self._was_running
+        self._exchange_back()
+        if kind is None:
+            self._write()
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the closure as the inner step is to call it, also where that is a step within another one."""
@@ -354,24 +349,22 @@ def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:
 
 def _exchange(optimizers: Sequence[Any], others: Mapping[int, Any]) -> None:
     """Put other parameters, by the identities of those that are there, into parameter groups and states."""
-    # One that it came to hold after it was tied may have neither.
-    known = {id(optimizer): optimizer for optimizer in optimizers}
-    holders = [holder for holder in known.values() if hasattr(holder, "param_groups") and hasattr(holder, "state")]
-    # Some optimizers share groups, or states, with the one that holds them.
-    states = {id(holder.state): holder.state for holder in holders}
-    for settings in [settings for holder in holders for settings in holder.param_groups]:
-        params = settings["params"]
-        exchanged = [others.get(id(param), param) for param in params]
-        if isinstance(params, list):
-            # The same list, as some optimizers hold it.
-            params[:] = exchanged
-        else:
-            settings["params"] = type(params)(exchanged)
-    for state in states.values():
-        items = _with_keys(state, others)
-        state.clear()
-        state.update(items)
-    for holder in holders:
+    for holder in optimizers:
+        # One that it came to hold after it was tied may have neither.
+        if not hasattr(holder, "param_groups") or not hasattr(holder, "state"):
+            continue
+        # Groups and states that optimizers share have nothing left to exchange the second time.
+        for settings in holder.param_groups:
+            params = settings["params"]
+            exchanged = [others.get(id(param), param) for param in params]
+            if isinstance(params, list):
+                # The same list, as some optimizers hold it.
+                params[:] = exchanged
+            else:
+                settings["params"] = type(params)(exchanged)
+        items = _with_keys(holder.state, others)
+        holder.state.clear()
+        holder.state.update(items)
         if isinstance(holder, torch.optim.LBFGS):
             # It keeps the list of its parameters, which copies of it lack, and counts their entries once.
             holder._params, holder._numel_cache = holder.param_groups[0]["params"], None
@@ -420,10 +413,9 @@ def _check_method(optimizer: Any, method: Callable[..., Any]) -> None:
 
 
 def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
-    if all(slices.scale is None for slices in tie.slices):
-        return
     for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
-        if bool(calculable(param).isfinite().all()) and not bool(calculable(compact).isfinite().all()):
+        is_scaled = slices.scale is not None and bool(calculable(param).isfinite().all())
+        if is_scaled and not bool(calculable(compact).isfinite().all()):
             raise _unserved(
                 "The compact mode trains shared values, and one is beyond the range of the weights.",
                 f"weights divided by their scales within {param.dtype}",

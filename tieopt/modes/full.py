@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -26,6 +26,8 @@ class FullStep(Step):
 
     # Whether a closure or another method than step() may have made others, which is what these are for.
     _makes_gradients = False
+    # Whether it is a step, after some of which relaxed members are pulled together.
+    _counts = True
 
     _took_part: Mapping[BoundTie, list[Tensor]] = {}
     _given: Sequence[tuple[Tensor, Tensor | None]] = ()
@@ -43,7 +45,7 @@ class FullStep(Step):
     @untraced
     def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
         if pairs is not None:
-            self._makes_gradients = True
+            self._makes_gradients, self._counts = True, False
             self._check_weights(pairs)
         pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
         self._check_weights(pairs)
@@ -82,24 +84,19 @@ class FullStep(Step):
                 )
                 return
 
-    @contextmanager
-    def _tied_for(self, held: Sequence[Optimizer]) -> Iterator[None]:
+    def _tied_for(self, held: Sequence[Optimizer]) -> ExitStack:
         """Tie gradients once more where an optimizer has replaced them before one that it holds steps on them."""
-        tied = self._gradient_traces()
+        tied, hooks = self._gradient_traces(), ExitStack()
 
         def tie_again(*_: object) -> None:
             if self._gradient_traces() != tied:
                 self._restore()
                 self._prepare()
 
-        hooks = [
-            inner.register_step_pre_hook(tie_again) for inner in held if hasattr(inner, "_optimizer_step_pre_hooks")
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for inner in held:
+            if hasattr(inner, "_optimizer_step_pre_hooks"):
+                hooks.enter_context(inner.register_step_pre_hook(tie_again))
+        return hooks
 
     @untraced
     def _gradient_traces(self) -> dict[BoundTie, list[tuple[object, ...]]]:
@@ -110,15 +107,6 @@ class FullStep(Step):
     def _pause(self) -> None:
         self._restore()
         self._makes_gradients = True
-
-    @between_graphs
-    def finish(self) -> None:
-        """Pull relaxed members together, every so many steps."""
-        mode = self._mode
-        if mode.relaxed and not _is_at_rest(self._optimizer.param_groups):
-            mode.steps += 1
-            if mode.steps % mode.every == 0:
-                mode.tie_weights(list(self._took_part.items()), strength=mode.strength, stepped=True)
 
     @between_graphs
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -132,6 +120,10 @@ class FullStep(Step):
             pairs = mode.engine.whole(pairs)
         if not mode.relaxed:
             mode.tie_weights(pairs, stepped=True)
+        elif kind is None and self._counts and not _is_at_rest(self._optimizer.param_groups):
+            mode.steps += 1
+            if mode.steps % mode.every == 0:
+                mode.tie_weights(pairs, strength=mode.strength, stepped=True)
         mode.note(pairs)
 
 

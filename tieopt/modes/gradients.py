@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -72,19 +73,13 @@ def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
         return written, ()
     replaced = _connected(pairs, replaced)
     others = [(tie, params) for tie, params in pairs if id(params[0]) in replaced]
-    kept = {tie for tie, _ in pairs} - {tie for tie, _ in others}
-    return [(tie, grads) for tie, grads in written if tie in kept], others
+    return [pair for pair, (_, params) in zip(written, pairs, strict=True) if id(params[0]) not in replaced], others
 
 
 def _divide(pairs: Pairs[BoundTie], sums: Pairs[BoundTie], engine: Engine) -> None:
     # Some optimizers replace the gradient, or set it to None, while they step.
-    kept, params_of = [], dict(pairs)
-    for tie, grads in sums:
-        for param, grad in zip(params_of[tie], grads, strict=True):
-            if param.grad is not grad:
-                break
-        else:
-            kept.append((tie, grads))
+    params_of = dict(pairs)
+    kept = [(tie, grads) for tie, grads in sums if all(map(is_, map(grad_of, params_of[tie]), grads))]
     engine.apply_(_DIVIDE, kept)
 
 
@@ -106,13 +101,7 @@ def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, list[Tensor]]]:
     """Return the ties of parameters of which at least one has a gradient."""
-    chosen = []
-    for tie, params in pairs:
-        for param in params:
-            if param.grad is not None:
-                chosen.append((tie, params))
-                break
-    return chosen
+    return [pair for pair in pairs if any(map(is_not, map(grad_of, pair[1]), repeat(None)))]
 
 
 def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:

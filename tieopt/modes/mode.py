@@ -435,7 +435,7 @@ class Step(ABC):
 
     @abstractmethod
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Restore the gradients, and what else an exception has to find restored."""
+        """Restore the gradients, and write the weights."""
 
     @between_graphs
     def step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -450,10 +450,6 @@ class Step(ABC):
         if self._prepare(self._mode.pairs_of_calls(self._optimizer)):
             method = self._mode.inner_copies.of(method)
         return self._run(method, *args, **kwargs)
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Write the weights, unless an exception has ended the step."""
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the closure as the inner step is to call it: it sees weights, and gradients that accumulate."""
