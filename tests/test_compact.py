@@ -1,10 +1,14 @@
 """What only the compact mode has: one entry for each group is what the inner optimizer trains, and nobody else sees."""
 
 import copy
+import gc
 import inspect
 import re
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -1275,6 +1279,55 @@ def test_what_is_saved_in_the_middle_of_a_step_is_what_is_saved_after_it() -> No
     _, optimizer = _looking(lambda tied: copy.deepcopy(tied.state_dict()))
     optimizer.step()
     assert same_tree(optimizer.seen, optimizer.state_dict())
+
+
+def test_what_another_thread_saves_in_the_middle_of_a_step_is_the_state_of_the_models_parameters() -> None:
+    weight, optimizer = _looking(lambda tied: None)
+    optimizer.step()
+    rests: list[bool] = []
+    saved: list[Any] = []
+    optimizer.register_state_dict_pre_hook(lambda tied: rests.append(_is_at_rest(tied, weight)))
+    thread = threading.Thread(target=lambda: saved.append(copy.deepcopy(optimizer.state_dict())))
+
+    def look(tied: Any) -> None:
+        thread.start()
+        # It waits for the step; one that did not would be done long before.
+        thread.join(timeout=0.2)
+        for held in tied.state.values():
+            held["momentum_buffer"].mul_(2)
+
+    optimizer.look = look
+    optimizer.step()
+    thread.join()
+    assert rests == [True]
+    assert same_tree(saved, [optimizer.state_dict()])
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+def test_an_optimizer_that_is_dropped_in_a_step_or_after_it_leaves_nothing_alive(
+    within: bool, fail: bool, compact: bool
+) -> None:
+    weight, optimizer = one_tied(LooksAround, compact=compact, momentum=0.9)
+    weight.grad = randn(*SHAPE, seed=1)
+    optimizer.step()
+    owners = [optimizer]
+    alive = [weakref.ref(kept) for kept in (weight, weight.grad, optimizer, optimizer._tieopt)]
+
+    def look(tied: Any) -> None:
+        (param,) = tied.param_groups[0]["params"]
+        alive.extend(map(weakref.ref, (param, param.grad, *tied.state, tied.state[param]["momentum_buffer"])))
+        if within:
+            owners.clear()
+
+    optimizer.look, optimizer.fail = look, fail
+    del weight, optimizer
+    with suppress(RuntimeError):
+        owners[0].step()
+    owners.clear()
+    gc.collect()
+    assert len(alive) == 8
+    assert [ref() for ref in alive if ref() is not None] == []
 
 
 def test_clearing_gradients_in_the_middle_of_a_step_clears_those_of_the_model() -> None:

@@ -560,7 +560,7 @@ def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
         elif callable(kwargs.get("closure")):
             kwargs["closure"] = stepping.around(kwargs["closure"])
         with torch.set_grad_enabled(grad), stepping:
-            return stepping.step(inner_step, *args, **kwargs)
+            return stepping.run(inner_step, None, *args, **kwargs)
 
     step.__doc__ = inner.step.__doc__
     step.__signature__ = inspect.signature(inner.step)  # type: ignore[attr-defined]
@@ -601,7 +601,7 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
         elif closure_at < len(args) and callable(args[closure_at]):
             args = (*args[:closure_at], stepping.around(args[closure_at]), *args[closure_at + 1 :])
         with stepping:
-            return stepping.call(inner_method, *args, **kwargs)
+            return stepping.run(inner_method, self._tieopt.pairs_of_calls(self), *args, **kwargs)
 
     return method
 

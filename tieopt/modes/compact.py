@@ -46,14 +46,14 @@ class CompactStep(Step):
     _exchanged: Sequence[Any] = ()
 
     @between_graphs
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call another method than ``step()``, with compact parameters in the places of those among its arguments."""
-        mode = self._mode
-        _check_method(self._optimizer, method)
-        self._prepare(mode.pairs_of_calls(self._optimizer))
-        args = tuple(_replaced_by(arg, mode.compacts) for arg in args)
-        kwargs = {name: _replaced_by(arg, mode.compacts) for name, arg in kwargs.items()}
-        return _replaced_by(method(self._optimizer, *args, **kwargs), mode.originals)
+    def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_step:
+            return inner(self._optimizer, *args, **kwargs)
+        _check_method(self._optimizer, inner)
+        compacts = self._mode.compacts
+        args = tuple(_replaced_by(arg, compacts) for arg in args)
+        kwargs = {name: _replaced_by(arg, compacts) for name, arg in kwargs.items()}
+        return _replaced_by(inner(self._optimizer, *args, **kwargs), self._mode.originals)
 
     @between_graphs
     def _prepare(self, pairs: Pairs | None = None) -> bool:
@@ -100,7 +100,7 @@ class CompactStep(Step):
             if compact.requires_grad != param.requires_grad:
                 compact.requires_grad_(param.requires_grad)
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
-            if grad is None and id(param) in trained and compact.numel() and not _is_sparse(param.grad):
+            if grad is None and id(param) in trained and compact.numel() and grad_of(param).layout != torch.sparse_coo:
                 compact.grad = mode.gradient_of(compact)
 
     def _fold(self, compiled: bool) -> Sequence[Callable[[], None]]:
@@ -386,10 +386,6 @@ def _replaced_by(value: Any, others: Mapping[int, Any]) -> Any:
     items = [_replaced_by(item, others) for item in value]
     # A method may write to a list that it is given.
     return value if all(map(is_, items, value)) else type(value)(items)
-
-
-def _is_sparse(grad: Tensor | None) -> bool:
-    return grad is not None and grad.layout == torch.sparse_coo
 
 
 # --- what the mode cannot serve ---

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -24,12 +23,8 @@ from tieopt.ties.places import BoundTie, ParamGroups
 class FullStep(Step):
     """One step in the full mode; arguments as for :class:`~tieopt.modes.mode.Step`."""
 
-    # Whether a closure or another method than step() may have made others, which is what these are for.
-    _makes_gradients = False
-    # Whether it is a step, after some of which relaxed members are pulled together.
-    _counts = True
-
     _took_part: Mapping[BoundTie, list[Tensor]] = {}
+    # Parameters with the gradients that they had before the step, unless a closure has made others.
     _given: Sequence[tuple[Tensor, Tensor | None]] = ()
 
     @between_graphs
@@ -38,51 +33,44 @@ class FullStep(Step):
         if held:
             with self._tied_for(held):
                 return inner(self._optimizer, *args, **kwargs)
+        if self._is_step and self._ties_gradients:
+            params = list(chain.from_iterable(self._took_part.values()))
+            self._given = list(zip(params, map(grad_of, params), strict=True))
         result = inner(self._optimizer, *args, **kwargs)
-        self._check_gradients()
+        for param, grad in self._given:
+            if param.grad is not grad and param.grad is not None:
+                self._warn_of_gradients()
+                break
         return result
 
     @untraced
     def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
         if pairs is not None:
-            self._makes_gradients, self._counts = True, False
             self._check_weights(pairs)
         pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
         self._check_weights(pairs)
         if not self._ties_gradients:
             return ()
-        calls = tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
-        params = list(chain.from_iterable(map(itemgetter(1), pairs)))
-        self._given = list(zip(params, map(grad_of, params), strict=True))
-        return calls
+        return tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
 
     def _check_weights(self, pairs: Pairs) -> None:
         """Tie weights that something else has written since the last step; each tie as it begins to take part."""
-        trained = []
-        for tie, params in pairs:
-            if params[0].requires_grad and tie not in self._took_part:
-                trained.append((tie, params))
+        took_part = self._took_part
+        trained = [pair for pair in pairs if pair[1][0].requires_grad and pair[0] not in took_part]
         written = self._mode.written(trained, self._optimizer.param_groups)
         if written and not self._mode.relaxed:
             self._mode.tie_weights(written)
-        self._took_part = {**self._took_part, **dict(pairs)}
+        self._took_part = {**took_part, **dict(pairs)}
 
-    @between_graphs
-    def _check_gradients(self) -> None:
-        """Warn of gradients that an optimizer has made within its step, after those that were there were tied."""
-        if self._makes_gradients:
-            return
-        for param, grad in self._given:
-            if param.grad is not grad and param.grad is not None:
-                warnings.warn(
-                    message(
-                        f"{type(self._optimizer).__name__} made gradients within its step, and these are not tied.",
-                        expected="gradients that are made before step() or in its closure; or an optimizer that makes "
-                        "them and holds another one that steps, which sees them tied",
-                    ),
-                    stacklevel=users_level(),
-                )
-                return
+    def _warn_of_gradients(self) -> None:
+        warnings.warn(
+            message(
+                f"{type(self._optimizer).__name__} made gradients within its step, and these are not tied.",
+                expected="gradients that are made before step() or in its closure; or an optimizer that makes "
+                "them and holds another one that steps, which sees them tied",
+            ),
+            stacklevel=users_level(),
+        )
 
     def _tied_for(self, held: Sequence[Optimizer]) -> ExitStack:
         """Tie gradients once more where an optimizer has replaced them before one that it holds steps on them."""
@@ -106,7 +94,7 @@ class FullStep(Step):
     @between_graphs
     def _pause(self) -> None:
         self._restore()
-        self._makes_gradients = True
+        self._given = ()
 
     @between_graphs
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -120,7 +108,7 @@ class FullStep(Step):
             pairs = mode.engine.whole(pairs)
         if not mode.relaxed:
             mode.tie_weights(pairs, stepped=True)
-        elif kind is None and self._counts and not _is_at_rest(self._optimizer.param_groups):
+        elif kind is None and self._is_step and not _is_at_rest(self._optimizer.param_groups):
             mode.steps += 1
             if mode.steps % mode.every == 0:
                 mode.tie_weights(pairs, strength=mode.strength, stepped=True)

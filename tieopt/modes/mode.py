@@ -279,6 +279,7 @@ class Mode(ABC):
                     param.copy_(result if strength == 1 else param.lerp(result, strength))
         return [pair for pair in pairs if pair not in graphs]
 
+    @untraced
     def pairs_of_calls(self, optimizer: Any) -> Pairs:
         """Return the ties that a method other than ``step()`` may write.
 
@@ -438,18 +439,19 @@ class Step(ABC):
         """Restore the gradients, and write the weights."""
 
     @between_graphs
-    def step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Step on the gradients that are there."""
-        if self._prepare():
+    def run(self, inner: Callable[..., Any], pairs: Pairs | None, *args: Any, **kwargs: Any) -> Any:
+        """Run a step, or another method of the optimizer.
+
+        Args:
+            inner: the step or the method.
+            pairs: ties that a method may write though there are no gradients; None for a step.
+            *args: of it, after the optimizer.
+            **kwargs: of it.
+        """
+        self._is_step = pairs is None
+        if self._prepare(pairs):
             inner = self._mode.inner_copies.of(inner)
         return self._run(inner, *args, **kwargs)
-
-    @between_graphs
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call another method than ``step()``, which may write weights that have no gradients."""
-        if self._prepare(self._mode.pairs_of_calls(self._optimizer)):
-            method = self._mode.inner_copies.of(method)
-        return self._run(method, *args, **kwargs)
 
     def around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the closure as the inner step is to call it: it sees weights, and gradients that accumulate."""
@@ -480,8 +482,9 @@ class Step(ABC):
     def _pause(self) -> None:
         """Let a closure see the weights and gradients of the model."""
 
+    @abstractmethod
     def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return inner(self._optimizer, *args, **kwargs)
+        """Run what is compiled, or not, on what is prepared."""
 
     @untraced
     def _restore(self) -> None:

@@ -173,26 +173,27 @@ def _tied_values(
         return {}
     tied: dict[int, Tensor] = {}
     scaled = _scaled_for(key, tie, values, engine)
-    if not _is_tied(scaled, values, engine):
+    if not engine.is_tied([_pair(scaled, values)]):
         if start == "mean":
-            tied = _applied(engine.projected, scaled, values)
+            results = engine.projected(*_pair(scaled, values))
         else:
             order = [list(values).index(number) for number in tie.order if number in values]
-            tied = _applied(engine.started_from_first, scaled, values, order)
+            results = engine.started_from_first(*_pair(scaled, values), order)
+        tied = dict(zip(values, results, strict=True))
     if untrained:
         dtype = next(iter(values.values())).dtype
         with torch.no_grad():
             zeros = {number: torch.zeros_like(param, dtype=dtype) for number, param in untrained.items()}
             # Zeros come last: a group takes them only if none of its members has a value.
             members = {**values, **tied, **zeros}
-            spread = _applied(engine.started_from_first, scaled, members, range(len(members)))
-        tied |= {number: spread[number] for number in untrained}
+            results = engine.started_from_first(*_pair(scaled, members), range(len(members)))
+        tied |= dict(zip(untrained, results[len(values) :], strict=True))
     return tied
 
 
 def _scaled_for(key: str, tie: Partition, values: _Values, engine: Engine) -> Partition:
     """Return the tie with the scales for a key of the state: those of the weights, if values are tied so already."""
-    if all(slices.scale is None for slices in tie.slices) or _is_tied(tie, values, engine):
+    if all(slices.scale is None for slices in tie.slices) or engine.is_tied([_pair(tie, values)]):
         return tie
     scales = [scales_for(key, values.values(), slices.scales) for slices in tie.slices]
     return Partition([slices._replace(scale=scale) for slices, scale in zip(tie.slices, scales, strict=True)])
@@ -212,21 +213,11 @@ def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, scale.abs() ** _POWERS.get(key, 2))
 
 
-def _is_tied(tie: Partition, values: _Values, engine: Engine) -> bool:
-    return engine.is_tied([(_part_of(tie, values), list(values.values()))])
-
-
-def _applied(
-    function: Callable[..., Sequence[Tensor]], tie: Partition, values: _Values, *args: Any
-) -> dict[int, Tensor]:
-    return dict(zip(values, function(_part_of(tie, values), list(values.values()), *args), strict=True))
-
-
-def _part_of(tie: Partition, numbers: Iterable[int]) -> Partition:
+def _pair(tie: Partition, values: _Values) -> tuple[Partition, list[Tensor]]:
     """Return the tie of some parameters alone; of all, the same object, for which there may be an index already."""
-    numbers = list(numbers)
-    is_whole = numbers == list(range(len(tie.slices)))
-    return tie if is_whole else Partition([tie.slices[number] for number in numbers])
+    is_whole = list(values) == list(range(len(tie.slices)))
+    part = tie if is_whole else Partition([tie.slices[number] for number in values])
+    return part, list(values.values())
 
 
 def _begin_pinned_(value: Tensor, slices: Slices, begin: complex) -> None:
