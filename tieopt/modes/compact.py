@@ -46,7 +46,7 @@ class CompactStep(Step):
     _exchanged: Sequence[Any] = ()
 
     @between_graphs
-    def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._is_step:
             return inner(self._optimizer, *args, **kwargs)
         _check_method(self._optimizer, inner)
@@ -129,7 +129,7 @@ class CompactStep(Step):
             mode.lock.acquire()
             self._exchanged = [self._optimizer, *held_optimizers(self._optimizer)]
             mode.outer, mode.set_aside = self, mode.originals
-            _exchange(self._exchanged, mode.compacts)
+            _exchange_parameters(self._exchanged, mode.compacts)
 
     @untraced
     def _exchange_back(self) -> None:
@@ -141,7 +141,7 @@ class CompactStep(Step):
             # What it has come to hold in the step may have compact parameters, too.
             exchanged, self._exchanged = [*self._exchanged, *held_optimizers(self._optimizer)], ()
             set_aside, mode.outer, mode.set_aside = mode.set_aside, None, {}
-            _exchange(exchanged, set_aside)
+            _exchange_parameters(exchanged, set_aside)
             mode.lock.release()
 
     @untraced
@@ -205,7 +205,7 @@ class CompactMode(Mode):
         # The step that has put compact parameters in the places of the tied ones.
         self.outer: CompactStep | None = None
         # Compact parameters, by the places and by the identities of the tied ones; and these, as they were last seen.
-        self._compacts: dict[tuple[int, int], Parameter] = {}
+        self._compact_at: dict[tuple[int, int], Parameter] = {}
         self.compacts: dict[int, Parameter] = {}
         self.originals: dict[int, Tensor] = {}
         self._attached: Pairs | None = None
@@ -228,7 +228,7 @@ class CompactMode(Mode):
         pairs = self.applied_to(optimizer.param_groups)
         if pairs is not self._attached:
             self._check_whole(pairs)
-            if not self._compacts:
+            if not self._compact_at:
                 self._make(pairs)
             self.follow(optimizer)
             self._attached = pairs
@@ -251,7 +251,7 @@ class CompactMode(Mode):
             _check_range(tie, params, compacts)
         for compact in made.values():
             compact.grad = self.gradient_of(compact) if compact.numel() else None
-        self._compacts, self.originals = made, originals
+        self._compact_at, self.originals = made, originals
 
     def _check_whole(self, pairs: Pairs) -> None:
         for pair in pairs:
@@ -335,19 +335,19 @@ class CompactMode(Mode):
             if any(map(is_not, moved, state)):
                 state.clear()
                 state.update(moved)
-        self.originals = {id(compact): now.get(place, known[place]) for place, compact in self._compacts.items()}
-        self.compacts = dict(zip(map(id, self.originals.values()), self._compacts.values(), strict=True))
+        self.originals = {id(compact): now.get(place, known[place]) for place, compact in self._compact_at.items()}
+        self.compacts = dict(zip(map(id, self.originals.values()), self._compact_at.values(), strict=True))
 
     def _known(self) -> dict[tuple[int, int], Tensor]:
         """The parameters that stood in the places of the tied ones when they were last seen."""
-        return {place: self.originals[id(compact)] for place, compact in self._compacts.items()}
+        return {place: self.originals[id(compact)] for place, compact in self._compact_at.items()}
 
 
 def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:
     return {place[:2]: param_groups[place.group]["params"][place.position] for place in all_places(param_groups)}
 
 
-def _exchange(optimizers: Sequence[Any], others: Mapping[int, Any]) -> None:
+def _exchange_parameters(optimizers: Sequence[Any], others: Mapping[int, Any]) -> None:
     """Put other parameters, by the identities of those that are there, into parameter groups and states."""
     for holder in optimizers:
         # One that it came to hold after it was tied may have neither.

@@ -28,7 +28,7 @@ class FullStep(Step):
     _given: Sequence[tuple[Tensor, Tensor | None]] = ()
 
     @between_graphs
-    def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         held = held_optimizers(self._optimizer)
         if held:
             with self._tied_for(held):
@@ -62,6 +62,7 @@ class FullStep(Step):
             self._mode.tie_weights(written)
         self._took_part = {**took_part, **dict(pairs)}
 
+    @between_graphs
     def _warn_of_gradients(self) -> None:
         warnings.warn(
             message(

@@ -77,7 +77,7 @@ class Mode(ABC):
     compact: ClassVar[bool]
     # The reduction that gives the true gradient of what this mode trains.
     true_reduction: ClassVar[Reduction]
-    step_class: ClassVar[Callable[..., Step]]
+    step_class: ClassVar[type[Step]]
 
     def __init__(
         self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
@@ -425,7 +425,7 @@ class Step(ABC):
         self._mode = mode
         self._optimizer = optimizer
         self._ties_gradients = reads_gradients and not mode.relaxed
-        # What makes gradients again what accumulates.
+        # Calls that turn gradients back into what accumulates.
         self._undo: list[Callable[[], None]] = []
 
     @between_graphs
@@ -436,10 +436,10 @@ class Step(ABC):
 
     @abstractmethod
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Restore the gradients, and write the weights."""
+        """Put back the gradients, and write the weights."""
 
     @between_graphs
-    def run(self, inner: Callable[..., Any], pairs: Pairs | None, *args: Any, **kwargs: Any) -> Any:
+    def run(self, inner: Callable[..., Any], pairs: Pairs | None, /, *args: Any, **kwargs: Any) -> Any:
         """Run a step, or another method of the optimizer.
 
         Args:
@@ -483,8 +483,8 @@ class Step(ABC):
         """Let a closure see the weights and gradients of the model."""
 
     @abstractmethod
-    def _run(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run what is compiled, or not, on what is prepared."""
+    def _run(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call the step, or the other method, with its ties prepared."""
 
     @untraced
     def _restore(self) -> None:

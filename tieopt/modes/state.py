@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
-from tieopt.engine.graphs import between_graphs
+from tieopt.engine.graphs import between_graphs, untraced
 from tieopt.engine.sharded import any_negative, fill_where_, fits
 from tieopt.numbers.start import Start
 from tieopt.ties.places import BoundTie, ParamGroups
@@ -81,7 +81,7 @@ def held_optimizers(optimizer: Any) -> list[Optimizer]:
     return optimizers[1:]
 
 
-@between_graphs
+@untraced
 def _optimizers_in(value: Any, depth: int = 2) -> list[Optimizer]:
     if isinstance(value, Optimizer):
         return [value]
