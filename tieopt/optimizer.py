@@ -490,19 +490,21 @@ class TiedOptimizer(Optimizer):
             mode.check_saved(saved, self.param_groups)
         convert = converter(mode, self, None if saved is None else saved.get("compact", False))
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
-        # As load_state_dict finds them: some checkpoints have names in the places of numbers.
-        numbers, params = (
-            [param for settings in param_groups for param in settings["params"]]
-            for param_groups in (state_dict["param_groups"], self.param_groups)
-        )
-        held = dict(zip(numbers, params, strict=False))
-        convert({held[number]: state for number, state in state_dict["state"].items() if number in held})
+        if convert is not None:
+            # As load_state_dict finds them: some checkpoints have names in the places of numbers.
+            numbers, params = (
+                [param for settings in param_groups for param in settings["params"]]
+                for param_groups in (state_dict["param_groups"], self.param_groups)
+            )
+            held = dict(zip(numbers, params, strict=False))
+            convert({held[number]: state for number, state in state_dict["state"].items() if number in held})
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
         if not mode.relaxed and (saved is None or "steps" in saved):
             self.state.update(tied_state(self.state, pairs, settings))
-        self.state.update(convert(self.state))
+        if convert is not None:
+            self.state.update(convert(self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters are free until :meth:`retie`.

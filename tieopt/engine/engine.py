@@ -116,7 +116,7 @@ class Engine:
     _untraced_calls = untraced(calls)
 
     def whole(self, pairs: Sequence[tuple[P, list[Tensor]]]) -> list[tuple[P, list[Tensor]]]:
-        """Return the ties whose tensors this rank has as a whole."""
+        """Return the ties whose tensors are not sharded."""
         return [(tie, tensors) for tie, tensors in pairs if not spans_ranks(tensors)]
 
     @torch.no_grad()

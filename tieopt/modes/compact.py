@@ -220,7 +220,7 @@ class CompactMode(Mode):
     # --- compact parameters ---
 
     def attach(self, optimizer: Any) -> Pairs:
-        """Return the ties and their parameters, when each has its compact parameter, and the state is of these.
+        """Make the compact parameters once, follow replaced parameters, and return the ties with their parameters.
 
         Raises:
             ValueError: a parameter is sharded; or with its scales, a shared value is beyond the range of the dtype.

@@ -252,8 +252,8 @@ def without_history(
 
 def converter(
     mode: Mode, optimizer: Any, was_compact: bool | None
-) -> Callable[[Mapping[Any, Any]], dict[Tensor, State]]:
-    """Return a function that returns what changes in a loaded state when it is converted to the mode of the ties.
+) -> Callable[[Mapping[Any, Any]], dict[Tensor, State]] | None:
+    """Return a function that converts a loaded state to the mode of the ties; None if it needs no conversion.
 
     Args:
         mode: the ties.
@@ -261,7 +261,7 @@ def converter(
         was_compact: whether the state was saved in the compact mode; None where the checkpoint does not say.
     """
     if bool(was_compact) == mode.compact:
-        return lambda state: {}
+        return None
     param_groups, engine, entries = optimizer.param_groups, mode.engine, None
     ties = mode.applied if mode.compact else components(mode.ties, param_groups)
     pairs = parameters_of(ties, param_groups)

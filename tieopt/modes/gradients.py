@@ -131,7 +131,7 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
         # A parameter may be joined with one that has a gradient, and with another by another tie.
         joined = _connected(pairs, {id(param) for _, params in pairs for param in params if param.grad is not None})
         for param in missing:
-            if id(param) in joined:
+            if param.grad is None and id(param) in joined:
                 param.grad = torch.zeros_like(param)
                 replaced.append((param, None, param.grad))
     return replaced

@@ -1,4 +1,4 @@
-"""What both modes share: the ties of an optimizer, its options, and what a checkpoint and a summary say of them."""
+"""What both modes share: ties, options, what a checkpoint says of them, and what surrounds the step of an optimizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 # step size of AliG. tests/test_third_party.py looks for more by running them on other losses with the same gradients.
 _COMPARES_LOSS = {"LBFGS", "AliG"}
 
-# What copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
+# Attributes that copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
 _COPIED = ("reduction", "strength", "every", "relaxed", "steps", "ties", "applied")
 
 # Without a Python call for each of many parameters.
@@ -411,9 +411,9 @@ class Mode(ABC):
 class Step(ABC):
     """One step of an optimizer, or one call of another of its methods.
 
-    ``torch.compile`` is to see what ties or reads gradients, the inner step and what writes weights, each in a graph of
-    its own. In one graph of all of them inductor makes whole copies, and the optimizer could keep the very buffer of a
-    gradient as its momentum, and the next step writes over that.
+    ``torch.compile`` gets three graphs: what prepares gradients, the inner step, and what writes weights. In a single
+    graph inductor copies whole tensors, and the optimizer could keep the buffer of a compact gradient as its momentum,
+    which the next step overwrites.
 
     Args:
         mode: the ties.
