@@ -219,6 +219,18 @@ def one_step(optimizer: Any, closure: Callable[[], Tensor]) -> None:
     optimizer.zero_grad()
 
 
+def test_the_compact_mode_refuses_a_method_that_goes_on_before_anything_is_written() -> None:
+    weight, optimizer = made(lambda params: Averaging(params, lr=0.1), compact=True)
+    with torch.no_grad():
+        weight[GROUPS[0][0]] += 1.0
+    weight.grad = randn(*SHAPE, seed=2)
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    with pytest.raises(TypeError, match="goes on after it has returned"):
+        optimizer.averaged()
+    assert torch.equal(weight, before)
+    assert torch.equal(weight.grad, gradient)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("stepped", [two_steps, one_step])
 def test_sam_in_two_calls_or_in_one_keeps_the_ties_and_trains_the_shared_rows(

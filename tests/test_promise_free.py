@@ -72,10 +72,12 @@ def _gradients(data: st.DataObject, parameters: list[Parameter], seed: int) -> l
 def test_free_slices_and_their_gradients_are_those_of_the_bare_optimizer(
     device: torch.device, compact: bool, data: st.DataObject
 ) -> None:
-    starts = [data.draw(tensors(data.draw(shapes()), (*REAL, *COMPLEX), finite=True)).to(device) for _ in range(2)]
+    # Fused kernels, and all kernels of 16-bit numbers, round the last entries in memory otherwise, and the free ones
+    # of a compact parameter stand elsewhere. torch's fused SGD cannot begin with a parameter in a later step than with
+    # the first.
+    dtypes = [dtype for dtype in (*REAL, *COMPLEX) if not compact or dtype.to_real().itemsize > 2]
+    starts = [data.draw(tensors(data.draw(shapes()), dtypes, finite=True)).to(device) for _ in range(2)]
     names = [data.draw(labels(len(start))) for start in starts]
-    # Fused kernels round the last few entries in memory otherwise, and the free ones of a compact parameter stand
-    # elsewhere. torch's fused SGD cannot begin with a parameter in a later step than with the first.
     unfit = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW} if compact else {torch.optim.SGD}
     recipe = data.draw(
         recipes_for(*starts, entrywise=True).filter(lambda r: not (r.settings.get("fused") and r.optimizer in unfit))

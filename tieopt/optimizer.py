@@ -397,8 +397,10 @@ class TiedOptimizer(Optimizer):
 
         It counts the slices: ``members`` are in one of the ``groups``, ``free`` ones in none, and ``distinct`` are
         the shared values and the free slices, those that are pinned at zero left out. ``drift`` is as for
-        :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line for each, and lines
-        below the table say which parameters are joined, as these have distinct slices in common.
+        :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line for each. Lines below
+        the table say which parameters are joined, as these have distinct slices in common, and which ties are regular:
+        joined parameters, transposed or flipped perhaps, and matrices with symmetries are computed as views, without
+        an index.
 
         Returns:
             The lines of the table, without a line break at the end.
@@ -597,6 +599,7 @@ def _tied_method(inner: type[Optimizer], name: str) -> Callable[..., Any]:
         if self._tieopt.running:
             # The step that calls it ties.
             return inner_method(self, *args, **kwargs)
+        self._tieopt.check_method(self, inner_method)
         stepping = self._tieopt.step_class(self._tieopt, self, reads_gradients=reads_gradients)
         if callable(kwargs.get("closure")):
             kwargs["closure"] = stepping.around(kwargs["closure"])

@@ -49,7 +49,6 @@ class CompactStep(Step):
     def _run(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._is_step:
             return inner(self._optimizer, *args, **kwargs)
-        _check_method(self._optimizer, inner)
         compacts = self._mode.compacts
         args = tuple(_replaced_by(arg, compacts) for arg in args)
         kwargs = {name: _replaced_by(arg, compacts) for name, arg in kwargs.items()}
@@ -286,6 +285,21 @@ class CompactMode(Mode):
             _check_served(optimizer, self.applied)
         self.attach(optimizer)
 
+    def check_method(self, optimizer: Any, method: Callable[..., Any]) -> None:
+        """Refuse a method that goes on after it has returned.
+
+        Raises:
+            TypeError: it is one.
+        """
+        below = inspect.unwrap(method)
+        if inspect.isgeneratorfunction(below) or inspect.iscoroutinefunction(below):
+            raise refusal(
+                TypeError,
+                "The compact mode cannot follow a method that goes on after it has returned.",
+                expected="a method that is done when it returns, or compact=False",
+                got=f"{type(optimizer).__name__}.{method.__name__}(), a generator, a context manager or a coroutine",
+            )
+
     def state_within(self, optimizer: Any, state: Mapping[Any, Any], start: Start, lost: Lost | None) -> dict[Any, Any]:
         """Return the state of compact parameters that takes the place of that of whole ones."""
         changed = super().state_within(optimizer, state, start, lost)
@@ -394,18 +408,6 @@ def _replaced_by(value: Any, others: Mapping[int, Any]) -> Any:
 def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError:
     """Return the refusal of what the full mode can serve alone."""
     return refusal(ValueError, what, **lines, expected=f"{expected}, or compact=False", got=got)
-
-
-def _check_method(optimizer: Any, method: Callable[..., Any]) -> None:
-    """Refuse a method that goes on after it has returned."""
-    below = inspect.unwrap(method)
-    if inspect.isgeneratorfunction(below) or inspect.iscoroutinefunction(below):
-        raise refusal(
-            TypeError,
-            "The compact mode cannot follow a method that goes on after it has returned.",
-            expected="a method that is done when it returns, or compact=False",
-            got=f"{type(optimizer).__name__}.{method.__name__}(), a generator, a context manager or a coroutine",
-        )
 
 
 def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:

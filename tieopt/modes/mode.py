@@ -163,6 +163,9 @@ class Mode(ABC):
                     got=f"reduction={self.reduction!r}, compact={self.compact}",
                 )
 
+    def check_method(self, optimizer: Any, method: Callable[..., Any]) -> None:  # noqa: B027
+        """Refuse a method of an optimizer that the mode cannot follow, before anything is written."""
+
     def state_within(self, optimizer: Any, state: Mapping[Any, Any], start: Start, lost: Lost | None) -> dict[Any, Any]:
         """Return the state that takes the place of that of an optimizer without ties.
 
