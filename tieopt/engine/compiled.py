@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tieopt.engine.graphs import Copies, static
 from tieopt.engine.sharded import Shards
-from tieopt.numbers.folding import Folding, fold_free_gradients_
+from tieopt.numbers.folding import Folding, ViewFolding, fold_free_gradients_
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Operation, is_narrow, rounded
 from tieopt.tensors import overlaps
@@ -56,7 +56,7 @@ def calls_of_means(
     plan: Sequence[Work],
     tensors: Sequence[Tensor],
     compacts: Sequence[Tensor],
-    folding_of: Callable[[Work], Folding],
+    folding_of: Callable[[Work], Folding | ViewFolding],
     operation: Operation,
     copies: Copies,
 ) -> tuple[list[Callable[[], None]], list[Work]]:
@@ -87,6 +87,7 @@ def calls_of_means(
         rows, members = means
         if compacts:
             targets, folding = [compacts[number] for number in work.numbers], folding_of(work)
+            assert isinstance(folding, Folding)
             fold_free_gradients_(chosen, targets, folding)
             _, (compact,) = folding.rows(chosen, targets)
             arguments[0].append((rows, members, static(compact[: folding.groups[0]])))
@@ -103,7 +104,7 @@ def calls_of_means(
 def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Return the rows of a tensor and the members of its groups, if their means are worth writing out, and can be."""
     index = work.executor
-    if not isinstance(index, Index) or len(tensors) != 1 or tensors[0].numel() < _LEAST:
+    if type(index) is not Index or len(tensors) != 1 or tensors[0].numel() < _LEAST:
         return None
     sizes = {run.chunks[0].size for run in index.runs}
     if (

@@ -20,8 +20,8 @@ from torch.nn import Parameter
 from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, spans_ranks
-from tieopt.numbers.folding import CompactRows, Folding, compact_rows_of, fold_gradients_, folded_sparse
-from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout
+from tieopt.numbers.folding import CompactRows, Folding, ViewFolding, compact_rows_of, fold_gradients_, folded_sparse
+from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import local, shard_of, sharding_of, wide_dtype
@@ -55,7 +55,7 @@ class Engine:
         self._indices: dict[tuple[Partition, Layout], Index] = {}
         self._shards: dict[tuple[Any, ...], Shards] = {}
         self._folded: dict[Partition, tuple[CompactRows, ...]] = {}
-        self._foldings: dict[Index | Shards, Folding] = {}
+        self._foldings: dict[Index | Shards, Folding | ViewFolding] = {}
         self._plans: dict[tuple[Any, ...], list[Work]] = {}
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
@@ -107,10 +107,10 @@ class Engine:
                 compact = list(map(others.__getitem__, work.numbers))
                 folding = self._foldings.get(work.executor) or self._folding(work)
                 operation.function(chosen, compact, folding, self._workspace, **operation.options)
-            elif type(work.executor) is Index:
-                operation.function(chosen, work.executor, self._workspace, **operation.options)
+            elif type(work.executor) is Shards:
+                work.executor.apply_(operation, chosen, self._workspace)
             else:
-                cast(Shards, work.executor).apply_(operation, chosen, self._workspace)
+                operation.function(chosen, work.executor, self._workspace, **operation.options)
         return calls
 
     _untraced_calls = untraced(calls)
@@ -118,6 +118,10 @@ class Engine:
     def whole(self, pairs: Sequence[tuple[P, list[Tensor]]]) -> list[tuple[P, list[Tensor]]]:
         """Return the ties whose tensors are not sharded."""
         return [(tie, tensors) for tie, tensors in pairs if not spans_ranks(tensors)]
+
+    def is_regular(self, tie: Partition, tensors: Sequence[Tensor]) -> bool:
+        """Return whether the members of a tie are views of whole tensors, so that it has no index."""
+        return not spans_ranks(tensors) and isinstance(self.index_for(tie, tensors), Views)
 
     @torch.no_grad()
     def is_tied(self, pairs: Pairs[Partition]) -> bool:
@@ -185,8 +189,9 @@ class Engine:
         self, tie: Partition, grad: Tensor, param: Tensor, compact: Tensor, reduction: Reduction
     ) -> Tensor:
         """Return the sparse gradient of a compact tensor; see :func:`~tieopt.numbers.folding.folded_sparse`."""
-        work = Work((tie,), self.index_for(tie, [param]), [0])
-        return folded_sparse(grad, compact, self._folding(work), reduction)
+        folding = self._folding(Work((tie,), self.index_for(tie, [param]), [0]))
+        assert isinstance(folding, Folding)
+        return folded_sparse(grad, compact, folding, reduction)
 
     def folded(self, tie: Partition) -> tuple[CompactRows, ...]:
         """Return which slices of each tensor a compact one has; worked out once."""
@@ -198,7 +203,7 @@ class Engine:
         """Return the index of plain tensors; compiled again for those of another layout, or on another device."""
         key = tie, Layout.of(tie.slices, tensors)
         if key not in self._indices:
-            self._indices[key] = Index.compile(tie.slices, tensors)
+            self._indices[key] = Views.of(tie.slices, tensors) or Index.compile(tie.slices, tensors)
         return self._indices[key]
 
     def prepare(self, pairs: Pairs[Partition]) -> None:
@@ -247,12 +252,14 @@ class Engine:
         # The labels that are told apart go: of many ties of a large parameter they take much memory.
         return Index.compile(_joined(ties), tensors, even=even).keeping([tie.slices[0] for tie in ties])
 
-    def _folding(self, work: Work) -> Folding:
+    def _folding(self, work: Work) -> Folding | ViewFolding:
         # The compact mode takes no sharded parameters.
         index = cast(Index, work.executor)
         if index not in self._foldings:
             rows = self.folded(work.ties[0]) if len(work.ties) == 1 else compact_rows_of(_joined(work.ties))
-            self._foldings[index] = Folding.compile(index, rows)
+            self._foldings[index] = (
+                ViewFolding.compile(index, rows[0]) if isinstance(index, Views) else Folding.compile(index, rows)
+            )
         return self._foldings[index]
 
     def _shards_for(self, tie: Partition, tensors: Sequence[Any]) -> Shards:

@@ -14,7 +14,7 @@ _HEADINGS = ("parameter", "shape", "slices", "groups", "members", "free", "disti
 
 
 def table(mode: Mode, param_groups: ParamGroups) -> str:
-    """Return a table with a line for each tied parameter; lines below say what joins and what relaxes them."""
+    """Return a table with a line for each tied parameter, and lines below that say what joins or relaxes them."""
     rows: list[tuple[str, ...]] = [_HEADINGS]
     notes = []
     for tie, params in mode.parameters(param_groups):
@@ -24,6 +24,8 @@ def table(mode: Mode, param_groups: ParamGroups) -> str:
             rows.append((name, str(tuple(place.shape)), *map(str, _counts([slices])), drift))
         if len(names) > 1:
             notes.append(f"Joined: {', '.join(names)}, {_counts(tie.slices)[-1]} distinct in all")
+        if mode.engine.is_regular(tie, params):
+            notes.append(f"Regular: {', '.join(names)}, computed as views, without an index")
     if mode.relaxed and mode.ties:
         notes.append(f"Ties are {_relaxation(mode)}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -16,9 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, consecutive, rows_of, sorted_members
-from tieopt.numbers.reduction import Reduction, Workspace, group_means, pin_, projected, rounded, write_values
-from tieopt.tensors import column, movable, wide_dtype
+from tieopt.numbers.index import Index, Views, consecutive, rows_of, sorted_members
+from tieopt.numbers.reduction import (
+    Reduction,
+    Workspace,
+    group_means,
+    leads_as_stored,
+    pin_,
+    projected,
+    rounded,
+    write_values,
+)
+from tieopt.tensors import column, movable, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
 
@@ -144,6 +153,98 @@ class Folding:
         return rows[: len(self.kept)], rows[len(self.kept) :]
 
 
+@dataclass(frozen=True, eq=False)
+class ViewFolding:
+    """Folds tensors of a regular tie; all shared values are in the compact tensor of the first one.
+
+    Attributes:
+        index: the members of all groups.
+        kept: the rows of the first tensor that the compact one is made of; a slice if it has all of them.
+        numbers: which of the labels of the first tensor these are.
+    """
+
+    index: Views
+    kept: Tensor | slice
+    numbers: Tensor | slice
+
+    @classmethod
+    @torch.inference_mode(False)
+    def compile(cls, index: Views, compact: CompactRows) -> ViewFolding:
+        """Compile a folding for tensors of one layout.
+
+        Args:
+            index: of the tensors.
+            compact: the rows of the first compact tensor.
+        """
+        leads, device = index.leads_of(compact.kept), index.layout.device
+        positions = index.slices[0].positions(index.layout.steps[0]).flatten()[leads]
+        kept, numbers = (consecutive(which) if len(which) else which for which in (positions, leads))
+        return cls(index, *(which if isinstance(which, slice) else which.to(device) for which in (kept, numbers)))
+
+    def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
+        """See :func:`fold_`."""
+        whole = self._whole(compacts[0])
+        if whole is not None:
+            whole.copy_(self.index.rows(tensors)[0])
+            return
+        row, compact = movable(self._rows(tensors, compacts))
+        _select(row, self.kept, compact)
+
+    def fold_gradients_(
+        self, grads: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace, reduction: Reduction
+    ) -> None:
+        """See :func:`fold_gradients_`."""
+        grids, whole = self.index.rows(grads), self._whole(compacts[0])
+        target = (
+            workspace["grid", grids[0].shape, compacts[0].dtype.to_real(), grids[0].device] if whole is None else whole
+        )
+        for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
+            values = rounded(group_means(grids, run, workspace), grids[0].dtype)
+            if reduction == "sum":
+                # Of the mean as it is stored, so that tying the gradients before changes nothing.
+                values = values.to(run.counts.dtype) * column(run.counts, values)
+            tile.lead.write([target], rounded(values, target.dtype))
+        if whole is None:
+            (_, compact), dims = self._rows(grads, compacts), self.index.slices[0].labels.dim()
+            target, compact = movable([target.flatten(0, dims - 1), compact])
+            _select(target, self.numbers, compact)
+
+    def unfold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace) -> None:
+        """See :func:`unfold_`."""
+        grids, whole = self.index.rows(tensors), self._whole(compacts[0])
+        if whole is None:
+            row, compact = movable(self._rows(tensors, compacts))
+            if isinstance(self.kept, slice):
+                row[self.kept] = compact
+            elif row.dim() == 1:
+                # Several times as fast.
+                row.scatter_(0, self.kept, compact)
+            else:
+                row.index_copy_(0, self.kept, compact)
+        for run in self.index.runs:
+            write_values(grids, run, leads_as_stored(grids if whole is None else [whole], run, workspace), workspace)
+
+    def _rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> list[Tensor]:
+        """View the first tensor and its compact one as rows."""
+        slices = self.index.slices[0]
+        return rows_of((slices, compact_slices(slices)), (tensors[0], compacts[0]))
+
+    def _whole(self, compact: Tensor) -> Tensor | None:
+        """View a compact tensor as the first tensor is viewed, if it has all of its slices."""
+        slices = self.index.slices[0]
+        if self.numbers != slice(0, slices.labels.numel()):
+            return None
+        rows = real(compact.detach()).movedim(compact_slices(slices).dim, 0)
+        return rows.view(*slices.labels.shape, *rows.shape[1:])
+
+
+def _select(source: Tensor, chosen: Tensor | slice, out: Tensor) -> None:
+    if isinstance(chosen, slice):
+        out.copy_(source[chosen])
+    else:
+        torch.index_select(source, 0, chosen, out=out)
+
+
 def _sources(
     compact: Sequence[CompactRows], positions: Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, ...] | None:
@@ -180,7 +281,9 @@ def compact_like(slices: Slices, tensor: Tensor, count: int) -> Tensor:
     return torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device)
 
 
-def fold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding, workspace: Workspace) -> None:
+def fold_(
+    tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding | ViewFolding, workspace: Workspace
+) -> None:
     """Write the shared values and the free slices of tensors to compact tensors.
 
     Args:
@@ -189,6 +292,9 @@ def fold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Foldin
         folding: of the tensors.
         workspace: buffers to work in.
     """
+    if isinstance(folding, ViewFolding):
+        folding.fold_(tensors, compacts)
+        return
     rows, compact_rows = folding.rows(tensors, compacts)
     for source, kept, compact in zip(movable(rows), folding.kept, movable(compact_rows), strict=True):
         torch.index_select(source, 0, kept, out=compact)
@@ -204,7 +310,7 @@ def fold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Foldin
 def fold_gradients_(
     grads: Sequence[Tensor],
     compacts: Sequence[Tensor],
-    folding: Folding,
+    folding: Folding | ViewFolding,
     workspace: Workspace,
     reduction: Reduction,
 ) -> None:
@@ -217,6 +323,9 @@ def fold_gradients_(
         workspace: buffers to work in.
         reduction: ``"mean"`` or ``"sum"``.
     """
+    if isinstance(folding, ViewFolding):
+        folding.fold_gradients_(grads, compacts, workspace, reduction)
+        return
     rows, compact_rows = folding.rows(grads, compacts)
     for run, shared, scales in zip(folding.index.runs, folding.shared, folding.scales, strict=True):
         values = rounded(group_means(rows, run, workspace), rows[0].dtype)
@@ -272,7 +381,9 @@ def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Re
     return torch.sparse_coo_tensor(indices, values, compact.shape, check_invariants=False)
 
 
-def unfold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding, workspace: Workspace) -> None:
+def unfold_(
+    tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding | ViewFolding, workspace: Workspace
+) -> None:
     """Write the multiples of shared values, and the free slices, to tied tensors; the inverse of :func:`fold_`.
 
     Args:
@@ -281,6 +392,9 @@ def unfold_(tensors: Sequence[Tensor], compacts: Sequence[Tensor], folding: Fold
         folding: of the tensors.
         workspace: buffers to work in.
     """
+    if isinstance(folding, ViewFolding):
+        folding.unfold_(tensors, compacts, workspace)
+        return
     rows, compact_rows = folding.rows(tensors, compacts)
     moved, moved_compacts = movable(rows), movable(compact_rows)
     if folding.sources is not None:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.tensors import in_memory, wide_dtype
+from tieopt.numbers.views import Tile, first_members, regular, tiles
+from tieopt.tensors import in_memory, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
@@ -100,15 +101,15 @@ class Chunk(NamedTuple):
     """Members that are gathered at once.
 
     Attributes:
-        pieces: the members, tensor by tensor.
-        size: of every group, if all are of one size and the members are sorted by group; else 0.
+        pieces: the members, tensor by tensor, or a tile.
+        size: of every group, if all are of one size and the members are sorted by group, or are tiles; else 0.
         groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``.
         multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1.
         blocks: the block of each member, int64, shape ``[m]``; None if no group needs blocks.
         block_groups: the group of each block, int64, shape ``[b]``.
     """
 
-    pieces: Pieces
+    pieces: Pieces | Tile
     size: int
     groups: Tensor
     multiples: Tensor | None
@@ -117,6 +118,7 @@ class Chunk(NamedTuple):
 
     def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each tensor, and the rows and the groups of its members."""
+        assert isinstance(self.pieces, Pieces)
         groups = self.groups.split_with_sizes(self.pieces.lengths)
         for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups, strict=True):
             if isinstance(rows, slice):
@@ -136,6 +138,7 @@ class Run(NamedTuple):
         signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
         headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
         chunks: all members of these groups.
+        tile: all members, if they are those of a tile.
     """
 
     lead_members: Chunk
@@ -144,6 +147,7 @@ class Run(NamedTuple):
     signed: bool
     headroom: float
     chunks: tuple[Chunk, ...]
+    tile: Tile | None = None
 
     @property
     def leads(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -259,6 +263,77 @@ class Index:
         return member_of
 
 
+@dataclass(frozen=True, eq=False)
+class Views(Index):
+    """The members of a regular tie. Its runs are tiles, and its rows whole tensors."""
+
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Views | None:
+        """Return the views of a regular tie; None of another one. Arguments are as for :meth:`Index.compile`."""
+        found = regular(slices)
+        if found is None:
+            return None
+        layout = Layout.of(slices, tensors)
+        grids = [tensor.movedim(labelled.dim, 0) for labelled, tensor in zip(slices, tensors, strict=True)]
+        runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(found, grids))
+        views = cls(tuple(slices), layout, runs, Pieces((), (), ()))
+        if any(symmetry.sign < 0 for symmetry in found.symmetries):
+            # A shared value has the sign of the first member of its group, which therefore has to lead.
+            leads = views._leads()
+            if not torch.equal(first_members(slices[0], found)[leads], leads):
+                return None
+        return views
+
+    @cached_property
+    def rows(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """View tensors without a graph, as they are in memory, the slices of their labels in front."""
+        return partial(_grids, self.slices)
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The tiles of the runs."""
+        return [run.tile for run in self.runs if run.tile is not None]
+
+    def leads_of(self, firsts: Tensor) -> Tensor:
+        """Return which slices of the first tensor lead groups, whose first members there are given; int64."""
+        found = regular(self.slices)
+        if found is None or len(found.symmetries) == 1:
+            return firsts
+        source, leads = first_members(self.slices[0], found), self._leads()
+        return torch.empty_like(source).index_copy_(0, source[leads], leads)[firsts]
+
+    def _leads(self) -> Tensor:
+        shape = self.slices[0].labels.shape
+        entries, leads = torch.arange(shape.numel(), device="cpu").view(shape), []
+        for tile in self.tiles:
+            region, inner = tile.views[0].region[: len(shape)], tile.views[0].region[len(shape) :]
+            # All entries of a slice are alike.
+            if any(part.start for part in inner):
+                continue
+            here = entries[region].flatten()
+            if tile.fixed is not None:
+                here = here[torch.unique(tile.fixed.source.cpu() // math.prod(part.stop for part in inner))]
+            leads.append(here)
+        return torch.cat(leads)
+
+
+def _grids(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        real(in_memory(tensor.detach())).movedim(labelled.dim, 0)
+        for labelled, tensor in zip(slices, tensors, strict=True)
+    ]
+
+
+def _run_of_tile(tile: Tile, device: torch.device) -> Run:
+    size, entries, nothing = len(tile.views), math.prod(tile.shape), torch.empty(0, dtype=torch.int64, device=device)
+    sizes = torch.tensor([size], dtype=wide_dtype(device), device=device).expand(entries)
+    chunk = Chunk(tile, size, nothing, None, None, nothing)
+    leads = chunk._replace(pieces=tile.lead, size=1)
+    counts = sizes if tile.counts is None else tile.counts
+    return Run(leads, sizes, counts, True, 0.5 ** math.ceil(math.log2(2 * size)), (chunk,), tile)
+
+
 def rows_of(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
     """View tensors as real rows without a graph, as they are in memory, entries in the order of the first tensor's.
 
@@ -344,8 +419,7 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
         while first < last:
             end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
             run = members.at(slice(starts[first], starts[end]))
-            # Members of one tensor stand together.
-            yield _run(run, None if size else run.tensor.argsort(stable=True), size, capacity, layout)
+            yield _run(run, None if size else _by_tensor(run, layout), size, capacity, layout)
             first = end
 
 
@@ -378,26 +452,35 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
     """
     device, wide, scale = layout.device, wide_dtype(layout.device), members.scale
     members = members._replace(group=members.group - members.group[0])
-    members = members._replace(scale=scale / members.leads.scale[members.group])
-    leads, multiples = members.leads, members.scale
-    # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
-    bound = float(_group_sums(members.group, multiples.abs() + multiples.square()).max())
+    leads = members.leads
+    if bool((scale == 1).all()):
+        norms = counts = torch.bincount(members.group).double()
+        signed, bound = True, 2 * float(norms.max())
+    else:
+        multiples = scale / leads.scale[members.group]
+        members, leads = members._replace(scale=multiples), leads._replace(scale=torch.ones_like(leads.scale))
+        norms, counts = (torch.bincount(members.group, values.square()) for values in (multiples, scale))
+        signed = bool((multiples.abs() == 1).all())
+        # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
+        bound = float((norms + torch.bincount(members.group, multiples.abs())).max())
     gathered = members if order is None else members.at(order)
+    in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
     return Run(
-        lead_members=_chunk(leads.at(leads.tensor.argsort(stable=True)), int((leads.tensor.diff() >= 0).all()), layout),
-        norms=_group_sums(members.group, multiples.square()).to(device, wide),
-        counts=_group_sums(members.group, scale.square()).to(device, wide),
-        signed=bool((multiples.abs() == 1).all()),
+        lead_members=_chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout),
+        norms=norms.to(device, wide),
+        counts=counts.to(device, wide),
+        signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
         chunks=tuple(
             _chunk(gathered.at(slice(start, start + capacity)), size, layout)
-            for start in range(0, len(multiples), capacity)
+            for start in range(0, len(scale), capacity)
         ),
     )
 
 
-def _group_sums(group: Tensor, values: Tensor) -> Tensor:
-    return values.new_zeros(int(group[-1]) + 1).index_put_((group,), values, accumulate=True)
+def _by_tensor(members: Members, layout: Layout) -> Tensor | None:
+    """Return the order in which members of one tensor stand together; None if there is only one."""
+    return members.tensor.argsort(stable=True) if len(layout.steps) > 1 else None
 
 
 def consecutive(positions: Tensor) -> Tensor | slice:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tieopt.numbers.index import PINNED, Chunk, Index, Pieces, Run
+from tieopt.numbers.views import Tile
 from tieopt.tensors import bits, column, movable, wide_dtype
 
 Reduction = Literal["mean", "sum"]
@@ -36,6 +37,9 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 
 # The lowest bits of a float64. For rounding to 16 bits it matters only whether all of them are zero.
 _CUT_OFF = 2**40 - 1
+
+# To compare tensors bit for bit.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
@@ -124,6 +128,9 @@ def project_(
     """
     rows, means_of = index.rows(tensors), means_of or group_means
     for run in index.runs:
+        # Steps leave most members equal, and to read them costs less than to write them.
+        if run.tile is not None and means_of is means_after_step and _is_tied(rows, run.tile, workspace):
+            continue
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
             values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
@@ -274,7 +281,7 @@ def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_o
 
 def _compared(
     rows: list[Tensor], index: Index, values_of: ValuesOf, workspace: Workspace
-) -> Iterator[tuple[Pieces, Tensor, Tensor]]:
+) -> Iterator[tuple[Pieces | Tile, Tensor, Tensor]]:
     """Yield members, their values, and the values that they should have by those of their leads."""
     for run in index.runs:
         values = values_of(rows, run, workspace)
@@ -292,25 +299,59 @@ def _compared(
 
 def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
-    stored, wide = rows[0].dtype, run.norms.dtype
-    if wide != torch.float64 or stored == wide:
-        means = _leads(rows, run, workspace)
-        # An estimate far from the mean costs digits; the mean around it is near.
-        for _ in range(2):
-            means = _means_around(means, rows, run, workspace)
-        return means
+    stored, wide, size = rows[0].dtype, run.norms.dtype, run.chunks[0].size
     if not run.signed:
-        return _scaled_means(rows, run, workspace)
-    # Numbers of 16 bits are not added up in float32: a sum may cancel to less than what float32 has lost of it.
-    if not run.chunks[0].size or rows[0].device.type != "cpu" or stored != torch.float32:
-        return _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
+        return _careful_means(rows, run, workspace)
+    # Of the widest dtype the sums of equal numbers are exact if they are added up by pairs alone. Numbers of 16 bits
+    # are not added up in float32: a sum may cancel to less than what float32 has lost of it.
+    by_pairs = size.bit_count() == 1 if stored == wide else size > 0 and stored == torch.float32
+    if not by_pairs or rows[0].device.type != "cpu":
+        return _careful_means(rows, run, workspace)
     means = _pairwise_means(rows, run.chunks[0], workspace)
     # On an accelerator this would wait for the device.
     if math.isfinite(means.sum().item()):
-        return means
-    # Sums beyond the range of float32 are added up again; the others keep their bits, whatever groups are beside them.
-    exact = _sums(rows, run, workspace).div_(column(run.norms, rows[0]))
-    return torch.where(means.isfinite(), means.to(exact.dtype), exact)
+        # The sum of a pair is the same from either end.
+        fixed = run.tile and run.tile.fixed
+        return means if fixed and fixed.sign is None and size == 2 else canonical(means, run)
+    # Sums beyond the range are added up again; the others keep their bits, whatever groups are beside them.
+    exact = _careful_means(rows, run, workspace)
+    return canonical(torch.where(means.isfinite(), means.to(exact.dtype), exact), run)
+
+
+def _careful_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    if run.norms.dtype == torch.float64 and rows[0].dtype != torch.float64:
+        if not run.signed:
+            return _scaled_means(rows, run, workspace)
+        sums = _sums(rows, run, workspace)
+        return canonical(sums.div_(column(run.norms, sums)), run)
+    means = _leads(rows, run, workspace)
+    # An estimate far from the mean costs digits; the mean around it is near.
+    for _ in range(2):
+        means = _means_around(means, rows, run, workspace)
+    return canonical(means, run)
+
+
+def _is_tied(grids: list[Tensor], tile: Tile, workspace: Workspace) -> bool:
+    """Return whether the members of a tile are equal, bit for bit; on accelerators this is not asked."""
+    if grids[0].device.type != "cpu":
+        return False
+    integers = _INTEGERS[grids[0].element_size()]
+    if tile.is_plain:
+        lead, *others = [region.view(integers) for region in tile.regions(grids)]
+    else:
+        lead, *others = _gathered(grids, tile, workspace).view(integers).view(len(tile.views), -1)
+    return all(torch.equal(lead, other) for other in others)
+
+
+def canonical(values: Tensor, run: Run) -> Tensor:
+    """Return the values of groups, all those of one group made from one of them."""
+    if run.tile is None or run.tile.fixed is None:
+        return values
+    source, sign = run.tile.fixed
+    if values.element_size() == 1:
+        return canonical(values.float(), run).to(values.dtype)
+    values = values.index_select(0, source)
+    return values if sign is None else values.mul_(column(sign, values)).masked_fill_(column(sign == 0, values), 0)
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -362,12 +403,12 @@ def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace:
 
 def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
-    shape, device = rows[0].shape[1:], rows[0].device
+    inner = rows[0].shape[len(run.tile.shape) if run.tile else 1 :]
     # Adding -0.0 changes no number; adding 0.0 would turn -0.0 into 0.0.
-    totals = workspace["totals", (run.norms.shape[0], *shape), torch.float64, device].fill_(-0.0)
+    totals = workspace["totals", (run.norms.shape[0], *inner), torch.float64, rows[0].device].fill_(-0.0)
     for chunk in run.chunks:
-        members = workspace["wide", (chunk.groups.shape[0], *shape), torch.float64, device]
-        members.copy_(_gathered(rows, chunk.pieces, workspace))
+        stored = _gathered(rows, chunk.pieces, workspace)
+        members = workspace["wide", stored.shape, torch.float64, stored.device].copy_(stored)
         _add_up(totals, chunk, members)
     return totals
 
@@ -378,33 +419,55 @@ def _pairwise_means(rows: list[Tensor], chunk: Chunk, workspace: Workspace) -> T
     The sum of two equal numbers is exact, but not that of three: an odd number of sums is added up in float64. The
     error of pairwise summation grows like the logarithm of the size (Higham, section 4.2).
     """
-    members, device = _gathered(rows, chunk.pieces, workspace), rows[0].device
-    if chunk.multiples is not None:
-        members = workspace["narrow", members.shape, torch.float32, device].copy_(members)
-        members.mul_(column(chunk.multiples.to(members.dtype), members))
-    size, groups, shape = chunk.size, members.shape[0] // chunk.size, members.shape[1:]
-    sums, names = members.view(groups, size, *shape), ("halves", "quarters")
-    # This may be a view of the rows, which are not written here.
-    if size == 1:
-        return sums[:, 0]
+    device, size, names = rows[0].device, chunk.size, ("halves", "quarters")
+    if isinstance(chunk.pieces, Tile) and size % 2 == 0:
+        size //= 2
+        shape = size, math.prod(chunk.pieces.shape), *rows[0].shape[len(chunk.pieces.shape) :]
+        sums = workspace[names[1], shape, rows[0].dtype, device]
+        chunk.pieces.pairs(rows, sums)
+    else:
+        members = _gathered(rows, chunk.pieces, workspace)
+        if chunk.multiples is not None:
+            members = workspace["narrow", members.shape, members.dtype, device].copy_(members)
+            members.mul_(column(chunk.multiples.to(members.dtype), members))
+        sums = _by_member(members, chunk)
+    if size == chunk.size == 1:
+        # This may be a view of the rows, which are written from it.
+        return sums[0].clone()
     while size % 2 == 0:
         size //= 2
-        halved = workspace[names[0], (groups, size, *shape), torch.float32, device]
-        sums, names = torch.add(sums[:, :size], sums[:, size:], out=halved), names[::-1]
+        halved = workspace[names[0], (size, *sums.shape[1:]), sums.dtype, device]
+        sums, names = torch.add(sums[:size], sums[size:], out=halved), names[::-1]
     if size > 1:
-        sums = workspace["odd", (groups, size, *shape), torch.float64, device].copy_(sums)
+        sums = workspace["odd", sums.shape, torch.float64, device].copy_(sums)
     return _pairwise_sums(sums).div_(chunk.size)
 
 
+def _by_member(values: Tensor, chunk: Chunk) -> Tensor:
+    """View the values of members as those of the first ones of all groups, of the second ones, and so on.
+
+    Args:
+        values: of members, shape ``[m, ...]``.
+        chunk: of members of groups of one size, group by group, or of a tile, member by member.
+
+    Returns:
+        Shape ``[size, g, ...]``.
+    """
+    size, groups = chunk.size, len(values) // chunk.size
+    if isinstance(chunk.pieces, Tile):
+        return values.view(size, groups, *values.shape[1:])
+    return values.view(groups, size, *values.shape[1:]).transpose(0, 1)
+
+
 def _pairwise_sums(values: Tensor) -> Tensor:
-    """Return the sums over the second dimension, in place, from sums of halves."""
-    size = values.shape[1]
+    """Return the sums over the first dimension, in place, from sums of halves."""
+    size = values.shape[0]
     while size > 1:
         size, odd = divmod(size, 2)
-        values[:, :size].add_(values[:, size : 2 * size])
+        values[:size].add_(values[size : 2 * size])
         if odd:
-            values[:, 0].add_(values[:, 2 * size])
-    return values[:, 0]
+            values[0].add_(values[2 * size])
+    return values[0]
 
 
 def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -412,7 +475,7 @@ def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     leads = _leads(rows, run, workspace)
     totals, distances = torch.zeros_like(leads), torch.zeros_like(leads)
     for chunk in run.chunks:
-        members = workspace["wide", (chunk.groups.shape[0], *leads.shape[1:]), leads.dtype, leads.device]
+        members = workspace["wide", (sum(chunk.pieces.lengths), *leads.shape[1:]), leads.dtype, leads.device]
         members.copy_(_gathered(rows, chunk.pieces, workspace))
         differences = _expected(leads, chunk, rows[0].dtype, workspace)
         # Equal infinities have no difference.
@@ -448,9 +511,14 @@ def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the lead of each group, in the wide dtype."""
     leads = _widened(_gathered(rows, run.lead_members.pieces, workspace, "leads"), workspace, "wide leads")
     if run.lead_members.size:
-        return leads
+        return canonical(leads, run)
     in_order = workspace["leads in order", leads.shape, leads.dtype, leads.device]
     return in_order.index_copy_(0, run.lead_members.groups, leads)
+
+
+def leads_as_stored(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """Return the leads of a tile, which are the values of its groups where these are tied."""
+    return canonical(_gathered(rows, run.lead_members.pieces, workspace, "leads"), run)
 
 
 def _divided_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -466,7 +534,7 @@ def _add_up(totals: Tensor, chunk: Chunk, values: Tensor, *, weighted: bool = Tr
     if weighted and chunk.multiples is not None:
         values.mul_(column(chunk.multiples, values))
     if chunk.size:
-        totals.add_(_pairwise_sums(values.view(totals.shape[0], chunk.size, *values.shape[1:])))
+        totals.add_(_pairwise_sums(_by_member(values, chunk)))
     elif chunk.blocks is None:
         scatter_add_(totals, chunk.groups, values)
     else:
@@ -493,9 +561,9 @@ def _expected(
     A multiple is rounded as it will be when it is stored: only then is tying idempotent.
     """
     if out is None:
-        out = workspace["expected", (chunk.groups.shape[0], *values.shape[1:]), values.dtype, values.device]
+        out = workspace["expected", (sum(chunk.pieces.lengths), *values.shape[1:]), values.dtype, values.device]
     if chunk.size:
-        out.view(values.shape[0], chunk.size, *values.shape[1:]).copy_(values.unsqueeze(1))
+        _by_member(out, chunk).copy_(values.unsqueeze(0))
     elif values.element_size() == 1:
         torch.index_select(bits(values), 0, chunk.groups, out=bits(out))
     else:
@@ -503,8 +571,13 @@ def _expected(
     return out if chunk.multiples is None else out.copy_(multiplied(out, chunk.multiples, stored))
 
 
-def _gathered(rows: list[Tensor], pieces: Pieces, workspace: Workspace, name: str = "members") -> Tensor:
+def _gathered(rows: list[Tensor], pieces: Pieces | Tile, workspace: Workspace, name: str = "members") -> Tensor:
     """Return members as they are stored, in a buffer; a view of the rows where they follow each other."""
+    if isinstance(pieces, Tile):
+        inner = rows[0].shape[len(pieces.shape) :]
+        members = workspace[name, (sum(pieces.lengths), *inner), rows[0].dtype, rows[0].device]
+        pieces.read(rows, members)
+        return members
     is_single = len(pieces.tensors) == 1
     if is_single and isinstance(pieces.rows[0], slice):
         return rows[pieces.tensors[0]][pieces.rows[0]]
@@ -521,8 +594,11 @@ def _gathered(rows: list[Tensor], pieces: Pieces, workspace: Workspace, name: st
     return members
 
 
-def _put(rows: list[Tensor], pieces: Pieces, members: Tensor) -> None:
+def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor) -> None:
     """Write members to their rows."""
+    if isinstance(pieces, Tile):
+        pieces.put(rows, members)
+        return
     if members.element_size() == 1:
         rows, (members,) = movable(rows), movable([members])
     sources = (members,) if len(pieces.tensors) == 1 else members.split_with_sizes(pieces.lengths)
@@ -542,6 +618,9 @@ def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tenso
 def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
     """Write to every member its multiple of the value of its group."""
     for chunk in run.chunks:
+        if isinstance(chunk.pieces, Tile):
+            chunk.pieces.write(rows, values)
+            continue
         (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
         if others or chunk.multiples is not None or not (chunk.size or isinstance(chosen, slice)):
             _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))

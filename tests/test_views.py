@@ -1,0 +1,318 @@
+"""Regular ties: recognised from their labels, and the same numbers as by an index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import same_bits
+from strategies import ALL, laid_out, layouts, normal, reductions, seeds
+from torch import Tensor
+
+from tieopt import Tie, TiedOptimizer, patterns
+from tieopt.engine.engine import Engine
+from tieopt.numbers import views
+from tieopt.numbers.folding import Folding, ViewFolding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
+from tieopt.numbers.index import Index, Views
+from tieopt.numbers.reduction import (
+    Workspace,
+    divide_,
+    drift,
+    lead_,
+    means_after_step,
+    project_,
+    relax_,
+    tied,
+)
+from tieopt.numbers.views import Move
+from tieopt.ties.slices import Partition, Slices, numbered
+
+# Tolerances of one operation, relative and absolute.
+TOLERANCES = {2: 2e-2, 4: 1e-5, 8: 1e-12}
+
+
+@st.composite
+def moves(draw: st.DrawFn, shape: Sequence[int]) -> Move:
+    """Draw a move of tensors of a shape to tensors of any shape."""
+    dims = tuple(draw(st.permutations(range(len(shape)))))
+    return Move(dims, tuple(dim for dim in range(len(shape)) if draw(st.booleans())))
+
+
+def moved_back(move: Move, tensor: Tensor) -> Tensor:
+    return move.back(tensor).contiguous()
+
+
+@dataclass
+class Case:
+    """A regular tie and tensors.
+
+    Attributes:
+        slices: of the tensors.
+        tensors: of some dtype.
+        layouts: of the tensors.
+        most: entries of a tile.
+    """
+
+    slices: tuple[Slices, ...]
+    tensors: list[Tensor]
+    layouts: list[str]
+    most: int
+
+    def views(self) -> Views:
+        with patch.multiple(views, _CPU_ENTRIES=self.most, _CPU_TILE=1):
+            found = Views.of(self.slices, self.tensors)
+        assert found is not None
+        return found
+
+    def index(self) -> Index:
+        return Index.compile(self.slices, self.tensors)
+
+    def copies(self) -> list[Tensor]:
+        return [laid_out(tensor, layout) for tensor, layout in zip(self.tensors, self.layouts, strict=True)]
+
+
+# Labels of a square and their scales, whose groups are orbits. The first has one entry for each group.
+SYMMETRIES = {
+    "none": lambda n: (torch.arange(n * n).view(n, n), None),
+    "symmetric": lambda n: (patterns.symmetric((n, n)), None),
+    "antisymmetric": lambda n: patterns.antisymmetric((n, n)),
+    "persymmetric": lambda n: (patterns.persymmetric((n, n)), None),
+    "centrosymmetric": lambda n: (patterns.centrosymmetric((n, n)), None),
+    "mirrored": lambda n: (patterns.mirrored((n, n), (0, 1)), None),
+    "rotated": lambda n: (patterns.rotated((n, n)), None),
+    "bisymmetric": lambda n: (_orbits(n, lambda labels: labels.T, lambda labels: labels.flip(0, 1)), None),
+    "dihedral": lambda n: (_orbits(n, lambda labels: labels.T, lambda labels: labels.flip(0)), None),
+}
+
+
+def _orbits(n, *generators):
+    labels = torch.arange(n * n).view(n, n)
+    for _ in range(4):
+        for move in generators:
+            labels = torch.minimum(labels, move(labels))
+    return labels
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = ALL) -> Case:
+    """Draw a regular tie of one tensor or several, and tensors."""
+    n, inner = draw(st.integers(2, 7)), draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
+    kind = draw(st.sampled_from(sorted(SYMMETRIES)))
+    labels, scale = SYMMETRIES[kind](n)
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(seeds)
+    slices, tensors, names = [], [], []
+    for number in range(draw(st.integers(1 + (kind == "none"), 5))):
+        move = draw(moves(labels.shape)) if number else Move((0, 1), ())
+        sign = draw(st.sampled_from([1.0, 1.0, -1.0])) if number else 1.0
+        scales = (torch.ones(n, n) if scale is None else scale).double() * sign
+        slices.append(
+            Slices(moved_back(move, labels), moved_back(move, scales) if scale is not None or sign < 0 else None)
+        )
+        tensor = normal((n, n, *inner), dtype, seed + number)
+        names.append(draw(layouts(tensor)))
+        tensors.append(laid_out(tensor, names[-1]))
+    return Case(numbered(slices), tensors, names, draw(st.sampled_from([1, 8, 50, 2**17])))
+
+
+def close(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal up to rounding; 8-bit floats up to that of 8 bits."""
+    for one, other in zip(first, second, strict=True):
+        size = torch.finfo(one.dtype).bits // 8
+        tolerance, wide = TOLERANCES.get(size, 0.3), one.dtype if size > 1 else torch.float32
+        if not torch.allclose(one.to(wide), other.to(wide), rtol=tolerance, atol=tolerance):
+            return False
+    return True
+
+
+# --- the same numbers as by an index ---
+
+
+@given(case=cases(), reduction=reductions)
+def test_projections_are_those_of_the_index(case, reduction):
+    by_views, by_index, found, index = case.copies(), case.copies(), case.views(), case.index()
+    project_(by_views, found, Workspace(), reduction)
+    project_(by_index, index, Workspace(), reduction)
+    assert close(by_views, by_index)
+    assert tied(by_views, index, Workspace())
+    assert tied(by_views, found, Workspace())
+
+
+@given(case=cases())
+def test_what_is_tied_keeps_its_bits(case):
+    found = case.views()
+    project_(case.tensors, found, Workspace())
+    before = case.copies()
+    for means_of in (None, means_after_step):
+        project_(case.tensors, found, Workspace(), means_of=means_of)
+        assert all(map(same_bits, case.tensors, before))
+    lead_(case.tensors, found, Workspace())
+    assert all(map(same_bits, case.tensors, before))
+
+
+@given(case=cases())
+def test_both_agree_on_what_is_tied(case):
+    found, index = case.views(), case.index()
+    assert tied(case.tensors, found, Workspace()) == tied(case.tensors, index, Workspace())
+    project_(case.tensors, index, Workspace())
+    assert tied(case.tensors, found, Workspace())
+    assert drift(case.tensors, found, Workspace()) == 0
+
+
+@given(case=cases([torch.float32, torch.float64, torch.complex64]), strength=st.sampled_from([0.25, 0.5, 1.0]))
+def test_drift_and_relaxed_ties_are_those_of_the_index(case, strength):
+    by_views, by_index, found, index = case.copies(), case.copies(), case.views(), case.index()
+    assert math.isclose(drift(by_views, found, Workspace()), drift(by_index, index, Workspace()), rel_tol=1e-5)
+    relax_(by_views, found, Workspace(), strength)
+    relax_(by_index, index, Workspace(), strength)
+    assert close(by_views, by_index)
+
+
+@given(case=cases([torch.float32, torch.float64]))
+def test_the_sum_divided_is_the_mean(case):
+    sums, means, found = case.copies(), case.copies(), case.views()
+    project_(sums, found, Workspace(), "sum")
+    divide_(sums, found, Workspace())
+    project_(means, found, Workspace())
+    assert close(sums, means)
+
+
+@given(case=cases([torch.float32, torch.float64]), where=seeds, value=st.sampled_from([math.inf, -math.inf, math.nan]))
+def test_what_is_not_finite_goes_to_its_group_alone(case, where, value):
+    first = case.tensors[0]
+    first[tuple(index[where % first.numel()] for index in torch.ones(first.shape).nonzero(as_tuple=True))] = value
+    by_views, by_index = case.copies(), case.copies()
+    project_(by_views, case.views(), Workspace())
+    project_(by_index, case.index(), Workspace())
+    for one, other in zip(by_views, by_index, strict=True):
+        assert torch.equal(one.isfinite(), other.isfinite())
+        assert close([one.nan_to_num(0, 0, 0)], [other.nan_to_num(0, 0, 0)])
+
+
+@given(case=cases([torch.float16, torch.float32, torch.float64]))
+def test_the_mean_of_the_largest_numbers_is_finite(case):
+    for tensor in case.tensors:
+        tensor.fill_(torch.finfo(tensor.dtype).max)
+    project_(case.tensors, case.views(), Workspace())
+    assert all(bool(tensor.isfinite().all()) for tensor in case.tensors)
+
+
+@given(case=cases(), reduction=reductions)
+def test_compact_tensors_are_those_of_the_index(case, reduction):
+    found, parts = case.views(), compact_rows_of(case.slices)
+    foldings = ViewFolding.compile(found, parts[0]), Folding.compile(case.index(), parts)
+    compacts = [
+        [
+            compact_like(slices, tensor, len(part.kept)).zero_()
+            for slices, tensor, part in zip(case.slices, case.tensors, parts, strict=True)
+        ]
+        for _ in foldings
+    ]
+    for folding, own in zip(foldings, compacts, strict=True):
+        fold_gradients_(case.tensors, own, folding, Workspace(), reduction)
+    assert close(*compacts)
+    project_(case.tensors, found, Workspace())
+    for folding, own in zip(foldings, compacts, strict=True):
+        fold_(case.tensors, own, folding, Workspace())
+    assert all(map(same_bits, *compacts))
+    whole = [torch.zeros_like(tensor) for tensor in case.tensors]
+    unfold_(whole, compacts[0], foldings[0], Workspace())
+    assert all(map(same_bits, whole, case.tensors))
+
+
+# --- what is recognised ---
+
+
+@given(case=cases([torch.float32]), where=seeds)
+def test_what_is_not_quite_regular_is_left_to_the_index(case, where):
+    first, *others = case.slices
+    labels = first.labels.clone()
+    if where % 2:
+        labels.view(-1)[where % labels.numel()] = -1
+    else:
+        labels.view(-1)[where % labels.numel()] = labels.max() + 1
+    changed = (first._replace(labels=labels), *others)
+    found = Views.of(changed, case.tensors)
+    if found is not None:
+        # Another tie, which is regular, too: all its groups have to be the same.
+        tensors = case.copies()
+        project_(tensors, found, Workspace())
+        assert tied(tensors, Index.compile(changed, case.tensors), Workspace())
+
+
+@pytest.mark.parametrize(
+    "groups", [patterns.circulant((6, 6)), patterns.toeplitz((5, 6)), torch.zeros(4, 4, dtype=torch.int64)]
+)
+def test_other_patterns_have_an_index(groups):
+    assert Views.of(numbered([Slices(groups)]), [torch.empty(groups.shape)]) is None
+
+
+def test_rows_of_joined_parameters_are_whole_views_whichever_dimension_they_lie_along():
+    encoder, decoder = torch.randn(6, 9), torch.randn(9, 6)
+    tie = Partition(numbered([Slices(torch.arange(6)), Slices(torch.arange(6), dim=1)]))
+    assert isinstance(Engine().index_for(tie, [encoder, decoder]), Views)
+
+
+def test_the_summary_names_the_regular_ties():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    ties = [
+        Tie.join(Tie(model[0].weight, torch.arange(4)), Tie(model[1].weight, torch.arange(4), dim=1)),
+        Tie(model[2].weight, [[0, 1]]),
+    ]
+    optimizer = TiedOptimizer(torch.optim.SGD(model.named_parameters()), ties)
+    lines = [line for line in optimizer.tie_summary().splitlines() if line.startswith("Regular: ")]
+    assert lines == ["Regular: 0.weight, 1.weight, computed as views, without an index"]
+
+
+def held_bytes(value: object) -> int:
+    """The bytes of all storages in tuples of tuples."""
+    storages = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+
+    visit(value)
+    return sum(storages.values())
+
+
+def test_joined_parameters_keep_nothing_for_their_entries():
+    slices, tensors = numbered([Slices(torch.arange(600))] * 3), [torch.empty(600, 800) for _ in range(3)]
+    found = Views.of(slices, tensors)
+    assert len(found.runs) > 1
+    assert held_bytes(found.runs) <= 64 * len(found.runs)
+
+
+@pytest.mark.parametrize("build", [patterns.symmetric, patterns.antisymmetric, patterns.centrosymmetric])
+def test_symmetries_keep_what_is_left_of_a_tile_on_the_diagonal_and_no_more(build):
+    labels = build((1024, 1024))
+    labels, scale = labels if isinstance(labels, tuple) else (labels, None)
+    slices = numbered([Slices(labels, None if scale is None else scale.double())])
+    found = Views.of(slices, [torch.empty(1024, 1024)])
+    assert len(found.runs) > 2
+    assert held_bytes(found.runs) <= 3 * 8 * math.prod(found.tiles[0].shape) + 64 * len(found.runs)
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data())
+def test_moves_are_undone_and_composed(shape, data):
+    tensor = torch.arange(math.prod(shape)).view(*shape)
+    first = data.draw(moves(shape))
+    second = data.draw(moves(shape))
+    assert torch.equal(first.back(first(tensor)), tensor)
+    assert torch.equal(second.after(first)(tensor), second(first(tensor)))
+
+
+@given(size=st.integers(1, 70), block=st.integers(1, 70))
+def test_dimensions_are_cut_alike_from_either_end(size, block):
+    sizes = [part.stop - part.start for part in views._cuts(size, min(block, size))]
+    assert sum(sizes) == size
+    assert sizes == sizes[::-1]
+    assert 0 < min(sizes) <= max(sizes) <= min(block, size) + 1

@@ -1,0 +1,435 @@
+r"""Regular ties: members that correspond as views of whole tensors, so that there is no index.
+
+The members of joined parameters, and of a tensor with symmetries, are where other ones are once dimensions are permuted
+and flipped. The mean over such a group of moves :math:`G` is the mean over the orbit of each entry,
+
+.. math:: (P w)_x = \frac{1}{|G|} \sum_{g \in G} \varepsilon_g\, w_{g x}
+
+(the Reynolds operator), also where several moves take an entry to the same place. Tensors are cut into tiles that stay
+in the caches, the moves take tiles to tiles, and the values that are computed for one tile are written to its images.
+Nothing is kept for each entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise, permutations, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tieopt.tensors import wide_dtype
+from tieopt.ties.slices import Slices
+
+# Entries that are gathered at a time, and the fewest of one member: what the caches hold, or what fills an accelerator.
+_CPU_ENTRIES, _CPU_TILE = 2**18, 2**14
+_ACCELERATOR_ENTRIES = 2**22
+
+# Labels of more dimensions are looked at for flips alone: there are too many permutations.
+_PERMUTED = 4
+
+# torch transposes a contiguous matrix of as many entries several times as fast as a part of a matrix.
+_TRANSPOSED = 60 * 60
+
+
+class Move(NamedTuple):
+    """A permutation of dimensions, and then a flip of some of them.
+
+    Attributes:
+        dims: for each dimension of the result, which one it was.
+        flips: the dimensions of the result that are flipped.
+    """
+
+    dims: tuple[int, ...]
+    flips: tuple[int, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return a moved tensor; a view if nothing is flipped."""
+        moved = tensor.permute(self.dims)
+        return moved.flip(self.flips) if self.flips else moved
+
+    def back(self, moved: Tensor) -> Tensor:
+        """Return the tensor that this move has moved."""
+        dims = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return (moved.flip(self.flips) if self.flips else moved).permute(dims)
+
+    def after(self, first: Move) -> Move:
+        """Return what another move and then this one do."""
+        flips = (dim for dim, before in enumerate(self.dims) if (before in first.flips) != (dim in self.flips))
+        return Move(tuple(first.dims[dim] for dim in self.dims), tuple(flips))
+
+    def extended(self, dims: int) -> Move:
+        """Return the move of tensors that have further dimensions, which stay."""
+        return Move((*self.dims, *range(len(self.dims), dims)), self.flips)
+
+    def region(self, tile: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
+        """Return where in a tensor the entries are that a tile of the moved tensor has, of the given shape."""
+        region = list(tile)
+        for dim, (before, part) in enumerate(zip(self.dims, tile, strict=True)):
+            flipped = slice(shape[dim] - part.stop, shape[dim] - part.start)
+            region[before] = flipped if dim in self.flips else part
+        return tuple(region)
+
+
+class View(NamedTuple):
+    """One member of all groups of a tile.
+
+    Attributes:
+        tensor: the number of the tensor that it is in.
+        region: where in the tensor.
+        move: takes the region to the tile.
+        sign: its scale relative to that of the tile, 1 or -1.
+        is_plain: whether it is the region as it is.
+    """
+
+    tensor: int
+    region: tuple[slice, ...]
+    move: Move
+    sign: int
+    is_plain: bool
+
+    @classmethod
+    def of(cls, tensor: int, tile: Sequence[slice], shape: Sequence[int], move: Move, sign: int) -> View:
+        """Return the view that a move takes to a tile of a tensor of the given shape."""
+        is_plain = move == (tuple(range(len(shape))), ()) and sign == 1
+        return cls(tensor, move.region(tile, shape), move, sign, is_plain)
+
+    def read(self, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """Write the member, as the tile has it, to a tensor of the shape of the tile."""
+        if self.is_plain:
+            out.copy_(tensors[self.tensor][self.region])
+            return
+        part, (dims, flips) = tensors[self.tensor][self.region], self.move
+        inner = range(len(dims), part.dim())
+        if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
+            part = part.contiguous()
+        out.copy_(_flipped(part.permute(*dims, *inner), flips))
+        if self.sign < 0:
+            _negate_(out)
+
+    def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+        """Write the values of a tile to the member."""
+        if self.sign < 0:
+            values = _negate_(values.clone())
+        part, (dims, flips) = tensors[self.tensor][self.region], self.move
+        values = _flipped(values, flips)
+        if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
+            # Contiguous once transposed: see `_TRANSPOSED`.
+            part.copy_(values.t().contiguous())
+        else:
+            part.permute(*dims, *range(len(dims), part.dim())).copy_(values)
+
+
+def _flipped(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if not dims:
+        return tensor
+    # torch flips no 8-bit floats.
+    return tensor.view(torch.uint8).flip(dims).view(tensor.dtype) if tensor.element_size() == 1 else tensor.flip(dims)
+
+
+def _negate_(values: Tensor) -> Tensor:
+    # torch negates no 8-bit floats.
+    return values.copy_(values.float().neg_()) if values.element_size() == 1 else values.neg_()
+
+
+class Fixed(NamedTuple):
+    """The entries that are left of values that symmetries map to themselves.
+
+    Attributes:
+        source: for each entry the one that stands for it, int64, shape ``[g]``.
+        sign: its scale relative to that one, 1 or -1, 0 for what is its own negative, shape ``[g]``; None if all are 1.
+    """
+
+    source: Tensor
+    sign: Tensor | None
+
+
+class Tile(NamedTuple):
+    """All members of the groups of a tile.
+
+    Attributes:
+        views: the members; where a move takes the tile to itself, some of them are the same region.
+        distinct: the views of distinct regions.
+        shape: of the tile.
+        is_plain: whether all members are regions as they are.
+        fixed: what is left of the tile where a move takes it to itself.
+        counts: how many members each group has then, shape ``[entries]``.
+    """
+
+    views: tuple[View, ...]
+    distinct: tuple[View, ...]
+    shape: tuple[int, ...]
+    is_plain: bool
+    fixed: Fixed | None = None
+    counts: Tensor | None = None
+
+    @property
+    def lead(self) -> Tile:
+        """The tile of the first members alone."""
+        return Tile(self.views[:1], self.views[:1], self.shape, self.views[0].is_plain)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many entries each view has."""
+        return (math.prod(self.shape),) * len(self.views)
+
+    def read(self, tensors: Sequence[Tensor], members: Tensor) -> None:
+        """Write all members, view by view, to a contiguous tensor, shape ``[views * entries, ...]``."""
+        for view, out in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
+            view.read(tensors, out)
+
+    def put(self, tensors: Sequence[Tensor], members: Tensor) -> None:
+        """Write members, as :meth:`read` returns them, to the tensors."""
+        for view, own in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
+            view.write(tensors, own)
+
+    def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+        """Write the values of groups, shape ``[entries, ...]``, to all their members."""
+        values = values.view(*self.shape, *values.shape[1:])
+        if self.is_plain:
+            regions = self.regions(tensors)
+            torch._foreach_copy_(regions, [values] * len(regions))
+            return
+        for view in self.distinct:
+            view.write(tensors, values)
+
+    def pairs(self, tensors: Sequence[Tensor], sums: Tensor) -> None:
+        """Add the first half of the members to the second; shape ``[views / 2, entries, ...]``."""
+        half = len(self.views) // 2
+        for first, second, out in zip(self.views[:half], self.views[half:], sums, strict=True):
+            out = out.view(*self.shape, *out.shape[1:])
+            if not (first.is_plain and second.is_plain):
+                second.read(tensors, out)
+            if first.is_plain:
+                other = tensors[second.tensor][second.region] if second.is_plain else out
+                torch.add(tensors[first.tensor][first.region], other, out=out)
+            else:
+                member = torch.empty_like(out)
+                first.read(tensors, member)
+                out.add_(member)
+
+    def regions(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return all members of a tile as they are."""
+        return [tensors[view.tensor][view.region] for view in self.views]
+
+
+class Symmetry(NamedTuple):
+    """A move that takes labels to labels.
+
+    Attributes:
+        move: the move.
+        sign: of the scales; 1 or -1.
+    """
+
+    move: Move
+    sign: int
+
+
+class Regular(NamedTuple):
+    """How the members of all groups correspond.
+
+    Attributes:
+        frames: for each tensor the move that takes it to the first one.
+        symmetries: of the first tensor, the identity among them.
+    """
+
+    frames: tuple[Symmetry, ...]
+    symmetries: tuple[Symmetry, ...]
+
+
+def regular(slices: Sequence[Slices]) -> Regular | None:
+    """Return how the members of a tie correspond, from the labels alone; None if it is not regular.
+
+    Args:
+        slices: of each tensor; the same label is the same group.
+    """
+    first, dims = slices[0], slices[0].labels.dim()
+    if len(slices) == 1 and dims == 1:
+        # Rows of one tensor are moved whole by an index, too.
+        return None
+    sizes = sorted(first.labels.shape)
+    if not first.labels.numel() or any(
+        sorted(other.labels.shape) != sizes or int(other.labels.min()) < 0 for other in slices
+    ):
+        return None
+    frames = tuple(next(_symmetries(other, first), None) for other in slices)
+    if None in frames:
+        return None
+    symmetries = tuple(_symmetries(first, first))
+    if len(symmetries) * len(slices) == 1 or not _are_orbits(first, symmetries):
+        return None
+    return Regular(frames, symmetries)  # type: ignore[arg-type]
+
+
+def _symmetries(moved: Slices, fixed: Slices) -> Iterator[Symmetry]:
+    """Yield the moves of labels that make them other labels."""
+    shape = moved.labels.shape
+    wide = [dim for dim, size in enumerate(shape) if size > 1]
+    for order in permutations(wide) if len(wide) <= _PERMUTED else [wide]:
+        dims = list(range(len(shape)))
+        for dim, before in zip(wide, order, strict=True):
+            dims[dim] = before
+        if tuple(shape[dim] for dim in dims) != tuple(fixed.labels.shape):
+            continue
+        for count in range(len(wide) + 1):
+            for flips in combinations(wide, count):
+                move = Move(tuple(dims), flips)
+                sign = _sign(moved, fixed, move)
+                if sign:
+                    yield Symmetry(move, sign)
+
+
+def _sign(moved: Slices, fixed: Slices, move: Move) -> int:
+    """Return the sign by which a move takes slices to other ones, 0 if it does not."""
+    if not torch.equal(_edge(moved.labels, move), fixed.labels[0]) or not torch.equal(move(moved.labels), fixed.labels):
+        return 0
+    if moved.scale is None and fixed.scale is None:
+        return 1
+    scales, others = move(moved.scales), fixed.scales
+    return next((sign for sign in (1, -1) if torch.equal(scales * sign, others)), 0)
+
+
+def _edge(labels: Tensor, move: Move) -> Tensor:
+    """Return the first slice of moved labels; most moves are told from symmetries by it."""
+    edge = labels.permute(move.dims).select(0, -1 if 0 in move.flips else 0)
+    return edge.flip([dim - 1 for dim in move.flips if dim > 0])
+
+
+def _are_orbits(slices: Slices, symmetries: Sequence[Symmetry]) -> bool:
+    """Return whether groups are orbits of symmetries, of scale 1 or -1, and 0 where the symmetries leave no other."""
+    labels, count = slices.labels.flatten(), slices.labels.numel()
+    # There are at least as many orbits, and the labels need not be numbered.
+    if int(labels.max()) >= count or int(labels.max()) < count // len(symmetries) - 1:
+        return False
+    entries = torch.arange(count, device="cpu").view(slices.labels.shape)
+    source, sign = _fixed(entries, symmetries)
+    if int((source == entries.view(-1)).sum()) != int((torch.bincount(labels) > 0).sum()):
+        return False
+    is_pinned = torch.zeros_like(labels) if sign is None else sign == 0
+    return slices.scale is None or torch.equal(slices.scale.flatten().abs(), 1.0 - is_pinned.double())
+
+
+def first_members(slices: Slices, found: Regular) -> Tensor:
+    """Return the first member of the group of each slice of the first tensor, int64."""
+    entries = torch.arange(slices.labels.numel(), device="cpu").view(slices.labels.shape)
+    return _fixed(entries, found.symmetries).source
+
+
+def _fixed(entries: Tensor, symmetries: Sequence[Symmetry]) -> Fixed:
+    """Return what symmetries of a tensor leave of its entries.
+
+    Args:
+        entries: their numbers, int64, of the shape of the tensor.
+        symmetries: a group.
+    """
+    source = entries
+    if all(sign == 1 for _, sign in symmetries):
+        for move, _ in symmetries[1:]:
+            source = torch.minimum(source, move(entries))
+        return Fixed(source.flatten(), None)
+    signs = torch.ones_like(entries)
+    for move, sign in symmetries:
+        moved = move(entries)
+        # Of an entry that is its own negative nothing is left.
+        signs = torch.where(moved < source, sign, torch.where((moved == source) & (signs != sign), 0, signs))
+        source = torch.minimum(source, moved)
+    return Fixed(source.flatten(), signs.flatten())
+
+
+def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
+    """Yield one tile of the first tensor from each orbit of tiles.
+
+    Args:
+        found: how the members correspond.
+        grids: the tensors, the slices of their labels in front; their layout and device matter, and not their entries.
+    """
+    shape, dims = grids[0].shape, grids[0].dim()
+    symmetries = [Symmetry(move.extended(dims), sign) for move, sign in found.symmetries]
+    frames = [Symmetry(move.extended(dims), sign) for move, sign in found.frames]
+    moves = [
+        (number, after.move.after(frame.move), frame.sign * after.sign)
+        for after in symmetries
+        for number, frame in enumerate(frames)
+    ]
+    # The dimension along which neighbours in memory lie, member by member.
+    fast = {
+        min(range(dims), key=lambda dim: (shape[dim] == 1, grids[number].stride(move.dims[dim]), -dim))
+        for number, move, _ in moves
+    }
+    on_cpu = grids[0].device.type == "cpu"
+    most = max(_CPU_ENTRIES // len(moves), _CPU_TILE) if on_cpu else max(_ACCELERATOR_ENTRIES // len(moves), 1)
+    linked = [{move.dims[dim] for move, _ in symmetries} for dim in range(dims)]
+    cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
+    known: dict[tuple[object, ...], tuple[Fixed, Tensor]] = {}
+    for at in product(*(range(len(cut)) for cut in cuts)):
+        images = [_image(at, move, cuts) for move, _ in symmetries]
+        if min(images) != at:
+            continue
+        tile = tuple(cut[number] for cut, number in zip(cuts, at, strict=True))
+        tile_shape = tuple(part.stop - part.start for part in tile)
+        views = [View.of(number, tile, shape, move, sign) for number, move, sign in moves]
+        distinct = {(view.tensor, str(view.region)): view for view in reversed(views)}
+        stabilizers = tuple(number for number, image in enumerate(images) if image == at)
+        fixed, counts = None, None
+        if len(stabilizers) > 1:
+            key = stabilizers, tile_shape
+            if key not in known:
+                own = [symmetries[number] for number in stabilizers]
+                known[key] = _stabilized(tile_shape, own, len(distinct), grids[0].device)
+            fixed, counts = known[key]
+        is_plain = all(view.is_plain for view in views)
+        yield Tile(tuple(views), tuple(reversed(distinct.values())), tile_shape, is_plain, fixed, counts)
+
+
+def _stabilized(
+    shape: tuple[int, ...], stabilizers: Sequence[Symmetry], images: int, device: torch.device
+) -> tuple[Fixed, Tensor]:
+    """Return what is left of a tile that symmetries take to itself, and how many members each of its entries has."""
+    entries = torch.arange(math.prod(shape), device="cpu").view(shape)
+    fixed = _fixed(entries, stabilizers)
+    places = torch.stack([move(entries).flatten() for move, _ in stabilizers]).sort(dim=0).values
+    counts = images * (1 + (places.diff(dim=0) != 0).sum(0))
+    wide = wide_dtype(device)
+    sign = None if fixed.sign is None else fixed.sign.to(device, wide)
+    return Fixed(fixed.source.to(device), sign), counts.to(device, wide)
+
+
+def _block(shape: Sequence[int], fast: set[int], linked: Sequence[set[int]], most: int) -> list[int]:
+    """Return the shape of tiles: of no more entries, as long as can be where some member has neighbours in memory.
+
+    Args:
+        shape: what is cut.
+        fast: the dimensions along which some member has neighbours in memory.
+        linked: for each dimension those that symmetries take it to, which are cut alike.
+        most: entries.
+    """
+    block = list(shape)
+    while math.prod(block) > most:
+        slow = [dim for dim, size in enumerate(block) if size > 1 and dim not in fast]
+        widest = max(slow or range(len(block)), key=block.__getitem__)
+        size = -(-block[widest] // 2)
+        for dim in linked[widest]:
+            block[dim] = size
+    return block
+
+
+def _cuts(size: int, block: int) -> list[slice]:
+    """Cut a dimension into parts of about one size, which are the same from either end."""
+    count = -(-size // block)
+    # In the middle of an odd number there is a part, and no cut.
+    count += count % 2 == 0 and size % 2 == 1
+    bounds = [number * size // count for number in range((count + 1) // 2)]
+    if count % 2 == 0:
+        bounds.append(size // 2)
+    bounds += [size - bound for bound in reversed(bounds[: count + 1 - len(bounds)])]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _image(at: Sequence[int], move: Move, cuts: Sequence[Sequence[slice]]) -> tuple[int, ...]:
+    """Return the tile that the entries come from that a move takes to a tile."""
+    image = list(at)
+    for dim, before in enumerate(move.dims):
+        image[before] = len(cuts[dim]) - 1 - at[dim] if dim in move.flips else at[dim]
+    return tuple(image)
