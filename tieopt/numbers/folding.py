@@ -20,11 +20,12 @@ from tieopt.numbers.index import Index, Views, consecutive, rows_of, sorted_memb
 from tieopt.numbers.reduction import (
     Reduction,
     Workspace,
+    canonical,
     group_means,
-    leads_as_stored,
     pin_,
     projected,
     rounded,
+    stored_leads,
     write_values,
 )
 from tieopt.tensors import column, movable, real, wide_dtype
@@ -221,8 +222,9 @@ class ViewFolding:
                 row.scatter_(0, self.kept, compact)
             else:
                 row.index_copy_(0, self.kept, compact)
+        sources = grids if whole is None else [whole]
         for run in self.index.runs:
-            write_values(grids, run, leads_as_stored(grids if whole is None else [whole], run, workspace), workspace)
+            write_values(grids, run, canonical(stored_leads(sources, run, workspace), run), workspace)
 
     def _rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> list[Tensor]:
         """View the first tensor and its compact one as rows."""

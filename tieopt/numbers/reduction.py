@@ -129,7 +129,7 @@ def project_(
     rows, means_of = index.rows(tensors), means_of or group_means
     for run in index.runs:
         # Steps leave most members equal, and to read them costs less than to write them.
-        if run.tile is not None and means_of is means_after_step and _is_tied(rows, run.tile, workspace):
+        if means_of is means_after_step and _is_tied(rows, run, workspace):
             continue
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
@@ -331,16 +331,27 @@ def _careful_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor
     return canonical(means, run)
 
 
-def _is_tied(grids: list[Tensor], tile: Tile, workspace: Workspace) -> bool:
-    """Return whether the members of a tile are equal, bit for bit; on accelerators this is not asked."""
-    if grids[0].device.type != "cpu":
+def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
+    """Return whether the members of groups are tied, bit for bit; an accelerator, which would wait, is not asked."""
+    if rows[0].device.type != "cpu":
         return False
-    integers = _INTEGERS[grids[0].element_size()]
-    if tile.is_plain:
-        lead, *others = [region.view(integers) for region in tile.regions(grids)]
-    else:
-        lead, *others = _gathered(grids, tile, workspace).view(integers).view(len(tile.views), -1)
-    return all(torch.equal(lead, other) for other in others)
+    integers = _INTEGERS[rows[0].element_size()]
+    if run.tile is not None and run.tile.is_plain:
+        lead, *others = [region.view(integers) for region in run.tile.regions(rows)]
+        return all(torch.equal(lead, other) for other in others)
+    leads = None
+    for chunk in run.chunks:
+        members = _gathered(rows, chunk.pieces, workspace)
+        if chunk.size and chunk.multiples is None:
+            by_member = _by_member(members, chunk).view(integers)
+            expected, members = by_member[:1].expand_as(by_member), by_member
+        else:
+            leads = stored_leads(rows, run, workspace) if leads is None else leads
+            expected = _expected(leads, chunk, leads.dtype, workspace).view(integers)
+            members = members.view(integers)
+        if not torch.equal(members, expected):
+            return False
+    return True
 
 
 def canonical(values: Tensor, run: Run) -> Tensor:
@@ -509,16 +520,17 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
 
 def _leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the lead of each group, in the wide dtype."""
-    leads = _widened(_gathered(rows, run.lead_members.pieces, workspace, "leads"), workspace, "wide leads")
+    return canonical(_widened(stored_leads(rows, run, workspace), workspace, "wide leads"), run)
+
+
+def stored_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
+    """Return the lead of each group as it is stored."""
+    leads = _gathered(rows, run.lead_members.pieces, workspace, "leads")
     if run.lead_members.size:
-        return canonical(leads, run)
+        return leads
     in_order = workspace["leads in order", leads.shape, leads.dtype, leads.device]
-    return in_order.index_copy_(0, run.lead_members.groups, leads)
-
-
-def leads_as_stored(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    """Return the leads of a tile, which are the values of its groups where these are tied."""
-    return canonical(_gathered(rows, run.lead_members.pieces, workspace, "leads"), run)
+    bits(in_order).index_copy_(0, run.lead_members.groups, bits(leads))
+    return in_order
 
 
 def _divided_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -585,6 +597,9 @@ def _gathered(rows: list[Tensor], pieces: Pieces | Tile, workspace: Workspace, n
     moved = members
     if members.element_size() == 1:
         rows, (moved,) = movable(rows), movable([members])
+    if set(map(type, pieces.rows)) == {slice}:
+        torch.cat([rows[number][chosen] for number, chosen in zip(pieces.tensors, pieces.rows, strict=True)], out=moved)
+        return members
     targets = (moved,) if is_single else moved.split_with_sizes(pieces.lengths)
     for number, chosen, target in zip(pieces.tensors, pieces.rows, targets, strict=True):
         if isinstance(chosen, slice):
@@ -602,11 +617,15 @@ def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor) -> None:
     if members.element_size() == 1:
         rows, (members,) = movable(rows), movable([members])
     sources = (members,) if len(pieces.tensors) == 1 else members.split_with_sizes(pieces.lengths)
+    slices, values = [], []
     for number, chosen, source in zip(pieces.tensors, pieces.rows, sources, strict=True):
         if isinstance(chosen, slice):
-            rows[number][chosen] = source
+            slices.append(rows[number][chosen])
+            values.append(source)
         else:
             rows[number].index_copy_(0, chosen, source)
+    if slices:
+        torch._foreach_copy_(slices, values)
 
 
 def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tensor:

@@ -22,6 +22,8 @@ def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[Boun
 
 
 def _as_one(ties: Sequence[BoundTie], param_groups: ParamGroups) -> BoundTie:
+    if len(ties) == 1 and len(set(ties[0].places)) == len(ties[0].places):
+        return ties[0]
     kinds = {(place, s.dim, s.labels.shape) for tie in ties for place, s in zip(tie.places, tie.slices, strict=True)}
     # Where a parameter is tied in slices of several kinds, everything is tied entry by entry.
     by_entry = len(kinds) > len({place for place, *_ in kinds})
