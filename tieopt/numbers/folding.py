@@ -222,9 +222,11 @@ class ViewFolding:
                 row.scatter_(0, self.kept, compact)
             else:
                 row.index_copy_(0, self.kept, compact)
-        sources = grids if whole is None else [whole]
-        for run in self.index.runs:
-            write_values(grids, run, canonical(stored_leads(sources, run, workspace), run), workspace)
+        for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
+            values = canonical(stored_leads(grids if whole is None else [whole], run, workspace), run)
+            # What the values were read from has them, unless several of its entries are of one group.
+            has_them = whole is None and tile.fixed is None
+            (tile._replace(distinct=tile.distinct[1:]) if has_them else tile).write(grids, values)
 
     def _rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> list[Tensor]:
         """View the first tensor and its compact one as rows."""

@@ -103,7 +103,8 @@ class Chunk(NamedTuple):
     Attributes:
         pieces: the members, tensor by tensor, or a tile.
         size: of every group, if all are of one size and the members are sorted by group, or are tiles; else 0.
-        groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``.
+        groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``; nothing if all
+            groups are of one size.
         multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1.
         blocks: the block of each member, int64, shape ``[m]``; None if no group needs blocks.
         block_groups: the group of each block, int64, shape ``[b]``.
@@ -119,8 +120,11 @@ class Chunk(NamedTuple):
     def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each tensor, and the rows and the groups of its members."""
         assert isinstance(self.pieces, Pieces)
-        groups = self.groups.split_with_sizes(self.pieces.lengths)
-        for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups, strict=True):
+        groups = self.groups
+        if self.size:
+            groups = torch.arange(sum(self.pieces.lengths), device=groups.device) // self.size
+        groups_of_tensor = groups.split_with_sizes(self.pieces.lengths)
+        for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups_of_tensor, strict=True):
             if isinstance(rows, slice):
                 rows = torch.arange(rows.start, rows.stop, device=own_groups.device)
             yield number, rows, own_groups
@@ -501,7 +505,8 @@ def _chunk(members: Members, size: int, layout: Layout) -> Chunk:
     """
     device, groups = layout.device, members.group
     multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
-    chunk = Chunk(Pieces.of(members, device), size, groups.to(device), multiples, None, groups[:0].to(device))
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    chunk = Chunk(Pieces.of(members, device), size, nothing if size else groups.to(device), multiples, None, nothing)
     if size or not layout.double:
         return chunk
     _, counts = torch.unique_consecutive(groups, return_counts=True)
