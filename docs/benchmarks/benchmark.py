@@ -1,20 +1,15 @@
-"""Measure the cost of a tied training step, compared with the untied step and with other ways to tie weights.
+"""Measure what a training step costs with ties, without them, and with what one would write instead.
 
-``python docs/benchmarks/benchmark.py`` measures everything and writes, next to itself, the numbers
-(``results.json``), a page (``results.md``) and a figure (``results.png``). ``--quick`` tries everything with
-tiny matrices, whose numbers mean nothing; ``--render results.json`` makes the page and the figure again
-without measuring.
+``python docs/benchmarks/benchmark.py`` takes ten minutes or so and writes, next to itself, the numbers
+(``results.json``), a page (``results.md``) and a figure (``results.png``). ``--quick`` takes less than two minutes: it
+leaves out large matrices and compiled steps, and its numbers are rough. ``--render results.json`` makes the page and
+the figure again without measuring.
 
-A step is a whole training step: a linear map of a batch of 64, the mean squared error, backward, the
-optimizer's step and ``zero_grad``. A matrix ``[rows, width]`` is applied to an input ``[64, width]`` or, if it
-is tall, transposed to an input ``[64, rows]``. The output is then never longer than the shorter side, and the
-cost of forward and backward is proportional to the number of entries, like all other costs. Otherwise, 200000
-rows of 16 would have an output four times as large as the weights.
-
-Machines are noisy, so contenders take turns: each round runs each contender once, in random order, and the
+A step is a whole training step: forward, the mean of the squared outputs as loss, backward, the optimizer's step and
+``zero_grad``. Machines are noisy, so contenders take turns: each round runs each of them once, in random order, and the
 result is the median over the rounds of the ratio to the untied step of the same round.
 
-It needs matplotlib and tqdm, a C++ compiler for the compiled steps, and at most 8 GiB of memory.
+It needs matplotlib, tqdm and scikit-learn, a C++ compiler for the compiled steps, and 8 GiB of memory.
 """
 
 import argparse
@@ -23,338 +18,242 @@ import json
 import os
 import platform
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from copy import deepcopy
 from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
-
-# Deterministic matrix products need this on CUDA, which reads it when it starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from typing import Any
 
 import torch
-from contenders import (
-    CELLS,
-    COMPILED,
-    ONLY_COMPILED,
-    OPTIMIZERS,
-    OURS,
-    PEERS,
-    PROJECTIONS,
-    Cell,
-    Contender,
-    LeftOutError,
-    Problem,
-    build_problem,
-    tie,
-    untied,
-)
-from report import write_report
-from torch import Tensor, nn
+from jobs import JOBS, Job
+from report import COMPACT, COPY, FULL, TIE_WEIGHTS, UNTIED, UNTIED_FUSED, Rounds, write_report
+from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import tieopt
-from tieopt import TiedOptimizer, is_tied
+from tieopt import Tie, TiedOptimizer
 
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "AdamW foreach": partial(torch.optim.AdamW, lr=1e-4, foreach=True),
+    "AdamW fused": partial(torch.optim.AdamW, lr=1e-4, fused=True),
+    "SGD": partial(torch.optim.SGD, lr=1e-4, momentum=0.9, foreach=True),
+}
+COMPILED = "AdamW foreach"
 WARM_UP = 3
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 21
 # A buffer of this size is larger than any cache, so writing to it flushes them.
 FLUSHED_BYTES = 2**28
+
+Run = Callable[[], tuple[float, ...]]
+"""Runs a contender once, and returns its seconds, for training steps also those of the optimizer alone."""
+
+
+# --- Contenders -----------------------------------------------------------------------------------
+
+
+def timed(*parts: Callable[[], Any]) -> tuple[float, ...]:
+    """Call functions one after the other, and return the seconds of each."""
+    marks = []
+    for part in (lambda: None, *parts):
+        part()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+    return tuple(end - start for start, end in pairwise(marks))
+
+
+def training(model: nn.Module, inputs: torch.Tensor, optimizer: Optimizer, step: Callable[[], Any]) -> Run:
+    """Return a function that runs a training step."""
+
+    def run() -> tuple[float, ...]:
+        seconds = timed(lambda: model(inputs).square().mean().backward(), step, optimizer.zero_grad)
+        return sum(seconds), seconds[1]
+
+    return run
+
+
+class Bench:
+    """The contenders of a job, which all start from the same tied weights."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.job = job
+        self.start = job.model().to(device)
+        self.inputs = job.inputs().to(device)
+        self.ties = TiedOptimizer(torch.optim.SGD(self.start.parameters()), job.ties(self.start), start="first").ties
+        with torch.no_grad():
+            self.loss = float(self.start(self.inputs).square().mean())
+
+    @property
+    def tied_bytes(self) -> int:
+        """The bytes of all members."""
+        return sum(
+            int(members(part) * part.param.nbytes / part.groups.numel()) for tie in self.ties for part in tie.parts
+        )
+
+    @property
+    def distinct(self) -> float:
+        """The share of the entries that differ from each other."""
+        entries = sum(parameter.numel() for parameter in self.start.parameters())
+        return 1 - sum(map(repeated, self.ties)) / entries
+
+    def untied(self, make: Callable[..., Optimizer], *, compiled: bool = False) -> Run:
+        """Train without ties, the baseline of all ratios."""
+        return self.contender(deepcopy(self.start), make, compiled)
+
+    def instead(self, make: Callable[..., Optimizer], rewrite: Callable[[Any], None]) -> Run:
+        """Train a model that is rewritten for its ties."""
+        model = deepcopy(self.start)
+        rewrite(model)
+        return self.contender(model, make)
+
+    def tied(self, make: Callable[..., Optimizer], *, compact: bool = False, compiled: bool = False) -> Run:
+        """Train with tieopt."""
+        model = deepcopy(self.start)
+        tie = partial(TiedOptimizer, ties=self.job.ties(model), compact=compact)
+        return self.contender(model, lambda parameters: tie(make(parameters)), compiled)
+
+    def contender(self, model: nn.Module, make: Callable[..., Optimizer], compiled: bool = False) -> Run:
+        """Train a model, which must do the same as the others."""
+        with torch.no_grad():
+            loss = float(model(self.inputs).square().mean())
+        if abs(loss - self.loss) > 1e-3 * self.loss:
+            raise RuntimeError(
+                f"{self.job.title}: the loss of a contender is {loss}, that of the tied model {self.loss}"
+            )
+        optimizer = make(model.parameters())
+        return training(model, self.inputs, optimizer, torch.compile(optimizer.step) if compiled else optimizer.step)
+
+    def steps(self, optimizer: str) -> dict[str, Run]:
+        """Return all ways to train with one optimizer."""
+        make = OPTIMIZERS[optimizer]
+        return {
+            UNTIED: self.untied(make),
+            **{way: self.instead(make, rewrite) for way, rewrite in self.job.instead.items()},
+            FULL: self.tied(make),
+            COMPACT: self.tied(make, compact=True),
+        }
+
+    def compiled_steps(self) -> dict[str, Run]:
+        """Return compiled steps, and the fused one to compare them with."""
+        make = OPTIMIZERS[COMPILED]
+        return {
+            UNTIED_FUSED: self.untied(OPTIMIZERS["AdamW fused"]),
+            UNTIED: self.untied(make, compiled=True),
+            COMPACT: self.tied(make, compact=True, compiled=True),
+        }
+
+    def tyings(self) -> dict[str, Run]:
+        """Return ``tie_weights()`` for untied weights in a cold cache, and a copy of as many bytes."""
+        model = deepcopy(self.start)
+        optimizer = TiedOptimizer(torch.optim.SGD(model.parameters()), self.job.ties(model))
+        weights = [parameter.detach() for parameter in model.parameters()]
+        noise = [torch.randn_like(weight) for weight in weights]
+        source, target = torch.ones(2, self.tied_bytes // 4, device=self.inputs.device)
+        flushed = torch.ones(FLUSHED_BYTES // 4, device=self.inputs.device)
+
+        def prepared(run: Callable[[], Any]) -> tuple[float, ...]:
+            torch._foreach_copy_(weights, noise)
+            flushed.add_(1)
+            return timed(run)
+
+        return {
+            COPY: partial(prepared, partial(target.copy_, source)),
+            TIE_WEIGHTS: partial(prepared, optimizer.tie_weights),
+        }
+
+
+def members(part: Any) -> int:
+    """Return how many slices of a parameter are tied."""
+    return int((part.groups >= 0).sum())
+
+
+def repeated(tie: Tie) -> int:
+    """Return how many entries are equal to an earlier entry of their group."""
+    labels = torch.cat([part.groups.flatten() for part in tie.parts])
+    slice_size = tie.parts[0].param.numel() // tie.parts[0].groups.numel()
+    return (sum(map(members, tie.parts)) - len(labels[labels >= 0].unique())) * slice_size
 
 
 # --- Measuring ------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Marks in time, by the processor's clock or as events in the stream of the accelerator."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Set a mark now."""
-        if self.device.type == "cuda":
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        """Return the seconds between the marks, and clear the marks."""
-        synchronize(self.device)
-        pairs, self.marks = list(pairwise(self.marks)), []
-        if self.device.type == "cuda":
-            return [first.elapsed_time(second) / 1000 for first, second in pairs]
-        return [second - first for first, second in pairs]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the accelerator, outside of the timed region."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def train_step(contender: Contender, problem: Problem, clock: Clock) -> tuple[float, float]:
-    """Run one training step, and return its seconds and those of the optimizer's step."""
-    torch.use_deterministic_algorithms(contender.deterministic)
-    tall = problem.cell.rows > problem.cell.width
-    try:
-        synchronize(clock.device)
-        clock.mark()
-        outputs = [problem.inputs @ (weight if tall else weight.T) for weight in contender.weights()]
-        nn.functional.mse_loss(torch.cat(outputs), problem.target).backward()
-        del outputs
-        clock.mark()
-        contender.step()
-        clock.mark()
-        contender.optimizer.zero_grad()
-        clock.mark()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    laps = clock.laps()
-    return sum(laps), laps[1]
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Redirect stderr to nowhere, because the profiler logs its start and stop at any log level."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-class Memory(NamedTuple):
-    """The most bytes that were allocated at once, and those at the end, less those before."""
-
-    peak: int
-    kept: int
-
-
-def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory:
-    """Measure the memory that a call takes.
-
-    On the processor, the profiler reports what PyTorch's allocator hands out and takes back, including inside an
-    operation. Memory that a library allocates for itself is not counted, on either device.
-    """
-    if device.type == "cuda":
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        synchronize(device)
-        peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        return Memory(peak - before, kept - before)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with silence(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        run()
-    recorded = profiler.profiler.kineto_results.events()
-    held = peak = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"):
-        held += size
-        peak = max(peak, held)
-    # The million events of the Python loop take gigabytes, and are in reference cycles.
-    del profiler, recorded
+def take_turns(contenders: dict[str, Run], budget: float) -> list[Rounds]:
+    """Run all contenders in rounds, and return their seconds in each round, then those of the optimizer alone."""
+    for _ in range(WARM_UP):
+        start = time.perf_counter()
+        for run in contenders.values():
+            run()
+        seconds = time.perf_counter() - start
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
+    names, generator = list(contenders), torch.Generator().manual_seed(0)
     gc.collect()
-    return Memory(peak, held)
-
-
-def count_bytes(state: Any) -> int:
-    """Return the bytes of all tensors in a nested state."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    if isinstance(state, dict):
-        return sum(map(count_bytes, state.values()))
-    return sum(map(count_bytes, state)) if isinstance(state, (list, tuple)) else 0
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of an error's message, for a note under a table."""
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return first if isinstance(error, LeftOutError) else f"{type(error).__name__}: {first[:150]}"
-
-
-def rounded(seconds: float) -> float:
-    """Round to four digits, more than are significant."""
-    return float(f"{seconds:.4g}")
-
-
-def interleave(plan: dict[str, int], generator: torch.Generator) -> Iterable[str]:
-    """Yield who runs when: in each round, all contenders that have rounds left, in random order."""
-    for turn in range(max(plan.values())):
-        names = [name for name, rounds in plan.items() if turn < rounds]
-        yield from (names[i] for i in torch.randperm(len(names), generator=generator).tolist())
-
-
-def measure_steps(cell: Cell, optimizer: str, args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
-    """Measure all contenders with one optimizer: the seconds of each round, peak memory and state."""
-    problem, clock = build_problem(cell, args.device), Clock(args.device)
-    builders = {"untied": untied, **PEERS, **OURS, **(ONLY_COMPILED if args.compile and optimizer == COMPILED else {})}
-    contenders: dict[str, Contender] = {}
-    plan: dict[str, int] = {}
-    measured: dict[str, dict[str, Any]] = {}
-    left_out: dict[str, str] = {}
-    for name, build in builders.items():
-        note(f"{cell.name}, {optimizer}: {name}")
-        torch._dynamo.utils.counters.clear()
-        try:
-            if name != "untied" and "untied" not in contenders:
-                raise LeftOutError("nothing to compare it with")
-            contender = build(problem, OPTIMIZERS[optimizer])
-            seconds = 0.0
-            for _ in range(WARM_UP):
-                seconds = train_step(contender, problem, clock)[0]
-                if seconds > args.limit and "compiled" not in name:
-                    raise LeftOutError(f"a step takes {seconds:.0f} s, more than the {args.limit:g} s of --limit")
-                if seconds > 1 and "compiled" not in name:
-                    break
-            memory = measure_memory(partial(train_step, contender, problem, clock), args.device)
-        except Exception as error:
-            left_out[name] = reason(error)
-            continue
-        contenders[name] = contender
-        plan[name] = min(max(int(args.budget / seconds), FEWEST_ROUNDS), args.rounds)
-        measured[name] = {"step": [], "optimizer": [], "peak": memory.peak}
-        measured[name]["state"] = count_bytes(contender.optimizer.state_dict()["state"])
-        if "compiled" in name:
-            measured[name]["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
-
-    if contenders:
-        plan["untied"] = max(plan.values())
-        gc.collect()
-        gc.disable()
-        for name in interleave(plan, torch.Generator().manual_seed(0)):
-            note(f"{cell.name}, {optimizer}: rounds")
-            seconds, alone = train_step(contenders[name], problem, clock)
-            measured[name]["step"].append(rounded(seconds))
-            measured[name]["optimizer"].append(rounded(alone))
-        gc.enable()
-    for name in contenders:
-        if not name.startswith("untied") and not all(map(is_tied, contenders[name].weights(), problem.labels)):
-            del measured[name]
-            left_out[name] = "its weights are not tied after the last step"
-    return {"cell": cell.name, "optimizer": optimizer, "contenders": measured, "left_out": left_out}
-
-
-def tie_weights_of(
-    params: Sequence[Tensor], problem: Problem, compact: bool, keep: Callable[[TiedOptimizer], None]
-) -> None:
-    """Call ``tie_weights()`` for the first time, and pass the optimizer to ``keep`` with everything that it caches."""
-    optimizer = tie(torch.optim.SGD(params), params, problem, compact)
-    optimizer.tie_weights()
-    keep(optimizer)
-
-
-def measure_projections(cell: Cell, args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
-    """Measure ``tie_weights()`` on untied weights with cold caches, and a copy of the same number of bytes."""
-    problem, clock = build_problem(cell, args.device), Clock(args.device)
-    kept_random = [torch.randn_like(weight) for weight in problem.weights()]
-    buffer = torch.ones(FLUSHED_BYTES // 4, device=args.device)
-    source, target = torch.ones(2, problem.tied_bytes // 4, device=args.device)
-
-    def prepared(params: Sequence[Tensor], run: Callable[[], Any]) -> float:
-        with torch.no_grad():
-            for param, random in zip(params, kept_random[: len(params)], strict=True):
-                param.copy_(random)
-        buffer.add_(1)
-        synchronize(args.device)
-        clock.mark()
-        run()
-        clock.mark()
-        return clock.laps()[0]
-
-    runs: dict[str, Callable[[], float]] = {"copy": partial(prepared, (), lambda: target.copy_(source))}
-    measured: dict[str, dict[str, Any]] = {"copy": {"seconds": [], "peak": 0, "kept": 0}}
-    left_out: dict[str, str] = {}
-    for name in PROJECTIONS:
-        note(f"{cell.name}, tie_weights: {name}")
-        try:
-            if "compiled" in name and not args.compile:
-                raise LeftOutError("--no-compile")
-            params = problem.weights()
-            optimizers: list[TiedOptimizer] = []
-            make = partial(tie_weights_of, params, problem, "compact" in name, optimizers.append)
-            kept = measure_memory(make, args.device).kept
-            project = optimizers[0].tie_weights
-            run = partial(prepared, params, torch.compile(project) if "compiled" in name else project)
-            for _ in range(WARM_UP):
-                run()
-            peak = kept + measure_memory(run, args.device).peak
-            if not all(map(is_tied, params, problem.labels)):
-                raise LeftOutError("the weights are not tied after it")
-        except Exception as error:
-            left_out[name] = reason(error)
-            continue
-        measured[name] = {"seconds": [], "peak": peak, "kept": kept}
-        runs[name] = run
-    for name in interleave(dict.fromkeys(runs, args.rounds), torch.Generator().manual_seed(0)):
-        measured[name]["seconds"].append(rounded(runs[name]()))
-    return {"cell": cell.name, "contenders": measured, "left_out": left_out}
+    gc.disable()
+    for _ in range(min(max(int(budget / seconds), FEWEST_ROUNDS), MOST_ROUNDS)):
+        for i in torch.randperm(len(names), generator=generator).tolist():
+            measured[names[i]].append(contenders[names[i]]())
+    gc.enable()
+    kinds = len(measured[names[0]][0])
+    return [{name: [float(f"{r[i]:.4g}") for r in rounds] for name, rounds in measured.items()} for i in range(kinds)]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the versions that the numbers were measured with."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    processor = models[0] if models else platform.processor() or platform.machine()
     return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "tieopt": tieopt.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tieopt": tieopt.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
-def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Measure everything that was asked for, and write the file after each part."""
-    cells = [cell.quick() if args.quick else cell for cell in CELLS if cell.name in args.cells]
-    results: dict[str, Any] = {
-        "machine": describe_machine(args.device),
-        "settings": {
-            "quick": args.quick,
-            "rounds": args.rounds,
-            "budget": args.budget,
-            "limit": args.limit,
-            "peers": list(PEERS),
-            "compiled_with": COMPILED,
-        },
-        "cells": {},
-        "steps": [],
-        "tie_weights": [],
+def measure_job(job: Job, args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
+    """Measure the steps of one job, and its ``tie_weights()``."""
+    note(job.title)
+    bench = Bench(job, args.device)
+    budget = 0.3 if args.quick else 2.5
+    measured: dict[str, Any] = {
+        "title": job.title,
+        "kind": job.kind,
+        "in_front": job.in_front,
+        "distinct": bench.distinct,
+        "tied_bytes": bench.tied_bytes,
+        "tie_weights": take_turns(bench.tyings(), budget)[0],
+        "steps": {},
     }
-    with tqdm(total=len(cells) * (1 + len(args.optimizers)), unit="part", disable=None) as progress:
-        for cell in cells:
-            problem = build_problem(cell, torch.device("cpu"))
-            about = {"title": cell.title, "kept": problem.kept, "tied_bytes": problem.tied_bytes}
-            results["cells"][cell.name] = asdict(cell) | about
-            del problem
-            for optimizer in (None, *args.optimizers):
-                # The next part does not use the compiled code of the last one.
-                torch._dynamo.reset()
-                if optimizer is None:
-                    results["tie_weights"].append(measure_projections(cell, args, progress.set_description))
-                else:
-                    results["steps"].append(measure_steps(cell, optimizer, args, progress.set_description))
-                text = json.dumps(results, indent=1, default=str)
-                numbers_on_one_line = re.sub(r"\[[^][{}\"]*\]", lambda match: " ".join(match[0].split()), text)
-                path.write_text(numbers_on_one_line + "\n", encoding="utf-8")
-                progress.update()
+    for optimizer in args.optimizers:
+        note(f"{job.title}: {optimizer}")
+        measured["steps"][optimizer] = take_turns(bench.steps(optimizer), budget)[0]
+    if job.compiled and not args.quick:
+        note(f"{job.title}: compiled")
+        torch._dynamo.reset()
+        whole, alone = take_turns(bench.compiled_steps(), budget)
+        measured["compiled"] = {"whole step": whole, "optimizer step": alone}
+    return measured
+
+
+def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Measure all jobs that were asked for, and write the file after each."""
+    results: dict[str, Any] = {"quick": args.quick, "machine": describe_machine(args.device), "jobs": []}
+    jobs = [job for job in JOBS if args.jobs in job.title and not (args.quick and (job.large or not job.in_front))]
+    with tqdm(jobs, unit="job", disable=None) as progress:
+        for job in progress:
+            results["jobs"].append(measure_job(job, args, progress.set_description))
+            text = json.dumps(results, indent=1)
+            rounds_on_one_line = re.sub(r"\[[^][{}\"]*\]", lambda match: "".join(match[0].split()), text)
+            path.write_text(rounds_on_one_line + "\n", encoding="utf-8")
     return results
 
 
@@ -362,40 +261,20 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse what to measure, and for how long."""
-    parser = argparse.ArgumentParser(description="Compare tied training steps with untied ones.")
-    names = [cell.name for cell in CELLS]
-    parser.add_argument("--cells", nargs="+", choices=names, default=names, metavar="CELL", help=f"some of {names}")
+    """Parse what to measure."""
+    here = Path(__file__).resolve().parent
+    names = list(OPTIMIZERS)
+    parser = argparse.ArgumentParser(description="Measure what a training step costs with ties.")
+    parser.add_argument("--quick", action="store_true", help="small jobs and few rounds: the numbers are rough")
+    parser.add_argument("--jobs", default="", metavar="TEXT", help="only jobs with this text in their titles")
     parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
-        metavar="OPTIMIZER",
-        help=f"some of {list(OPTIMIZERS)}",
+        "--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=f"some of {names}"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="how often each contender runs (default: 15)")
-    parser.add_argument("--budget", type=float, default=10, help="seconds for each, at least 3 rounds (default: 10)")
-    parser.add_argument("--limit", type=float, default=20, help="skip contenders with longer steps (default: 20 s)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (the default) or cuda")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled steps as well"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny matrices, few rounds: the numbers mean nothing")
-    parser.add_argument("--render", type=Path, metavar="JSON", help="make the page from this file, without measuring")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        help="the folder to write to (default: that of this script)",
-    )
-    args = parser.parse_args()
-    if args.quick:
-        args.rounds = min(args.rounds, 5)
-    if args.rounds < FEWEST_ROUNDS:
-        parser.error(f"--rounds must be at least {FEWEST_ROUNDS}, for quartiles")
-    return args
+    parser.add_argument("--output", type=Path, default=here, help="folder to write to (default: that of this script)")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="make the page of this file, without measuring")
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -1,16 +1,26 @@
 """The page and the figure of what ``benchmark.py`` measured; ``benchmark.py --render`` makes them without measuring."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs import FORMULA, INDEX, ONE, SELECT
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-Entry = dict[str, Any]
-MIB = 2**20
+UNTIED, FULL, COMPACT, UNTIED_FUSED = "untied", "tieopt", "tieopt compact", "untied fused"
+COPY, TIE_WEIGHTS = "copy", "tie_weights()"
+
+ORDER = (UNTIED, UNTIED_FUSED, ONE, FORMULA, SELECT, INDEX, FULL, COMPACT, COPY, TIE_WEIGHTS)
+
+Rounds = dict[str, list[float]]
+"""For each contender, its seconds in each round."""
+
+Job = dict[str, Any]
+"""What was measured for a job."""
 
 
 class Quartiles(NamedTuple):
@@ -20,106 +30,22 @@ class Quartiles(NamedTuple):
     median: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
-def compare(entry: Entry, name: str, base: str, key: str = "step") -> Quartiles | None:
-    """Return the ratios of the times of two contenders in the same round, or None if one was not measured."""
-    mine, theirs = (entry["contenders"].get(contender, {}).get(key) for contender in (name, base))
-    if not mine or not theirs:
-        return None
-    # A slow contender takes part in the first rounds only.
-    ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
+
+def compare(rounds: Rounds, name: str, base: str) -> Quartiles:
+    """Return the ratios of the seconds of two contenders in the same round."""
+    ratios = [a / b for a, b in zip(rounds[name], rounds[base], strict=True)]
     return Quartiles(*statistics.quantiles(ratios, n=4, method="inclusive"))
 
 
-# --- The targets ----------------------------------------------------------------------------------
+def ratio(rounds: Rounds, *names: str) -> float | None:
+    """Return the median ratio to the untied step, the lowest of the contenders of these names that were measured."""
+    return min((compare(rounds, name, UNTIED).median for name in names if name in rounds), default=None)
 
 
-class Target(NamedTuple):
-    """An upper limit for some values, which are named by where they were measured."""
-
-    text: str
-    limit: float
-    values: dict[str, float]
-    unit: str = ""
-
-    @property
-    def row(self) -> list[str]:
-        """The row of the table of targets."""
-        if not self.values:
-            return [self.text, "not measured", ""]
-        worst = max(self.values, key=lambda where: self.values[where])
-        missed = sum(value > self.limit for value in self.values.values())
-        verdict = f"**missed** in {missed} of {len(self.values)}" if missed else f"met in all {len(self.values)}"
-        return [self.text, verdict, f"{self.values[worst]:.2f}{self.unit}: {worst}"]
-
-
-def medians(entries: Iterable[Entry], name: str, *bases: str, key: str = "step") -> dict[str, float]:
-    """Return the median ratios of a contender to each of the bases, wherever both were measured."""
-    found = {}
-    for entry in entries:
-        where = ", ".join(filter(None, (entry["cell"], entry.get("optimizer"))))
-        for base in bases:
-            if quartiles := compare(entry, name, base, key):
-                found[where + (f", vs {base}" if len(bases) > 1 else "")] = quartiles.median
-    return found
-
-
-def list_targets(results: dict[str, Any]) -> list[Target]:
-    """Return all targets, with the values that were measured."""
-    settings, steps = results["settings"], results["steps"]
-
-    def where(holds: Callable[[dict[str, Any]], bool], entries: Iterable[Entry] = steps) -> list[Entry]:
-        return [entry for entry in entries if holds(results["cells"][entry["cell"]])]
-
-    halved = where(lambda cell: cell["kept"] <= 0.5)
-    foreach, fused = ([e for e in halved if e["optimizer"].endswith(kind)] for kind in ("foreach", "fused"))
-    compiled = [entry for entry in steps if entry["optimizer"] == settings["compiled_with"]]
-    pairs, larger = where(lambda cell: cell["size"] == 2, compiled), where(lambda cell: cell["size"] != 2, compiled)
-    many = where(lambda cell: cell["parameters"] > 1)
-    # Rows of 512 and more. Quick runs have only smaller ones, and show the targets all the same.
-    least = 0 if settings["quick"] else 512
-    wide = where(lambda cell: cell["size"] and cell["width"] >= least, results["tie_weights"])
-    extra = {e["cell"]: e["contenders"]["tieopt"]["peak"] / MIB for e in wide if "tieopt" in e["contenders"]}
-    states = {
-        f"{entry['cell']}, {entry['optimizer']}": both["tieopt compact"]["state"] / both["index_select"]["state"]
-        for entry in steps
-        if (both := entry["contenders"]).keys() >= {"tieopt compact", "index_select"}
-    }
-
-    copies = "copies of the tied bytes, for rows of 512 and more"
-    compact, alone = "tieopt compact", "the optimizer step alone at most"
-    halving = "where the ties halve the entries"
-    return [
-        Target(f"`tie_weights()`: at most 3 {copies}", 3, medians(wide, "tieopt", "copy", key="seconds")),
-        Target(
-            f"`tie_weights()`, compiled: at most 1.6 {copies}",
-            1.6,
-            medians(wide, "tieopt compiled", "copy", key="seconds"),
-        ),
-        Target("`tie_weights()`: at most 16 MiB of extra memory", 16, extra, " MiB"),
-        Target("tieopt: faster than the loop and `w[idx]`", 1, medians(steps, "tieopt", "loop", "w[idx]")),
-        Target("compact: faster than all other ways to tie", 1, medians(steps, compact, *settings["peers"])),
-        Target(
-            f"compact: at most 1.0 times the untied foreach step, {halving}", 1, medians(foreach, compact, "untied")
-        ),
-        Target(f"compact: at most 1.2 times the untied fused step, {halving}", 1.2, medians(fused, compact, "untied")),
-        Target("compact: the optimizer's state no larger than with `index_select`", 1, states),
-        Target(
-            f"compact, compiled: {alone} 1.0 times the untied fused one, for groups of 4 and more",
-            1,
-            medians(larger, "tieopt compact compiled", "untied fused", key="optimizer"),
-        ),
-        Target(
-            f"compact, compiled: {alone} 1.3 times the untied fused one, for pairs",
-            1.3,
-            medians(pairs, "tieopt compact compiled", "untied fused", key="optimizer"),
-        ),
-        Target("tieopt: 200 parameters at most 1.5 times the untied step", 1.5, medians(many, "tieopt", "untied")),
-        Target("compact: 200 parameters at most 1.5 times the untied step", 1.5, medians(many, compact, "untied")),
-    ]
-
-
-# --- The tables -----------------------------------------------------------------------------------
+# --- The first table ------------------------------------------------------------------------------
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
@@ -128,133 +54,224 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = Tr
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows))
 
 
-def spread(quartiles: Quartiles | None) -> str:
-    """Format a median with its quartiles."""
-    return f"{quartiles.median:.2f} ({quartiles.low:.2f}-{quartiles.high:.2f})" if quartiles else ""
+COLUMNS = {
+    FULL: (FULL,),
+    COMPACT: (COMPACT,),
+    "one Parameter, or a formula": (ONE, FORMULA),
+    "an indexed parameter": (SELECT, INDEX),
+}
 
 
-def time_table(entries: Sequence[Entry], base: str, key: str) -> str:
-    """Return a table with a row for each cell: the base in milliseconds, the others as ratios to it."""
-    names = [name for name in column_names(entries) if name != base]
+def front_row(job: Job) -> list[str]:
+    """Return the row of a job, with the fastest tied step in bold for each optimizer."""
+    steps = job["steps"].values()
+    ways = {name for names in COLUMNS.values() for name in names}
+
+    def shown(names: Sequence[str]) -> str:
+        values = [ratio(rounds, *names) for rounds in steps]
+        fastest = [ratio(rounds, *ways) for rounds in steps]
+        texts = [f"**{a:.2f}**" if a == b else f"{a:.2f}" for a, b in zip(values, fastest, strict=True) if a]
+        return " / ".join(texts)
+
+    untied = " / ".join(f"{1000 * statistics.median(rounds[UNTIED]):.3g}" for rounds in steps)
+    return [job["title"], untied, *map(shown, COLUMNS.values())]
+
+
+def median_row(jobs: Sequence[Job], optimizers: Sequence[str]) -> list[str]:
+    """Return the row of the medians over all jobs, for the two modes of tieopt."""
+    medians = [
+        " / ".join(f"{statistics.median(ratio(job['steps'][o], name) for job in jobs):.2f}" for o in optimizers)
+        for name in (FULL, COMPACT)
+    ]
+    return ["*median of these jobs*", "", *medians, "", ""]
+
+
+# --- Details --------------------------------------------------------------------------------------
+
+
+def details(measured: dict[str, Rounds], base: str) -> str:
+    """Return a table with a row for each job: the base in milliseconds, the others as ratios to it."""
+    found = {name for rounds in measured.values() for name in rounds}
+    names = [name for name in ORDER if name in found and name != base]
     return table(
-        ["cell", f"{base}, ms", *names],
+        ["job", f"{base}, ms", *names],
         (
             [
-                entry["cell"],
-                f"{1000 * statistics.median(entry['contenders'][base][key]):.3g}",
-                *(spread(compare(entry, name, base, key)) for name in names),
+                title,
+                f"{1000 * statistics.median(rounds[base]):.3g}",
+                *(str(compare(rounds, name, base)) if name in rounds else "" for name in names),
             ]
-            for entry in entries
-            if base in entry["contenders"]
+            for title, rounds in measured.items()
         ),
     )
 
 
-def memory_table(entries: Sequence[Entry], key: str) -> str:
-    """Return a table in MiB, with a row for each cell."""
-    names = column_names(entries)
-
-    def shown(entry: Entry, name: str) -> str:
-        contender = entry["contenders"].get(name)
-        return f"{contender[key] / MIB:.3g}" if contender else ""
-
-    return table(["cell", *names], ([entry["cell"], *(shown(entry, name) for name in names)] for entry in entries))
+# --- Targets --------------------------------------------------------------------------------------
 
 
-def column_names(entries: Iterable[Entry]) -> list[str]:
-    """Return every contender that was measured anywhere."""
-    return list(dict.fromkeys(name for entry in entries for name in entry["contenders"]))
+class Target(NamedTuple):
+    """An upper limit for the values of some jobs, each named by where it was measured."""
+
+    text: str
+    limit: float
+    values: dict[str, dict[str, float]]
+
+    @property
+    def row(self) -> list[str]:
+        """The row of the table of targets, with the largest miss of each job, the worst first."""
+        values = [value for job in self.values.values() for value in job.values()]
+        if not values:
+            return [self.text, "not measured", ""]
+        worst = [
+            (*max((value, where) for where, value in job.items()), title) for title, job in self.values.items() if job
+        ]
+        misses = [
+            f"{value:.2f} {title}" + (f" ({where})" if where else "")
+            for value, where, title in sorted(worst, reverse=True)
+            if value > self.limit
+        ]
+        missed = sum(value > self.limit for value in values)
+        verdict = f"**missed** in {missed} of {len(values)}" if missed else f"met in all {len(values)}"
+        return [self.text, verdict, "<br>".join(misses)]
 
 
-def notes(entries: Sequence[Entry], rounds: int) -> str:
-    """List the contenders that were left out and why, that ran fewer rounds, and that had graph breaks."""
-    said: dict[str, list[str]] = {}
-    for entry in entries:
-        for name, why in entry["left_out"].items():
-            said.setdefault(f"{name} is left out: {why}", []).append(entry["cell"])
-        for name, contender in entry["contenders"].items():
-            measured = len(contender.get("step", range(rounds)))
-            if measured < rounds:
-                said.setdefault(f"{name}: {measured} rounds", []).append(entry["cell"])
-            if breaks := contender.get("graph_breaks"):
-                said.setdefault(f"{name}: {breaks} graph breaks", []).append(entry["cell"])
-    everywhere = len({entry["cell"] for entry in entries})
-    return "\n".join(
-        f"- {text} ({'all cells' if len(cells) == everywhere > 1 else ', '.join(cells)})"
-        for text, cells in said.items()
-    )
+def list_targets(jobs: Sequence[Job]) -> list[Target]:
+    """Return all targets, with the values that were measured."""
+
+    def steps(kinds: str, name: str, *bases: str, only: str = "") -> dict[str, dict[str, float]]:
+        return {
+            job["title"]: {
+                optimizer + (f", vs {base}" if len(bases) > 1 else ""): compare(rounds, name, base).median
+                for optimizer, rounds in job["steps"].items()
+                for base in bases
+                if base in rounds and only in optimizer
+            }
+            for job in jobs
+            if job["kind"] in kinds.split()
+        }
+
+    copies = {
+        job["title"]: {"": compare(job["tie_weights"], TIE_WEIGHTS, COPY).median}
+        for job in jobs
+        if job["kind"] == "joined"
+    }
+    compiled = {
+        job["title"]: {"": compare(job["compiled"]["optimizer step"], COMPACT, UNTIED_FUSED).median}
+        for job in jobs
+        if "compiled" in job
+    }
+    ways = (ONE, FORMULA, SELECT, INDEX)
+    return [
+        Target("joined parameters: `tie_weights()` at most 3 copies of the members", 3, copies),
+        Target("joined parameters: tieopt at most 1.15 times the untied step", 1.15, steps("joined", FULL, UNTIED)),
+        Target("joined parameters: compact at most 1.05 times one Parameter", 1.05, steps("joined", COMPACT, ONE)),
+        Target("patterns: compact ahead of the formula and the index", 1, steps("pattern", COMPACT, FORMULA, SELECT)),
+        Target(
+            "patterns, transposed: tieopt at most 1.5 times the untied foreach step",
+            1.5,
+            steps("pattern transposed", FULL, UNTIED, only="foreach"),
+        ),
+        Target("single elements: compact ahead of the indices", 1, steps("elements", COMPACT, SELECT, INDEX)),
+        Target(
+            "512 x 512 and 200 parameters: tieopt at most 1.15 times the untied AdamW step",
+            1.15,
+            steps("small", FULL, UNTIED, only="AdamW"),
+        ),
+        Target("512 x 512 and 200 parameters: compact ahead of the indices", 1, steps("small", COMPACT, *ways)),
+        Target("large rows: tieopt at most 1.96 times the untied step", 1.96, steps("rows", FULL, UNTIED)),
+        Target("large rows: compact ahead of the indices", 1, steps("rows", COMPACT, *ways)),
+        Target("compiled: compact at most 1.0 times the untied fused optimizer step", 1, compiled),
+    ]
 
 
 # --- The page -------------------------------------------------------------------------------------
 
+QUICK = (
+    "> **A quick run: few rounds, and neither large matrices nor compiled steps. The numbers are rough;** those of a\n"
+    "> single job can be off by a third."
+)
+
+FRONT = """\
+Each number says how many times as long a training step takes as the step of the same model without ties: 1.10 is a
+tenth more, 0.90 a tenth less. The fastest way to tie is **bold**. The numbers of a cell are, in this order, for
+{optimizers}."""
+
+OWN_MODEL = """\
+**Your own model.** Find the job that is tied most like it. The batches here are small, so ties weigh more than in most
+models. tieopt works in `optimizer.step()` alone, so what it adds does not depend on the batch: take the milliseconds,
+(ratio - 1) times the untied step, scale them with the number of tied entries, and add them to your own step.
+
+- *tieopt* is `TiedOptimizer(optimizer, ties)`, and *compact* the same with `compact=True`. The model is unchanged.
+- *One Parameter* is used in several places, `b.weight = a.weight`, or transposed in the decoder of the autoencoder. It
+  can share only whole parameters, and is the cheapest way to do so.
+- *A formula* computes the weight in each forward pass from a parameter of its own size, such as
+  `w.triu() + w.triu(1).T`.
+- *An indexed parameter* has only the distinct entries, and `w[idx]` or `w.index_select(0, idx)` makes the weight from
+  them in each forward pass; the faster of the two is shown."""
+
 HOW = """\
 Written by `python docs/benchmarks/benchmark.py`.
 
-- A step is a whole training step: a linear map of a batch of 64, the mean squared error, backward, the
-  optimizer's step and `zero_grad`. A tall matrix is applied to an input as long as its columns, so that the cost of
-  forward and backward is proportional to its number of entries, like all other costs.
-- Contenders take turns: each of up to {rounds} rounds runs each of them once, in random order. Ratios are
-  medians, with quartiles, of the ratios to the untied step *of the same round*. A contender that needs more than
-  {budget:g} seconds for all its rounds runs fewer, but at least 3. One that needs more than {limit:g} seconds for a
-  step is left out.
-- *loop* gathers the rows of a group, averages them and writes them back, group by group: gradients before the
-  step, weights after it. *torch.cat*, *w[idx]* and *index_select* build the weight in each forward pass, from a
-  parameter with one slice for each group and each free slice. Their optimizer step alone therefore has none of the
-  cost of their ties, while that of the loop and of tieopt has all of it.
-- *deterministic* is the whole step under `torch.use_deterministic_algorithms(True)`, compared with an untied step
-  without it. *compiled* is `torch.compile(optimizer.step)`, or `torch.compile(optimizer.tie_weights)`.
-- Extra memory is the most that PyTorch's allocator had handed out at once, less what it had handed out before: on
-  the processor from the events of `torch.profiler`, on CUDA from `torch.cuda.max_memory_allocated`. The state of
-  the optimizer is all tensors in the `"state"` of its `state_dict()`.
-- `tie_weights()` runs on weights that are not tied, with cold caches, and is compared with `copy_` between two
-  buffers of as many bytes as all members. Memory that tieopt keeps between calls is counted there only."""
+- A step is a whole training step: forward, the mean of the squared outputs as loss, backward, the optimizer's step and
+  `zero_grad`. The batch has 64 rows; for the transformers 4 sequences of 64. A tall matrix is applied transposed, so
+  that the cost of forward and backward is proportional to its number of entries, like all other costs.
+- Contenders start from the same tied weights and have the same loss. They take turns: each of 5 to 21 rounds runs each
+  of them once, in random order. Ratios are medians, with quartiles in the details, of the ratios to the untied step *of
+  the same round*.
+- SGD has a momentum of 0.9 and `foreach=True`. On a CPU, torch uses `foreach` and `fused` only if they are asked for.
+- Formulas: symmetric `w.triu() + w.triu(1).T`, antisymmetric `w.triu(1) - w.triu(1).T`; the others are the mean of `w`
+  and its images. Formulas and indices are computed without the overhead of `torch.nn.utils.parametrize`.
+- The transformers have width 256, 4 heads and 1024 hidden units; the one with tied embedding and head has two layers
+  and 8192 tokens. Elements and rows are assigned to groups at random, the hashed layer has signs as in HashedNets."""
 
-QUICK = "> **A quick run with tiny matrices and few rounds: the numbers mean nothing.**"
+COMPILED = """\
+`torch.compile(optimizer.step)` with AdamW foreach, as a ratio to the untied fused step without a compiler. The forward
+and backward passes are not compiled."""
+
+TYING = "Tying weights that are not tied, as a ratio to a copy of as many bytes as all members have, with cold caches."
 
 
 def page(results: dict[str, Any]) -> str:
     """Return the page in markdown."""
-    settings, projections = results["settings"], results["tie_weights"]
-    cells = (
-        [name, cell["title"], f"{cell['kept']:.1%}", f"{cell['tied_bytes'] / MIB:.3g}"]
-        for name, cell in results["cells"].items()
+    machine, jobs = results["machine"], results["jobs"]
+    optimizers = list(jobs[0]["steps"])
+    front = [job for job in jobs if job["in_front"]]
+    measured = (
+        f"Measured with **tieopt {machine['tieopt']}** and **torch {machine['torch']}** on {machine['device']}, "
+        f"{machine['threads']} of {machine['cores']} cores, {machine['date']}."
     )
+    compiled = [job for job in jobs if "compiled" in job]
     parts = [
-        "# Benchmarks",
-        QUICK if settings["quick"] else "",
-        "The cost of a tied training step, compared with the untied step and with other ways to tie weights.",
+        "# Benchmark: what a step costs",
+        measured,
+        QUICK if results["quick"] else "",
         "![Time of a training step as a ratio to the untied one](results.png)",
-        "## Targets",
-        table(["target", "verdict", "worst"], (target.row for target in list_targets(results)), numbers=False),
-        "## Machine",
-        table(["", ""], ([key, str(value)] for key, value in results["machine"].items()), numbers=False),
-        "## How it was measured",
-        HOW.format(**settings),
-        table(["cell", "parameters and ties", "distinct entries", "tied MiB"], cells),
+        FRONT.format(optimizers=", ".join(optimizers)),
+        table(["job", "untied, ms", *COLUMNS], [*map(front_row, front), median_row(front, optimizers)]),
+        OWN_MODEL,
+        "## Details",
+        "Whole training steps as ratios to the untied one: the median, and the quartiles in brackets.",
     ]
-    for optimizer in dict.fromkeys(entry["optimizer"] for entry in results["steps"]):
-        entries = [entry for entry in results["steps"] if entry["optimizer"] == optimizer]
-        parts += [
-            f"## {optimizer}",
-            "Whole training step, as a ratio to the untied one:",
-            time_table(entries, "untied", "step"),
-            "Optimizer step alone, as a ratio to the untied one:",
-            time_table(entries, "untied", "optimizer"),
-            "Extra memory during the training step, MiB:",
-            memory_table(entries, "peak"),
-            "State of the optimizer, MiB:",
-            memory_table(entries, "state"),
-            notes(entries, settings["rounds"]),
-        ]
+    for optimizer in optimizers:
+        parts += [f"### {optimizer}", details({job["title"]: job["steps"][optimizer] for job in jobs}, UNTIED)]
+    parts += ["### Compiled steps", COMPILED] if compiled else []
+    for part in ("whole step", "optimizer step") if compiled else ():
+        rounds = {job["title"]: job["compiled"][part] for job in compiled}
+        parts += [f"The {part}:", details(rounds, UNTIED_FUSED)]
     parts += [
-        "## `tie_weights()`",
-        "As a ratio to a plain copy of the tied bytes:",
-        time_table(projections, "copy", "seconds"),
-        "Extra memory during the call, including what was kept since the ties were made, MiB:",
-        memory_table(projections, "peak"),
-        "Of that, kept between calls (labels, indices and workspace), MiB:",
-        memory_table(projections, "kept"),
-        notes(projections, settings["rounds"]),
+        "### `tie_weights()`",
+        TYING,
+        details({job["title"]: job["tie_weights"] for job in jobs}, COPY),
+        "## How it was measured",
+        HOW,
+        table(
+            ["job", "distinct entries", "tied MiB"],
+            ([job["title"], f"{job['distinct']:.1%}", f"{job['tied_bytes'] / 2**20:.3g}"] for job in jobs),
+        ),
+        table(["machine", ""], ([key, str(value)] for key, value in machine.items()), numbers=False),
+        "## Targets and misses",
+        "What the library aims at, and the largest miss of each job. *Ahead* is a ratio of at most 1.",
+        table(["target", "verdict", "misses"], (target.row for target in list_targets(jobs)), numbers=False),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -263,68 +280,60 @@ def page(results: dict[str, Any]) -> str:
 
 # Colour and marker. The markers of tieopt are filled, the others open.
 STYLES = {
-    "loop": ("#777777", "v"),
-    "torch.cat": ("#CC79A7", "^"),
-    "w[idx]": ("#E69F00", "s"),
-    "index_select": ("#009E73", "D"),
-    "tieopt": ("#0072B2", "o"),
-    "tieopt compact": ("#D55E00", "o"),
+    ONE: ("#777777", "v"),
+    FORMULA: ("#CC79A7", "^"),
+    INDEX: ("#E69F00", "s"),
+    SELECT: ("#009E73", "D"),
+    FULL: ("#0072B2", "o"),
+    COMPACT: ("#D55E00", "o"),
 }
 
 
-def draw_ratios(axes: Axes, entries: Sequence[Entry], cells: Sequence[str]) -> None:
-    """Draw the median and quartiles of each contender in each cell; contenders of a cell are below each other."""
-    for number, (name, (color, marker)) in enumerate(STYLES.items()):
-        offset = (number - (len(STYLES) - 1) / 2) * 0.12
-        for entry in entries:
-            if quartiles := compare(entry, name, "untied"):
-                y = cells.index(entry["cell"]) + offset
-                axes.hlines(y, quartiles.low, quartiles.high, color=color, linewidth=1.5)
-                face = color if "tieopt" in name else "white"
-                axes.plot(quartiles.median, y, marker, color=color, markerfacecolor=face, markersize=5.5)
+def draw_marker(axes: Axes, name: str, x: Sequence[float], y: Sequence[float], **options: Any) -> list[Any]:
+    """Draw a contender in its style."""
+    color, marker = STYLES[name]
+    face = color if "tieopt" in name else "white"
+    return axes.plot(x, y, marker, color=color, markerfacecolor=face, markersize=6, **options)
+
+
+def draw_ratios(axes: Axes, jobs: Sequence[Job], optimizer: str) -> None:
+    """Draw the median of each contender in the line of its job."""
+    for y, job in enumerate(jobs):
+        rounds = job["steps"][optimizer]
+        axes.axhline(y, color="#e4e4e4", linewidth=0.8, zorder=0)
+        for name in STYLES:
+            if name in rounds:
+                draw_marker(axes, name, [compare(rounds, name, UNTIED).median], [y])
     axes.axvline(1, color="black", linewidth=1, zorder=0)
-    for y in range(1, len(cells)):
-        axes.axhline(y - 0.5, color="#e4e4e4", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator())
-    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(entries[0]["optimizer"], loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(optimizer, loc="left", fontsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
 def figure(results: dict[str, Any]) -> Figure:
-    """Draw a panel for each optimizer, with a line for each cell."""
-    cells, optimizers = list(results["cells"]), list(dict.fromkeys(e["optimizer"] for e in results["steps"]))
-    drawn = Figure(figsize=(3 + 2.6 * len(optimizers), 1.6 + 0.62 * len(cells)), layout="constrained")
+    """Draw a panel for each optimizer, with a line for each job of the first table."""
+    jobs = [job for job in results["jobs"] if job["in_front"]]
+    optimizers = list(jobs[0]["steps"])
+    drawn = Figure(figsize=(3.4 + 2.8 * len(optimizers), 1.4 + 0.42 * len(jobs)), layout="constrained")
     panels = drawn.subplots(1, len(optimizers), sharex=True, sharey=True, squeeze=False)[0]
     for axes, optimizer in zip(panels, optimizers, strict=True):
-        draw_ratios(axes, [entry for entry in results["steps"] if entry["optimizer"] == optimizer], cells)
-    panels[0].set_yticks(range(len(cells)), [label(results["cells"][name]) for name in cells])
-    panels[0].set_ylim(len(cells) - 0.5, -0.5)
-    drawn.supxlabel(
-        "time of a training step as a ratio to the untied one: median and quartiles, log scale", fontsize=10
-    )
+        draw_ratios(axes, jobs, optimizer)
+    panels[0].set_yticks(range(len(jobs)), [textwrap.fill(job["title"], 36) for job in jobs], fontsize=8.5)
+    panels[0].set_ylim(len(jobs) - 0.5, -0.5)
+    left, right = panels[0].get_xlim()
+    panels[0].set_xlim(min(0.5, left), 1.15 * right)
+    version = f"tieopt {results['machine']['tieopt']}, torch {results['machine']['torch']}"
+    rough = ", a rough quick run" if results["quick"] else ""
+    drawn.supxlabel(f"time of a training step as a ratio to the untied one, log scale ({version}{rough})", fontsize=10)
 
-    shown = [name for name in STYLES if any(name in entry["contenders"] for entry in results["steps"])]
-    handles = []
-    for name in shown:
-        color, marker = STYLES[name]
-        face = color if "tieopt" in name else "white"
-        handles += panels[0].plot([], [], marker, color=color, markerfacecolor=face, markersize=6, label=name)
+    shown = [name for name in STYLES if any(name in rounds for job in jobs for rounds in job["steps"].values())]
+    handles = [handle for name in shown for handle in draw_marker(panels[0], name, [], [], label=name)]
     drawn.legend(handles=handles, loc="outside upper center", ncols=len(shown), frameon=False)
     return drawn
-
-
-def label(cell: dict[str, Any]) -> str:
-    """Describe a cell in two short lines."""
-    shape = f"{cell['rows']} x {cell['width']}"
-    if cell["groups"]:
-        return f"{shape}\nelements in {cell['groups']} groups"
-    count = f"{cell['parameters']} of {shape}" if cell["parameters"] > 1 else shape
-    return f"{count}\n{100 * cell['share']:g} % in groups of {cell['size']}"
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
