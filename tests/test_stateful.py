@@ -65,6 +65,8 @@ class TiedTrainingBehavesAsTheReference(RuleBasedStateMachine):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         # Skipping its first step, torch's fused SGD keeps a momentum that was never written, tied or not.
         self.skips_cleanly = not (recipe.settings.get("fused") and "momentum" in recipe.settings)
+        # Adagrad of torch 2.6 has no state for parameters that are added later.
+        self.takes_parameters = recipe.optimizer is not torch.optim.Adagrad or torch.__version__ >= (2, 7)
         self.stepped = False
         self.saved: tuple[bytes, Any, int] | None = None
         # Which parameters were written to from outside, and not been tied since.
@@ -154,7 +156,7 @@ class TiedTrainingBehavesAsTheReference(RuleBasedStateMachine):
         for group in self.slow.optimizer.param_groups:
             group["lr"] *= DECAY
 
-    @precondition(lambda self: len(self.parameters) < 4)
+    @precondition(lambda self: len(self.parameters) < 4 and self.takes_parameters)
     @rule(shape=st.tuples(st.integers(1, 4), small_shapes), seed=seeds, rate=st.sampled_from([0.01, 0.02]))
     def add_param_group(self, shape: Any, seed: int, rate: float) -> None:
         weight = normal((shape[0], *shape[1]), torch.float64, seed)
