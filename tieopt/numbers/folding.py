@@ -25,6 +25,7 @@ from tieopt.numbers.reduction import (
     pin_,
     projected,
     rounded,
+    signed_,
     stored_leads,
     write_values,
 )
@@ -98,8 +99,9 @@ class Folding:
         groups: how many the others are, which are leads of groups.
         shared: for each run of the index its shared values, compact tensor by compact tensor.
         scales: for each run the multiples of the shared values that the leads are; None if all are 1.
-        sources: for each tensor the row of its compact tensor that each row is a copy of; None if a row has none, or
-            is another multiple, or has it in the compact tensor of another tensor.
+        sources: for each tensor the row of its compact tensor that each row is a copy of, and the signs of the rows if
+            not all are 1; None if a row has none, or is another multiple, or has it in the compact tensor of another
+            tensor.
     """
 
     index: Index
@@ -109,7 +111,7 @@ class Folding:
     groups: tuple[int, ...]
     shared: tuple[tuple[_Shared, ...], ...]
     scales: tuple[Tensor | None, ...]
-    sources: tuple[Tensor, ...] | None
+    sources: tuple[tuple[Tensor, Tensor | None], ...] | None
 
     @classmethod
     @torch.inference_mode(False)
@@ -251,19 +253,20 @@ def _select(source: Tensor, chosen: Tensor | slice, out: Tensor) -> None:
 
 def _sources(
     compact: Sequence[CompactRows], positions: Sequence[Tensor], device: torch.device
-) -> tuple[Tensor, ...] | None:
-    sources, before = [], 0
+) -> tuple[tuple[Tensor, Tensor | None], ...] | None:
+    sources: list[tuple[Tensor, Tensor | None]] = []
+    before = 0
     for (kept, _, all_rows, scale), at in zip(compact, positions, strict=True):
         rows, count = all_rows - before, len(kept)
         before += count
         rows[all_rows == FREE] = 0  # Pinned rows are overwritten afterwards.
         is_here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
         # If the slices of several dimensions are rows with gaps, not every row is a slice.
-        if not is_here or int(at.max()) + 1 != len(at) or not bool((scale == 1).all()):
+        if not is_here or int(at.max()) + 1 != len(at) or not bool((scale.abs() == 1).all()):
             return None
-        sources.append(
-            torch.empty_like(rows).index_put_((at,), rows).to(device, torch.int32 if count < 2**31 else None)
-        )
+        signs = None if bool((scale == 1).all()) else torch.empty_like(scale).index_put_((at,), scale)
+        numbers = torch.empty_like(rows).index_put_((at,), rows).to(device, torch.int32 if count < 2**31 else None)
+        sources.append((numbers, None if signs is None else signs.to(device, torch.int8)))
     return tuple(sources)
 
 
@@ -402,8 +405,10 @@ def unfold_(
     rows, compact_rows = folding.rows(tensors, compacts)
     moved, moved_compacts = movable(rows), movable(compact_rows)
     if folding.sources is not None:
-        for target, sources, compact in zip(moved, folding.sources, moved_compacts, strict=True):
+        for row, target, (sources, signs), compact in zip(rows, moved, folding.sources, moved_compacts, strict=True):
             torch.index_select(compact, 0, sources, out=target)
+            if signs is not None:
+                signed_(row, signs)
     else:
         for run, shared, scales in zip(folding.index.runs, folding.shared, folding.scales, strict=True):
             values = workspace["values", (run.norms.shape[0], *rows[0].shape[1:]), rows[0].dtype, rows[0].device]

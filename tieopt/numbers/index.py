@@ -105,7 +105,7 @@ class Chunk(NamedTuple):
         size: of every group, if all are of one size and the members are sorted by group, or are tiles; else 0.
         groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``; nothing if all
             groups are of one size.
-        multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1.
+        multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1, and int8 if some are -1.
         blocks: the block of each member, int64, shape ``[m]``; None if no group needs blocks.
         block_groups: the group of each block, int64, shape ``[b]``.
     """
@@ -504,7 +504,10 @@ def _chunk(members: Members, size: int, layout: Layout) -> Chunk:
     Algorithms", section 4.2).
     """
     device, groups = layout.device, members.group
-    multiples = None if bool((members.scale == 1).all()) else members.scale.to(device, wide_dtype(device))
+    multiples = None
+    if not bool((members.scale == 1).all()):
+        is_signed = bool((members.scale.abs() == 1).all())
+        multiples = members.scale.to(device, torch.int8 if is_signed else wide_dtype(device))
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     chunk = Chunk(Pieces.of(members, device), size, nothing if size else groups.to(device), multiples, None, nothing)
     if size or not layout.double:

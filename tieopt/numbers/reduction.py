@@ -2,10 +2,11 @@ r"""The numbers: group means, in place, dense and sparse, in any precision.
 
 All members of a group are replaced by their mean: the orthogonal projection :math:`P` onto the tied
 tensors. If they are equal, they must come out as they went in, bit for bit, so that tying what is tied
-is no change. A plain mean rounds. There are two ways out:
+is no change. A plain mean rounds. There are three ways out:
 
 - Types of up to 32 bits are added up in float64, where the sum of equal members is exact.
-- For float64 there is no wider type. There the mean is computed around an estimate :math:`p`, first the
+- Pairs of equal numbers are added up exactly in any type, and so are pairs of such sums.
+- For other groups of float64 there is no wider type. There the mean is computed around an estimate :math:`p`, first the
   first member and then the mean around that,
 
   .. math:: m = p + \frac{1}{K} \sum_{i=1}^{K} (w_i - p)
@@ -580,7 +581,11 @@ def _expected(
         torch.index_select(bits(values), 0, chunk.groups, out=bits(out))
     else:
         torch.index_select(values, 0, chunk.groups, out=out)
-    return out if chunk.multiples is None else out.copy_(multiplied(out, chunk.multiples, stored))
+    if chunk.multiples is None:
+        return out
+    if chunk.multiples.dtype == torch.int8:
+        return signed_(out, chunk.multiples)
+    return out.copy_(multiplied(out, chunk.multiples, stored))
 
 
 def _gathered(rows: list[Tensor], pieces: Pieces | Tile, workspace: Workspace, name: str = "members") -> Tensor:
@@ -674,6 +679,14 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     # A carry goes into the last bit that is kept, unless all bits that are cut off are zero.
     odd = pattern.bitwise_and(_CUT_OFF).add_(_CUT_OFF).bitwise_or_(pattern).bitwise_and_(~_CUT_OFF)
     return odd.view(torch.float64).to(dtype)
+
+
+def signed_(values: Tensor, signs: Tensor) -> Tensor:
+    """Multiply slices by 1 or -1, in place, which rounds nothing."""
+    if values.element_size() == 1:
+        # torch multiplies no 8-bit floats.
+        return values.copy_(values.float() * column(signs, values))
+    return values.mul_(column(signs, values))
 
 
 def multiplied(values: Tensor, multiples: Tensor, stored: torch.dtype) -> Tensor:
