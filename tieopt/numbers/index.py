@@ -282,7 +282,7 @@ class Views(Index):
         grids = [tensor.movedim(labelled.dim, 0) for labelled, tensor in zip(slices, tensors, strict=True)]
         runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(found, grids))
         views = cls(tuple(slices), layout, runs, Pieces((), (), ()))
-        if any(symmetry.sign < 0 for symmetry in found.symmetries):
+        if any(move.sign < 0 for move in found.symmetries):
             # A shared value has the sign of the first member of its group, which therefore has to lead.
             leads = views._leads()
             if not torch.equal(first_members(slices[0], found)[leads], leads):

@@ -40,10 +40,12 @@ class Move(NamedTuple):
     Attributes:
         dims: for each dimension of the result, which one it was.
         flips: the dimensions of the result that are flipped.
+        sign: of the scales of what is moved, 1 or -1.
     """
 
     dims: tuple[int, ...]
     flips: tuple[int, ...]
+    sign: int = 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a moved tensor; a view if nothing is flipped."""
@@ -58,11 +60,11 @@ class Move(NamedTuple):
     def after(self, first: Move) -> Move:
         """Return what another move and then this one do."""
         flips = (dim for dim, before in enumerate(self.dims) if (before in first.flips) != (dim in self.flips))
-        return Move(tuple(first.dims[dim] for dim in self.dims), tuple(flips))
+        return Move(tuple(first.dims[dim] for dim in self.dims), tuple(flips), self.sign * first.sign)
 
     def extended(self, dims: int) -> Move:
         """Return the move of tensors that have further dimensions, which stay."""
-        return Move((*self.dims, *range(len(self.dims), dims)), self.flips)
+        return self._replace(dims=(*self.dims, *range(len(self.dims), dims)))
 
     def region(self, tile: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
         """Return where in a tensor the entries are that a tile of the moved tensor has, of the given shape."""
@@ -79,42 +81,37 @@ class View(NamedTuple):
     Attributes:
         tensor: the number of the tensor that it is in.
         region: where in the tensor.
-        move: takes the region to the tile.
-        sign: its scale relative to that of the tile, 1 or -1.
+        move: takes the region to the tile; its sign is the scale relative to that of the tile.
         is_plain: whether it is the region as it is.
     """
 
     tensor: int
     region: tuple[slice, ...]
     move: Move
-    sign: int
     is_plain: bool
 
     @classmethod
-    def of(cls, tensor: int, tile: Sequence[slice], shape: Sequence[int], move: Move, sign: int) -> View:
+    def of(cls, tensor: int, tile: Sequence[slice], shape: Sequence[int], move: Move) -> View:
         """Return the view that a move takes to a tile of a tensor of the given shape."""
-        is_plain = move == (tuple(range(len(shape))), ()) and sign == 1
-        return cls(tensor, move.region(tile, shape), move, sign, is_plain)
+        return cls(tensor, move.region(tile, shape), move, move == Move(tuple(range(len(shape))), ()))
 
     def read(self, tensors: Sequence[Tensor], out: Tensor) -> None:
         """Write the member, as the tile has it, to a tensor of the shape of the tile."""
         if self.is_plain:
             out.copy_(tensors[self.tensor][self.region])
             return
-        part, (dims, flips) = tensors[self.tensor][self.region], self.move
+        part, (dims, flips, sign) = tensors[self.tensor][self.region], self.move
         inner = range(len(dims), part.dim())
         if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
             part = part.contiguous()
         out.copy_(_flipped(part.permute(*dims, *inner), flips))
-        if self.sign < 0:
+        if sign < 0:
             _negate_(out)
 
     def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
         """Write the values of a tile to the member."""
-        if self.sign < 0:
-            values = _negate_(values.clone())
-        part, (dims, flips) = tensors[self.tensor][self.region], self.move
-        values = _flipped(values, flips)
+        part, (dims, flips, sign) = tensors[self.tensor][self.region], self.move
+        values = _flipped(_negate_(values.clone()) if sign < 0 else values, flips)
         if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
             # Contiguous once transposed: see `_TRANSPOSED`.
             part.copy_(values.t().contiguous())
@@ -215,18 +212,6 @@ class Tile(NamedTuple):
         return [tensors[view.tensor][view.region] for view in self.views]
 
 
-class Symmetry(NamedTuple):
-    """A move that takes labels to labels.
-
-    Attributes:
-        move: the move.
-        sign: of the scales; 1 or -1.
-    """
-
-    move: Move
-    sign: int
-
-
 class Regular(NamedTuple):
     """How the members of all groups correspond.
 
@@ -235,8 +220,8 @@ class Regular(NamedTuple):
         symmetries: of the first tensor, the identity among them.
     """
 
-    frames: tuple[Symmetry, ...]
-    symmetries: tuple[Symmetry, ...]
+    frames: tuple[Move, ...]
+    symmetries: tuple[Move, ...]
 
 
 def regular(slices: Sequence[Slices]) -> Regular | None:
@@ -263,7 +248,7 @@ def regular(slices: Sequence[Slices]) -> Regular | None:
     return Regular(frames, symmetries)  # type: ignore[arg-type]
 
 
-def _symmetries(moved: Slices, fixed: Slices) -> Iterator[Symmetry]:
+def _symmetries(moved: Slices, fixed: Slices) -> Iterator[Move]:
     """Yield the moves of labels that make them other labels."""
     shape = moved.labels.shape
     wide = [dim for dim, size in enumerate(shape) if size > 1]
@@ -278,7 +263,7 @@ def _symmetries(moved: Slices, fixed: Slices) -> Iterator[Symmetry]:
                 move = Move(tuple(dims), flips)
                 sign = _sign(moved, fixed, move)
                 if sign:
-                    yield Symmetry(move, sign)
+                    yield move._replace(sign=sign)
 
 
 def _sign(moved: Slices, fixed: Slices, move: Move) -> int:
@@ -297,7 +282,7 @@ def _edge(labels: Tensor, move: Move) -> Tensor:
     return edge.flip([dim - 1 for dim in move.flips if dim > 0])
 
 
-def _are_orbits(slices: Slices, symmetries: Sequence[Symmetry]) -> bool:
+def _are_orbits(slices: Slices, symmetries: Sequence[Move]) -> bool:
     """Return whether groups are orbits of symmetries, of scale 1 or -1, and 0 where the symmetries leave no other."""
     labels, count = slices.labels.flatten(), slices.labels.numel()
     # There are at least as many orbits, and the labels need not be numbered.
@@ -317,7 +302,7 @@ def first_members(slices: Slices, found: Regular) -> Tensor:
     return _fixed(entries, found.symmetries).source
 
 
-def _fixed(entries: Tensor, symmetries: Sequence[Symmetry]) -> Fixed:
+def _fixed(entries: Tensor, symmetries: Sequence[Move]) -> Fixed:
     """Return what symmetries of a tensor leave of its entries.
 
     Args:
@@ -325,13 +310,13 @@ def _fixed(entries: Tensor, symmetries: Sequence[Symmetry]) -> Fixed:
         symmetries: a group.
     """
     source = entries
-    if all(sign == 1 for _, sign in symmetries):
-        for move, _ in symmetries[1:]:
+    if all(move.sign == 1 for move in symmetries):
+        for move in symmetries[1:]:
             source = torch.minimum(source, move(entries))
         return Fixed(source.flatten(), None)
     signs = torch.ones_like(entries)
-    for move, sign in symmetries:
-        moved = move(entries)
+    for move in symmetries:
+        moved, sign = move(entries), move.sign
         # Of an entry that is its own negative nothing is left.
         signs = torch.where(moved < source, sign, torch.where((moved == source) & (signs != sign), 0, signs))
         source = torch.minimum(source, moved)
@@ -346,30 +331,25 @@ def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
         grids: the tensors, the slices of their labels in front; their layout and device matter, and not their entries.
     """
     shape, dims = grids[0].shape, grids[0].dim()
-    symmetries = [Symmetry(move.extended(dims), sign) for move, sign in found.symmetries]
-    frames = [Symmetry(move.extended(dims), sign) for move, sign in found.frames]
-    moves = [
-        (number, after.move.after(frame.move), frame.sign * after.sign)
-        for after in symmetries
-        for number, frame in enumerate(frames)
-    ]
+    symmetries, frames = ([move.extended(dims) for move in moves] for moves in (found.symmetries, found.frames))
+    moves = [(number, symmetry.after(frame)) for symmetry in symmetries for number, frame in enumerate(frames)]
     # The dimension along which neighbours in memory lie, member by member.
     fast = {
         min(range(dims), key=lambda dim: (shape[dim] == 1, grids[number].stride(move.dims[dim]), -dim))
-        for number, move, _ in moves
+        for number, move in moves
     }
     on_cpu = grids[0].device.type == "cpu"
     most = max(_CPU_ENTRIES // len(moves), _CPU_TILE) if on_cpu else max(_ACCELERATOR_ENTRIES // len(moves), 1)
-    linked = [{move.dims[dim] for move, _ in symmetries} for dim in range(dims)]
+    linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
     cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
     known: dict[tuple[object, ...], tuple[Fixed, Tensor]] = {}
     for at in product(*(range(len(cut)) for cut in cuts)):
-        images = [_image(at, move, cuts) for move, _ in symmetries]
+        images = [_image(at, move, cuts) for move in symmetries]
         if min(images) != at:
             continue
         tile = tuple(cut[number] for cut, number in zip(cuts, at, strict=True))
         tile_shape = tuple(part.stop - part.start for part in tile)
-        views = [View.of(number, tile, shape, move, sign) for number, move, sign in moves]
+        views = [View.of(number, tile, shape, move) for number, move in moves]
         distinct = {(view.tensor, str(view.region)): view for view in reversed(views)}
         stabilizers = tuple(number for number, image in enumerate(images) if image == at)
         fixed, counts = None, None
@@ -384,12 +364,12 @@ def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
 
 
 def _stabilized(
-    shape: tuple[int, ...], stabilizers: Sequence[Symmetry], images: int, device: torch.device
+    shape: tuple[int, ...], stabilizers: Sequence[Move], images: int, device: torch.device
 ) -> tuple[Fixed, Tensor]:
     """Return what is left of a tile that symmetries take to itself, and how many members each of its entries has."""
     entries = torch.arange(math.prod(shape), device="cpu").view(shape)
     fixed = _fixed(entries, stabilizers)
-    places = torch.stack([move(entries).flatten() for move, _ in stabilizers]).sort(dim=0).values
+    places = torch.stack([move(entries).flatten() for move in stabilizers]).sort(dim=0).values
     counts = images * (1 + (places.diff(dim=0) != 0).sum(0))
     wide = wide_dtype(device)
     sign = None if fixed.sign is None else fixed.sign.to(device, wide)
