@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.views import Tile, first_members, regular, tiles
+from tieopt.numbers.views import Regular, Tile, first_members, regular, tiles
 from tieopt.tensors import in_memory, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
@@ -269,7 +269,13 @@ class Index:
 
 @dataclass(frozen=True, eq=False)
 class Views(Index):
-    """The members of a regular tie. Its runs are tiles, and its rows whole tensors."""
+    """The members of a regular tie. Its runs are tiles, and its rows whole tensors.
+
+    Attributes:
+        regular: how the members correspond.
+    """
+
+    regular: Regular
 
     @classmethod
     @torch.inference_mode(False)
@@ -281,7 +287,7 @@ class Views(Index):
         layout = Layout.of(slices, tensors)
         grids = [tensor.movedim(labelled.dim, 0) for labelled, tensor in zip(slices, tensors, strict=True)]
         runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(found, grids))
-        views = cls(tuple(slices), layout, runs, Pieces((), (), ()))
+        views = cls(tuple(slices), layout, runs, Pieces((), (), ()), found)
         if any(move.sign < 0 for move in found.symmetries):
             # A shared value has the sign of the first member of its group, which therefore has to lead.
             leads = views._leads()
@@ -301,10 +307,9 @@ class Views(Index):
 
     def leads_of(self, firsts: Tensor) -> Tensor:
         """Return which slices of the first tensor lead groups, whose first members there are given; int64."""
-        found = regular(self.slices)
-        if found is None or len(found.symmetries) == 1:
+        if len(self.regular.symmetries) == 1:
             return firsts
-        source, leads = first_members(self.slices[0], found), self._leads()
+        source, leads = first_members(self.slices[0], self.regular), self._leads()
         return torch.empty_like(source).index_copy_(0, source[leads], leads)[firsts]
 
     def _leads(self) -> Tensor:
