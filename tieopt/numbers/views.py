@@ -342,7 +342,7 @@ def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
     most = max(_CPU_ENTRIES // len(moves), _CPU_TILE) if on_cpu else max(_ACCELERATOR_ENTRIES // len(moves), 1)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
     cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
-    known: dict[tuple[object, ...], tuple[Fixed, Tensor]] = {}
+    known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Fixed, Tensor]] = {}
     for at in product(*(range(len(cut)) for cut in cuts)):
         images = [_image(at, move, cuts) for move in symmetries]
         if min(images) != at:
@@ -351,13 +351,12 @@ def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
         tile_shape = tuple(part.stop - part.start for part in tile)
         views = [View.of(number, tile, shape, move) for number, move in moves]
         distinct = {(view.tensor, str(view.region)): view for view in reversed(views)}
-        stabilizers = tuple(number for number, image in enumerate(images) if image == at)
+        stabilizers = tuple(move for move, image in zip(symmetries, images, strict=True) if image == at)
         fixed, counts = None, None
         if len(stabilizers) > 1:
-            key = stabilizers, tile_shape
+            key = tile_shape, stabilizers
             if key not in known:
-                own = [symmetries[number] for number in stabilizers]
-                known[key] = _stabilized(tile_shape, own, len(distinct), grids[0].device)
+                known[key] = _stabilized(*key, len(distinct), grids[0].device)
             fixed, counts = known[key]
         is_plain = all(view.is_plain for view in views)
         yield Tile(tuple(views), tuple(reversed(distinct.values())), tile_shape, is_plain, fixed, counts)
