@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import same_bits
 from strategies import ALL, laid_out, layouts, normal, reductions, seeds
@@ -38,14 +38,13 @@ TOLERANCES = {2: 2e-2, 4: 1e-5, 8: 1e-12}
 
 
 @st.composite
-def moves(draw: st.DrawFn, shape: Sequence[int]) -> Move:
-    """Draw a move of tensors of a shape to tensors of any shape."""
+def moves(draw: st.DrawFn, shape: Sequence[int], *, keep_shape: bool = False) -> Move:
+    """Draw a move of tensors of a shape, by default to tensors of any shape."""
     dims = tuple(draw(st.permutations(range(len(shape)))))
-    return Move(dims, tuple(dim for dim in range(len(shape)) if draw(st.booleans())))
-
-
-def moved_back(move: Move, tensor: Tensor) -> Tensor:
-    return move.back(tensor).contiguous()
+    if keep_shape and any(shape[dim] != size for dim, size in zip(dims, shape, strict=True)):
+        dims = tuple(range(len(shape)))
+    flips = tuple(dim for dim in range(len(shape)) if draw(st.booleans()))
+    return Move(dims, flips, draw(st.sampled_from([1, 1, -1])))
 
 
 @dataclass
@@ -64,9 +63,12 @@ class Case:
     layouts: list[str]
     most: int
 
-    def views(self) -> Views:
-        with patch.multiple(views, _CPU_ENTRIES=self.most, _CPU_TILE=1):
-            found = Views.of(self.slices, self.tensors)
+    def found(self, most: int | None = None) -> Views | None:
+        with patch.multiple(views, _CPU_ENTRIES=most or self.most, _CPU_TILE=1):
+            return Views.of(self.slices, self.tensors)
+
+    def views(self, most: int | None = None) -> Views:
+        found = self.found(most)
         assert found is not None
         return found
 
@@ -77,47 +79,48 @@ class Case:
         return [laid_out(tensor, layout) for tensor, layout in zip(self.tensors, self.layouts, strict=True)]
 
 
-# Labels of a square and their scales, whose groups are orbits. The first has one entry for each group.
-SYMMETRIES = {
-    "none": lambda n: (torch.arange(n * n).view(n, n), None),
-    "symmetric": lambda n: (patterns.symmetric((n, n)), None),
-    "antisymmetric": lambda n: patterns.antisymmetric((n, n)),
-    "persymmetric": lambda n: (patterns.persymmetric((n, n)), None),
-    "centrosymmetric": lambda n: (patterns.centrosymmetric((n, n)), None),
-    "mirrored": lambda n: (patterns.mirrored((n, n), (0, 1)), None),
-    "rotated": lambda n: (patterns.rotated((n, n)), None),
-    "bisymmetric": lambda n: (_orbits(n, lambda labels: labels.T, lambda labels: labels.flip(0, 1)), None),
-    "dihedral": lambda n: (_orbits(n, lambda labels: labels.T, lambda labels: labels.flip(0)), None),
-}
+def orbits(shape: Sequence[int], generators: Sequence[Move]) -> tuple[Tensor, Tensor]:
+    """The labels and scales of entries under a group of moves with signs: 0 for what is its own negative.
 
-
-def _orbits(n, *generators):
-    labels = torch.arange(n * n).view(n, n)
-    for _ in range(4):
-        for move in generators:
-            labels = torch.minimum(labels, move(labels))
-    return labels
+    Raises:
+        UnsatisfiedAssumption: the same move has both signs.
+    """
+    group, new = {Move(tuple(range(len(shape))), ())}, [Move(tuple(range(len(shape))), ())]
+    while new:
+        made = {generator.after(move) for move in new for generator in generators} - group
+        group |= made
+        new = list(made)
+    assume(len({move[:2] for move in group}) == len(group))
+    entries = torch.arange(math.prod(shape)).view(*shape)
+    first = torch.stack([move(entries) for move in group]).amin(0)
+    signs = torch.stack([(move(entries) == first) * move.sign for move in group])
+    is_pinned = (signs == 1).any(0) & (signs == -1).any(0)
+    return first, torch.where(is_pinned, 0.0, signs.sum(0).sign().double())
 
 
 @st.composite
 def cases(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = ALL) -> Case:
-    """Draw a regular tie of one tensor or several, and tensors."""
-    n, inner = draw(st.integers(2, 7)), draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
-    kind = draw(st.sampled_from(sorted(SYMMETRIES)))
-    labels, scale = SYMMETRIES[kind](n)
+    """Draw a tie whose groups are orbits, of one tensor or several, and tensors in any layout."""
+    depth = draw(st.sampled_from([1, 2, 2, 2, 3, 4]))
+    shape = [draw(st.integers(1, 3 if depth > 2 else 6))] * depth
+    if depth > 1 and draw(st.booleans()):
+        shape[draw(st.integers(0, depth - 1))] = draw(st.integers(1, 5))
+    generators = draw(st.lists(moves(shape, keep_shape=True), max_size=2))
+    labels, scale = orbits(shape, generators)
+    inner = draw(st.sampled_from([(), (1,), (3,), (2, 3)]))
     dtype, seed = draw(st.sampled_from(dtypes)), draw(seeds)
     slices, tensors, names = [], [], []
-    for number in range(draw(st.integers(1 + (kind == "none"), 5))):
-        move = draw(moves(labels.shape)) if number else Move((0, 1), ())
-        sign = draw(st.sampled_from([1.0, 1.0, -1.0])) if number else 1.0
-        scales = (torch.ones(n, n) if scale is None else scale).double() * sign
-        slices.append(
-            Slices(moved_back(move, labels), moved_back(move, scales) if scale is not None or sign < 0 else None)
-        )
-        tensor = normal((n, n, *inner), dtype, seed + number)
+    for number in range(draw(st.sampled_from([1, 1, 2, 3, 4, 5]))):
+        move = draw(moves(shape)) if number else Move(tuple(range(depth)), ())
+        own_labels, own_scale = move.back(labels).contiguous(), move.back(scale).contiguous() * move.sign
+        dim = draw(st.integers(0, depth + len(inner) - 1))
+        slices.append(Slices(own_labels, None if bool((own_scale == 1).all()) else own_scale, dim))
+        tensor = normal((*own_labels.shape, *inner), dtype, seed + number).movedim(0, dim)
         names.append(draw(layouts(tensor)))
         tensors.append(laid_out(tensor, names[-1]))
-    return Case(numbered(slices), tensors, names, draw(st.sampled_from([1, 8, 50, 2**17])))
+    case = Case(numbered(slices), tensors, names, draw(st.sampled_from([1, 8, 50, 2**17])))
+    assume(case.found() is not None)
+    return case
 
 
 def close(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -220,9 +223,25 @@ def test_compact_tensors_are_those_of_the_index(case, reduction):
     for folding, own in zip(foldings, compacts, strict=True):
         fold_(case.tensors, own, folding, Workspace())
     assert all(map(same_bits, *compacts))
-    whole = [torch.zeros_like(tensor) for tensor in case.tensors]
+    whole = [tensor.zero_() for tensor in case.copies()]
     unfold_(whole, compacts[0], foldings[0], Workspace())
     assert all(map(same_bits, whole, case.tensors))
+
+
+@given(case=cases([torch.float32, torch.float64, torch.bfloat16, torch.complex64]), most=st.sampled_from([1, 5, 2**17]))
+def test_tiles_make_no_difference_to_the_bits(case, most):
+    first, second = case.copies(), case.copies()
+    project_(first, case.views(), Workspace())
+    project_(second, case.views(most), Workspace())
+    assert all(map(same_bits, first, second))
+
+
+@given(case=cases())
+def test_the_index_finds_nothing_to_change(case):
+    project_(case.tensors, case.views(), Workspace())
+    before = case.copies()
+    project_(case.tensors, case.index(), Workspace())
+    assert all(map(same_bits, case.tensors, before))
 
 
 # --- what is recognised ---
@@ -250,6 +269,13 @@ def test_what_is_not_quite_regular_is_left_to_the_index(case, where):
 )
 def test_other_patterns_have_an_index(groups):
     assert Views.of(numbered([Slices(groups)]), [torch.empty(groups.shape)]) is None
+
+
+def test_slices_without_entries_can_be_tied():
+    weights = [torch.nn.Parameter(torch.empty(4, 0)) for _ in range(2)]
+    optimizer = TiedOptimizer(torch.optim.SGD(weights), Tie.join(*(Tie(weight, torch.arange(4)) for weight in weights)))
+    optimizer.step()
+    assert Views.of([Slices(torch.arange(4))] * 2, weights) is None
 
 
 def test_rows_of_joined_parameters_are_whole_views_whichever_dimension_they_lie_along():

@@ -125,8 +125,9 @@ class CompactStep(Step):
         """Put the compact parameters in the places of the tied ones."""
         mode = self._mode
         if mode.compacts and mode.outer is None:
+            optimizers = [self._optimizer, *held_optimizers(self._optimizer)]
             mode.lock.acquire()
-            self._exchanged = [self._optimizer, *held_optimizers(self._optimizer)]
+            self._exchanged = optimizers
             mode.outer, mode.set_aside = self, mode.originals
             _exchange_parameters(self._exchanged, mode.compacts)
 

@@ -181,8 +181,12 @@ class ViewFolding:
         """
         leads, device = index.leads_of(compact.kept), index.layout.device
         positions = index.slices[0].positions(index.layout.steps[0]).flatten()[leads]
-        kept, numbers = (consecutive(which) if len(which) else which for which in (positions, leads))
-        return cls(index, *(which if isinstance(which, slice) else which.to(device) for which in (kept, numbers)))
+        numbers = consecutive(leads) if len(leads) else leads
+        numbers = numbers if isinstance(numbers, slice) else numbers.to(device)
+        if torch.equal(positions, leads):
+            return cls(index, numbers, numbers)
+        kept = consecutive(positions) if len(positions) else positions
+        return cls(index, kept if isinstance(kept, slice) else kept.to(device), numbers)
 
     def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
         """See :func:`fold_`."""
@@ -206,11 +210,12 @@ class ViewFolding:
             if reduction == "sum":
                 # Of the mean as it is stored, so that tying the gradients before changes nothing.
                 values = values.to(run.counts.dtype) * column(run.counts, values)
-            tile.lead.write([target], rounded(values, target.dtype))
+            tile.lead.write_values([target], rounded(values, target.dtype))
         if whole is None:
-            (_, compact), dims = self._rows(grads, compacts), self.index.slices[0].labels.dim()
-            target, compact = movable([target.flatten(0, dims - 1), compact])
-            _select(target, self.numbers, compact)
+            # The grid has its dimensions in their order, and rows may have them in that of memory.
+            rows = target.flatten(0, self.index.slices[0].labels.dim() - 1)
+            source, compact = movable([rows, self._front(compacts[0])])
+            _select(source, self.numbers, compact)
 
     def unfold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace) -> None:
         """See :func:`unfold_`."""
@@ -227,8 +232,8 @@ class ViewFolding:
         for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
             values = canonical(stored_leads(grids if whole is None else [whole], run, workspace), run)
             # What the values were read from has them, unless several of its entries are of one group.
-            has_them = whole is None and tile.fixed is None
-            (tile._replace(distinct=tile.distinct[1:]) if has_them else tile).write(grids, values)
+            has_them = whole is None and tile.orbits is None
+            (tile._replace(distinct=tile.distinct[1:]) if has_them else tile).write_values(grids, values)
 
     def _rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> list[Tensor]:
         """View the first tensor and its compact one as rows."""
@@ -240,8 +245,12 @@ class ViewFolding:
         slices = self.index.slices[0]
         if self.numbers != slice(0, slices.labels.numel()):
             return None
-        rows = real(compact.detach()).movedim(compact_slices(slices).dim, 0)
+        rows = self._front(compact)
         return rows.view(*slices.labels.shape, *rows.shape[1:])
+
+    def _front(self, compact: Tensor) -> Tensor:
+        """View a compact tensor as real rows, their dimensions in their order."""
+        return real(compact.detach()).movedim(compact_slices(self.index.slices[0]).dim, 0)
 
 
 def _select(source: Tensor, chosen: Tensor | slice, out: Tensor) -> None:

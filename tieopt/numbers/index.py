@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.views import Regular, Tile, first_members, regular, tiles
+from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import in_memory, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
@@ -272,26 +272,29 @@ class Views(Index):
     """The members of a regular tie. Its runs are tiles, and its rows whole tensors.
 
     Attributes:
-        regular: how the members correspond.
+        correspondence: of the members.
     """
 
-    regular: Regular
+    correspondence: Correspondence
 
     @classmethod
     @torch.inference_mode(False)
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Views | None:
         """Return the views of a regular tie; None of another one. Arguments are as for :meth:`Index.compile`."""
-        found = regular(slices)
-        if found is None:
+        layout, correspondence = Layout.of(slices, tensors), correspondence_of(slices)
+        if correspondence is None or not tensors[0].numel():
             return None
-        layout = Layout.of(slices, tensors)
+        # Of float64 the mean of such a number of members is worked out around one of them.
+        is_around_one = layout.double and len(slices).bit_count() > 1
+        if is_around_one and len(correspondence.symmetries) > 1:
+            return None
         grids = [tensor.movedim(labelled.dim, 0) for labelled, tensor in zip(slices, tensors, strict=True)]
-        runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(found, grids))
-        views = cls(tuple(slices), layout, runs, Pieces((), (), ()), found)
-        if any(move.sign < 0 for move in found.symmetries):
+        runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(correspondence, grids))
+        views = cls(tuple(slices), layout, runs, Pieces((), (), ()), correspondence)
+        if any(move.sign < 0 for move in correspondence.symmetries):
             # A shared value has the sign of the first member of its group, which therefore has to lead.
             leads = views._leads()
-            if not torch.equal(first_members(slices[0], found)[leads], leads):
+            if not torch.equal(first_members(slices[0], correspondence)[leads], leads):
                 return None
         return views
 
@@ -307,10 +310,10 @@ class Views(Index):
 
     def leads_of(self, firsts: Tensor) -> Tensor:
         """Return which slices of the first tensor lead groups, whose first members there are given; int64."""
-        if len(self.regular.symmetries) == 1:
+        if len(self.correspondence.symmetries) == 1:
             return firsts
-        source, leads = first_members(self.slices[0], self.regular), self._leads()
-        return torch.empty_like(source).index_copy_(0, source[leads], leads)[firsts]
+        first, leads = first_members(self.slices[0], self.correspondence), self._leads()
+        return torch.empty_like(first).index_copy_(0, first[leads], leads)[firsts]
 
     def _leads(self) -> Tensor:
         shape = self.slices[0].labels.shape
@@ -321,8 +324,8 @@ class Views(Index):
             if any(part.start for part in inner):
                 continue
             here = entries[region].flatten()
-            if tile.fixed is not None:
-                here = here[torch.unique(tile.fixed.source.cpu() // math.prod(part.stop for part in inner))]
+            if tile.orbits is not None:
+                here = here[torch.unique(tile.orbits.first.cpu() // math.prod(part.stop for part in inner))]
             leads.append(here)
         return torch.cat(leads)
 

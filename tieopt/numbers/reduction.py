@@ -14,9 +14,9 @@ is no change. A plain mean rounds. There are three ways out:
   and all differences of equal members are zero.
 
 These are functions of tensors alone. They run through an :class:`~tieopt.numbers.index.Index`, gather some of the
-members at a time into kept buffers, add them up with ``scatter_reduce`` and write the results back: no Python for each
-group, and no memory that grows with the number of rows. No gradients flow through what they write, except through
-:func:`projected`.
+members at a time into kept buffers, add them up, by pairs or with ``scatter_reduce``, and write the results back: no
+Python for each group, and no memory that grows with the number of rows. No gradients flow through what they write,
+except through :func:`projected`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Ten
     """Buffers that are kept from call to call, because allocation costs more than the arithmetic.
 
     ``workspace[name, shape, dtype, device]`` is an uninitialised tensor, valid until the same name is asked for again.
-    The buffers are as large as the largest chunk of members that is gathered, whatever the size of the tensors.
+    The buffers are as large as the largest chunk of members that is gathered, whatever the size of the tensors, but for
+    the compact gradients of a tensor with symmetries, whose means are written to a buffer like the tensor.
     """
 
     def __init__(self) -> None:
@@ -311,9 +312,9 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     means = _pairwise_means(rows, run.chunks[0], workspace)
     # On an accelerator this would wait for the device.
     if math.isfinite(means.sum().item()):
-        # The sum of a pair is the same from either end.
-        fixed = run.tile and run.tile.fixed
-        return means if fixed and fixed.sign is None and size == 2 else canonical(means, run)
+        # Symmetries without signs make the sums of pairs equal.
+        orbits = run.tile and run.tile.orbits
+        return canonical(means, run) if orbits and orbits.sign is not None else means
     # Sums beyond the range are added up again; the others keep their bits, whatever groups are beside them.
     exact = _careful_means(rows, run, workspace)
     return canonical(torch.where(means.isfinite(), means.to(exact.dtype), exact), run)
@@ -357,12 +358,12 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
 
 def canonical(values: Tensor, run: Run) -> Tensor:
     """Return the values of groups, all those of one group made from one of them."""
-    if run.tile is None or run.tile.fixed is None:
+    if run.tile is None or run.tile.orbits is None:
         return values
-    source, sign = run.tile.fixed
+    first, sign = run.tile.orbits
     if values.element_size() == 1:
         return canonical(values.float(), run).to(values.dtype)
-    values = values.index_select(0, source)
+    values = values.index_select(0, first)
     return values if sign is None else values.mul_(column(sign, values)).masked_fill_(column(sign == 0, values), 0)
 
 
@@ -436,7 +437,7 @@ def _pairwise_means(rows: list[Tensor], chunk: Chunk, workspace: Workspace) -> T
         size //= 2
         shape = size, math.prod(chunk.pieces.shape), *rows[0].shape[len(chunk.pieces.shape) :]
         sums = workspace[names[1], shape, rows[0].dtype, device]
-        chunk.pieces.pairs(rows, sums)
+        chunk.pieces.add_halves(rows, sums)
     else:
         members = _gathered(rows, chunk.pieces, workspace)
         if chunk.multiples is not None:
@@ -617,7 +618,7 @@ def _gathered(rows: list[Tensor], pieces: Pieces | Tile, workspace: Workspace, n
 def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor) -> None:
     """Write members to their rows."""
     if isinstance(pieces, Tile):
-        pieces.put(rows, members)
+        pieces.write_members(rows, members)
         return
     if members.element_size() == 1:
         rows, (members,) = movable(rows), movable([members])
@@ -643,7 +644,7 @@ def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Worksp
     """Write to every member its multiple of the value of its group."""
     for chunk in run.chunks:
         if isinstance(chunk.pieces, Tile):
-            chunk.pieces.write(rows, values)
+            chunk.pieces.write_values(rows, values)
             continue
         (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
         if others or chunk.multiples is not None or not (chunk.size or isinstance(chosen, slice)):

@@ -25,10 +25,10 @@ from tieopt.ties.slices import Slices
 
 # Entries that are gathered at a time, and the fewest of one member: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES, _CPU_TILE = 2**18, 2**14
-_ACCELERATOR_ENTRIES = 2**22
+_ACCELERATOR_ENTRIES, _ACCELERATOR_TILE = 2**22, 2**20
 
-# Labels of more dimensions are looked at for flips alone: there are too many permutations.
-_PERMUTED = 4
+# Labels of more dimensions are looked at for flips alone, or not at all: there are too many permutations, and flips.
+_PERMUTED, _FLIPPED = 4, 8
 
 # torch transposes a contiguous matrix of as many entries several times as fast as a part of a matrix.
 _TRANSPOSED = 60 * 60
@@ -131,15 +131,15 @@ def _negate_(values: Tensor) -> Tensor:
     return values.copy_(values.float().neg_()) if values.element_size() == 1 else values.neg_()
 
 
-class Fixed(NamedTuple):
-    """The entries that are left of values that symmetries map to themselves.
+class Orbits(NamedTuple):
+    """For each entry the first one of its orbit under some symmetries.
 
     Attributes:
-        source: for each entry the one that stands for it, int64, shape ``[g]``.
-        sign: its scale relative to that one, 1 or -1, 0 for what is its own negative, shape ``[g]``; None if all are 1.
+        first: its number, int64, shape ``[g]``.
+        sign: of the entry relative to the first, 1 or -1, 0 for its own negative, shape ``[g]``; None if all are 1.
     """
 
-    source: Tensor
+    first: Tensor
     sign: Tensor | None
 
 
@@ -151,7 +151,7 @@ class Tile(NamedTuple):
         distinct: the views of distinct regions.
         shape: of the tile.
         is_plain: whether all members are regions as they are.
-        fixed: what is left of the tile where a move takes it to itself.
+        orbits: of the entries, if a move takes the tile to itself.
         counts: how many members each group has then, shape ``[entries]``.
     """
 
@@ -159,7 +159,7 @@ class Tile(NamedTuple):
     distinct: tuple[View, ...]
     shape: tuple[int, ...]
     is_plain: bool
-    fixed: Fixed | None = None
+    orbits: Orbits | None = None
     counts: Tensor | None = None
 
     @property
@@ -177,12 +177,12 @@ class Tile(NamedTuple):
         for view, out in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
             view.read(tensors, out)
 
-    def put(self, tensors: Sequence[Tensor], members: Tensor) -> None:
+    def write_members(self, tensors: Sequence[Tensor], members: Tensor) -> None:
         """Write members, as :meth:`read` returns them, to the tensors."""
         for view, own in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
             view.write(tensors, own)
 
-    def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+    def write_values(self, tensors: Sequence[Tensor], values: Tensor) -> None:
         """Write the values of groups, shape ``[entries, ...]``, to all their members."""
         values = values.view(*self.shape, *values.shape[1:])
         if self.is_plain:
@@ -192,7 +192,7 @@ class Tile(NamedTuple):
         for view in self.distinct:
             view.write(tensors, values)
 
-    def pairs(self, tensors: Sequence[Tensor], sums: Tensor) -> None:
+    def add_halves(self, tensors: Sequence[Tensor], sums: Tensor) -> None:
         """Add the first half of the members to the second; shape ``[views / 2, entries, ...]``."""
         half = len(self.views) // 2
         for first, second, out in zip(self.views[:half], self.views[half:], sums, strict=True):
@@ -212,19 +212,19 @@ class Tile(NamedTuple):
         return [tensors[view.tensor][view.region] for view in self.views]
 
 
-class Regular(NamedTuple):
+class Correspondence(NamedTuple):
     """How the members of all groups correspond.
 
     Attributes:
-        frames: for each tensor the move that takes it to the first one.
+        to_first: for each tensor the move that takes it to the first one.
         symmetries: of the first tensor, the identity among them.
     """
 
-    frames: tuple[Move, ...]
+    to_first: tuple[Move, ...]
     symmetries: tuple[Move, ...]
 
 
-def regular(slices: Sequence[Slices]) -> Regular | None:
+def correspondence_of(slices: Sequence[Slices]) -> Correspondence | None:
     """Return how the members of a tie correspond, from the labels alone; None if it is not regular.
 
     Args:
@@ -239,19 +239,21 @@ def regular(slices: Sequence[Slices]) -> Regular | None:
         sorted(other.labels.shape) != sizes or int(other.labels.min()) < 0 for other in slices
     ):
         return None
-    frames = tuple(next(_symmetries(other, first), None) for other in slices)
-    if None in frames:
+    to_first = tuple(next(_symmetries(other, first), None) for other in slices)
+    if None in to_first:
         return None
-    symmetries = tuple(_symmetries(first, first))
-    if len(symmetries) * len(slices) == 1 or not _are_orbits(first, symmetries):
+    symmetries = _chained(tuple(_symmetries(first, first)))
+    if not symmetries or len(symmetries) * len(slices) == 1 or not _are_orbits(first, symmetries):
         return None
-    return Regular(frames, symmetries)  # type: ignore[arg-type]
+    return Correspondence(to_first, symmetries)  # type: ignore[arg-type]
 
 
 def _symmetries(moved: Slices, fixed: Slices) -> Iterator[Move]:
     """Yield the moves of labels that make them other labels."""
     shape = moved.labels.shape
     wide = [dim for dim, size in enumerate(shape) if size > 1]
+    if len(wide) > _FLIPPED:
+        return
     for order in permutations(wide) if len(wide) <= _PERMUTED else [wide]:
         dims = list(range(len(shape)))
         for dim, before in zip(wide, order, strict=True):
@@ -264,6 +266,25 @@ def _symmetries(moved: Slices, fixed: Slices) -> Iterator[Move]:
                 sign = _sign(moved, fixed, move)
                 if sign:
                     yield move._replace(sign=sign)
+
+
+def _chained(symmetries: tuple[Move, ...]) -> tuple[Move, ...]:
+    """Return a group of symmetries so that pairwise sums over an orbit are the same from each of its entries.
+
+    The first half of the moves and the second are the cosets of a subgroup of index two, and so on along a chain of
+    normal subgroups: sums of two commute. Of a group without such a chain nothing is returned.
+    """
+    chain = symmetries[:1]
+    while len(chain) < len(symmetries):
+        cosets = {move: {move.after(other) for other in chain} for move in symmetries if move not in chain}
+        for move, coset in cosets.items():
+            is_normal = all(other.after(move) in {part.after(other) for part in coset} for other in symmetries)
+            if move.after(move) in chain and is_normal:
+                chain = tuple(part for other in chain for part in (other, move.after(other)))
+                break
+        else:
+            return ()
+    return chain
 
 
 def _sign(moved: Slices, fixed: Slices, move: Move) -> int:
@@ -289,60 +310,64 @@ def _are_orbits(slices: Slices, symmetries: Sequence[Move]) -> bool:
     if int(labels.max()) >= count or int(labels.max()) < count // len(symmetries) - 1:
         return False
     entries = torch.arange(count, device="cpu").view(slices.labels.shape)
-    source, sign = _fixed(entries, symmetries)
-    if int((source == entries.view(-1)).sum()) != int((torch.bincount(labels) > 0).sum()):
+    first, sign = _orbits_of(entries, symmetries)
+    if int((first == entries.view(-1)).sum()) != int((torch.bincount(labels) > 0).sum()):
         return False
     is_pinned = torch.zeros_like(labels) if sign is None else sign == 0
     return slices.scale is None or torch.equal(slices.scale.flatten().abs(), 1.0 - is_pinned.double())
 
 
-def first_members(slices: Slices, found: Regular) -> Tensor:
+def first_members(slices: Slices, correspondence: Correspondence) -> Tensor:
     """Return the first member of the group of each slice of the first tensor, int64."""
     entries = torch.arange(slices.labels.numel(), device="cpu").view(slices.labels.shape)
-    return _fixed(entries, found.symmetries).source
+    return _orbits_of(entries, correspondence.symmetries).first
 
 
-def _fixed(entries: Tensor, symmetries: Sequence[Move]) -> Fixed:
+def _orbits_of(entries: Tensor, symmetries: Sequence[Move]) -> Orbits:
     """Return what symmetries of a tensor leave of its entries.
 
     Args:
         entries: their numbers, int64, of the shape of the tensor.
         symmetries: a group.
     """
-    source = entries
+    first = entries
     if all(move.sign == 1 for move in symmetries):
         for move in symmetries[1:]:
-            source = torch.minimum(source, move(entries))
-        return Fixed(source.flatten(), None)
+            first = torch.minimum(first, move(entries))
+        return Orbits(first.flatten(), None)
     signs = torch.ones_like(entries)
     for move in symmetries:
         moved, sign = move(entries), move.sign
         # Of an entry that is its own negative nothing is left.
-        signs = torch.where(moved < source, sign, torch.where((moved == source) & (signs != sign), 0, signs))
-        source = torch.minimum(source, moved)
-    return Fixed(source.flatten(), signs.flatten())
+        signs = torch.where(moved < first, sign, torch.where((moved == first) & (signs != sign), 0, signs))
+        first = torch.minimum(first, moved)
+    return Orbits(first.flatten(), signs.flatten())
 
 
-def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
+def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[Tile]:
     """Yield one tile of the first tensor from each orbit of tiles.
 
     Args:
-        found: how the members correspond.
+        correspondence: of the members.
         grids: the tensors, the slices of their labels in front; their layout and device matter, and not their entries.
     """
     shape, dims = grids[0].shape, grids[0].dim()
-    symmetries, frames = ([move.extended(dims) for move in moves] for moves in (found.symmetries, found.frames))
-    moves = [(number, symmetry.after(frame)) for symmetry in symmetries for number, frame in enumerate(frames)]
+    symmetries, to_first = ([move.extended(dims) for move in moves] for moves in reversed(correspondence))
+    moves = [(number, symmetry.after(move)) for symmetry in symmetries for number, move in enumerate(to_first)]
     # The dimension along which neighbours in memory lie, member by member.
     fast = {
         min(range(dims), key=lambda dim: (shape[dim] == 1, grids[number].stride(move.dims[dim]), -dim))
         for number, move in moves
     }
     on_cpu = grids[0].device.type == "cpu"
-    most = max(_CPU_ENTRIES // len(moves), _CPU_TILE) if on_cpu else max(_ACCELERATOR_ENTRIES // len(moves), 1)
+    most = (
+        max(_CPU_ENTRIES // len(moves), _CPU_TILE)
+        if on_cpu
+        else max(_ACCELERATOR_ENTRIES // len(moves), _ACCELERATOR_TILE)
+    )
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
     cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
-    known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Fixed, Tensor]] = {}
+    known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Orbits, Tensor]] = {}
     for at in product(*(range(len(cut)) for cut in cuts)):
         images = [_image(at, move, cuts) for move in symmetries]
         if min(images) != at:
@@ -350,29 +375,31 @@ def tiles(found: Regular, grids: Sequence[Tensor]) -> Iterator[Tile]:
         tile = tuple(cut[number] for cut, number in zip(cuts, at, strict=True))
         tile_shape = tuple(part.stop - part.start for part in tile)
         views = [View.of(number, tile, shape, move) for number, move in moves]
-        distinct = {(view.tensor, str(view.region)): view for view in reversed(views)}
+        # Of entries that are their own negatives there are views of both signs. The positive ones write 0.0, not -0.0.
+        positive_first = sorted(views, key=lambda view: view.move.sign, reverse=True)
+        distinct = {(view.tensor, str(view.region)): view for view in reversed(positive_first)}
         stabilizers = tuple(move for move, image in zip(symmetries, images, strict=True) if image == at)
-        fixed, counts = None, None
+        orbits, counts = None, None
         if len(stabilizers) > 1:
             key = tile_shape, stabilizers
             if key not in known:
                 known[key] = _stabilized(*key, len(distinct), grids[0].device)
-            fixed, counts = known[key]
+            orbits, counts = known[key]
         is_plain = all(view.is_plain for view in views)
-        yield Tile(tuple(views), tuple(reversed(distinct.values())), tile_shape, is_plain, fixed, counts)
+        yield Tile(tuple(views), tuple(reversed(distinct.values())), tile_shape, is_plain, orbits, counts)
 
 
 def _stabilized(
     shape: tuple[int, ...], stabilizers: Sequence[Move], images: int, device: torch.device
-) -> tuple[Fixed, Tensor]:
+) -> tuple[Orbits, Tensor]:
     """Return what is left of a tile that symmetries take to itself, and how many members each of its entries has."""
     entries = torch.arange(math.prod(shape), device="cpu").view(shape)
-    fixed = _fixed(entries, stabilizers)
+    orbits = _orbits_of(entries, stabilizers)
     places = torch.stack([move(entries).flatten() for move in stabilizers]).sort(dim=0).values
     counts = images * (1 + (places.diff(dim=0) != 0).sum(0))
     wide = wide_dtype(device)
-    sign = None if fixed.sign is None else fixed.sign.to(device, wide)
-    return Fixed(fixed.source.to(device), sign), counts.to(device, wide)
+    sign = None if orbits.sign is None else orbits.sign.to(device, wide)
+    return Orbits(orbits.first.to(device), sign), counts.to(device, wide)
 
 
 def _block(shape: Sequence[int], fast: set[int], linked: Sequence[set[int]], most: int) -> list[int]:
