@@ -133,6 +133,11 @@ def close(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return True
 
 
+def at(tensor: Tensor, where: int) -> tuple[Tensor, ...]:
+    """The index of some entry."""
+    return torch.unravel_index(torch.tensor(where % tensor.numel()), tensor.shape)
+
+
 # --- the same numbers as by an index ---
 
 
@@ -146,9 +151,11 @@ def test_projections_are_those_of_the_index(case, reduction):
     assert tied(by_views, found, Workspace())
 
 
-@given(case=cases())
-def test_what_is_tied_keeps_its_bits(case):
+@given(case=cases(), where=seeds, value=st.sampled_from([None, math.nan, -math.nan, math.inf, -0.0]))
+def test_what_is_tied_keeps_its_bits(case, where, value):
     found = case.views()
+    if value is not None:
+        case.tensors[0][at(case.tensors[0], where)] = value
     project_(case.tensors, found, Workspace())
     before = case.copies()
     for means_of in (None, means_after_step):
@@ -187,8 +194,7 @@ def test_the_sum_divided_is_the_mean(case):
 
 @given(case=cases([torch.float32, torch.float64]), where=seeds, value=st.sampled_from([math.inf, -math.inf, math.nan]))
 def test_what_is_not_finite_goes_to_its_group_alone(case, where, value):
-    first = case.tensors[0]
-    first[tuple(index[where % first.numel()] for index in torch.ones(first.shape).nonzero(as_tuple=True))] = value
+    case.tensors[0][at(case.tensors[0], where)] = value
     by_views, by_index = case.copies(), case.copies()
     project_(by_views, case.views(), Workspace())
     project_(by_index, case.index(), Workspace())

@@ -364,7 +364,11 @@ def canonical(values: Tensor, run: Run) -> Tensor:
     if values.element_size() == 1:
         return canonical(values.float(), run).to(values.dtype)
     values = values.index_select(0, first)
-    return values if sign is None else values.mul_(column(sign, values)).masked_fill_(column(sign == 0, values), 0)
+    if sign is None:
+        return values
+    sign = column(sign, values)
+    # Negated, as members are: the product of a NaN and -1 keeps the sign of the NaN.
+    return torch.where(sign < 0, -values, values).masked_fill_(sign == 0, 0)
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
