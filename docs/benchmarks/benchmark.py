@@ -206,8 +206,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = models[0] if models else platform.processor() or platform.machine()
+    unreleased = (
+        (Path(__file__).parents[2] / "CHANGELOG.md").read_text().partition("## [Unreleased]")[2].partition("\n## ")
+    )
     return {
-        "tieopt": tieopt.__version__,
+        "tieopt": tieopt.__version__ + ", with what is unreleased" * bool(unreleased[0].strip()),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
