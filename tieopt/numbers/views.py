@@ -52,11 +52,6 @@ class Move(NamedTuple):
         moved = tensor.permute(self.dims)
         return moved.flip(self.flips) if self.flips else moved
 
-    def back(self, moved: Tensor) -> Tensor:
-        """Return the tensor that this move has moved."""
-        dims = sorted(range(len(self.dims)), key=self.dims.__getitem__)
-        return (moved.flip(self.flips) if self.flips else moved).permute(dims)
-
     def after(self, first: Move) -> Move:
         """Return what another move and then this one do."""
         flips = (dim for dim, before in enumerate(self.dims) if (before in first.flips) != (dim in self.flips))
@@ -360,11 +355,8 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         for number, move in moves
     }
     on_cpu = grids[0].device.type == "cpu"
-    most = (
-        max(_CPU_ENTRIES // len(moves), _CPU_TILE)
-        if on_cpu
-        else max(_ACCELERATOR_ENTRIES // len(moves), _ACCELERATOR_TILE)
-    )
+    most, least = (_CPU_ENTRIES, _CPU_TILE) if on_cpu else (_ACCELERATOR_ENTRIES, _ACCELERATOR_TILE)
+    most = max(most // len(moves), least)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
     cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
     known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Orbits, Tensor]] = {}
