@@ -34,6 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import Tie, TiedOptimizer
+from tieopt.numbers import reduction as reduction_module
 
 # --- a subclass of torch.optim.Optimizer ---
 
@@ -969,7 +970,9 @@ SYNCHRONISING = {
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [7, 3000])
-def test_the_first_step_finds_its_index_tensors_ready_and_synchronises_nothing(reduction, rows):
+def test_the_first_step_finds_its_index_tensors_ready_and_synchronises_nothing(reduction, rows, monkeypatch):
+    # As on an accelerator.
+    monkeypatch.setattr(reduction_module, "can_be_asked", lambda tensor: False)
     weight = parameter(rows, 3)
     groups = [list(range(0, rows, 2)), list(range(1, rows, 2))]
     optimizer = TiedOptimizer(SGD([weight], lr=0.1, foreach=True), {weight: groups}, reduction=reduction)

@@ -307,10 +307,9 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     # Of the widest dtype the sums of equal numbers are exact if they are added up by pairs alone. Numbers of 16 bits
     # are not added up in float32: a sum may cancel to less than what float32 has lost of it.
     by_pairs = size.bit_count() == 1 if stored == wide else size > 0 and stored == torch.float32
-    if not by_pairs or rows[0].device.type != "cpu":
+    if not by_pairs or not can_be_asked(rows[0]):
         return _careful_means(rows, run, workspace)
     means = _pairwise_means(rows, run.chunks[0], workspace)
-    # On an accelerator this would wait for the device.
     if math.isfinite(means.sum().item()):
         # Symmetries without signs make the sums of pairs equal.
         orbits = run.tile and run.tile.orbits
@@ -334,8 +333,8 @@ def _careful_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor
 
 
 def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
-    """Return whether the members of groups are tied, bit for bit; an accelerator, which would wait, is not asked."""
-    if rows[0].device.type != "cpu":
+    """Return whether the members of groups are known to be tied, bit for bit."""
+    if not can_be_asked(rows[0]):
         return False
     integers = _INTEGERS[rows[0].element_size()]
     if run.tile is not None and run.tile.is_plain:
@@ -354,6 +353,11 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
         if not torch.equal(members, expected):
             return False
     return True
+
+
+def can_be_asked(tensor: Tensor) -> bool:
+    """Return whether Python may depend on the entries of a tensor: an accelerator would have to be waited for."""
+    return tensor.device.type == "cpu"
 
 
 def canonical(values: Tensor, run: Run) -> Tensor:
@@ -399,8 +403,7 @@ def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace:
         stored: the dtype that the means will be stored in.
         workspace: buffers to work in.
     """
-    # On an accelerator the comparison would wait for the device.
-    if means.device.type == "cpu" and torch.equal(means, leads):
+    if can_be_asked(means) and torch.equal(means, leads):
         return
     shape, device = means.shape, means.device
     # Numbers of 16 bits, and what lies in the middle of two neighbours, are exact in float32.
