@@ -138,9 +138,12 @@ def close(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return True
 
 
-def at(tensor: Tensor, where: int) -> tuple[Tensor, ...]:
-    """The index of some entry."""
-    return torch.unravel_index(torch.tensor(where % tensor.numel()), tensor.shape)
+def write(tensor: Tensor, where: int, value: float) -> None:
+    """Write a value to some entry; 8-bit floats as bytes, because torch 2.6 does not index them."""
+    entry = torch.tensor(value).to(tensor.dtype)
+    if tensor.element_size() == 1:
+        tensor, entry = tensor.view(torch.uint8), entry.view(torch.uint8)
+    tensor[torch.unravel_index(torch.tensor(where % tensor.numel()), tensor.shape)] = entry
 
 
 # --- the same numbers as by an index ---
@@ -160,7 +163,7 @@ def test_projections_are_those_of_the_index(case, reduction):
 def test_what_is_tied_keeps_its_bits(case, where, value):
     found = case.views()
     if value is not None:
-        case.tensors[0][at(case.tensors[0], where)] = value
+        write(case.tensors[0], where, value)
     project_(case.tensors, found, Workspace())
     before = case.copies()
     for means_of in (None, means_after_step):
@@ -199,7 +202,7 @@ def test_the_sum_divided_is_the_mean(case):
 
 @given(case=cases([torch.float32, torch.float64]), where=seeds, value=st.sampled_from([math.inf, -math.inf, math.nan]))
 def test_what_is_not_finite_goes_to_its_group_alone(case, where, value):
-    case.tensors[0][at(case.tensors[0], where)] = value
+    write(case.tensors[0], where, value)
     by_views, by_index = case.copies(), case.copies()
     project_(by_views, case.views(), Workspace())
     project_(by_index, case.index(), Workspace())
