@@ -72,10 +72,6 @@ class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Ten
         self[key] = view = buffer[:entries].view(shape)
         return view
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return ``workspace[name, shape, dtype, device]``."""
-        return self[name, shape, dtype, device]
-
 
 class Operation:
     """An operation on the members of groups: one of the functions below, with its options.
