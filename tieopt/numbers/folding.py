@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Views, consecutive, rows_of, sorted_members
+from tieopt.numbers.index import Index, Run, Views, consecutive, rows_of, sorted_members
 from tieopt.numbers.reduction import (
     Reduction,
     Workspace,
@@ -206,11 +206,8 @@ class ViewFolding:
             workspace["grid", grids[0].shape, compacts[0].dtype.to_real(), grids[0].device] if whole is None else whole
         )
         for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
-            values = rounded(group_means(grids, run, workspace), grids[0].dtype)
-            if reduction == "sum":
-                # Of the mean as it is stored, so that tying the gradients before changes nothing.
-                values = values.to(run.counts.dtype) * column(run.counts, values)
-            tile.lead.write_values([target], rounded(values, target.dtype))
+            values = rounded(_group_gradients(grids, run, workspace, reduction), target.dtype)
+            tile.views[0].write([target], values.view(*tile.shape, *values.shape[1:]))
         if whole is None:
             # The grid has its dimensions in their order, and rows may have them in that of memory.
             rows = target.flatten(0, self.index.slices[0].labels.dim() - 1)
@@ -232,8 +229,7 @@ class ViewFolding:
         for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
             values = canonical(stored_leads(grids if whole is None else [whole], run, workspace), run)
             # What the values were read from has them, unless several of its entries are of one group.
-            has_them = whole is None and tile.orbits is None
-            (tile._replace(distinct=tile.distinct[1:]) if has_them else tile).write_values(grids, values)
+            tile.write_values(grids, values, to_lead=whole is not None or tile.orbits is not None)
 
     def _rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> list[Tensor]:
         """View the first tensor and its compact one as rows."""
@@ -344,10 +340,7 @@ def fold_gradients_(
         return
     rows, compact_rows = folding.rows(grads, compacts)
     for run, shared, scales in zip(folding.index.runs, folding.shared, folding.scales, strict=True):
-        values = rounded(group_means(rows, run, workspace), rows[0].dtype)
-        if reduction == "sum":
-            # Of the mean as it is stored, so that tying the gradients before changes nothing.
-            values = values.to(run.counts.dtype) * column(run.counts, values)
+        values = _group_gradients(rows, run, workspace, reduction)
         if scales is not None:
             values = values.to(scales.dtype) / column(scales, values)
         if values.dtype != compact_rows[0].dtype:
@@ -358,6 +351,13 @@ def fold_gradients_(
             sources.append(values[groups])
         torch._foreach_copy_(targets, sources)
     _fold_free_(rows, compact_rows, folding)
+
+
+def _group_gradients(rows: list[Tensor], run: Run, workspace: Workspace, reduction: Reduction) -> Tensor:
+    """Return the mean or the sum of the gradients of each group."""
+    values = rounded(group_means(rows, run, workspace), rows[0].dtype)
+    # Of the mean as it is stored, so that tying the gradients before changes nothing.
+    return values if reduction == "mean" else values.to(run.counts.dtype) * column(run.counts, values)
 
 
 def fold_free_gradients_(grads: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding) -> None:

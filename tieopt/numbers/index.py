@@ -303,7 +303,7 @@ class Views(Index):
         """View tensors without a graph, as they are in memory, the slices of their labels in front."""
         return partial(_grids, self.slices)
 
-    @property
+    @cached_property
     def tiles(self) -> list[Tile]:
         """The tiles of the runs."""
         return [run.tile for run in self.runs if run.tile is not None]

@@ -298,12 +298,10 @@ def _compared(
 def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
     stored, wide, size = rows[0].dtype, run.norms.dtype, run.chunks[0].size
-    if not run.signed:
-        return _careful_means(rows, run, workspace)
     # Of the widest dtype the sums of equal numbers are exact if they are added up by pairs alone. Numbers of 16 bits
     # are not added up in float32: a sum may cancel to less than what float32 has lost of it.
     by_pairs = size.bit_count() == 1 if stored == wide else size > 0 and stored == torch.float32
-    if not by_pairs or not can_be_asked(rows[0]):
+    if not (by_pairs and run.signed and can_be_asked(rows[0])):
         return _careful_means(rows, run, workspace)
     means = _pairwise_means(rows, run.chunks[0], workspace)
     if math.isfinite(means.sum().item()):

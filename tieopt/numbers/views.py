@@ -143,7 +143,7 @@ class Tile(NamedTuple):
 
     Attributes:
         views: the members; where a move takes the tile to itself, some of them are the same region.
-        distinct: the views of distinct regions.
+        distinct: the views of distinct regions, that of the lead first if no other one is the same region.
         shape: of the tile.
         is_plain: whether all members are regions as they are.
         orbits: of the entries, if a move takes the tile to itself.
@@ -177,14 +177,14 @@ class Tile(NamedTuple):
         for view, own in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
             view.write(tensors, own)
 
-    def write_values(self, tensors: Sequence[Tensor], values: Tensor) -> None:
-        """Write the values of groups, shape ``[entries, ...]``, to all their members."""
+    def write_values(self, tensors: Sequence[Tensor], values: Tensor, *, to_lead: bool = True) -> None:
+        """Write the values of groups, shape ``[entries, ...]``, to all their members, or to all but the lead."""
         values = values.view(*self.shape, *values.shape[1:])
         if self.is_plain:
-            regions = self.regions(tensors)
+            regions = self.regions(tensors)[not to_lead :]
             torch._foreach_copy_(regions, [values] * len(regions))
             return
-        for view in self.distinct:
+        for view in self.distinct[not to_lead :]:
             view.write(tensors, values)
 
     def add_halves(self, tensors: Sequence[Tensor], sums: Tensor) -> None:
@@ -368,8 +368,9 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         tile_shape = tuple(part.stop - part.start for part in tile)
         views = [View.of(number, tile, shape, move) for number, move in moves]
         # Of entries that are their own negatives there are views of both signs. The positive ones write 0.0, not -0.0.
-        positive_first = sorted(views, key=lambda view: view.move.sign, reverse=True)
-        distinct = {(view.tensor, str(view.region)): view for view in reversed(positive_first)}
+        distinct: dict[tuple[int, str], View] = {}
+        for view in sorted(views, key=lambda view: view.move.sign, reverse=True):
+            distinct.setdefault((view.tensor, str(view.region)), view)
         stabilizers = tuple(move for move, image in zip(symmetries, images, strict=True) if image == at)
         orbits, counts = None, None
         if len(stabilizers) > 1:
@@ -378,7 +379,7 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
                 known[key] = _stabilized(*key, len(distinct), grids[0].device)
             orbits, counts = known[key]
         is_plain = all(view.is_plain for view in views)
-        yield Tile(tuple(views), tuple(reversed(distinct.values())), tile_shape, is_plain, orbits, counts)
+        yield Tile(tuple(views), tuple(distinct.values()), tile_shape, is_plain, orbits, counts)
 
 
 def _stabilized(
