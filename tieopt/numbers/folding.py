@@ -20,7 +20,6 @@ from tieopt.numbers.index import Index, Run, Views, consecutive, rows_of, sorted
 from tieopt.numbers.reduction import (
     Reduction,
     Workspace,
-    canonical,
     group_means,
     pin_,
     projected,
@@ -29,7 +28,7 @@ from tieopt.numbers.reduction import (
     stored_leads,
     write_values,
 )
-from tieopt.tensors import column, movable, real, wide_dtype
+from tieopt.tensors import bits, column, movable, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices
 
 
@@ -160,15 +159,23 @@ class Folding:
 class ViewFolding:
     """Folds tensors of a regular tie; all shared values are in the compact tensor of the first one.
 
+    Slices are counted in the order of their labels.
+
     Attributes:
         index: the members of all groups.
-        kept: the rows of the first tensor that the compact one is made of; a slice if it has all of them.
-        numbers: which of the labels of the first tensor these are.
+        kept: the slices of the first tensor that the compact one is made of, int64, shape ``[n]``; None if it has all
+            of them.
+        sources: for each slice of the first tensor the row of the compact one that it is a multiple of, int32 if there
+            are not too many, shape ``[labels]``; nothing if the compact one has all slices.
+        signs: of these slices, int8; None if all are 1.
+        pinned: the slices that are zero, int64.
     """
 
     index: Views
-    kept: Tensor | slice
-    numbers: Tensor | slice
+    kept: Tensor | None
+    sources: Tensor
+    signs: Tensor | None
+    pinned: Tensor
 
     @classmethod
     @torch.inference_mode(False)
@@ -179,81 +186,73 @@ class ViewFolding:
             index: of the tensors.
             compact: the rows of the first compact tensor.
         """
-        leads, device = index.leads_of(compact.kept), index.layout.device
-        positions = index.slices[0].positions(index.layout.steps[0]).flatten()[leads]
-        numbers = consecutive(leads) if len(leads) else leads
-        numbers = numbers if isinstance(numbers, slice) else numbers.to(device)
-        if torch.equal(positions, leads):
-            return cls(index, numbers, numbers)
-        kept = consecutive(positions) if len(positions) else positions
-        return cls(index, kept if isinstance(kept, slice) else kept.to(device), numbers)
+        device, nothing = index.layout.device, torch.empty(0, dtype=torch.int64, device=index.layout.device)
+        if len(compact.kept) == index.slices[0].labels.numel():
+            return cls(index, None, nothing, None, nothing)
+        pinned = compact.rows == FREE
+        sources = compact.rows.masked_fill(pinned, 0).to(device, torch.int32 if len(compact.kept) < 2**31 else None)
+        signs = None if bool((compact.scale == 1).all()) else compact.scale.to(device, torch.int8)
+        leads = index.leads_of(compact.kept).to(device)
+        return cls(index, leads, sources, signs, pinned.nonzero().squeeze(1).to(device))
 
     def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
         """See :func:`fold_`."""
-        whole = self._whole(compacts[0])
-        if whole is not None:
-            whole.copy_(self.index.rows(tensors)[0])
-            return
-        row, compact = movable(self._rows(tensors, compacts))
-        _select(row, self.kept, compact)
+        grid, compact = self.index.rows(tensors)[0], self._front(compacts[0])
+        if self.kept is None:
+            compact.view(grid.shape).copy_(grid)
+        else:
+            self._select(grid, compact)
 
     def fold_gradients_(
         self, grads: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace, reduction: Reduction
     ) -> None:
         """See :func:`fold_gradients_`."""
-        grids, whole = self.index.rows(grads), self._whole(compacts[0])
-        target = (
-            workspace["grid", grids[0].shape, compacts[0].dtype.to_real(), grids[0].device] if whole is None else whole
-        )
+        grids, compact = self.index.rows(grads), self._front(compacts[0])
+        shape, device = grids[0].shape, compact.device
+        grid = compact.view(shape) if self.kept is None else workspace["grid", shape, compact.dtype, device]
         for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
-            values = rounded(_group_gradients(grids, run, workspace, reduction), target.dtype)
-            tile.views[0].write([target], values.view(*tile.shape, *values.shape[1:]))
-        if whole is None:
-            # The grid has its dimensions in their order, and rows may have them in that of memory.
-            rows = target.flatten(0, self.index.slices[0].labels.dim() - 1)
-            source, compact = movable([rows, self._front(compacts[0])])
-            _select(source, self.numbers, compact)
+            values = rounded(_group_gradients(grids, run, workspace, reduction), grid.dtype)
+            tile.views[0].write([grid], values.view(*tile.shape, *values.shape[1:]))
+        if self.kept is not None:
+            self._select(grid, compact)
 
     def unfold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace) -> None:
         """See :func:`unfold_`."""
-        grids, whole = self.index.rows(tensors), self._whole(compacts[0])
-        if whole is None:
-            row, compact = movable(self._rows(tensors, compacts))
-            if isinstance(self.kept, slice):
-                row[self.kept] = compact
-            elif row.dim() == 1:
-                # Several times as fast.
-                row.scatter_(0, self.kept, compact)
-            else:
-                row.index_copy_(0, self.kept, compact)
+        grids, compact = self.index.rows(tensors), self._front(compacts[0])
+        if self.kept is None:
+            first = compact.view(grids[0].shape)
+        else:
+            first = grids[0]
+            grid = first if first.is_contiguous() else workspace["grid", first.shape, first.dtype, first.device]
+            self._spread(compact, self._rows(grid))
+            if grid is not first:
+                first.copy_(grid)
+            if len(grids) == 1:
+                return
         for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
-            values = canonical(stored_leads(grids if whole is None else [whole], run, workspace), run)
-            # What the values were read from has them, unless several of its entries are of one group.
-            tile.write_values(grids, values, to_lead=whole is not None or tile.orbits is not None)
+            values = stored_leads([first], run, workspace)
+            tile.write_values(grids, values, to_first=self.kept is None)
 
-    def _rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> list[Tensor]:
-        """View the first tensor and its compact one as rows."""
-        slices = self.index.slices[0]
-        return rows_of((slices, compact_slices(slices)), (tensors[0], compacts[0]))
+    def _select(self, grid: Tensor, compact: Tensor) -> None:
+        assert self.kept is not None
+        rows, out = movable([self._rows(grid), compact])
+        torch.index_select(rows, 0, self.kept, out=out)
 
-    def _whole(self, compact: Tensor) -> Tensor | None:
-        """View a compact tensor as the first tensor is viewed, if it has all of its slices."""
-        slices = self.index.slices[0]
-        if self.numbers != slice(0, slices.labels.numel()):
-            return None
-        rows = self._front(compact)
-        return rows.view(*slices.labels.shape, *rows.shape[1:])
+    def _spread(self, compact: Tensor, rows: Tensor) -> None:
+        """Write to all slices of the first tensor their multiples of the rows of the compact one."""
+        source, out = movable([compact, rows])
+        torch.index_select(source, 0, self.sources, out=out)
+        if self.signs is not None:
+            signed_(rows, self.signs)
+            bits(rows).index_fill_(0, self.pinned, 0)
+
+    def _rows(self, grid: Tensor) -> Tensor:
+        """View the slices of a grid as rows; of one that is not contiguous this may be a copy."""
+        return grid.flatten(0, self.index.slices[0].labels.dim() - 1)
 
     def _front(self, compact: Tensor) -> Tensor:
         """View a compact tensor as real rows, their dimensions in their order."""
         return real(compact.detach()).movedim(compact_slices(self.index.slices[0]).dim, 0)
-
-
-def _select(source: Tensor, chosen: Tensor | slice, out: Tensor) -> None:
-    if isinstance(chosen, slice):
-        out.copy_(source[chosen])
-    else:
-        torch.index_select(source, 0, chosen, out=out)
 
 
 def _sources(

@@ -177,14 +177,14 @@ class Tile(NamedTuple):
         for view, own in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
             view.write(tensors, own)
 
-    def write_values(self, tensors: Sequence[Tensor], values: Tensor, *, to_lead: bool = True) -> None:
-        """Write the values of groups, shape ``[entries, ...]``, to all their members, or to all but the lead."""
+    def write_values(self, tensors: Sequence[Tensor], values: Tensor, *, to_first: bool = True) -> None:
+        """Write the values of groups, shape ``[entries, ...]``, to all their members, or to those of other tensors."""
         values = values.view(*self.shape, *values.shape[1:])
+        views = self.distinct if to_first else [view for view in self.distinct if view.tensor]
         if self.is_plain:
-            regions = self.regions(tensors)[not to_lead :]
-            torch._foreach_copy_(regions, [values] * len(regions))
+            torch._foreach_copy_([tensors[view.tensor][view.region] for view in views], [values] * len(views))
             return
-        for view in self.distinct[not to_lead :]:
+        for view in views:
             view.write(tensors, values)
 
     def add_halves(self, tensors: Sequence[Tensor], sums: Tensor) -> None:
