@@ -16,13 +16,14 @@ from torch import Tensor
 
 from tieopt import is_tied, tie_
 from tieopt.numbers import index as index_module
+from tieopt.numbers import sums as sums_module
 from tieopt.numbers.folding import compact_rows_of
 from tieopt.numbers.index import Index, Run
 from tieopt.numbers.reduction import Workspace, divide_, drift, project_, relax_, tied
 from tieopt.tensors import bits
 from tieopt.ties.slices import Slices, numbered
 
-# Values of the module's constants at which small tensors are cut as large ones are.
+# Values of the modules' constants at which small tensors are cut as large ones are.
 CONSTANTS = {
     "_CPU_ENTRIES": [1, 64, 1000, 2**19],
     "_NARROW": [1, 16, 64],
@@ -34,10 +35,10 @@ CONSTANTS = {
 
 @contextmanager
 def constants(values: dict[str, int]) -> Iterator[None]:
-    """The module with other constants."""
+    """The modules with other constants."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
-            patch.setattr(index_module, name, value)
+            patch.setattr(sums_module if name == "_BLOCK" else index_module, name, value)
         yield
 
 
@@ -182,7 +183,7 @@ KINDS: dict[str, tuple[list[int], int, torch.dtype, dict[str, int], Callable[[tu
         16,
         torch.float64,
         {},
-        lambda runs: len(runs) == 1 and runs[0].chunks[0].blocks is not None,
+        lambda runs: len(runs) == 1 and runs[0].chunks[0].sums.blocks is not None,
     ),
 }
 

@@ -21,13 +21,14 @@ from tieopt.numbers.index import Index, Run, memory_order, sorted_members
 from tieopt.numbers.reduction import (
     ValuesOf,
     Workspace,
+    add_by_group_,
     group_means,
     is_narrow,
     means_after_step,
     rounded,
-    scatter_add_,
     towards_leads_,
 )
+from tieopt.numbers.sums import Sums
 from tieopt.tensors import bits, column, in_memory, wide_dtype
 from tieopt.ties.slices import Slices, flat_labels
 
@@ -70,6 +71,7 @@ class Exchange:
             self._sent[id(runs[-1])] = row.to(device), signs
         self.index = replace(index, runs=tuple(runs))
         self._plan = Plan._make(value.to(device) if isinstance(value, Tensor) else value for value in plan)
+        self._sums = Sums.of(plan.slots, device)
         self._process_group = process_group
 
     @torch.no_grad()
@@ -102,7 +104,7 @@ class Exchange:
         means = to_be_sent(group_means, "sent")
         received = workspace["received", (len(plan.slots), *shape), wire, device]
         dist.all_to_all_single(received, means, plan.received, plan.sent, group=self._process_group)
-        owned = _weighted_means(received, plan)
+        owned = _weighted_means(received, plan, self._sums, workspace)
         if stepped and is_narrow(stored):
             # An owner has members of its groups: what these make of their own mean stands for the lead, on every rank.
             first = sum(plan.sent[: plan.rank])
@@ -125,7 +127,7 @@ def _signed(values: Tensor, signs: Tensor | None) -> Tensor:
     return values if signs is None else values * column(signs.to(values.dtype), values)
 
 
-def _weighted_means(received: Tensor, plan: Plan) -> Tensor:
+def _weighted_means(received: Tensor, plan: Plan, sums: Sums, workspace: Workspace) -> Tensor:
     """Return the mean of each owned group, rows counted by their weights; of equal rows the row itself, bit for bit."""
     wide = received.to(wide_dtype(received.device))
     weights = column(plan.weights.to(wide.dtype), wide)
@@ -136,7 +138,7 @@ def _weighted_means(received: Tensor, plan: Plan) -> Tensor:
         # In halves, because the distance of two large numbers may overflow.
         differences = wide.mul(0.5).sub_(pivots.index_select(0, plan.slots), alpha=0.5).mul_(weights)
         halves = torch.zeros_like(means)
-        scatter_add_(halves, plan.slots, differences)
+        add_by_group_(halves, sums, differences, workspace)
         corrected = halves.add(pivots, alpha=0.5).mul_(2)
         largest = torch.finfo(means.dtype).max
         corrected = torch.where(halves.isfinite(), corrected.clamp(-largest, largest), corrected)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import in_memory, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices
@@ -37,9 +38,6 @@ _MUCH_LARGER = 256.0
 
 # Stands for a pinned row where a member has a number.
 PINNED = FREE - 1
-
-# The longest plain running sum of float64. Longer sums are built from the sums of blocks.
-_BLOCK = 32
 
 
 class Members(NamedTuple):
@@ -106,16 +104,14 @@ class Chunk(NamedTuple):
         groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``; nothing if all
             groups are of one size.
         multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1, and int8 if some are -1.
-        blocks: the block of each member, int64, shape ``[m]``; None if no group needs blocks.
-        block_groups: the group of each block, int64, shape ``[b]``.
+        sums: how the members are added up; None if all groups are of one size.
     """
 
     pieces: Pieces | Tile
     size: int
     groups: Tensor
     multiples: Tensor | None
-    blocks: Tensor | None
-    block_groups: Tensor
+    sums: Sums | None
 
     def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each tensor, and the rows and the groups of its members."""
@@ -221,6 +217,8 @@ class Index:
     @torch.inference_mode(False)
     def of_groups(cls, members: Members, tensors: Sequence[Tensor]) -> Index:
         """Return the index of one tensor whose rows are all members, in the order of their groups."""
+        # Copied at once, because to compile waits for an accelerator again and again.
+        members = Members(*(column.cpu() for column in members))
         slices = (Slices(members.group),)
         layout = Layout.of(slices, tensors)
         return cls(slices, layout, tuple(_runs(members, tensors[0].shape[1:].numel(), layout)), Pieces((), (), ()))
@@ -340,7 +338,7 @@ def _grids(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
 def _run_of_tile(tile: Tile, device: torch.device) -> Run:
     size, entries, nothing = len(tile.views), math.prod(tile.shape), torch.empty(0, dtype=torch.int64, device=device)
     sizes = torch.tensor([size], dtype=wide_dtype(device), device=device).expand(entries)
-    chunk = Chunk(tile, size, nothing, None, None, nothing)
+    chunk = Chunk(tile, size, nothing, None, None)
     leads = chunk._replace(pieces=tile.lead, size=1)
     counts = sizes if tile.counts is None else tile.counts
     return Run(leads, sizes, counts, True, 0.5 ** math.ceil(math.log2(2 * size)), (chunk,), tile)
@@ -504,26 +502,13 @@ def consecutive(positions: Tensor) -> Tensor | slice:
 
 
 def _chunk(members: Members, size: int, layout: Layout) -> Chunk:
-    """Compile members that are sorted by tensor.
-
-    In float64 groups of more than ``_BLOCK`` members are cut into blocks of about the square root of their
-    size. The error of a running sum of ``K`` terms can grow like ``K``; that of a sum of ``sqrt(K)`` sums of
-    ``sqrt(K)`` terms like ``sqrt(K)`` (blocked summation, Higham, "Accuracy and Stability of Numerical
-    Algorithms", section 4.2).
-    """
+    """Compile members that are sorted by tensor."""
     device, groups = layout.device, members.group
     multiples = None
     if not bool((members.scale == 1).all()):
         is_signed = bool((members.scale.abs() == 1).all())
         multiples = members.scale.to(device, torch.int8 if is_signed else wide_dtype(device))
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
-    chunk = Chunk(Pieces.of(members, device), size, nothing if size else groups.to(device), multiples, None, nothing)
-    if size or not layout.double:
-        return chunk
-    _, counts = torch.unique_consecutive(groups, return_counts=True)
-    if int(counts.max()) <= _BLOCK:
-        return chunk
-    lengths = counts.double().sqrt().long().clamp(min=_BLOCK)
-    ranks = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    opens = ranks % lengths.repeat_interleave(counts) == 0
-    return chunk._replace(blocks=(opens.cumsum(0) - 1).to(device), block_groups=groups[opens].to(device))
+    pieces = Pieces.of(members, device)
+    if size:
+        return Chunk(pieces, size, torch.empty(0, dtype=torch.int64, device=device), multiples, None)
+    return Chunk(pieces, 0, groups.to(device), multiples, Sums.of(groups, device, in_blocks=layout.double))

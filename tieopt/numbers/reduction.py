@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from tieopt.numbers.index import PINNED, Chunk, Index, Pieces, Run
+from tieopt.numbers.sums import Level, Sums
 from tieopt.numbers.views import Tile
 from tieopt.tensors import bits, column, movable, wide_dtype
 
@@ -213,7 +214,8 @@ def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Ten
     number = index.member_of[indices[0]]
     if index.pinned.tensors:
         values = torch.where(column(number == PINNED, values), 0, values)
-    tied = number >= 0
+    # As numbers, because an accelerator is waited for wherever a tensor is indexed with a mask.
+    free, tied = (where.nonzero().squeeze(1) for where in (number < 0, number >= 0))
     number = number[tied]
 
     # Sparse dimensions after the first say where in its slice an entry stands.
@@ -238,9 +240,7 @@ def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Ten
     dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
     laid_out = members._replace(position=ranks, group=labels)
     (dense,) = projected([dense], partial(Index.of_groups, laid_out), reduction)
-    return _sparse(
-        torch.cat([indices[:, ~tied], torch.stack(columns)], dim=1), torch.cat([values[~tied], dense]), tensor
-    )
+    return _sparse(torch.cat([indices[:, free], torch.stack(columns)], dim=1), torch.cat([values[free], dense]), tensor)
 
 
 def _entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -436,9 +436,11 @@ def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     # Adding -0.0 changes no number; adding 0.0 would turn -0.0 into 0.0.
     totals = workspace["totals", (run.norms.shape[0], *inner), torch.float64, rows[0].device].fill_(-0.0)
     for chunk in run.chunks:
-        stored = _gathered(rows, chunk.pieces, workspace)
-        members = workspace["wide", stored.shape, torch.float64, stored.device].copy_(stored)
-        _add_up(totals, chunk, members)
+        members = _gathered(rows, chunk.pieces, workspace)
+        # Levels widen what they add up, but torch promotes no 8-bit floats.
+        if not (chunk.sums and chunk.sums.levels) or chunk.multiples is not None or members.element_size() == 1:
+            members = workspace["wide", members.shape, torch.float64, members.device].copy_(members)
+        _add_up(totals, chunk, members, workspace)
     return totals
 
 
@@ -509,8 +511,8 @@ def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
         differences = _expected(leads, chunk, rows[0].dtype, workspace)
         # Equal infinities have no difference.
         differences.copy_(members != differences)
-        _add_up(distances, chunk, differences, weighted=False)
-        _add_up(totals, chunk, members)
+        _add_up(distances, chunk, differences, workspace, weighted=False)
+        _add_up(totals, chunk, members, workspace)
     means = totals.div_(column(run.norms, totals))
     # The mean of finite members is finite, but perhaps beyond the range of the lead.
     return torch.where(distances == 0, leads, _clamped(means, means, rows[0].dtype))
@@ -526,7 +528,7 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
         differences = _expected(pivots, chunk, rows[0].dtype, workspace)
         # Scaled by a power of two, so that no sum overflows where the mean is finite.
         differences.mul_(-run.headroom).add_(members, alpha=run.headroom)
-        _add_up(totals, chunk, differences)
+        _add_up(totals, chunk, differences, workspace)
     # Half the distance from the pivot, because the distance itself may overflow.
     halves = totals.div_(column(run.norms * (2 * run.headroom), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
@@ -559,28 +561,50 @@ def _divided_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor
 # --- from the members to their groups, and back ---
 
 
-def _add_up(totals: Tensor, chunk: Chunk, values: Tensor, *, weighted: bool = True) -> None:
-    """Add the values of members, by default times their multiples, to the totals; the values are overwritten."""
+def _add_up(totals: Tensor, chunk: Chunk, values: Tensor, workspace: Workspace, *, weighted: bool = True) -> None:
+    """Add the values of members, by default times their multiples, to the totals; the values may be overwritten."""
     if weighted and chunk.multiples is not None:
         values.mul_(column(chunk.multiples, values))
-    if chunk.size:
+    if chunk.sums is None:
         totals.add_(_pairwise_sums(_by_member(values, chunk)))
-    elif chunk.blocks is None:
-        scatter_add_(totals, chunk.groups, values)
     else:
-        partial = values.new_full((chunk.block_groups.shape[0], *values.shape[1:]), -0.0)
-        scatter_add_(partial, chunk.blocks, values)
-        scatter_add_(totals, chunk.block_groups, partial)
+        add_by_group_(totals, chunk.sums, values, workspace)
 
 
-def scatter_add_(totals: Tensor, groups: Tensor, values: Tensor) -> None:
+def add_by_group_(totals: Tensor, sums: Sums, values: Tensor, workspace: Workspace) -> None:
     """Add values to the totals of their groups, in the same order on every run."""
-    if totals.device.type == "cpu":
-        totals.scatter_reduce_(0, column(groups, values).expand_as(values), values, "sum")
-    else:
-        # On CUDA scatter_reduce adds with atomics, in an order that changes from run to run: replicas
-        # of a model would drift apart. index_put_ sorts first and always adds in the same order.
-        totals.index_put_((groups,), values, accumulate=True)
+    if sums.levels is not None:
+        for level in sums.levels:
+            values = _reduced(values, level, totals.dtype, workspace)
+        totals.index_copy_(0, sums.groups, totals.index_select(0, sums.groups).add_(values))
+        return
+    if sums.blocks is not None:
+        partial = values.new_full((sums.groups.shape[0], *values.shape[1:]), -0.0)
+        _scatter_add_(partial, sums.blocks, values)
+        values = partial
+    _scatter_add_(totals, sums.groups, values)
+
+
+def _scatter_add_(totals: Tensor, groups: Tensor, values: Tensor) -> None:
+    totals.scatter_reduce_(0, column(groups, values).expand_as(values), values, "sum")
+
+
+def _reduced(values: Tensor, level: Level, wide: torch.dtype, workspace: Workspace) -> Tensor:
+    """Return the values that a level leaves as they are, and then the sums of its columns, added up by pairs.
+
+    Float64 costs no time here even on a GPU that has a 64th of the units for it: it adds several times as many numbers
+    as it reads.
+    """
+    (order, rows, columns), inner, device = level, values.shape[1:], values.device
+    ordered = workspace["ordered", (order.shape[0], *inner), values.dtype, device]
+    torch.index_select(values, 0, order, out=ordered)
+    half = order.shape[0] - rows // 2 * columns
+    # Accelerators convert the other half as they add it.
+    reduced = workspace["reduced", (half, *inner), wide, device].copy_(ordered[:half])
+    left = half - rows // 2 * columns
+    sums = reduced[left:].add_(ordered[half:])
+    _pairwise_sums(sums.view(rows // 2, columns, *inner))
+    return reduced[: left + columns]
 
 
 def _expected(
