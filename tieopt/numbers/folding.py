@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Run, Views, consecutive, rows_of, sorted_members
+from tieopt.numbers.index import Index, Run, Views, consecutive, numbered_members, rows_of
 from tieopt.numbers.reduction import (
     Reduction,
     Workspace,
@@ -29,7 +29,7 @@ from tieopt.numbers.reduction import (
     write_values,
 )
 from tieopt.tensors import bits, column, movable, real, wide_dtype
-from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
 
 class CompactRows(NamedTuple):
@@ -41,7 +41,7 @@ class CompactRows(NamedTuple):
         kept: for each row of the compact tensor the slice that it is made of, int64, shape ``[n]``.
         groups: how many of the rows are shared values of groups; these come first, and then the free slices.
         rows: for each slice the row that it is a multiple of, counted through the compact tensors of all tensors; -1
-            for a pinned slice; int64, shape ``[labels]``.
+            for a pinned slice; int32, or int64 if there are more, shape ``[labels]``.
         scale: for each slice its multiple of that row, float64, shape ``[labels]``.
     """
 
@@ -57,29 +57,36 @@ def compact_rows_of(slices: Sequence[Slices]) -> tuple[CompactRows, ...]:
     Args:
         slices: of each tensor. The same label is the same shared value, whichever tensor it is in.
     """
-    members, pinned = sorted_members(slices)
-    leads = members.leads
-    # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
-    members = members._replace(scale=members.scale * leads.scale.sign().index_select(0, members.group))
-    row_of = torch.empty_like(leads.group)
-    results, before = [], 0
-    for number, labelled in enumerate(slices):
-        here = leads.where(leads.tensor == number)
-        is_free = torch.ones(labelled.labels.numel(), dtype=torch.bool, device="cpu")
-        for tied in (members, pinned):
-            is_free.index_fill_(0, tied.where(tied.tensor == number).position, False)
-        kept = torch.cat([here.position, is_free.nonzero().squeeze(1)])
-        row_of[here.group] = before + torch.arange(len(here.group), device="cpu")
-        rows = torch.full((len(is_free),), FREE, device="cpu")
-        rows[kept] = before + torch.arange(len(kept), device="cpu")
-        scale = torch.ones(len(rows), dtype=torch.float64, device="cpu")
-        results.append(CompactRows(kept, len(here.group), rows, scale))
-        before += len(kept)
-    for number, result in enumerate(results):
-        here = members.where(members.tensor == number)
-        result.rows.index_copy_(0, here.position, row_of.index_select(0, here.group))
-        result.scale.index_copy_(0, here.position, here.scale)
-    return tuple(results)
+    members, pinned = numbered_members(slices)
+    sizes = [labelled.labels.numel() for labelled in slices]
+    ends = torch.tensor(sizes, device="cpu").cumsum(0)
+    count, starts = sum(sizes), [0, *ends.tolist()[:-1]]
+    firsts = firsts_of(members.group, 1 + int(members.group.max())) if len(members.group) else members.group
+    numbers, zeros = members.position, pinned.position
+    if len(slices) > 1:
+        # Slices are counted through all tensors.
+        numbers, zeros = (torch.tensor(starts, device="cpu")[part.tensor] + part.position for part in (members, pinned))
+    leads = numbers.index_select(0, firsts)
+    is_free = torch.ones(count, dtype=torch.bool, device="cpu").index_fill_(0, numbers, False)
+    kept = torch.cat([leads, is_free.index_fill_(0, zeros, False).nonzero().squeeze(1)])
+    lengths, groups = [len(kept)], [len(leads)]
+    if len(slices) > 1:
+        owners = torch.bucketize(kept, ends, right=True)
+        lengths, groups = (
+            torch.bincount(part, minlength=len(slices)).tolist() for part in (owners, owners[: len(leads)])
+        )
+        kept = kept[owners.argsort(stable=True)]
+    rows = torch.full((count,), FREE, dtype=torch.int64, device="cpu")
+    rows.index_copy_(0, kept, torch.arange(len(kept), device="cpu"))
+    rows.index_copy_(0, numbers, rows.index_select(0, leads).index_select(0, members.group))
+    scale = torch.ones((), dtype=torch.float64, device="cpu").expand(count)
+    if any(labelled.scale is not None for labelled in slices):
+        # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
+        signs = members.scale[firsts].sign()
+        scale = scale.index_copy(0, numbers, members.scale * signs[members.group])
+    kept_of = map(torch.sub, kept.split_with_sizes(lengths), starts)
+    rows_of_slices = narrow(rows).split_with_sizes(sizes)
+    return tuple(map(CompactRows, kept_of, groups, rows_of_slices, scale.split_with_sizes(sizes)))
 
 
 # Shared values of a run: the number of the tensor, the groups of the run, and the rows of the compact tensor.

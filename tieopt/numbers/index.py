@@ -6,7 +6,6 @@ Compiled once for tensors of one layout on one device, so that a step only runs 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ from torch import Tensor
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import in_memory, real, wide_dtype
-from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES = 2**19
@@ -63,14 +62,21 @@ class Members(NamedTuple):
 
     def at(self, chosen: Tensor | slice) -> Members:
         """Return some of them: a slice, or numbers."""
-        if isinstance(chosen, slice):
-            return Members(*(column[chosen] for column in self))
-        # Several times as fast as indexing, and there may be millions.
-        return Members(*(column.index_select(0, chosen) for column in self))
+        return Members(*(_at(column, chosen) for column in self))
 
     def where(self, condition: Tensor) -> Members:
         """Return the members for which a condition holds."""
         return self if bool(condition.all()) else self.at(condition.nonzero().squeeze(1))
+
+
+def _at(column: Tensor, chosen: Tensor | slice) -> Tensor:
+    if isinstance(chosen, slice):
+        return column[chosen]
+    # What is the same number everywhere is stored once.
+    if len(column) and column.stride() == (0,):
+        return column[:1].expand(len(chosen))
+    # Several times as fast as indexing, and there may be millions.
+    return column.index_select(0, chosen)
 
 
 class Pieces(NamedTuple):
@@ -382,33 +388,52 @@ def sorted_members(
         steps: with which the slices of each tensor are counted; None to count them in the order of their labels.
         singles: whether groups of one member are groups, and not free slices.
     """
+    members, pinned = numbered_members(slices, steps, singles=singles)
+    # Twice as fast as int64.
+    group, order = narrow(members.group).sort(stable=True)
+    tensor, position, _, scale = members
+    return Members(_at(tensor, order), position.index_select(0, order), group.long(), _at(scale, order)), pinned
+
+
+def numbered_members(
+    slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
+) -> tuple[Members, Members]:
+    """Return what :func:`sorted_members` does before members are sorted by group; the first of each group leads it."""
     columns = []
     for number, labelled in enumerate(slices):
-        tied = (labelled.labels.flatten() != FREE).nonzero().squeeze(1)
-        position = labelled.positions(steps[number]).flatten()[tied] if steps else tied
-        group, scale = labelled.labels.flatten()[tied], labelled.scales.flatten()[tied]
-        columns.append(Members(torch.full_like(tied, number), position, group, scale))
-    members = Members(*(torch.cat(column) for column in zip(*columns, strict=True)))
-    pinned, members = members.where(members.scale == 0), members.where(members.scale != 0)
+        group = labelled.labels.flatten()
+        position = (
+            torch.arange(len(group), device="cpu") if steps is None else labelled.positions(steps[number]).flatten()
+        )
+        tensor = torch.tensor(number, device="cpu").expand(len(group))
+        columns.append(Members(tensor, position, group, labelled.scales.flatten()))
+    members = columns[0] if len(columns) == 1 else Members(*map(torch.cat, zip(*columns, strict=True)))
+    members = members.at((members.group != FREE).nonzero().squeeze(1))
+    pinned, is_scaled = members.at(slice(0)), any(labelled.scale is not None for labelled in slices)
+    if is_scaled:
+        pinned, members = members.where(members.scale == 0), members.where(members.scale != 0)
+        size = members.scale.abs()
+        if not bool((size == 1).all()):
+            # A member of scale 1 or -1 leads, so that the others are its multiples, rounded once. If there is none, or
+            # a much larger one, the largest leads: a value that is too small for the lead would be lost to all.
+            members = members.at(torch.where(size == 1, _MUCH_LARGER, size).argsort(descending=True, stable=True))
 
-    if not singles:
+    sizes = torch.bincount(members.group)
+    is_group = sizes > (0 if singles else 1)
+    if is_scaled:
         # The sum of a single gradient is not the gradient itself where its scale is another.
-        is_alone = torch.bincount(members.group).index_select(0, members.group) == 1
-        members = members.where(~is_alone | (members.scale.abs() != 1))
-    size = members.scale.abs()
-    if not bool((size == 1).all()):
-        # A member of scale 1 or -1 leads, so that the others are its multiples, rounded once. If there is none, or a
-        # much larger one, the largest leads: a value that is too small for the lead would be lost to all.
-        members = members.at(torch.where(size == 1, _MUCH_LARGER, size).argsort(descending=True, stable=True))
-
-    sizes, count = torch.bincount(members.group), len(members.group)
-    leads = torch.full_like(sizes, count)
-    leads.scatter_reduce_(0, members.group, torch.arange(count, device="cpu"), "amin")
-    used = sizes.nonzero().squeeze(1)
-    order = used[(sizes[used] * len(slices) + members.tensor[leads[used]]).argsort(stable=True)]
-    rank = torch.empty_like(sizes).index_put_((order,), torch.arange(len(order), device="cpu"))
+        is_group[members.group[members.scale.abs() != 1]] = True
+    order = is_group.nonzero().squeeze(1)
+    keys = sizes.index_select(0, order)
+    if len(slices) > 1:
+        keys = keys * len(slices) + members.tensor[firsts_of(members.group, len(sizes))[order]]
+    if bool((keys[1:] < keys[:-1]).any()):
+        order = order.index_select(0, narrow(keys).argsort(stable=True))
+    elif len(order) == len(sizes):
+        return members, pinned
+    rank = torch.full_like(sizes, FREE).index_copy_(0, order, torch.arange(len(order), device="cpu"))
     members = members._replace(group=rank.index_select(0, members.group))
-    return members.at(members.group.argsort(stable=True)), pinned
+    return members.where(members.group != FREE), pinned
 
 
 def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = True) -> Iterator[Run]:
@@ -421,14 +446,15 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
     capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
     if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
         # To gather single entries takes longer than to add them up where they are.
-        in_order = (members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
+        in_order = narrow(members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
         yield _run(members, in_order, 0, capacity, layout)
         return
-    starts = [0, *sizes.cumsum(0).tolist()]
+    starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
         while first < last:
-            end = max(bisect_right(starts, starts[first] + capacity, hi=last + 1) - 1, first + 1)
-            run = members.at(slice(starts[first], starts[end]))
+            fitting = torch.searchsorted(starts[: last + 1], starts[first] + capacity, right=True)
+            end = max(int(fitting) - 1, first + 1)
+            run = members.at(slice(int(starts[first]), int(starts[end])))
             yield _run(run, None if size else _by_tensor(run, layout), size, capacity, layout)
             first = end
 
@@ -436,7 +462,9 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
 def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: int) -> Iterator[tuple[int, int, int]]:
     """Yield groups that are cut into runs together: the first, the end, and the size of all, 0 if sizes are mixed."""
     values, counts = (column.tolist() for column in torch.unique_consecutive(sizes, return_counts=True))
-    whole = bool((members.tensor == members.leads.tensor[members.group]).all())
+    # A group that is in several tensors has a neighbour that is in another.
+    same_group = members.group[1:] == members.group[:-1]
+    whole = not bool((same_group & (members.tensor[1:] != members.tensor[:-1])).any())
     first = mixed = 0
     for size, count in zip(values, counts, strict=True):
         enough = len(values) == 1 or size * count * slice_entries >= EVEN_ENTRIES

@@ -35,8 +35,10 @@ class Slices(NamedTuple):
 
     @property
     def scales(self) -> Tensor:
-        """``scale``, also where it is None."""
-        return torch.ones(self.labels.shape, dtype=torch.float64, device="cpu") if self.scale is None else self.scale
+        """``scale``, also where it is None; not to be written to."""
+        if self.scale is not None:
+            return self.scale
+        return torch.ones((), dtype=torch.float64, device="cpu").expand(self.labels.shape)
 
     def slice_shape(self, tensor: Tensor) -> torch.Size:
         """The shape of one slice."""
@@ -48,6 +50,8 @@ class Slices(NamedTuple):
 
     def positions(self, steps: tuple[int, ...]) -> Tensor:
         """Which of :meth:`rows` each slice is, int64, the shape of ``labels``."""
+        if steps == (1,):
+            return torch.arange(len(self.labels), device="cpu")
         positions = torch.zeros((), dtype=torch.int64, device="cpu")
         for step, size in zip(steps, self.labels.shape, strict=True):
             positions = positions[..., None] + step * torch.arange(size, device="cpu")
@@ -109,7 +113,8 @@ class Partition:
 
 def flat_labels(slices: Sequence[Slices]) -> Tensor:
     """Return the labels of all slices, tensor by tensor."""
-    return torch.cat([part.labels.flatten() for part in slices])
+    labels = [part.labels.flatten() for part in slices]
+    return labels[0] if len(labels) == 1 else torch.cat(labels)
 
 
 def with_labels(slices: Sequence[Slices], labels: Iterable[Tensor]) -> tuple[Slices, ...]:
@@ -123,17 +128,31 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     Two ways to write one partition give equal labels then.
     """
     flat = flat_labels(slices)
-    places = (flat != FREE).nonzero().squeeze(1)
-    names = flat[places]
-    if len(names) and int(names.max()) >= 4 * len(flat):
-        _, names = torch.unique(names, return_inverse=True)
-    count = int(names.max()) + 1 if len(names) else 0
-    first = torch.full((count,), len(flat), device="cpu").scatter_reduce_(0, names, places, "amin")
-    used = (first < len(flat)).nonzero().squeeze(1)
-    rank = torch.full_like(first, FREE)
-    rank[used[first[used].argsort()]] = torch.arange(len(used), device="cpu")
-    flat = torch.full_like(flat, FREE).index_put_((places,), rank[names])
+    if not len(flat):
+        return tuple(slices)
+    # Free slices are group 0 here.
+    if int(flat.max()) < 4 * len(flat):
+        names = flat + 1
+    else:
+        names = torch.unique(flat, return_inverse=True)[1] + int(flat.min() != FREE)
+    first = firsts_of(names, int(names.max()) + 1)
+    # Names without members have the last entry as their first one.
+    is_first = torch.zeros(len(flat) + 1, dtype=torch.bool, device="cpu").index_fill_(0, first[1:], True)
+    rank = (is_first.cumsum(0) - 1).index_select(0, first)
+    rank[0] = FREE
+    flat = rank.index_select(0, names)
     return with_labels(slices, torch.split(flat, [part.labels.numel() for part in slices]))
+
+
+def firsts_of(groups: Tensor, count: int) -> Tensor:
+    """Return the first member of each of ``count`` groups, from the group of each; if it has none, their number."""
+    numbers = torch.arange(len(groups), device="cpu")
+    return torch.full((count,), len(groups), device="cpu").scatter_reduce_(0, groups, numbers, "amin")
+
+
+def narrow(numbers: Tensor) -> Tensor:
+    """Return whole numbers as int32 if they fit, which torch sorts in half of the time."""
+    return numbers.int() if not len(numbers) or int(numbers.max()) < 2**31 else numbers
 
 
 def counted(number: int, noun: str) -> str:
@@ -170,7 +189,9 @@ def is_idle(slices: Sequence[Slices]) -> bool:
     labels = flat_labels(slices)
     members = labels[labels != FREE]
     is_alone = len(members) > 0 and int(members.max()) + 1 == len(members)
-    return is_alone and all(bool((part.scales.abs() == 1)[part.labels != FREE].all()) for part in slices)
+    return is_alone and all(
+        part.scale is None or bool((part.scale.abs() == 1)[part.labels != FREE].all()) for part in slices
+    )
 
 
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
@@ -190,8 +211,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     kept = tied & ((sizes[number] > 1) | (scale.abs() != 1))
     (canonical,) = numbered([Slices(torch.where(kept, flat, FREE))])
     labels = canonical.labels
-    leads = torch.full((len(flat) + 1,), len(flat), device="cpu")
-    leads.scatter_reduce_(0, labels + 1, torch.arange(len(flat), device="cpu"), "amin")
+    leads = firsts_of(labels + 1, len(flat) + 1)
     signs = torch.where(kept, scale[leads[labels + 1]].sign(), 1.0)
     places = [(number, part.dim, tuple(part.labels.shape)) for number, part in zip(numbers, slices, strict=True)]
     digest = hashlib.sha256(repr(places).encode())
