@@ -17,7 +17,7 @@ from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt.numbers import index as index_module
 from tieopt.numbers.folding import Folding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
 from tieopt.numbers.index import Index
-from tieopt.numbers.reduction import Workspace, divide_, drift, project_, rounded, tied
+from tieopt.numbers.reduction import Workspace, divide_, drift, have_same_bits, project_, rounded, tied
 from tieopt.ties.slices import Slices, told_apart
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
@@ -514,3 +514,21 @@ def test_the_drift_of_complex_entries_is_a_modulus(shape):
         assert drift([layout], index, Workspace()) == 5.0
     strided = torch.tensor([0, 6 + 8j]).as_strided((2, 1), (1, 0))
     assert drift([strided], index, Workspace()) == 5.0
+
+
+@given(
+    st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.float64]),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.booleans(),
+    st.data(),
+)
+def test_members_that_differ_in_one_bit_are_told_apart_however_they_lie_in_memory(dtype, shape, offset, turned, data):
+    size, count = dtype.itemsize, math.prod(shape)
+    tensor, other = [torch.zeros((count + offset) * size, dtype=torch.uint8) for _ in range(2)]
+    views = [memory.view(dtype)[offset:].view(shape) for memory in (tensor, other)]
+    views = [view.movedim(0, -1) if turned else view for view in views]
+    assert have_same_bits(*views)
+    changed = data.draw(st.integers(0, (count + offset) * size - 1))
+    other[changed] = 1 << data.draw(st.integers(0, 7))
+    assert have_same_bits(*views) == (changed < offset * size)

@@ -40,8 +40,8 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 # The lowest bits of a float64. For rounding to 16 bits it matters only whether all of them are zero.
 _CUT_OFF = 2**40 - 1
 
-# To compare tensors bit for bit, the widest first.
-_INTEGERS = torch.int64, torch.int32, torch.int16, torch.uint8
+# To compare tensors bit for bit.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
@@ -332,7 +332,7 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
         return False
     if run.tile is not None and run.tile.is_plain:
         lead, *others = run.tile.regions(rows)
-        return all(_have_same_bits(lead, other) for other in others)
+        return all(have_same_bits(lead, other) for other in others)
     leads = None
     for chunk in run.chunks:
         members = _gathered(rows, chunk.pieces, workspace)
@@ -342,26 +342,24 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
         else:
             leads = stored_leads(rows, run, workspace) if leads is None else leads
             expected = _expected(leads, chunk, leads.dtype, workspace)
-        if not _have_same_bits(members, expected):
+        if not have_same_bits(members, expected):
             return False
     return True
 
 
-def _have_same_bits(tensor: Tensor, other: Tensor) -> bool:
+def have_same_bits(tensor: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal bit for bit."""
     # It takes as long for each number, however wide it is.
-    dtype = next(dtype for dtype in _INTEGERS if _is_viewable(tensor, dtype) and _is_viewable(other, dtype))
+    dtype = torch.int64 if _is_viewable(tensor) and _is_viewable(other) else _INTEGERS[tensor.element_size()]
     return torch.equal(tensor.view(dtype), other.view(dtype))
 
 
-def _is_viewable(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether each few neighbouring entries can be viewed as one number of a dtype."""
-    count = dtype.itemsize // tensor.element_size()
-    if count == 1:
-        return True
-    if not count or not tensor.dim() or tensor.stride(-1) != 1:
-        return False
-    return not any(place % count for place in (tensor.storage_offset(), tensor.shape[-1], *tensor.stride()[:-1]))
+def _is_viewable(tensor: Tensor) -> bool:
+    """Return whether each few neighbouring entries can be viewed as one number of 8 bytes."""
+    count = 8 // tensor.element_size()
+    if not tensor.dim() or tensor.stride(-1) != 1:
+        return count == 1
+    return math.gcd(tensor.storage_offset(), tensor.shape[-1], *tensor.stride()[:-1]) % count == 0
 
 
 def can_be_asked(tensor: Tensor) -> bool:
