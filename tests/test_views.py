@@ -242,6 +242,19 @@ def test_compact_tensors_are_those_of_the_index(case, reduction):
     assert all(map(same_bits, whole, case.tensors))
 
 
+@given(case=cases([torch.float32, torch.float64]), where=seeds, value=st.sampled_from([math.nan, -math.nan, -0.0]))
+def test_what_is_folded_and_unfolded_keeps_its_bits(case, where, value):
+    found, parts = case.views(), compact_rows_of(case.slices)
+    write(case.tensors[0], where, value)
+    project_(case.tensors, found, Workspace())
+    before, folding = case.copies(), ViewFolding.compile(found, parts[0])
+    kept = [len(part.kept) for part in parts]
+    compacts = list(map(compact_like, case.slices, case.tensors, kept))
+    fold_(case.tensors, compacts, folding, Workspace())
+    unfold_(case.tensors, compacts, folding, Workspace())
+    assert all(map(same_bits, case.tensors, before))
+
+
 @given(case=cases([torch.float32, torch.float64, torch.bfloat16, torch.complex64]), most=st.sampled_from([1, 5, 2**17]))
 def test_tiles_make_no_difference_to_the_bits(case, most):
     first, second = case.copies(), case.copies()

@@ -40,8 +40,8 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 # The lowest bits of a float64. For rounding to 16 bits it matters only whether all of them are zero.
 _CUT_OFF = 2**40 - 1
 
-# To compare tensors bit for bit.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# To see tensors bit for bit.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
@@ -721,11 +721,14 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def signed_(values: Tensor, signs: Tensor) -> Tensor:
-    """Multiply slices by 1 or -1, in place, which rounds nothing."""
+    """Multiply slices by 1 or -1, in place; bit for bit, so that a NaN that is negated has the other sign, too."""
     if values.element_size() == 1:
-        # torch multiplies no 8-bit floats.
+        # Some 8-bit floats have no negative zero.
         return values.copy_(values.float() * column(signs, values))
-    return values.mul_(column(signs, values))
+    dtype = _INTEGERS[values.element_size()]
+    flipped = signs.to(dtype) & torch.iinfo(dtype).min
+    values.view(dtype).bitwise_xor_(column(flipped, values))
+    return values
 
 
 def multiplied(values: Tensor, multiples: Tensor, stored: torch.dtype) -> Tensor:
