@@ -172,8 +172,8 @@ class ViewFolding:
         index: the members of all groups.
         kept: the slices of the first tensor that the compact one is made of, int64, shape ``[n]``; None if it has all
             of them.
-        sources: for each slice of the first tensor the row of the compact one that it is a multiple of, int32 if there
-            are not too many, shape ``[labels]``; nothing if the compact one has all slices.
+        sources: for each slice of the first tensor the row of the compact one that it is a multiple of, shape
+            ``[labels]``; nothing if the compact one has all slices.
         signs: of these slices, int8; None if all are 1.
         pinned: the slices that are zero, int64.
     """
@@ -197,7 +197,7 @@ class ViewFolding:
         if len(compact.kept) == index.slices[0].labels.numel():
             return cls(index, None, nothing, None, nothing)
         pinned = compact.rows == FREE
-        sources = compact.rows.masked_fill(pinned, 0).to(device, torch.int32 if len(compact.kept) < 2**31 else None)
+        sources = compact.rows.masked_fill(pinned, 0).to(device)
         signs = None if bool((compact.scale == 1).all()) else compact.scale.to(device, torch.int8)
         leads = index.leads_of(compact.kept).to(device)
         return cls(index, leads, sources, signs, pinned.nonzero().squeeze(1).to(device))
@@ -276,7 +276,7 @@ def _sources(
         if not is_here or int(at.max()) + 1 != len(at) or not bool((scale.abs() == 1).all()):
             return None
         signs = None if bool((scale == 1).all()) else torch.empty_like(scale).index_put_((at,), scale)
-        numbers = torch.empty_like(rows).index_put_((at,), rows).to(device, torch.int32 if count < 2**31 else None)
+        numbers = torch.empty_like(rows).index_put_((at,), rows).to(device)
         sources.append((numbers, None if signs is None else signs.to(device, torch.int8)))
     return tuple(sources)
 

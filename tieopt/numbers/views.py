@@ -143,7 +143,7 @@ class Tile(NamedTuple):
 
     Attributes:
         views: the members; where a move takes the tile to itself, some of them are the same region.
-        distinct: the views of distinct regions, that of the lead first if no other one is the same region.
+        distinct: the views of distinct regions.
         shape: of the tile.
         is_plain: whether all members are regions as they are.
         orbits: of the entries, if a move takes the tile to itself.
@@ -182,7 +182,7 @@ class Tile(NamedTuple):
         values = values.view(*self.shape, *values.shape[1:])
         views = self.distinct if to_first else [view for view in self.distinct if view.tensor]
         if self.is_plain:
-            torch._foreach_copy_([tensors[view.tensor][view.region] for view in views], [values] * len(views))
+            torch._foreach_copy_(_regions(tensors, views), [values] * len(views))
             return
         for view in views:
             view.write(tensors, values)
@@ -204,7 +204,11 @@ class Tile(NamedTuple):
 
     def regions(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return all members of a tile as they are."""
-        return [tensors[view.tensor][view.region] for view in self.views]
+        return _regions(tensors, self.views)
+
+
+def _regions(tensors: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
+    return [tensors[view.tensor][view.region] for view in views]
 
 
 class Correspondence(NamedTuple):
@@ -368,9 +372,8 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         tile_shape = tuple(part.stop - part.start for part in tile)
         views = [View.of(number, tile, shape, move) for number, move in moves]
         # Of entries that are their own negatives there are views of both signs. The positive ones write 0.0, not -0.0.
-        distinct: dict[tuple[int, str], View] = {}
-        for view in sorted(views, key=lambda view: view.move.sign, reverse=True):
-            distinct.setdefault((view.tensor, str(view.region)), view)
+        positive_last = sorted(views, key=lambda view: view.move.sign)
+        distinct = {(view.tensor, str(view.region)): view for view in positive_last}
         stabilizers = tuple(move for move, image in zip(symmetries, images, strict=True) if image == at)
         orbits, counts = None, None
         if len(stabilizers) > 1:
