@@ -227,6 +227,8 @@ class Recipe:
         matrices: whether it takes nothing but matrices.
         filled: whether it refuses parameters without entries.
         contiguous: whether it refuses gradients that are not contiguous.
+        wide: whether 16 bits are too few: on the CPU the fused SGD with momentum rounds them by where they are in
+            memory, so that not even two bare optimizers agree.
     """
 
     optimizer: type[Optimizer]
@@ -237,6 +239,7 @@ class Recipe:
     matrices: bool = False
     filled: bool = False
     contiguous: bool = False
+    wide: bool = False
 
     def __call__(self, parameters: Any) -> Optimizer:
         return self.optimizer(parameters, **self.settings)
@@ -247,7 +250,8 @@ class Recipe:
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Those of the parameters that it can train."""
-        return REAL if self.real else (*REAL, *COMPLEX)
+        dtypes = REAL if self.real else (*REAL, *COMPLEX)
+        return tuple(dtype for dtype in dtypes if not self.wide or dtype.to_real().itemsize > 2)
 
     def shapes(self) -> st.SearchStrategy[tuple[int, ...]]:
         """Those of the parameters that it can train."""
@@ -258,7 +262,7 @@ class Recipe:
     def takes(self, parameter: Tensor) -> bool:
         """Whether it can train such a parameter."""
         return not (
-            (self.real and parameter.is_complex())
+            parameter.dtype not in self.dtypes
             or (self.matrices and parameter.dim() != 2)
             or (self.filled and parameter.numel() == 0)
             or (self.contiguous and not parameter.is_contiguous())
@@ -271,7 +275,8 @@ ENTRYWISE = [
     Recipe(torch.optim.SGD, _LR),
     Recipe(torch.optim.SGD, {**_LR, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "foreach": True}),
     Recipe(torch.optim.SGD, {**_LR, "momentum": 0.5, "dampening": 0.1, "maximize": True, "foreach": False}),
-    Recipe(torch.optim.SGD, {**_LR, "momentum": 0.9, "fused": True}, real=True),
+    Recipe(torch.optim.SGD, {**_LR, "momentum": 0.9, "fused": True}, real=True, wide=True),
+    Recipe(torch.optim.SGD, {**_LR, "weight_decay": 0.1, "fused": True}, real=True),
     Recipe(torch.optim.Adam, {**_LR, "foreach": False}),
     Recipe(torch.optim.Adam, {**_LR, "foreach": True, "amsgrad": True, "weight_decay": 0.1}),
     Recipe(torch.optim.Adam, {**_LR, "fused": True}, real=True),
