@@ -702,10 +702,10 @@ def test_ties_that_an_optimizer_returns_keep_the_names_of_its_parameters():
     assert f"Tie.join({', '.join(map(repr, ties[0].parts))})" == text
     assert repr(copy.deepcopy(ties[0])) == repr(pickle.loads(pickle.dumps(ties[0]))) == text  # noqa: S301
 
-    # A part is the named tuple of four that it was.
+    # A part is a named tuple.
     for part, param in zip(ties[0].parts, (weight, other), strict=True):
         assert part.param is param
-        assert (part.param, part.groups, part.dim, part.scale) == tuple(part)
+        assert (part.param, part.groups, part.dim, part.scale, part.offset) == tuple(part)
     again = TiedOptimizer(SGD([other, weight]), ties)
     again.retie(ties)
     assert repr(again.ties[0]).count("parameter of shape (4, 2)") == 2

@@ -17,7 +17,8 @@ from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt.numbers import index as index_module
 from tieopt.numbers.folding import Folding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
 from tieopt.numbers.index import Index
-from tieopt.numbers.reduction import Workspace, divide_, drift, have_same_bits, project_, rounded, tied
+from tieopt.numbers.reduction import Workspace, divide_, drift, have_same_bits, project_, tied
+from tieopt.numbers.rounding import rounded
 from tieopt.ties.slices import Slices, told_apart
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]

@@ -11,6 +11,7 @@ optimizer has.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections import OrderedDict
@@ -33,7 +34,7 @@ from tieopt.modes.state import Lost, settings_in, states_of, tied_state
 from tieopt.numbers.reduction import Reduction
 from tieopt.numbers.start import Start
 from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
-from tieopt.ties.tie import Tie, Ties, with_name
+from tieopt.ties.tie import FROZEN, Part, Tie, Ties, tie_of
 
 _HOOKS = [
     f"_optimizer_{method}_{when}_hooks"
@@ -213,10 +214,12 @@ class TiedOptimizer(Optimizer):
         param_groups, ties = self._tieopt.param_groups_of(self), []
         for tie, params in self._tieopt.parameters(param_groups):
             parts = []
-            for param, slices, place in zip(params, tie.slices, tie.places, strict=True):
-                part = Tie(param, slices.labels, dim=slices.dim, scale=slices.scale)
-                parts.append(with_name(part, given_name(param_groups, place)))
-            ties.append(Tie.join(*parts))
+            for param, place, slices, frozen in zip(params, tie.places, tie.slices, tie.frozen, strict=True):
+                # What is done to it later changes no tie.
+                labels, scale, dim, offset, _ = copy.deepcopy(slices._replace(offset=None) if frozen else slices)
+                part = Part(param, labels, dim, scale, FROZEN if frozen else offset)
+                parts.append((part, given_name(param_groups, place)))
+            ties.append(tie_of(parts))
         return tuple(ties)
 
     @untraced

@@ -176,6 +176,11 @@ def local(tensor: Any) -> Tensor:
     return shard
 
 
+def whole_here(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor if this rank has all of its entries; None if there is none, or it is sharded."""
+    return None if tensor is None or is_sharded(tensor) else tensor
+
+
 def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:
     """Return which part of a sharded tensor the rank at a coordinate of the mesh has.
 

@@ -77,8 +77,8 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         if not isinstance(ties, Tie):
             ties = {"the tensor": ties}
         elif len(ties.parts) == 1:
-            _, groups, dim, scale = ties.parts[0]
-            ties = Tie("the tensor", groups, dim=dim, scale=scale)
+            _, groups, dim, scale, offset = ties.parts[0]
+            ties = Tie("the tensor", groups, dim=dim, scale=scale, offset=offset)
         else:
             raise refusal(ValueError, "A tensor cannot have a joined tie.", expected="a tie of one parameter", got=ties)
     elif isinstance(model_or_tensor, nn.Module):

@@ -23,7 +23,8 @@ from tieopt.engine.graphs import Copies, static
 from tieopt.engine.sharded import Shards
 from tieopt.numbers.folding import Folding, ViewFolding, fold_free_gradients_
 from tieopt.numbers.index import Index
-from tieopt.numbers.reduction import Operation, is_narrow, rounded
+from tieopt.numbers.reduction import Operation, is_narrow
+from tieopt.numbers.rounding import rounded
 from tieopt.tensors import overlaps
 from tieopt.ties.slices import Partition
 
@@ -109,6 +110,7 @@ def _written_out(work: Work, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     sizes = {run.chunks[0].size for run in index.runs}
     if (
         index.slices[0].scale is not None
+        or not all(run.signed for run in index.runs)
         or len(sizes) != 1
         or not 0 < min(sizes) <= _WRITTEN_OUT
         or index.layout.double

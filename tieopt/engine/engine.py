@@ -156,7 +156,8 @@ class Engine:
             reduction: ``"mean"`` or ``"sum"``.
         """
         if not spans_ranks(tensors):
-            return list(projected(tensors, partial(self.index_for, tie), reduction))
+            index_for, linear = (partial(self.index_for, part) for part in (tie, tie.linear))
+            return list(projected(tensors, index_for, reduction, linear))
         with torch.no_grad():
             results = _once(Tensor.clone, tensors)
         self.apply_(Operation(project_, reduction=reduction), [(tie, results)])
@@ -203,7 +204,8 @@ class Engine:
         """Return the index of plain tensors; compiled again for those of another layout, or on another device."""
         key = tie, Layout.of(tie.slices, tensors)
         if key not in self._indices:
-            self._indices[key] = Views.of(tie.slices, tensors) or Index.compile(tie.slices, tensors)
+            index = Views.of(tie.slices, tensors) or Index.compile(tie.slices, tensors, linear=tie.is_linear)
+            self._indices[key] = index
         return self._indices[key]
 
     def prepare(self, pairs: Pairs[Partition]) -> None:
@@ -292,7 +294,7 @@ def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
         return ()
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
     # Multiples that are rounded have a run take another way, and all groups in it.
-    if not tie.is_of_rows or not bool(((scales == 0) | (scales == 1)).all()):
+    if not tie.is_of_rows or tie.slices[0].offset is not None or not bool(((scales == 0) | (scales == 1)).all()):
         return ()
     sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
     several = torch.unique(sizes[sizes > 1])

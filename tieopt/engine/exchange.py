@@ -25,9 +25,9 @@ from tieopt.numbers.reduction import (
     group_means,
     is_narrow,
     means_after_step,
-    rounded,
     towards_leads_,
 )
+from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums
 from tieopt.tensors import bits, column, in_memory, wide_dtype
 from tieopt.ties.slices import Slices, flat_labels

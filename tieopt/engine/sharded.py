@@ -87,6 +87,10 @@ class Shards:
         _check_scales(slices, spanning, tie.names)
         self._plan = plan if len(spanning) else None
         shard = shard_at(here)
+        if not tie.is_linear:
+            _check_offsets(slices, spanning, tie.names)
+            cuts = zip(shard, slices, tensors, strict=True)
+            shard = [part._replace(offset=_offset_here(whole, tensor)) for part, whole, tensor in cuts]
         sent = [rows_sent(part, plan) for part in shard]
         others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(shard, sent, strict=True)]
         self._spanning, self._whole = with_labels(shard, sent), numbered(with_labels(shard, others))
@@ -160,7 +164,7 @@ def _cut_apart(tie: Partition, tensors: Sequence[DTensor]) -> tuple[Sequence[Sli
     if all(len(ways) == 1 for ways in cuts):
         return tie.slices, [dim for dim, ways in enumerate(cuts) if ways == {0}]
     whole = [torch.empty(tensor.shape, device="meta") for tensor in tensors]
-    by_entry = [Slices(*slices.entries(tensor)) for slices, tensor in zip(tie.slices, whole, strict=True)]
+    by_entry = [slices.by_entry(tensor) for slices, tensor in zip(tie.slices, whole, strict=True)]
     return by_entry, [dim for dim, ways in enumerate(cuts) if ways != {None}]
 
 
@@ -180,7 +184,14 @@ def _slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int])
     part = tuple(bounds[: slices.labels.dim()])
     # Views would keep the labels of all shards.
     scale = None if slices.scale is None else slices.scale[part].clone()
-    return Slices(slices.labels[part].clone(), scale, slices.dim)
+    size = None if slices.offset_size is None else slices.offset_size[part].clone()
+    return Slices(slices.labels[part].clone(), scale, slices.dim, offset_size=size)
+
+
+def _offset_here(slices: Slices, tensor: DTensor) -> Tensor | None:
+    """Return the offset of the entries in the shard of this rank."""
+    offset = slices.offset
+    return offset if offset is None else local(offset) if is_sharded(offset) else shard_of(offset, tensor)
 
 
 # --- what cannot be tied ---
@@ -188,7 +199,9 @@ def _slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int])
 
 def _check_same(tie: Partition, tensors: Sequence[DTensor]) -> None:
     """Refuse ties that differ between ranks: each would take what the others send for that of other groups."""
-    known = [(slices.dim, tuple(slices.labels.shape), slices.scale is None) for slices in tie.slices]
+    known = [
+        (slices.dim, tuple(slices.labels.shape), slices.scale is None, slices.offset is None) for slices in tie.slices
+    ]
     digest = hashlib.sha256(repr(known).encode())
     columns = [column for slices in tie.slices for column in (slices.labels, slices.scale) if column is not None]
     for column in map(Tensor.contiguous, columns):
@@ -219,6 +232,20 @@ def _check_scales(slices: Sequence[Slices], spanning: Tensor, names: Sequence[st
             what = "A group whose members are on several ranks has multiples that are rounded."
             expected = "scales of -1, 0 and 1, or groups that are whole on one rank"
             got = f"a scale of {float(part.scales[rounding][spans][0])}"
+            raise refusal(ValueError, what, parameter=name, expected=expected, got=got)
+
+
+def _check_offsets(slices: Sequence[Slices], spanning: Tensor, names: Sequence[str]) -> None:
+    """Refuse groups with an offset whose members are on several ranks, each of which rounds by a lead of its own."""
+    for part, name in zip(slices, names, strict=True):
+        spans = torch.isin(part.labels, spanning) & (part.scales != 0)
+        if part.offset is None or not bool(spans.any()):
+            continue
+        offsets = part.offset.detach().cpu().movedim(part.dim, 0)[spans]
+        if bool(offsets.any()):
+            what = "A group whose members are on several ranks has an offset."
+            expected = "offsets of pinned slices, or groups that are whole on one rank"
+            got = f"an offset of {offsets[offsets != 0][0].item()}"
             raise refusal(ValueError, what, parameter=name, expected=expected, got=got)
 
 

@@ -111,9 +111,9 @@ class CompactStep(Step):
             if grad is None:
                 continue
             if grad.layout is torch.sparse_coo:
-                compacts[0].grad = engine.folded_sparse(tie, grad, params[0], compacts[0], reduction)
+                compacts[0].grad = engine.folded_sparse(tie.linear, grad, params[0], compacts[0], reduction)
                 continue
-            grads.append((tie, list(map(grad_of, params))))
+            grads.append((tie.linear, list(map(grad_of, params))))
             targets.append([])
             for compact in compacts:
                 targets[-1].append(torch.empty_like(compact) if compact.grad is None else compact.grad)

@@ -17,7 +17,7 @@ from tieopt.errors import refusal, shown
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, Settings, State, begins_at, held_of, scales_for, settings_in, tied_state
 from tieopt.numbers.folding import CompactRows, compact_like, compact_slices
-from tieopt.numbers.reduction import times
+from tieopt.numbers.rounding import times
 from tieopt.tensors import bits, has_shape
 from tieopt.ties.components import components
 from tieopt.ties.places import BoundTie, parameters_of

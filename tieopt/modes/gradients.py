@@ -65,7 +65,7 @@ def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
     written, replaced = [], set()
     for tie, params in pairs:
         grads = list(map(grad_of, params))
-        written.append((tie, grads))
+        written.append((tie.linear, grads))
         for param, grad in zip(params, grads, strict=True):
             if grad.requires_grad or grad.layout is torch.sparse_coo:
                 replaced.add(id(param))
@@ -78,7 +78,7 @@ def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
 
 def _divide(pairs: Pairs[BoundTie], sums: Pairs[BoundTie], engine: Engine) -> None:
     # Some optimizers replace the gradient, or set it to None, while they step.
-    params_of = dict(pairs)
+    params_of = {tie.linear: params for tie, params in pairs}
     kept = [(tie, grads) for tie, grads in sums if all(map(is_, map(grad_of, params_of[tie]), grads))]
     engine.apply_(_DIVIDE, kept)
 
@@ -165,6 +165,6 @@ def _replace(pairs: Pairs[BoundTie], engine: Engine, reduction: Reduction) -> No
     for tie, params in pairs:
         grads = gradients_of(params)
         with torch.set_grad_enabled(any(grad.requires_grad for grad in grads)):
-            results = engine.projected(tie, grads, reduction)
+            results = engine.projected(tie.linear, grads, reduction)
         for param, grad in zip(params, results, strict=True):
             param.grad = grad

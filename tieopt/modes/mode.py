@@ -200,7 +200,9 @@ class Mode(ABC):
         """
         check_start(start, relaxed=self.relaxed)
         # Compiled now, and not while a step is captured.
-        self.engine.prepare(self.parameters(optimizer.param_groups))
+        pairs = self.parameters(optimizer.param_groups)
+        self.engine.prepare(pairs)
+        self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear])
         self.check_served(optimizer)
         changed = [self.state_within(optimizer, state, start, lost) for state in states]
         self.tie_all(optimizer, start, self.strength)

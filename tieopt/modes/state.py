@@ -130,7 +130,7 @@ def tied_state(
     changed: dict[Tensor, State] = {}
     # The engine of the steps would keep what it compiles here, and never need it again.
     engine = Engine()
-    for tie, params in pairs:
+    for tie, params in ((tie.linear, params) for tie, params in pairs):
         states = [held_of(changed if param in changed else state, param) for param in params]
         tied_states = _states_of_untrained(tie, params, states)
         untrained = {number: params[number] for number in tied_states}
@@ -196,7 +196,8 @@ def _scaled_for(key: str, tie: Partition, values: _Values, engine: Engine) -> Pa
     if all(slices.scale is None for slices in tie.slices) or engine.is_tied([_pair(tie, values)]):
         return tie
     scales = [scales_for(key, values.values(), slices.scales) for slices in tie.slices]
-    return Partition([slices._replace(scale=scale) for slices, scale in zip(tie.slices, scales, strict=True)])
+    scaled = [slices._replace(scale=scale) for slices, scale in zip(tie.slices, scales, strict=True)]
+    return Partition(scaled, is_linear=True)
 
 
 def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
 def _pair(tie: Partition, values: _Values) -> tuple[Partition, list[Tensor]]:
     """Return the tie of some parameters alone; of all, the same object, for which there may be an index already."""
     is_whole = list(values) == list(range(len(tie.slices)))
-    part = tie if is_whole else Partition([tie.slices[number] for number in values])
+    part = tie if is_whole else Partition([tie.slices[number] for number in values], is_linear=True)
     return part, list(values.values())
 
 

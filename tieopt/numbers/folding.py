@@ -23,11 +23,10 @@ from tieopt.numbers.reduction import (
     group_means,
     pin_,
     projected,
-    rounded,
-    signed_,
     stored_leads,
     write_values,
 )
+from tieopt.numbers.rounding import rounded, signed_
 from tieopt.tensors import bits, column, movable, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
@@ -104,7 +103,8 @@ class Folding:
         free: the last of these, which are free slices.
         groups: how many the others are, which are leads of groups.
         shared: for each run of the index its shared values, compact tensor by compact tensor.
-        scales: for each run the multiples of the shared values that the leads are; None if all are 1.
+        scales: for each run the multiples of the shared values that the leads are, before their offsets are added; None
+            if all are 1.
         sources: for each tensor the row of its compact tensor that each row is a copy of, and the signs of the rows if
             not all are 1; None if a row has none, or is another multiple, or has it in the compact tensor of another
             tensor.
@@ -139,7 +139,8 @@ class Folding:
                 scale[groups.cpu()] = compact[number].scale[compact[number].kept[rows]]
                 values.append((number, consecutive(groups), rows))
             shared.append(tuple(values))
-            scales.append(None if bool((scale == 1).all()) else scale.to(device, wide_dtype(device)))
+            is_multiple = run.offsets is not None or not bool((scale == 1).all())
+            scales.append(scale.to(device, wide_dtype(device)) if is_multiple else None)
         positions = [
             labelled.positions(steps).flatten()
             for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
@@ -153,7 +154,7 @@ class Folding:
             tuple(result.groups for result in compact),
             tuple(shared),
             tuple(scales),
-            _sources(compact, positions, device),
+            _sources(compact, positions, device) if all(run.offsets is None for run in index.runs) else None,
         )
 
     def rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -316,13 +317,12 @@ def fold_(
     rows, compact_rows = folding.rows(tensors, compacts)
     for source, kept, compact in zip(movable(rows), folding.kept, movable(compact_rows), strict=True):
         torch.index_select(source, 0, kept, out=compact)
-    for shared, scales in zip(folding.shared, folding.scales, strict=True):
+    for run, shared, scales in zip(folding.index.runs, folding.shared, folding.scales, strict=True):
         if scales is not None:
             for number, groups, rows_of_groups in shared:
                 compact = compact_rows[number][rows_of_groups]
-                # torch promotes no 8-bit floats.
-                values = compact.to(scales.dtype) / column(scales[groups], compact)
-                compact.copy_(rounded(values, compact.dtype))
+                offsets = None if run.offsets is None else run.offsets[groups]
+                compact.copy_(_shared_values(compact, column(scales[groups], compact), offsets))
 
 
 def fold_gradients_(
@@ -431,7 +431,8 @@ def unfold_(
                 leads = compact_rows[number][kept]
                 if scales is not None:
                     before = moved[number].index_select(0, folding.kept[number][kept]).view(leads.dtype)
-                    leads = _leads(leads, before, column(scales[groups], leads))
+                    offsets = None if run.offsets is None else run.offsets[groups]
+                    leads = _leads(leads, before, column(scales[groups], leads), offsets)
                 values[groups] = leads
             write_values(rows, run, values, workspace)
         for target, free, count, compact in zip(moved, folding.free, folding.groups, moved_compacts, strict=True):
@@ -440,14 +441,23 @@ def unfold_(
         pin_(rows, folding.index)
 
 
-def _leads(values: Tensor, before: Tensor, scales: Tensor) -> Tensor:
+def _shared_values(leads: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return the shared values that leads are multiples of, plus offsets."""
+    # torch promotes no 8-bit floats.
+    wide = leads.to(scales.dtype)
+    return rounded((wide if offsets is None else wide - offsets) / scales, leads.dtype)
+
+
+def _leads(values: Tensor, before: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
     """Return leads, which are multiples of shared values; where :func:`fold_` made a value of a lead, that lead.
 
     Args:
         values: shared values.
         before: the leads as they are.
         scales: the multiples.
+        offsets: what is added to these; None for nothing.
     """
     wide_values, wide_before = values.to(scales.dtype), before.to(scales.dtype)
-    is_same = rounded(wide_before / scales, values.dtype).to(scales.dtype) == wide_values
-    return rounded(torch.where(is_same, wide_before, wide_values * scales), values.dtype)
+    is_same = _shared_values(before, scales, offsets).to(scales.dtype) == wide_values
+    leads = wide_values * scales if offsets is None else wide_values * scales + offsets
+    return rounded(torch.where(is_same, wide_before, leads), values.dtype)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
-from tieopt.tensors import in_memory, real, wide_dtype
+from tieopt.tensors import bits, column, in_memory, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
@@ -111,6 +112,8 @@ class Chunk(NamedTuple):
             groups are of one size.
         multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1, and int8 if some are -1.
         sums: how the members are added up; None if all groups are of one size.
+        shifts: what is added to the multiples, for each entry of the members, in the wide dtype, shape ``[m, ...]``;
+            None if it is 0 everywhere.
     """
 
     pieces: Pieces | Tile
@@ -118,6 +121,7 @@ class Chunk(NamedTuple):
     groups: Tensor
     multiples: Tensor | None
     sums: Sums | None
+    shifts: Tensor | None = None
 
     def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each tensor, and the rows and the groups of its members."""
@@ -135,16 +139,18 @@ class Chunk(NamedTuple):
 class Run(NamedTuple):
     """Consecutive groups that are reduced at once: as many as fit into one chunk, or a large group in several.
 
-    Every group has a *lead*, the member whose value stands for the group's: the others are its multiples.
+    Every group has a *lead*, the member whose value stands for the group's: the others are its multiples, plus what
+    their offsets differ by.
 
     Attributes:
         lead_members: the leads, sorted by group if their size is 1.
         norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
         counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; ``[g]``.
-        signed: whether all multiples are 1 or -1, so that multiplying by them rounds nothing.
+        signed: whether members are their leads times 1 or -1, so that computing them rounds nothing.
         headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
         chunks: all members of these groups.
         tile: all members, if they are those of a tile.
+        offsets: of the leads, in the wide dtype, shape ``[g, ...]``; None if no member has one.
     """
 
     lead_members: Chunk
@@ -154,6 +160,7 @@ class Run(NamedTuple):
     headroom: float
     chunks: tuple[Chunk, ...]
     tile: Tile | None = None
+    offsets: Tensor | None = None
 
     @property
     def leads(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -168,17 +175,23 @@ class Layout(NamedTuple):
         device: where the tensors are.
         double: whether their entries are float64, so that sums of them are rounded.
         steps: of the slices of each, see :meth:`~tieopt.ties.slices.Slices.steps`.
+        memory: the dtypes and strides of tensors with offsets, which are laid out in the same way.
     """
 
     device: torch.device
     double: bool
     steps: tuple[tuple[int, ...], ...]
+    memory: tuple[tuple[torch.dtype, tuple[int, ...]], ...] = ()
 
     @classmethod
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Layout:
         """Return the layout of tensors that are sliced so."""
         steps = tuple([labelled.steps(tensor) for labelled, tensor in zip(slices, tensors, strict=True)])
-        return cls(tensors[0].device, tensors[0].dtype in (torch.float64, torch.complex128), steps)
+        double = tensors[0].dtype in (torch.float64, torch.complex128)
+        memory: tuple[tuple[torch.dtype, tuple[int, ...]], ...] = ()
+        if any(labelled.offset is not None for labelled in slices):
+            memory = tuple([(tensor.dtype, tensor.stride()) for tensor in tensors])
+        return cls(tensors[0].device, double, steps, memory)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,18 +205,27 @@ class Index:
         slices: of each tensor, with their labels.
         layout: of the tensors. For tensors of another layout the index is wrong.
         runs: all groups.
-        pinned: the members that are zero.
+        pinned: the members that are pinned.
+        pinned_at: for each tensor that has some, their offsets as they are stored, shape ``[m, ...]``; nothing if all
+            are 0.
     """
 
     slices: tuple[Slices, ...]
     layout: Layout
     runs: tuple[Run, ...]
     pinned: Pieces
+    pinned_at: tuple[Tensor, ...]
 
     @classmethod
     @torch.inference_mode(False)  # Its tensors are to be used outside as well.
     def compile(
-        cls, slices: Sequence[Slices], tensors: Sequence[Tensor], *, even: bool = True, singles: bool = False
+        cls,
+        slices: Sequence[Slices],
+        tensors: Sequence[Tensor],
+        *,
+        even: bool = True,
+        singles: bool = False,
+        linear: bool = False,
     ) -> Index:
         """Compile labels for tensors.
 
@@ -213,11 +235,19 @@ class Index:
             tensors: dense ones; their layout and device matter, and not their entries.
             even: whether many groups of one size may be reduced as a matrix, which rounds in another way.
             singles: whether groups of one member are kept, because they have members in other tensors.
+            linear: whether offsets do not count.
         """
         layout = Layout.of(slices, tensors)
         members, pinned = sorted_members(slices, layout.steps, singles=singles)
-        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout, even=even)
-        return cls(tuple(slices), layout, tuple(runs), Pieces.of(pinned, layout.device))
+        offsets = None if linear or not layout.memory else _Offsets(slices, tensors)
+        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout, offsets, even=even)
+        pinned_at = () if offsets is None else offsets.stored_at(pinned)
+        return cls(tuple(slices), layout, tuple(runs), Pieces.of(pinned, layout.device), pinned_at)
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether members are more than multiples of shared values, or pinned at something other than zero."""
+        return bool(self.pinned_at) or any(run.offsets is not None for run in self.runs)
 
     @classmethod
     @torch.inference_mode(False)
@@ -227,7 +257,8 @@ class Index:
         members = Members(*(column.cpu() for column in members))
         slices = (Slices(members.group),)
         layout = Layout.of(slices, tensors)
-        return cls(slices, layout, tuple(_runs(members, tensors[0].shape[1:].numel(), layout)), Pieces((), (), ()))
+        runs = _runs(members, tensors[0].shape[1:].numel(), layout)
+        return cls(slices, layout, tuple(runs), Pieces((), (), ()), ())
 
     def keeping(self, slices: Sequence[Slices]) -> Index:
         """Return the same index with other slices of the same shapes, to keep these instead in memory."""
@@ -285,7 +316,8 @@ class Views(Index):
     @torch.inference_mode(False)
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Views | None:
         """Return the views of a regular tie; None of another one. Arguments are as for :meth:`Index.compile`."""
-        layout, correspondence = Layout.of(slices, tensors), correspondence_of(slices)
+        layout = Layout.of(slices, tensors)
+        correspondence = None if layout.memory else correspondence_of(slices)
         if correspondence is None or not tensors[0].numel():
             return None
         # Of float64 the mean of such a number of members is worked out around one of them.
@@ -294,7 +326,7 @@ class Views(Index):
             return None
         grids = [tensor.movedim(labelled.dim, 0) for labelled, tensor in zip(slices, tensors, strict=True)]
         runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(correspondence, grids))
-        views = cls(tuple(slices), layout, runs, Pieces((), (), ()), correspondence)
+        views = cls(tuple(slices), layout, runs, Pieces((), (), ()), (), correspondence)
         if any(move.sign < 0 for move in correspondence.symmetries):
             # A shared value has the sign of the first member of its group, which therefore has to lead.
             leads = views._leads()
@@ -408,10 +440,17 @@ def numbered_members(
         tensor = torch.tensor(number, device="cpu").expand(len(group))
         columns.append(Members(tensor, position, group, labelled.scales.flatten()))
     members = columns[0] if len(columns) == 1 else Members(*map(torch.cat, zip(*columns, strict=True)))
-    members = members.at((members.group != FREE).nonzero().squeeze(1))
+    labelled_ones = (members.group != FREE).nonzero().squeeze(1)
+    members = members.at(labelled_ones)
     pinned, is_scaled = members.at(slice(0)), any(labelled.scale is not None for labelled in slices)
+    is_trained = members.scale != 0 if is_scaled else None
+    if is_trained is not None:
+        pinned, members = members.where(~is_trained), members.where(is_trained)
+    if any(labelled.offset_size is not None for labelled in slices):
+        # Members with a large offset have fewer digits of the shared value.
+        distances = torch.cat([_flat_sizes(labelled) for labelled in slices]).index_select(0, labelled_ones)
+        members = members.at((distances if is_trained is None else distances[is_trained]).argsort(stable=True))
     if is_scaled:
-        pinned, members = members.where(members.scale == 0), members.where(members.scale != 0)
         size = members.scale.abs()
         if not bool((size == 1).all()):
             # A member of scale 1 or -1 leads, so that the others are its multiples, rounded once. If there is none, or
@@ -436,7 +475,55 @@ def numbered_members(
     return members.where(members.group != FREE), pinned
 
 
-def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = True) -> Iterator[Run]:
+def _flat_sizes(slices: Slices) -> Tensor:
+    size = slices.offset_size
+    return torch.zeros(slices.labels.numel(), dtype=torch.float64, device="cpu") if size is None else size.flatten()
+
+
+class _Offsets:
+    """The offsets of tensors, as they are laid out in memory."""
+
+    def __init__(self, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> None:
+        self._slices = slices
+        self._tensors = tensors
+        self._device = tensors[0].device
+        wide = wide_dtype(self._device)
+        self._rows = self._laid_out([wide.to_complex() if tensor.is_complex() else wide for tensor in tensors])
+
+    def _laid_out(self, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Return the offsets as :func:`rows_of` views the tensors, on the CPU."""
+        offsets = []
+        for labelled, tensor, dtype in zip(self._slices, self._tensors, dtypes, strict=True):
+            offset = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+            if labelled.offset is None:
+                offsets.append(offset.zero_())
+            else:
+                values = labelled.offset.detach()
+                offsets.append(offset.copy_(values if values.dtype == dtype else rounded(values, dtype)))
+        return rows_of(self._slices, offsets)
+
+    def at(self, members: Members) -> Tensor:
+        """Return the offsets of members, in the wide dtype, on the CPU."""
+        return self._gathered(self._rows, members)
+
+    def stored_at(self, members: Members) -> tuple[Tensor, ...]:
+        """Return the offsets of members that are sorted by tensor, for each of these as they are stored."""
+        stored = self._laid_out([tensor.dtype for tensor in self._tensors])
+        lengths = torch.unique_consecutive(members.tensor, return_counts=True)[1].tolist()
+        return self._gathered(stored, members).to(self._device).split_with_sizes(lengths) if lengths else ()
+
+    def _gathered(self, rows: Sequence[Tensor], members: Members) -> Tensor:
+        values = bits(rows[0]).new_empty((len(members.position), *rows[0].shape[1:]))
+        for number, of_tensor in enumerate(rows):
+            here = (members.tensor == number).nonzero().squeeze(1)
+            values[here] = bits(of_tensor)[members.position[here]]
+        offsets: Tensor = values.view(rows[0].dtype)
+        return offsets
+
+
+def _runs(
+    members: Members, slice_entries: int, layout: Layout, offsets: _Offsets | None = None, *, even: bool = True
+) -> Iterator[Run]:
     """Cut members that are sorted by group into runs of about as many as are gathered at once."""
     sizes = torch.bincount(members.group)
     if not len(sizes):
@@ -447,7 +534,7 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
     if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
         # To gather single entries takes longer than to add them up where they are.
         in_order = narrow(members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
-        yield _run(members, in_order, 0, capacity, layout)
+        yield _run(members, in_order, 0, capacity, layout, offsets)
         return
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
@@ -455,7 +542,7 @@ def _runs(members: Members, slice_entries: int, layout: Layout, *, even: bool = 
             fitting = torch.searchsorted(starts[: last + 1], starts[first] + capacity, right=True)
             end = max(int(fitting) - 1, first + 1)
             run = members.at(slice(int(starts[first]), int(starts[end])))
-            yield _run(run, None if size else _by_tensor(run, layout), size, capacity, layout)
+            yield _run(run, None if size else _by_tensor(run, layout), size, capacity, layout, offsets)
             first = end
 
 
@@ -478,7 +565,9 @@ def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: in
         yield mixed, first, 0
 
 
-def _run(members: Members, order: Tensor | None, size: int, capacity: int, layout: Layout) -> Run:
+def _run(
+    members: Members, order: Tensor | None, size: int, capacity: int, layout: Layout, offsets: _Offsets | None
+) -> Run:
     """Compile groups.
 
     Args:
@@ -487,8 +576,10 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
         size: of all groups, if members are gathered as they are sorted; else 0.
         capacity: how many are gathered at once.
         layout: of the tensors.
+        offsets: of the tensors; None if they do not count.
     """
     device, wide, scale = layout.device, wide_dtype(layout.device), members.scale
+    own_offsets = None if offsets is None else offsets.at(members)
     members = members._replace(group=members.group - members.group[0])
     leads = members.leads
     if bool((scale == 1).all()):
@@ -501,7 +592,15 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
         signed = bool((multiples.abs() == 1).all())
         # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
         bound = float((norms + torch.bincount(members.group, multiples.abs())).max())
+    lead_offsets = shifts = None
+    if own_offsets is not None and bool(own_offsets.any()):
+        starts = torch.nn.functional.pad(torch.bincount(members.group).cumsum(0), (1, 0))[:-1]
+        lead_offsets = own_offsets[starts]
+        shifts = own_offsets - column(members.scale, own_offsets) * lead_offsets[members.group]
+        # What is expected of a member is limited to the range of its dtype: |r_i (w_i - e_i)| <= 2 |r_i| max |w|
+        signed, bound = False, max(bound, 2 * float(torch.bincount(members.group, members.scale.abs()).max()))
     gathered = members if order is None else members.at(order)
+    shifts = shifts if order is None or shifts is None else shifts[order]
     in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
     return Run(
         lead_members=_chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout),
@@ -510,9 +609,12 @@ def _run(members: Members, order: Tensor | None, size: int, capacity: int, layou
         signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
         chunks=tuple(
-            _chunk(gathered.at(slice(start, start + capacity)), size, layout)
+            _chunk(gathered.at(slice(start, start + capacity)), size, layout)._replace(
+                shifts=None if shifts is None else shifts[start : start + capacity].to(device)
+            )
             for start in range(0, len(scale), capacity)
         ),
+        offsets=None if lead_offsets is None else lead_offsets.to(device),
     )
 
 

@@ -30,18 +30,13 @@ import torch
 from torch import Tensor
 
 from tieopt.numbers.index import PINNED, Chunk, Index, Pieces, Run
+from tieopt.numbers.rounding import INTEGERS, clamped, multiplied, rounded, signed_
 from tieopt.numbers.sums import Level, Sums
 from tieopt.numbers.views import Tile
 from tieopt.tensors import bits, column, movable, wide_dtype
 
 Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
-
-# The lowest bits of a float64. For rounding to 16 bits it matters only whether all of them are zero.
-_CUT_OFF = 2**40 - 1
-
-# To see tensors bit for bit.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
@@ -152,7 +147,7 @@ def divide_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> No
 def relax_(
     tensors: Sequence[Tensor], index: Index, workspace: Workspace, strength: float, means_of: ValuesOf | None = None
 ) -> None:
-    """Move all members towards the mean of their group, and what is pinned towards zero.
+    """Move all members towards the mean of their group, and what is pinned towards its offset.
 
     Args:
         tensors: as for :func:`project_`.
@@ -169,13 +164,13 @@ def relax_(
 
 
 class _Projection(torch.autograd.Function):
-    """``project_`` out of place; linear and symmetric, also to the sum, so it is its own backward."""
+    """``project_`` out of place; but for offsets linear and symmetric, also to the sum, so it is its own backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, index_for: IndexFor, reduction: Reduction, which: tuple[int, ...], *tensors: Tensor
+        ctx: Any, index_for: IndexFor, linear: IndexFor, reduction: Reduction, which: tuple[int, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.arguments = index_for, reduction, which
+        ctx.arguments = linear, linear, reduction, which
         results = tuple(tensor.clone() for tensor in tensors)
         tied = [results[number] for number in which]
         project_(tied, index_for(tied), Workspace(), reduction)
@@ -184,22 +179,25 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         results: tuple[Tensor, ...] = _Projection.apply(*ctx.arguments, *grads)  # type: ignore[no-untyped-call]
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
-def projected(tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reduction = "mean") -> tuple[Tensor, ...]:
+def projected(
+    tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reduction = "mean", linear: IndexFor | None = None
+) -> tuple[Tensor, ...]:
     """Return the projection of dense tensors, or of a sparse COO tensor by rows, out of place and differentiable.
 
     Args:
         tensors: as for :func:`project_`; a tensor that occurs twice has one result, twice.
         index_for: returns the index for tensors of any layout.
         reduction: as for :func:`project_`.
+        linear: returns the index for gradients, where offsets make that another one.
     """
     if tensors[0].layout == torch.sparse_coo:
         return (_projected_sparse(tensors[0], index_for(tensors), reduction),)
     distinct = {id(tensor): tensor for tensor in tensors}
     which = tuple(list(distinct).index(id(tensor)) for tensor in tensors)
-    results = _Projection.apply(index_for, reduction, which, *distinct.values())  # type: ignore[no-untyped-call]
+    results = _Projection.apply(index_for, linear or index_for, reduction, which, *distinct.values())  # type: ignore[no-untyped-call]
     return tuple(results[number] for number in which)
 
 
@@ -286,10 +284,11 @@ def _compared(
         for chunk in run.chunks:
             members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
             yield chunk.pieces, members, _expected(values, chunk, rows[0].dtype, workspace)
-    for number, pinned, length in zip(*index.pinned, strict=True):
+    offsets = index.pinned_at or (None,) * len(index.pinned.tensors)
+    for number, pinned, length, offset in zip(*index.pinned, offsets, strict=True):
         pieces = Pieces((number,), (pinned,), (length,))
         members = _widened(_gathered(rows, pieces, workspace), workspace)
-        yield pieces, members, torch.zeros_like(members)
+        yield pieces, members, torch.zeros_like(members) if offset is None else offset.to(members.dtype)
 
 
 # --- the values of groups ---
@@ -336,7 +335,7 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
     leads = None
     for chunk in run.chunks:
         members = _gathered(rows, chunk.pieces, workspace)
-        if chunk.size and chunk.multiples is None:
+        if chunk.size and chunk.multiples is None and chunk.shifts is None:
             by_member = _by_member(members, chunk)
             expected, members = by_member[:-1], by_member[1:]
         else:
@@ -350,7 +349,7 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
 def have_same_bits(tensor: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal bit for bit."""
     # It takes as long for each number, however wide it is.
-    dtype = torch.int64 if _is_viewable(tensor) and _is_viewable(other) else _INTEGERS[tensor.element_size()]
+    dtype = torch.int64 if _is_viewable(tensor) and _is_viewable(other) else INTEGERS[tensor.element_size()]
     return torch.equal(tensor.view(dtype), other.view(dtype))
 
 
@@ -510,10 +509,12 @@ def _scaled_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
         # Equal infinities have no difference.
         differences.copy_(members != differences)
         _add_up(distances, chunk, differences, workspace, weighted=False)
+        if chunk.shifts is not None:
+            members.sub_(chunk.shifts)
         _add_up(totals, chunk, members, workspace)
     means = totals.div_(column(run.norms, totals))
     # The mean of finite members is finite, but perhaps beyond the range of the lead.
-    return torch.where(distances == 0, leads, _clamped(means, means, rows[0].dtype))
+    return torch.where(distances == 0, leads, clamped(means, means, rows[0].dtype))
 
 
 def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -531,7 +532,7 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
     halves = totals.div_(column(run.norms * (2 * run.headroom), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
     # The mean of finite members is finite, whatever the last rounding says.
-    means = _clamped(means, halves, means.dtype)
+    means = clamped(means, halves, means.dtype)
     # Adding a zero would turn -0.0 into 0.0.
     return torch.where(halves == 0, estimates, means)
 
@@ -610,7 +611,7 @@ def _expected(
 ) -> Tensor:
     """Return the values of members by those of their leads, in the dtype of the latter.
 
-    A multiple is rounded as it will be when it is stored: only then is tying idempotent.
+    They are rounded as they will be when they are stored: only then is tying idempotent.
     """
     if out is None:
         out = workspace["expected", (sum(chunk.pieces.lengths), *values.shape[1:]), values.dtype, values.device]
@@ -620,11 +621,11 @@ def _expected(
         torch.index_select(bits(values), 0, chunk.groups, out=bits(out))
     else:
         torch.index_select(values, 0, chunk.groups, out=out)
-    if chunk.multiples is None:
+    if chunk.shifts is None and chunk.multiples is None:
         return out
-    if chunk.multiples.dtype == torch.int8:
+    if chunk.shifts is None and chunk.multiples is not None and chunk.multiples.dtype == torch.int8:
         return signed_(out, chunk.multiples)
-    return out.copy_(multiplied(out, chunk.multiples, stored))
+    return out.copy_(multiplied(out, chunk.multiples, chunk.shifts, stored))
 
 
 def _gathered(rows: list[Tensor], pieces: Pieces | Tile, workspace: Workspace, name: str = "members") -> Tensor:
@@ -679,13 +680,14 @@ def _widened(members: Tensor, workspace: Workspace, name: str = "wide") -> Tenso
 
 
 def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Workspace) -> None:
-    """Write to every member its multiple of the value of its group."""
+    """Write to every member what the value of its group's lead says."""
     for chunk in run.chunks:
         if isinstance(chunk.pieces, Tile):
             chunk.pieces.write_values(rows, values)
             continue
         (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
-        if others or chunk.multiples is not None or not (chunk.size or isinstance(chosen, slice)):
+        is_copied = chunk.multiples is None and chunk.shifts is None
+        if others or not is_copied or not (chunk.size or isinstance(chosen, slice)):
             _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))
         elif isinstance(chosen, slice):
             _expected(values, chunk, values.dtype, workspace, rows[target][chosen])
@@ -694,61 +696,13 @@ def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Worksp
 
 
 def pin_(rows: list[Tensor], index: Index) -> None:
-    """Write zeros to what is pinned."""
-    for number, pinned in zip(index.pinned.tensors, index.pinned.rows, strict=True):
+    """Write their offsets, or zeros, to what is pinned."""
+    offsets = index.pinned_at or (None,) * len(index.pinned.tensors)
+    for number, pinned, offset in zip(index.pinned.tensors, index.pinned.rows, offsets, strict=True):
+        target = bits(rows[number])
         if isinstance(pinned, slice):
-            bits(rows[number])[pinned] = 0
+            target[pinned] = 0 if offset is None else bits(offset)
+        elif offset is None:
+            target.index_fill_(0, pinned, 0)
         else:
-            bits(rows[number]).index_fill_(0, pinned, 0)
-
-
-def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values in another dtype, rounded once.
-
-    torch takes float64 to 8 and 16 bits by way of float32. A value that float32 rounds to the middle between two
-    numbers may then be rounded to the wrong one. So first all but 13 significant bits, which float32 represents, are
-    cut off, and the last of these is set if anything was lost. With two bits more than float16 has it is known on which
-    side of the middle a value is (Boldo and Melquiond, "When double rounding is odd", 2005).
-    """
-    if values.is_complex():
-        return torch.view_as_complex(rounded(torch.view_as_real(values), dtype.to_real()))
-    if values.dtype != torch.float64 or dtype.itemsize > 2:
-        return values.to(dtype)
-    pattern = values.view(torch.int64)
-    # A carry goes into the last bit that is kept, unless all bits that are cut off are zero.
-    odd = pattern.bitwise_and(_CUT_OFF).add_(_CUT_OFF).bitwise_or_(pattern).bitwise_and_(~_CUT_OFF)
-    return odd.view(torch.float64).to(dtype)
-
-
-def signed_(values: Tensor, signs: Tensor) -> Tensor:
-    """Multiply slices by 1 or -1, in place; bit for bit, so that a NaN that is negated has the other sign, too."""
-    if values.element_size() == 1:
-        # Some 8-bit floats have no negative zero.
-        return values.copy_(values.float() * column(signs, values))
-    dtype = _INTEGERS[values.element_size()]
-    flipped = signs.to(dtype) & torch.iinfo(dtype).min
-    values.view(dtype).bitwise_xor_(column(flipped, values))
-    return values
-
-
-def multiplied(values: Tensor, multiples: Tensor, stored: torch.dtype) -> Tensor:
-    """Return multiples of slices, rounded once to the dtype in which they are stored; of finite values finite."""
-    wide = values.to(multiples.dtype)
-    return rounded(_clamped(wide * column(multiples, wide), wide, stored), stored)
-
-
-def _clamped(values: Tensor, origins: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values, limited to the range of a dtype where their origins are finite."""
-    largest = torch.finfo(dtype).max
-    return torch.where(origins.isfinite(), values.clamp(-largest, largest), values)
-
-
-def times(slices: Tensor, factors: Tensor) -> Tensor:
-    """Return slices, each times its factor, rounded once."""
-    if bool((factors == 1).all()):
-        return slices
-    wide = wide_dtype(slices.device)
-    factors = factors.to(slices.device, wide)
-    return rounded(
-        slices.to(wide.to_complex() if slices.is_complex() else wide) * column(factors, slices), slices.dtype
-    )
+            target.index_copy_(0, pinned, bits(offset))

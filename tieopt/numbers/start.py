@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tieopt.errors import refusal, shown
 from tieopt.numbers.index import Index, Members, sorted_members
-from tieopt.numbers.reduction import Workspace, lead_, multiplied
-from tieopt.tensors import bits, in_memory, real, wide_dtype
+from tieopt.numbers.reduction import Workspace, lead_
+from tieopt.numbers.rounding import multiplied
+from tieopt.tensors import bits, column, in_memory, real, wide_dtype
 from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
@@ -52,31 +53,66 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
     fronts = [real(in_memory(tensors[number])).movedim(index.slices[number].dim, 0) for number in order]
     members, _ = sorted_members(slices)
     if len(members.group):
-        leads = members.leads
-        values = _lead_values(fronts, slices, members, leads)
-        multiples = members.scale / leads.scale[members.group]
+        leads, offsets = members.leads, _offset_fronts(fronts, slices) if index.has_offsets else None
+        values = _lead_values(fronts, slices, members, leads, offsets)
         for front, at, here in _by_tensor(fronts, slices, members):
-            chosen = bits(values)[members.group[here].to(front.device)]
+            group = members.group[here]
+            chosen = bits(values)[group.to(front.device)]
             # Not of all dtypes: a view of another dtype is no part of a graph.
             chosen = chosen if chosen.dtype == values.dtype else chosen.view(values.dtype)
-            bits(front)[at] = bits(_times(chosen, multiples[here]))
+            bits(front)[at] = bits(_moved(chosen, slices, leads.at(group), members.at(here), offsets))
     # This rounds multiples as a projection does, and writes what is pinned.
     lead_(tensors, index, workspace)
 
 
-def _lead_values(fronts: Sequence[Tensor], slices: Sequence[Slices], members: Members, leads: Members) -> Tensor:
+def _offset_fronts(fronts: Sequence[Tensor], slices: Sequence[Slices]) -> list[Tensor]:
+    """Return the offsets in the wide dtype, as the tensors are viewed."""
+    wide = wide_dtype(fronts[0].device)
+    offsets = []
+    for front, labelled in zip(fronts, slices, strict=True):
+        offset = front.new_zeros(front.shape, dtype=wide)
+        if labelled.offset is not None:
+            is_complex = front.dim() > labelled.offset.dim()
+            values = labelled.offset.to(front.device, wide.to_complex() if is_complex else wide)
+            offset.copy_(real(values).movedim(labelled.dim, 0))
+        offsets.append(offset)
+    return offsets
+
+
+def _lead_values(
+    fronts: Sequence[Tensor],
+    slices: Sequence[Slices],
+    members: Members,
+    leads: Members,
+    offsets: Sequence[Tensor] | None,
+) -> Tensor:
     """Return the value of the lead of each group if the first member keeps its value."""
     number = members.tensor * (int(members.position.max()) + 1) + members.position
     least = torch.full_like(leads.group, int(number.max())).scatter_reduce_(0, members.group, number, "amin")
     firsts = members.where(number == least[members.group])
+    # One for each group, as the leads are.
+    firsts = firsts.at(firsts.group.argsort())
     values = _gathered(fronts, slices, firsts)
-    if torch.equal(firsts.scale, leads.scale):
+    if offsets is None and torch.equal(firsts.scale, leads.scale):
         return values
-    # A lead stays if the first member is its multiple, so that tied tensors do not change.
+    # A lead stays if the first member is what it says, so that tied tensors do not change.
     before, wide = _gathered(fronts, slices, leads), wide_dtype(values.device)
-    is_kept = _times(before, firsts.scale / leads.scale).to(wide) == values.to(wide)
-    others = _times(values, leads.scale / firsts.scale)
+    is_kept = _moved(before, slices, leads, firsts, offsets).to(wide) == values.to(wide)
+    others = _moved(values, slices, firsts, leads, offsets)
     return torch.where(is_kept, before.to(wide), others.to(wide)).to(values.dtype)
+
+
+def _moved(
+    values: Tensor, slices: Sequence[Slices], source: Members, target: Members, offsets: Sequence[Tensor] | None
+) -> Tensor:
+    """Return what members are, as they are stored, if other members of their groups have these values."""
+    multiples, shifts = target.scale / source.scale, None
+    if offsets is not None:
+        before, after = (_gathered(offsets, slices, chosen) for chosen in (source, target))
+        shifts = after - column(multiples.to(before), before) * before
+    if shifts is None and bool((multiples == 1).all()):
+        return values
+    return multiplied(values, multiples.to(values.device), shifts, values.dtype)
 
 
 def _gathered(fronts: Sequence[Tensor], slices: Sequence[Slices], chosen: Members) -> Tensor:
@@ -95,10 +131,3 @@ def _by_tensor(
         here = (members.tensor == number).nonzero().squeeze(1)
         indices = torch.unravel_index(members.position[here], labelled.labels.shape)
         yield front, tuple(index.to(front.device) for index in indices), here
-
-
-def _times(values: Tensor, multiples: Tensor) -> Tensor:
-    """Return slices times their multiples, as :func:`~tieopt.numbers.reduction.multiplied` rounds them."""
-    if bool((multiples == 1).all()):
-        return values
-    return multiplied(values, multiples.to(values.device, wide_dtype(values.device)), values.dtype)

@@ -17,7 +17,7 @@ from tieopt.errors import refusal, shown
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.slices import FREE, Partition, Slices, is_idle, numbered
-from tieopt.ties.tie import Part, Tie, check_one_shape, check_writable
+from tieopt.ties.tie import FROZEN, Part, Tie, check_one_shape, check_writable
 
 ParamGroups = list[dict[str, Any]]
 
@@ -45,19 +45,29 @@ class BoundTie(Partition):
     Args:
         places: of the parameters.
         slices: of each.
+        names: how errors call them.
+        frozen: of each, whether its slices were frozen.
 
     Attributes:
         places: of the parameters.
         slices: of each parameter; groups are numbered in the order of their first members.
+        frozen: of each parameter, whether its slices were frozen.
         order: the numbers of the parameters in the order in which they were joined.
     """
 
-    def __init__(self, places: Sequence[Place], slices: Sequence[Slices], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        slices: Sequence[Slices],
+        names: Sequence[str] | None = None,
+        frozen: Sequence[bool] | None = None,
+    ) -> None:
         # In the order of the parameters, however they were joined: sums depend on it.
         by_place = sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
         self.places = tuple(places[number] for number in by_place)
         names = names or list(map(str, places))
         super().__init__(numbered([slices[number] for number in by_place]), [names[number] for number in by_place])
+        self.frozen = tuple(frozen is not None and frozen[number] for number in by_place)
         self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
 
 
@@ -191,7 +201,12 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
             check_sharding(param, name)
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
-        bound.append(BoundTie(held, slices, names))
+        frozen = [part.offset is FROZEN for part in parts]
+        for number, is_frozen in enumerate(frozen):
+            if is_frozen:
+                # At the values of now, which the parameter will not keep by itself.
+                slices[number] = slices[number]._replace(offset=params[number].detach().clone())
+        bound.append(BoundTie(held, slices, names, frozen))
         if is_idle(bound[-1].slices):
             written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0])))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from tieopt.tensors import raw_bytes
+from tieopt.tensors import raw_bytes, whole_here
 
 FREE = -1
 
@@ -24,14 +26,21 @@ class Slices(NamedTuple):
         scale: what multiple of its group's shared value each slice is, float64 on the CPU, the shape of
             ``labels``; None if all are 1.
         dim: the dimension along which the slices lie.
+        offset: what is added to the multiple, for each entry of the tensor and in its shape, of any floating or complex
+            dtype, on any device; None if it is 0 everywhere.
+        offset_size: its largest magnitude in each slice, float64 on the CPU, the shape of ``labels``. Those of the
+            entries of one slice are the same, however it is cut. None where it does not matter.
     """
 
     labels: Tensor
     scale: Tensor | None = None
     dim: int = 0
+    offset: Tensor | None = None
+    offset_size: Tensor | None = None
 
     def __str__(self) -> str:
-        return f"{described([self])}{f', dim={self.dim}' * (self.dim != 0)}{', scaled' * (self.scale is not None)}"
+        dim, scaled = f", dim={self.dim}" * (self.dim != 0), ", scaled" * (self.scale is not None)
+        return f"{described([self])}{dim}{scaled}{', with an offset' * (self.offset is not None)}"
 
     @property
     def scales(self) -> Tensor:
@@ -72,6 +81,15 @@ class Slices(NamedTuple):
         count = last + 1 if self.labels.numel() else 0
         return front.as_strided((count, *front.shape[depth:]), (stride, *front.stride()[depth:]))
 
+    def by_entry(self, tensor: Tensor) -> Slices:
+        """Return the same with a label for each entry of the tensor."""
+        numbers, scales = self.entries(tensor)
+        size = self.offset_size
+        if size is not None:
+            size = size.reshape(*size.shape, *[1] * (numbers.dim() - size.dim()))
+            size = size.expand(numbers.movedim(self.dim, 0).shape).movedim(0, self.dim)
+        return Slices(numbers, scales, 0, self.offset, size)
+
     def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The slices written out entry by entry.
 
@@ -101,14 +119,28 @@ class Partition:
         slices: of each tensor.
         names: how errors call the tensors.
 
+        is_linear: whether offsets do not count: members are multiples of the shared value, as gradients and states are.
+
     Attributes:
         is_of_rows: whether it is of rows of one tensor, so that sparse gradients can be tied as they are.
     """
 
-    def __init__(self, slices: Sequence[Slices], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, slices: Sequence[Slices], names: Sequence[str] | None = None, *, is_linear: bool = False
+    ) -> None:
         self.slices = tuple(slices)
+        self.is_linear = is_linear or all(part.offset is None for part in self.slices)
         self.names = tuple(names or [f"tensor {number}" for number in range(len(self.slices))])
         self.is_of_rows = len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
+
+    @cached_property
+    def linear(self) -> Self:
+        """The tie of the gradients and the states of the tensors."""
+        if self.is_linear:
+            return self
+        linear = copy.copy(self)
+        linear.is_linear = True
+        return linear
 
 
 def flat_labels(slices: Sequence[Slices]) -> Tensor:
@@ -218,9 +250,22 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         digest.update(raw_bytes(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
+    for part, counts in zip(slices, (kept | pinned).split([part.labels.numel() for part in slices]), strict=True):
+        # Of a sharded one the values would have to be gathered.
+        offset = whole_here(part.offset)
+        if offset is not None:
+            offset = _where(counts.view(part.labels.shape), offset.detach().cpu(), part.dim)
+            digest.update(raw_bytes(offset))
+            zeros = zeros.replace("zero", "their offsets")
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
     return f"{counted(groups, 'group')} of {members} members, {free} free{zeros}, sha256 {digest.hexdigest()}"
+
+
+def _where(counts: Tensor, offset: Tensor, dim: int) -> Tensor:
+    """Return an offset in numbers that do not depend on its dtype, with zeros but for the slices that count."""
+    wide = offset.to(torch.complex128 if offset.is_complex() else torch.float64).movedim(dim, 0)
+    return torch.where(counts.view(*counts.shape, *[1] * (wide.dim() - counts.dim())), wide, 0).contiguous()
 
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:

@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry, shown_list
-from tieopt.tensors import overlaps
+from tieopt.tensors import calculable, overlaps
 from tieopt.ties.slices import FREE, Slices
 
 
@@ -38,13 +38,14 @@ class Tie:
     bias, or a single element. Slices in one *group* are tied to each other; slices in no group are *free* and never
     touched.
 
-    The members of a group are multiples of its shared value :math:`w_0`. Tying takes the :math:`w_0` whose
-    multiples are nearest to the members as they were, by least squares:
+    The members of a group are multiples of its shared value :math:`w_0`, plus an offset. Tying takes the :math:`w_0`
+    for which they are nearest to the members as they were, by least squares:
 
-    .. math:: w_i = s_i w_0, \qquad w_0 = \frac{\sum_j s_j w_j}{\sum_j s_j^2}
+    .. math:: w_i = s_i w_0 + c_i, \qquad w_0 = \frac{\sum_j s_j (w_j - c_j)}{\sum_j s_j^2}
 
-    Without ``scale`` every :math:`s_i` is 1, and :math:`w_0` the mean. A scale of -1 is a flipped sign, and
-    0 pins a slice at zero; a group whose scales are all 0 is pinned as a whole.
+    Without ``scale`` every :math:`s_i` is 1, without ``offset`` every :math:`c_i` is 0, and without both :math:`w_0` is
+    the mean. A scale of -1 is a flipped sign, and 0 *pins* a slice at its offset; a group whose scales are all 0 is
+    pinned as a whole.
 
     A tie of a named parameter is checked when an optimizer finds the parameter. Labels and scales are copied.
 
@@ -63,14 +64,16 @@ class Tie:
         scale: the factor :math:`s_i` of each slice, a tensor (or NumPy array) in the shape of the labels (for lists,
             one for each index of ``dim``), any real dtype: finite, and if not zero from 2**-100 to 2**100 in
             magnitude.
+        offset: the offset :math:`c_i` of each entry, a tensor (or NumPy array, or number) that broadcasts to the shape
+            of ``param``, finite, and real if ``param`` is. It counts for members of groups alone.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or has a dtype, layout or class that cannot be tied;
-            ``groups`` or ``dim`` hold something other than integers, or ``scale`` something other than real
+            ``groups`` or ``dim`` hold something other than integers, or ``scale`` or ``offset`` something other than
             numbers.
         IndexError: an index, or ``dim``, is out of range.
-        ValueError: ``param`` has no dimension, an index occurs twice, a label is below -1, ``scale`` has a
-            number that it must not have, or labels or scale have the wrong shape.
+        ValueError: ``param`` has no dimension, an index occurs twice, a label is below -1, ``scale`` or ``offset`` has
+            a number that it must not have, or labels, scale or offset have the wrong shape.
 
     Example:
         >>> import torch
@@ -89,28 +92,44 @@ class Tie:
         >>> torch.equal(weight[2], -weight[0]), bool(weight[3].any())
         (True, False)
 
+        Entry 1 is entry 0 plus one:
+
+        >>> bias = torch.nn.Parameter(torch.zeros(3))
+        >>> tie = Tie(bias, [[0, 1]], offset=torch.tensor([0.0, 1.0, 0.0]))
+        >>> optimizer = TiedOptimizer(torch.optim.SGD([bias]), tie)
+        >>> bias
+        Parameter containing:
+        tensor([-0.5000,  0.5000,  0.0000], requires_grad=True)
+
     Attributes:
-        parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim`` and ``scale``. If
-            ``param`` is a tensor, ``groups`` are int64 labels and ``scale`` is None or float64, both on the CPU; for a
-            name they are what was given.
+        parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim``, ``scale`` and
+            ``offset``. If ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, both on the
+            CPU, and ``offset`` is None or of the shape of the parameter; for a name they are what was given.
     """
 
     parts: tuple[Part, ...]
 
     def __init__(
-        self, param: Tensor | str, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None
+        self,
+        param: Tensor | str,
+        groups: Groups,
+        *,
+        dim: int = 0,
+        scale: Tensor | SupportsArray | None = None,
+        offset: Tensor | SupportsArray | complex | None = None,
     ) -> None:
         if not isinstance(param, (Tensor, str)):
             hint = "tie its parameters, such as its .weight" if isinstance(param, Module) else ""
             expected = "a tensor, or the name of a parameter"
             raise refusal(TypeError, "A tie needs a parameter.", hint, expected=expected, got=shown(param))
         if isinstance(param, Tensor):
-            slices = slices_for(param, groups, dim, scale, "the parameter")
+            slices = slices_for(param, groups, dim, scale, "the parameter", offset)
             groups, dim, scale = slices.labels, slices.dim, slices.scale
+            offset = offset if isinstance(offset, _Frozen) else slices.offset
         elif isinstance(groups, Iterator):
             # An iterator can be read only once, but a tie may be given to several optimizers.
             groups = [list(group) for group in groups]
-        self.parts = (Part(param, groups, dim, scale),)
+        self.parts = (Part(param, groups, dim, scale, offset),)
 
     @classmethod
     def join(cls, *ties: Tie) -> Tie:
@@ -172,6 +191,17 @@ class _Fields(NamedTuple):
     groups: Any
     dim: int
     scale: Any
+    offset: Any = None
+
+
+class _Frozen:
+    """The offset of pinned slices that stay as they are when their tie is bound to an optimizer."""
+
+    def __reduce__(self) -> str:
+        return "FROZEN"
+
+
+FROZEN = _Frozen()
 
 
 class Part(_Fields):
@@ -182,28 +212,77 @@ class Part(_Fields):
         groups: the labels, int64 on the CPU, if ``param`` is a tensor; else what the user gave.
         dim: the dimension along which the slices lie.
         scale: as ``groups``, float64 on the CPU, or None.
+        offset: of the shape of ``param`` if that is a tensor, or None; else what the user gave.
     """
 
-    # The name of a parameter that is a tensor, to be shown. It is no field, so that the tuple has four.
+    # The name of a parameter that is a tensor, to be shown; no field.
     _name: str | None = None
 
     def slices(self, tensor: Tensor, name: str) -> Slices:
         """Return the labelled slices of a tensor, checked as by :func:`slices_for`."""
-        return slices_for(tensor, self.groups, self.dim, self.scale, name)
+        return slices_for(tensor, self.groups, self.dim, self.scale, name, self.offset)
 
     def __repr__(self) -> str:
         if isinstance(self.param, Tensor):
             name = "parameter" if self._name is None else repr(self._name)
-            return f"Tie({name} of shape {tuple(self.param.shape)}, {Slices(self.groups, self.scale, self.dim)})"
+            slices = Slices(self.groups, self.scale, self.dim, self.offset)
+            if self.offset is FROZEN:
+                slices = slices._replace(scale=None, offset=None)
+            return f"Tie({name} of shape {tuple(self.param.shape)}, {slices}{', frozen' * (self.offset is FROZEN)})"
         dim = f", dim={self.dim!r}" if self.dim != 0 else ""
         scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
-        return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale})"
+        offset = f", offset={shown(self.offset)}" if self.offset is not None else ""
+        return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale}{offset})"
 
 
-def with_name(tie: Tie, name: str | None) -> Tie:
-    """Return a tie of one tensor, shown with the tensor's name from now on."""
-    tie.parts[0]._name = name
+def tie_of(parts: Sequence[tuple[Part, str | None]]) -> Tie:
+    """Return a tie of parts that were checked before, each shown with a name."""
+    tie = Tie.__new__(Tie)
+    tie.parts = tuple(part for part, _ in parts)
+    for part, name in parts:
+        part._name = name
     return tie
+
+
+def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, dim: int = 0) -> Tie:
+    """Return a tie that keeps slices of a parameter as they are, bit for bit, whatever the optimizer does.
+
+    They keep the values that they have when the tie is given to a :class:`~tieopt.TiedOptimizer` or to ``retie``: load
+    weights before. Their gradients are zero for the optimizer, and weight decay, momentum and noise do not move them.
+    It is a tie whose scales are 0 and whose offsets are these values, exact even where other ties are relaxed.
+
+    To freeze a whole parameter, ``requires_grad_(False)`` is enough.
+
+    Args:
+        param: the parameter, or its name, as for :class:`Tie`.
+        indices: of the slices along ``dim``, in any order; or a tensor (or NumPy array) in the shape of labels as for
+            :class:`Tie`, boolean, where True is frozen, or of integers, where -1 is not.
+        dim: the dimension along which the slices lie.
+
+    Raises:
+        TypeError, IndexError, ValueError: as :class:`Tie` says.
+
+    Example:
+        Train the last row of an embedding alone:
+
+        >>> import torch
+        >>> from tieopt import TiedOptimizer, frozen
+        >>> embedding = torch.nn.Embedding(5, 3)
+        >>> before = embedding.weight.detach().clone()
+        >>> inner = torch.optim.AdamW(embedding.parameters(), lr=0.1, weight_decay=0.1)
+        >>> optimizer = TiedOptimizer(inner, frozen(embedding.weight, range(4)))
+        >>> embedding(torch.arange(5)).square().sum().backward()
+        >>> optimizer.step()
+        >>> (embedding.weight != before).any(1)
+        tensor([False, False, False, False,  True])
+    """
+    groups: Any
+    if hasattr(indices, "__array__"):
+        labels = _as_tensor(indices, "Labels", "booleans or integers", "the frozen slices")
+        groups = torch.where(labels, 0, FREE) if labels.dtype == torch.bool else labels
+    else:
+        groups = [list(indices) if isinstance(indices, Iterable) else indices]
+    return Tie(param, groups, dim=dim, offset=FROZEN)  # type: ignore[arg-type]
 
 
 # What an optimizer takes: groups by parameter or name, or ties.
@@ -223,7 +302,7 @@ _LARGEST_SCALE = 2.0**100
 _GROUPS = "a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels"
 
 
-def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> Slices:
+def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, offset: Any = None) -> Slices:
     """Read a tie of a tensor into labelled slices.
 
     Args:
@@ -232,6 +311,7 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
         dim: as in :class:`Tie`.
         scale: as in :class:`Tie`.
         name: the name of the tensor in errors.
+        offset: as in :class:`Tie`; or ``FROZEN``, which pins slices at the tensor as it is, without a copy of it.
 
     Returns:
         The slices, with labels as they were given; lists are numbered from 0 on.
@@ -245,7 +325,10 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str) -> 
     # As tensors and NumPy arrays have it.
     read = _read_labels if hasattr(groups, "__array__") else _read_lists
     labels = read(groups, dim, tensor, name)
-    return Slices(labels, _read_scale(scale, labels, tensor, name), dim)
+    if offset is FROZEN:
+        return Slices(labels, torch.zeros(labels.shape, dtype=torch.float64, device="cpu"), dim, tensor.detach())
+    scale, offset = _read_scale(scale, labels, tensor, name), _read_offset(offset, tensor, name)
+    return Slices(labels, scale, dim, offset, None if offset is None else _sizes(offset, labels, dim))
 
 
 def _check_can_be_tied(tensor: Any, name: str) -> None:
@@ -385,6 +468,42 @@ def _read_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor
         expected = "finite numbers, zero or from 2**-100 to 2**100 in magnitude"
         raise refusal(ValueError, what, expected=expected, got=shown_entry(scale, wrong))
     return None if bool((scale == 1).all()) else scale
+
+
+def _read_offset(offset: Any, tensor: Tensor, name: str) -> Tensor | None:
+    if offset is None:
+        return None
+    if isinstance(offset, (int, float, complex)) and not isinstance(offset, bool):
+        offset = torch.tensor(offset, dtype=torch.complex128 if isinstance(offset, complex) else torch.float64)
+    if not hasattr(offset, "__array__"):
+        expected = f"a tensor of numbers that broadcasts to {tuple(tensor.shape)}, or None"
+        raise refusal(TypeError, f"The offset for {name} is no tensor.", expected=expected, got=shown(offset))
+    offset = _as_tensor(offset, "Offsets", "a floating or complex dtype", name)
+    if offset.dtype == torch.bool or (offset.is_complex() and not tensor.is_complex()):
+        what = f"The offset for {name} has the wrong dtype."
+        raise refusal(TypeError, what, expected=f"numbers that {tensor.dtype} has", got=offset.dtype)
+    is_number = offset.is_floating_point() or offset.is_complex()
+    offset = offset.detach().to(None if is_number else torch.float64, copy=True)
+    try:
+        offset = offset.expand(tensor.shape)
+    except RuntimeError:
+        expected = f"one that broadcasts to {tuple(tensor.shape)}, the shape of the parameter"
+        raise refusal(
+            ValueError, f"The offset for {name} has the wrong shape.", expected=expected, got=tuple(offset.shape)
+        ) from None
+    wrong = ~calculable(offset).isfinite()
+    if wrong.any():
+        what = f"The offset for {name} has a value that is no number."
+        raise refusal(ValueError, what, expected="finite numbers", got=shown_entry(offset, wrong))
+    return offset if bool((calculable(offset) != 0).any()) else None
+
+
+def _sizes(offset: Tensor, labels: Tensor, dim: int) -> Tensor:
+    """Return the largest magnitude in each slice."""
+    if not offset.numel():
+        return torch.zeros(labels.shape, dtype=torch.float64, device="cpu")
+    front = calculable(offset.cpu()).movedim(dim, 0)
+    return front.abs().reshape(*labels.shape, -1).amax(-1).double()
 
 
 def _as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:

@@ -1,0 +1,479 @@
+"""Offsets: members are multiples of the shared value plus constants; and slices that are frozen at what they are."""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from checks import bits, randn, same_bits, same_tree, train
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import flat, groups_of_entries, slowly_tied_entries
+from strategies import ALL, COMPLEX, REAL, normal, recipes_for, reductions, seeds
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import LBFGS, SGD, Adam, AdamW
+
+from tieopt import Tie, TiedOptimizer, frozen, patterns
+from tieopt.testing import ties
+
+KINDS = ("none", "signs", "zeros", "any")
+SHAPES = ((4, 3), (3, 4), (2, 3, 2))
+
+
+def parameters_of(data: st.DataObject, dtypes: Sequence[torch.dtype]) -> list[Parameter]:
+    dtype = data.draw(st.sampled_from(list(dtypes)))
+    return [Parameter(normal(shape, dtype, data.draw(seeds))) for shape in SHAPES]
+
+
+def with_offsets(data: st.DataObject, drawn: Sequence[Tie], size: float = 3.0) -> list[Tie]:
+    """The same ties, with offsets of some of their parts: whole numbers, most of them zero, or of any size."""
+    result = []
+    for tie in drawn:
+        parts = []
+        for param, groups, dim, scale, _ in tie.parts:
+            kind, seed = data.draw(st.sampled_from(["none", "whole", "any", "broadcast"])), data.draw(seeds)
+            offset = size * normal(param.shape, torch.float64, seed)
+            if kind == "whole":
+                offset = (offset / 2).round()
+            elif kind == "broadcast":
+                offset = offset[..., :1].to(torch.float32)
+            parts.append(Tie(param, groups, dim=dim, scale=scale, offset=None if kind == "none" else offset))
+        result.append(Tie.join(*parts))
+    return result
+
+
+def for_others(drawn: Sequence[Tie], parameters: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tie]:
+    other = {id(param): new for param, new in zip(parameters, others, strict=True)}
+    return [
+        Tie.join(
+            *(
+                Tie(other[id(part.param)], part.groups, dim=part.dim, scale=part.scale, offset=part.offset)
+                for part in tie.parts
+            )
+        )
+        for tie in drawn
+    ]
+
+
+def offsets_of(drawn: Sequence[Tie], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The offset of each entry, zero for free ones; float64 or complex128."""
+    dtype = torch.complex128 if parameters[0].is_complex() else torch.float64
+    offsets = [torch.zeros(param.shape, dtype=dtype) for param in parameters]
+    numbers = {id(param): number for number, param in enumerate(parameters)}
+    for part in (part for tie in drawn for part in tie.parts):
+        target = offsets[numbers[id(part.param)]].movedim(part.dim, 0)
+        is_member = part.groups != -1
+        if part.offset is not None:
+            target[is_member] = part.offset.to(dtype).movedim(part.dim, 0)[is_member]
+    return offsets
+
+
+def slowly_tied_with(parameters: Sequence[Tensor], drawn: Sequence[Tie]) -> list[Tensor]:
+    """``s_i sum(s_j (w_j - c_j)) / sum(s_j^2) + c_i``, in float64 or complex128, by loops."""
+    offsets = offsets_of(drawn, parameters)
+    wide = [param.detach().to(offset.dtype) - offset for param, offset in zip(parameters, offsets, strict=True)]
+    groups = [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+    return [tied + offset for tied, offset in zip(slowly_tied_entries(wide, groups), offsets, strict=True)]
+
+
+def check_tied(parameters: Sequence[Tensor], drawn: Sequence[Tie]) -> None:
+    """Check that in each group there is a member by which all others are what scales and offsets say, bit for bit."""
+    entries, offsets = [flat(param) for param in parameters], [flat(each) for each in offsets_of(drawn, parameters)]
+    for group in (group for tie in drawn for group in groups_of_entries(tie, parameters)):
+        leads = [member for member in group if member[2] != 0] or group[:1]
+
+        def is_said_by(lead: tuple[int, int, float], group: Sequence[tuple[int, int, float]] = group) -> bool:
+            (number, at, first) = lead
+            shared = (entries[number][at] - offsets[number][at]) / first if first else 0.0
+            said = [(scale * shared + offsets[n][i], entries[n][i]) for n, i, scale in group if (n, i) != (number, at)]
+            if not first:
+                said.append((offsets[number][at], entries[number][at]))
+            wanted, got = (torch.tensor(column, dtype=torch.complex128) for column in zip(*said, strict=True))
+            eps = torch.finfo(parameters[0].dtype).eps
+            # Whoever computes in another order is off by a few units of float64.
+            near = torch.finfo(torch.float64).eps * 8 * (1 + max(map(abs, offsets[number] + offsets[group[0][0]])))
+            return torch.allclose(got, wanted, rtol=eps, atol=near)
+
+        assert len(group) == 1 or any(map(is_said_by, leads))
+
+
+@given(data=st.data())
+def test_members_are_the_nearest_multiples_plus_their_offsets(compact: bool, data: st.DataObject) -> None:
+    parameters = parameters_of(data, (torch.float32, torch.float64, torch.complex64))
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    expected = slowly_tied_with(parameters, drawn)
+    optimizer = TiedOptimizer(SGD(parameters), drawn, compact=compact)
+    eps = torch.finfo(parameters[0].dtype).eps
+    for param, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(param.detach().to(wanted.dtype), wanted, rtol=4 * eps, atol=64 * eps)
+    check_tied(parameters, drawn)
+    assert optimizer.tie_drift() <= 64 * eps
+
+
+@given(data=st.data())
+def test_tied_weights_are_tied_already_and_free_ones_are_not_touched(compact: bool, data: st.DataObject) -> None:
+    parameters = parameters_of(data, ALL)
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    before = copy.deepcopy(parameters)
+    optimizer = TiedOptimizer(SGD(parameters, lr=0.1), drawn, compact=compact)
+    for number, param in enumerate(parameters):
+        free = torch.ones(param.shape, dtype=torch.bool)
+        for part in (part for tie in drawn for part in tie.parts if part.param is param):
+            free.movedim(part.dim, 0)[part.groups != -1] = False
+        assert torch.equal(bits(param)[free], bits(before[number])[free])
+    once = list(map(bits, copy.deepcopy(parameters)))
+    optimizer.tie_weights()
+    optimizer.retie(optimizer.ties)
+    assert all(map(torch.equal, map(bits, parameters), once))
+    TiedOptimizer(SGD(parameters, lr=0.1), drawn, compact=not compact)
+    assert all(map(torch.equal, map(bits, parameters), once))
+
+
+@given(data=st.data(), reduction=reductions)
+def test_steps_keep_the_ties_of_every_optimizer_and_dtype(compact: bool, reduction: str, data: st.DataObject) -> None:
+    parameters = parameters_of(data, (*REAL, *COMPLEX))
+    recipe = data.draw(recipes_for(*parameters, closure=False))
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    optimizer = TiedOptimizer(recipe(parameters), drawn, reduction=reduction, compact=compact)
+    for seed in range(2):
+        for number, param in enumerate(parameters):
+            param.grad = normal(param.shape, param.dtype, 10 * seed + number)
+        optimizer.step()
+        stepped = list(map(bits, copy.deepcopy(parameters)))
+        optimizer.tie_weights()
+        assert all(map(torch.equal, map(bits, parameters), stepped))
+    if parameters[0].dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+        check_tied(parameters, drawn)
+
+
+@given(data=st.data())
+def test_gradients_are_those_of_the_same_ties_without_offsets(data: st.DataObject) -> None:
+    parameters = parameters_of(data, (torch.float32, torch.float64))
+    twins = copy.deepcopy(parameters)
+    drawn = data.draw(ties(parameters, KINDS))
+    optimizer = TiedOptimizer(SGD(parameters), with_offsets(data, drawn))
+    linear = TiedOptimizer(SGD(twins), for_others(drawn, parameters, twins))
+    for number, both in enumerate(zip(parameters, twins, strict=True)):
+        for param in both:
+            param.grad = normal(param.shape, param.dtype, number)
+    optimizer.tie_gradients()
+    linear.tie_gradients()
+    for param, twin in zip(parameters, twins, strict=True):
+        # Another member may lead, and multiples of it are rounded in another way.
+        torch.testing.assert_close(param.grad, twin.grad)
+
+
+class SharedWeights:
+    """Training of the shared values: weights are built from them in the forward pass."""
+
+    def __init__(self, parameters: Sequence[Tensor], drawn: Sequence[Tie], make, reduction: str) -> None:
+        self._offsets = offsets_of(drawn, parameters)
+        groups = [group for tie in drawn for group in groups_of_entries(tie, parameters)]
+        tied = {member[:2] for group in groups for member in group}
+        places = [(number, at) for number, param in enumerate(parameters) for at in range(param.numel())]
+        groups += [[(*place, 1.0)] for place in places if place not in tied]
+        entries, offsets = [flat(param) for param in parameters], [flat(each) for each in self._offsets]
+        values, norms = [], []
+        self._numbers = [torch.zeros(param.numel(), dtype=torch.int64) for param in parameters]
+        self._scales = [torch.zeros(param.numel(), dtype=torch.float64) for param in parameters]
+        for group in groups:
+            number, at, scale = max(group, key=lambda member: abs(member[2]))
+            values.append((entries[number][at] - offsets[number][at]).real / scale if scale else 0.0)
+            norms.append(math.fsum(scale * scale for _, _, scale in group) or 1.0)
+            for number, at, scale in group:
+                self._numbers[number][at], self._scales[number][at] = len(values) - 1, scale
+        self.shared = Parameter(torch.tensor(values, dtype=torch.float64))
+        if reduction == "mean":
+            self.shared.register_hook(lambda grad: grad / torch.tensor(norms, dtype=torch.float64))
+        self.optimizer = make([self.shared])
+
+    def weights(self) -> list[Tensor]:
+        return [
+            (self.shared[numbers] * scales).view(offset.shape) + offset
+            for numbers, scales, offset in zip(self._numbers, self._scales, self._offsets, strict=True)
+        ]
+
+
+MAKE = {
+    "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9),
+    "decay": lambda params: AdamW(params, lr=0.05, weight_decay=0.3),
+}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@given(data=st.data(), reduction=reductions)
+def test_the_compact_mode_trains_the_shared_values(make, reduction: str, data: st.DataObject) -> None:
+    _check_training(make, reduction, True, ("none", "signs", "zeros", "any"), data)
+
+
+@given(data=st.data(), reduction=reductions)
+def test_the_full_mode_trains_the_shared_values(reduction: str, data: st.DataObject) -> None:
+    _check_training(MAKE["momentum"], reduction, False, ("none", "signs", "zeros", "any"), data)
+
+
+def _check_training(make, reduction: str, compact: bool, kinds: Sequence[str], data: st.DataObject) -> None:
+    parameters = parameters_of(data, (torch.float64,))
+    drawn = with_offsets(data, data.draw(ties(parameters, kinds)))
+    targets = [normal(shape, torch.float64, 7 + number) for number, shape in enumerate(SHAPES)]
+
+    def loss_of(weights: Sequence[Tensor]) -> Tensor:
+        return sum((weight - target).square().sum() for weight, target in zip(weights, targets, strict=True))
+
+    optimizer = TiedOptimizer(make(parameters), drawn, reduction=reduction, compact=compact)
+    shared = SharedWeights(parameters, drawn, make, reduction)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss_of(parameters).backward()
+        optimizer.step()
+        shared.optimizer.zero_grad()
+        loss_of(shared.weights()).backward()
+        shared.optimizer.step()
+        for param, weight in zip(parameters, shared.weights(), strict=True):
+            # A group of one that is no multiple is free: what decays is the weight.
+            if compact and make is MAKE["decay"] and _has_lonely_members(drawn):
+                return
+            torch.testing.assert_close(param.detach(), weight.detach(), rtol=1e-9, atol=1e-9)
+
+
+def _has_lonely_members(drawn: Sequence[Tie]) -> bool:
+    for tie in drawn:
+        labels = torch.cat([part.groups.flatten() for part in tie.parts])
+        scales = [torch.ones(part.groups.shape) if part.scale is None else part.scale for part in tie.parts]
+        trained = labels[(labels != -1) & (torch.cat([scale.flatten() for scale in scales]) != 0)]
+        if len(trained) and bool((torch.bincount(trained) == 1).any()):
+            return True
+    return False
+
+
+@given(data=st.data(), strength=st.sampled_from([0.25, 0.5, 1.0]))
+def test_relaxed_ties_pull_towards_the_multiples_plus_their_offsets(strength: float, data: st.DataObject) -> None:
+    parameters = parameters_of(data, (torch.float64,))
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    before, goals = copy.deepcopy(parameters), slowly_tied_with(parameters, drawn)
+    TiedOptimizer(SGD(parameters), drawn, strength=strength, every=2)
+    for param, start, goal in zip(parameters, before, goals, strict=True):
+        torch.testing.assert_close(param.detach(), start.detach().lerp(goal, strength), rtol=1e-12, atol=1e-12)
+
+
+@given(data=st.data())
+def test_the_first_member_keeps_its_value(compact: bool, data: st.DataObject) -> None:
+    parameters = parameters_of(data, (torch.float64, torch.float32))
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    entries, offsets = [flat(param) for param in parameters], [flat(each) for each in offsets_of(drawn, parameters)]
+    optimizer = TiedOptimizer(SGD(parameters), drawn, start="first", compact=compact)
+    eps = torch.finfo(parameters[0].dtype).eps
+    for group in (group for tie in drawn for group in groups_of_entries(tie, parameters)):
+        first = next((member for member in group if member[2] != 0), None)
+        shared = 0.0 if first is None else (entries[first[0]][first[1]] - offsets[first[0]][first[1]]) / first[2]
+        for number, at, scale in group:
+            wanted = (scale * shared + offsets[number][at]).real
+            assert parameters[number].flatten()[at].item() == pytest.approx(wanted, rel=8 * eps, abs=128 * eps)
+    started = list(map(bits, copy.deepcopy(parameters)))
+    optimizer.tie_weights()
+    assert all(map(torch.equal, map(bits, parameters), started))
+
+
+@given(data=st.data())
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(compact: bool, data: st.DataObject) -> None:
+    parameters = parameters_of(data, (torch.float32,))
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    optimizer = TiedOptimizer(Adam(parameters), drawn, compact=compact)
+    train(optimizer, 2)
+    twins = copy.deepcopy(parameters)
+    resumed = TiedOptimizer(Adam(twins), for_others(drawn, parameters, twins), compact=compact)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, 2)
+    train(resumed, 2)
+    assert all(map(same_bits, parameters, twins))
+    assert same_tree(optimizer.state_dict(), resumed.state_dict())
+
+
+def test_a_checkpoint_with_another_offset_is_refused():
+    weight = Parameter(torch.zeros(3))
+    said = [
+        TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1]], offset=torch.tensor([0.0, number, 9.0 * number])))
+        for number in (1.0, 2.0)
+    ]
+    with pytest.raises(ValueError, match="saved with other ties"):
+        said[0].load_state_dict(said[1].state_dict())
+    # Offsets of free entries do not count, nor does the dtype.
+    other = Tie(weight, [[0, 1]], offset=torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
+    TiedOptimizer(SGD([weight]), other).load_state_dict(said[0].state_dict())
+
+
+def test_the_antisymmetric_recurrent_matrix_is_exact(compact):
+    size, damping = 7, 0.01
+    labels, scale = patterns.antisymmetric((size, size))
+    weight = Parameter(randn(size, size))
+    tie = Tie(weight, labels, scale=scale, offset=-damping * torch.eye(size))
+    optimizer = TiedOptimizer(AdamW([weight], lr=0.1), tie, compact=compact)
+    for seed in range(5):
+        weight.grad = randn(size, size, seed=seed)
+        optimizer.step()
+        upper = weight.detach().triu(1)
+        assert torch.equal(weight.detach(), upper - upper.T - damping * torch.eye(size))
+        assert optimizer.tie_drift() == 0
+
+
+def test_a_small_member_keeps_the_digits_that_a_large_offset_hides(compact):
+    weight = Parameter(torch.zeros(3))
+    tie = Tie(weight, [[0, 1, 2]], offset=torch.tensor([1e6, 0.0, -1e6]))
+    weight.data.copy_(torch.tensor([1e6, 0.0, -1e6]))
+    optimizer = TiedOptimizer(SGD([weight], lr=1.0), tie, compact=compact)
+    weight.grad = torch.full((3,), 1e-3)
+    optimizer.step()
+    assert weight[1].item() == pytest.approx(-1e-3, rel=1e-6)
+
+
+# --- frozen slices ---
+
+AWKWARD = [-0.0, 0.0, math.inf, -math.inf, math.nan, 1e-40, 0.1, -3.0]
+
+
+@given(data=st.data(), reduction=reductions)
+def test_frozen_slices_do_not_move_bit_for_bit(compact: bool, reduction: str, data: st.DataObject) -> None:
+    (weight, *others) = parameters_of(data, (*REAL, *COMPLEX))
+    recipe = data.draw(recipes_for(weight, *others, closure=False))
+    labels = torch.tensor(data.draw(st.lists(st.booleans(), min_size=4, max_size=4)))
+    if data.draw(st.booleans()):
+        count = min(weight[labels].numel(), len(AWKWARD))
+        with torch.no_grad():
+            values = torch.tensor(AWKWARD[:count], dtype=torch.float64).to(weight.dtype)
+            weight[labels] = torch.cat([values, weight[labels].flatten()[count:]]).view(-1, 3)
+    before = bits(copy.deepcopy(weight))
+    optimizer = TiedOptimizer(recipe([weight, *others]), frozen(weight, labels), reduction=reduction, compact=compact)
+    for seed in range(3):
+        for number, param in enumerate([weight, *others]):
+            param.grad = normal(param.shape, param.dtype, 10 * seed + number)
+        optimizer.step()
+        assert torch.equal(bits(weight)[labels], before[labels])
+    optimizer.retie(optimizer.ties)
+    assert torch.equal(bits(weight)[labels], before[labels])
+
+
+def test_the_rest_trains_as_without_frozen_slices(compact):
+    weight, twin = Parameter(randn(5, 3)), Parameter(randn(5, 3)[[3]])
+    optimizer = TiedOptimizer(AdamW([weight], lr=0.1), frozen(weight, [0, 1, 2, 4]), compact=compact)
+    bare = AdamW([twin], lr=0.1)
+    for seed in range(3):
+        weight.grad = randn(5, 3, seed=seed)
+        twin.grad = weight.grad[[3]].clone()
+        optimizer.step()
+        bare.step()
+    assert same_bits(weight[[3]], twin)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_indices_masks_and_labels_say_the_same(dim):
+    ways = [[0, 2], range(0, 3, 2), torch.tensor([True, False, True]), torch.tensor([7, -1, 0])]
+    expected = None
+    for way in ways:
+        weight = Parameter(randn(3, 3))
+        optimizer = TiedOptimizer(SGD([weight], lr=1.0), frozen(weight, way, dim=dim))
+        weight.grad = torch.ones(3, 3)
+        optimizer.step()
+        moved = (weight.detach() != randn(3, 3)).movedim(dim, 0)
+        assert moved.all(1).tolist() == [False, True, False]
+        expected = weight.detach() if expected is None else expected
+        assert torch.equal(weight, expected)
+
+
+def test_single_entries_and_names_can_be_frozen(compact):
+    layer = torch.nn.Linear(3, 2)
+    before, mask = layer.weight.detach().clone(), torch.tensor([[True, False, True], [False, True, False]])
+    inner = AdamW(layer.named_parameters(), lr=0.1)
+    optimizer = TiedOptimizer(inner, [frozen("weight", mask), frozen("bias", iter([1]))], compact=compact)
+    train(optimizer, 3)
+    assert torch.equal(layer.weight.detach() == before, mask)
+
+
+def test_values_are_those_of_when_the_tie_is_bound():
+    weight = Parameter(torch.zeros(3, 2))
+    tie = frozen(weight, [1])
+    with torch.no_grad():
+        weight.fill_(5.0)
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1, weight_decay=0.1), tie)
+    train(optimizer, 2)
+    assert weight[1].tolist() == [5.0, 5.0]
+    with torch.no_grad():
+        weight.fill_(2.0)
+    optimizer.retie(optimizer.ties)
+    train(optimizer, 2)
+    assert weight[1].tolist() == [2.0, 2.0]
+
+
+def test_what_is_written_to_frozen_slices_between_steps_is_undone_with_a_warning(compact):
+    weight = Parameter(torch.ones(3, 2))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), frozen(weight, [1]), compact=compact)
+    train(optimizer, 1)
+    with torch.no_grad():
+        weight.fill_(7.0)
+    with pytest.warns(UserWarning, match="written to between two steps"):
+        train(optimizer, 1)
+    assert weight[1].tolist() == [1.0, 1.0]
+
+
+def test_a_frozen_slice_cannot_be_in_a_group():
+    weight = Parameter(randn(4, 2))
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="tied twice"):
+        TiedOptimizer(SGD([weight]), [Tie(weight, [[0, 1]]), frozen(weight, [1, 2])])
+    assert torch.equal(weight, before)
+
+
+def test_lbfgs_trains_beside_frozen_slices(compact):
+    weight, target = Parameter(randn(4, 3, dtype=torch.float64)), randn(4, 3, seed=1, dtype=torch.float64)
+    before = weight.detach().clone()
+    inner = LBFGS([weight], line_search_fn="strong_wolfe")
+    optimizer = TiedOptimizer(inner, frozen(weight, [0, 2]), compact=compact, reduction="sum" if compact else "mean")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight - target).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(weight[[0, 2]], before[[0, 2]])
+    torch.testing.assert_close(weight[[1, 3]].detach(), target[[1, 3]])
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("offset", "error", "message"),
+    [
+        (torch.zeros(2, 3), ValueError, "wrong shape"),
+        (torch.zeros(4, 1, 1), ValueError, "wrong shape"),
+        (torch.tensor([0.0, math.nan, 0.0]), ValueError, "no number"),
+        (math.inf, ValueError, "no number"),
+        (torch.zeros(3, dtype=torch.bool), TypeError, "wrong dtype"),
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "wrong dtype"),
+        (1j, TypeError, "wrong dtype"),
+        ([1.0, 2.0, 3.0], TypeError, "no tensor"),
+        ("one", TypeError, "no tensor"),
+        (torch.zeros(3).to_sparse(), TypeError, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_bad_offset_is_refused_before_anything_is_written(offset, error, message):
+    weight = Parameter(randn(4, 3))
+    before = weight.detach().clone()
+    with pytest.raises(error, match=message):
+        Tie(weight, [[0, 1]], offset=offset)
+    with pytest.raises(error, match=message):
+        TiedOptimizer(SGD([("weight", weight)]), Tie("weight", [[0, 1]], offset=offset))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [([9], IndexError), ([0, 0], ValueError), ([0.5], TypeError), (3, TypeError), ([[0, 1]], TypeError)],
+    ids=str,
+)
+def test_bad_indices_of_frozen_slices_are_refused(indices, error):
+    with pytest.raises(error):
+        frozen(Parameter(randn(4, 3)), indices)
