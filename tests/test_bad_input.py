@@ -487,6 +487,8 @@ USES = {
     "step": lambda optimizer: optimizer.step(),
     "step with a closure": lambda optimizer: optimizer.step(lambda: 0.0),
     "tie_gradients": lambda optimizer: optimizer.tie_gradients(),
+    "grad_norm": lambda optimizer: optimizer.grad_norm(),
+    "clip_grad_norm_": lambda optimizer: optimizer.clip_grad_norm_(1e-3),
     "tie_weights": lambda optimizer: optimizer.tie_weights(),
     "tie_drift": lambda optimizer: optimizer.tie_drift(),
     "tie_summary": lambda optimizer: optimizer.tie_summary(),

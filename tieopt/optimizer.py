@@ -6,7 +6,7 @@ modules. So there is one state and one list of parameter groups, ``isinstance`` 
 scheduler, a gradient scaler or a framework reads or writes, before or after, it reads or writes there.
 
 What the class adds is held in one attribute, and its public names say ``tie``, so that it hides nothing that the
-optimizer has.
+optimizer has. The methods for the norm of gradients have the names that everybody knows, and give way to its own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from types import new_class
 from typing import Any, Self, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from tieopt.engine.graphs import between_graphs, copied, untraced
 from tieopt.errors import refusal, shown, users_level
-from tieopt.modes import mode_class, summary
+from tieopt.modes import mode_class, norm, summary
 from tieopt.modes.conversion import converter
 from tieopt.modes.gradients import tie_gradients, with_gradients
 from tieopt.modes.mode import Mode
@@ -41,6 +42,9 @@ _HOOKS = [
     for method in ("step", "state_dict", "load_state_dict")
     for when in ("pre", "post")
 ]
+
+# Methods that an optimizer which has them keeps.
+_YIELDING = {"grad_norm", "clip_grad_norm_"}
 
 # Where what the ties add stands in a state_dict, beside "state" and "param_groups".
 _TIEOPT = "tieopt"
@@ -253,6 +257,81 @@ class TiedOptimizer(Optimizer):
         """
         pairs = with_gradients(self._tieopt.parameters(self._tieopt.param_groups_of(self)))
         tie_gradients(pairs, self._tieopt.engine)
+
+    def grad_norm(self, norm_type: float = 2.0) -> Tensor:
+        r"""Return the norm of all gradients, in which every shared value counts once.
+
+        .. math:: \Big( \sum_k |g_k|^p \Big)^{1/p}
+
+        over the entries of all parameters of the optimizer. A shared value counts with the gradient that it is trained
+        with, :math:`\sum_i s_i g_i` for ``reduction="sum"`` and that divided by :math:`\sum_i s_i^2` for ``"mean"``;
+        pinned entries count nothing, free ones as usual. So it is the norm that ``torch.nn.utils.get_total_norm`` has
+        where the shared values are the parameters. Members of relaxed ties, which are trained by their own gradients,
+        count as free entries do.
+
+        Gradients may be tied or not, and are not written. Call it after ``scaler.unscale_(optimizer)``. An optimizer
+        that has a method of this name keeps it; ``TiedOptimizer.grad_norm(optimizer)`` is this one then.
+
+        Args:
+            norm_type: p, a number above 0; ``float("inf")`` for the largest modulus.
+
+        Returns:
+            The norm, of no dimension; 0 without any gradients. Of sharded parameters it is that of all ranks, each of
+            which has to call this.
+
+        Raises:
+            TypeError: ``norm_type`` is no number.
+            ValueError: ``norm_type`` is 0, negative or NaN; or joined parameters have come to differ in dtype, device
+                or settings.
+            RuntimeError: as for :meth:`tie_gradients`.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = TiedOptimizer(torch.optim.SGD([weight], lr=1.0), {weight: [[0, 1]]}, reduction="sum")
+            >>> weight.grad = torch.ones(2)
+            >>> optimizer.grad_norm()
+            tensor(2.)
+        """
+        return norm.grad_norm(self._tieopt, self._tieopt.param_groups_of(self), norm_type)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        r"""Scale all gradients so that :meth:`grad_norm` is no larger than ``max_norm``.
+
+        .. math:: g \leftarrow g \cdot \min \Big( 1, \frac{\mathtt{max\_norm}}{\mathtt{norm} + 10^{-6}} \Big)
+
+        as ``torch.nn.utils.clip_grad_norm_`` does it. With it a step is that of the shared values with their
+        gradients clipped, for optimizers that work entry by entry. Call it before ``step()``, with
+        :class:`torch.amp.GradScaler` after ``scaler.unscale_(optimizer)``, and once all gradients are accumulated. The
+        gradients are not tied by it, and need not be. What is clipped is not clipped again by a second call, except for
+        the :math:`10^{-6}`.
+
+        Args:
+            max_norm: a number from 0 on.
+            norm_type: as for :meth:`grad_norm`.
+
+        Returns:
+            The norm before, as :meth:`grad_norm` returns it.
+
+        Raises:
+            TypeError: ``max_norm`` or ``norm_type`` is no number.
+            ValueError: ``max_norm`` is negative or NaN; or as for :meth:`grad_norm`.
+            RuntimeError: as for :meth:`tie_gradients`. Nothing was written in any of these cases.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import TiedOptimizer
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = TiedOptimizer(torch.optim.SGD([weight], lr=1.0), {weight: [[0, 1]]}, reduction="sum")
+            >>> weight.grad = torch.ones(2)
+            >>> optimizer.clip_grad_norm_(max_norm=1.0)
+            tensor(2.)
+            >>> optimizer.step()
+            >>> weight.data
+            tensor([-1.0000, -1.0000])
+        """
+        return norm.clip_grad_norm_(self._tieopt, self._tieopt.param_groups_of(self), max_norm, norm_type)
 
     @between_graphs
     def tie_weights(self) -> None:
@@ -649,7 +728,11 @@ def _tied_class(cls: type[TiedOptimizer], inner: type[Optimizer]) -> type[TiedOp
             "_tieopt_bases": (cls, inner),
             "step": _tied_step(inner),
             "zero_grad": _tied_zero_grad(cls, inner),
-            **{name: _tied_method(inner, name) for name in _methods(inner) if not hasattr(cls, name)},
+            **{
+                name: _tied_method(inner, name)
+                for name in _methods(inner)
+                if not hasattr(cls, name) or name in _YIELDING
+            },
         }
         bases = (*_layout_base(inner), cls, inner)
         _tied_classes[cls, inner] = new_class(

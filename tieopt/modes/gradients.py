@@ -123,10 +123,10 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
                 and not (grad.requires_grad or grad.is_conj() or grad.is_neg() or grad.is_inference())
             ):
                 continue
-            prepared = _prepared(grad, param, is_of_rows=tie.is_of_rows)
-            if prepared is not grad:
-                param.grad = prepared
-                replaced.append((param, grad, prepared))
+            replacement = prepared(grad, param, is_of_rows=tie.is_of_rows)
+            if replacement is not grad:
+                param.grad = replacement
+                replaced.append((param, grad, replacement))
     if missing:
         # A parameter may be joined with one that has a gradient, and with another by another tie.
         joined = _connected(pairs, {id(param) for _, params in pairs for param in params if param.grad is not None})
@@ -137,8 +137,8 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
     return replaced
 
 
-def _prepared(grad: Tensor, param: Tensor, *, is_of_rows: bool) -> Tensor:
-    """A gradient as it can be tied."""
+def prepared(grad: Tensor, param: Tensor, *, is_of_rows: bool) -> Tensor:
+    """Return a gradient as it can be tied: itself, or a copy of another kind."""
     if spans_ranks([param]):
         return placed_as(grad, param)
     if grad.layout == torch.sparse_coo and not is_of_rows:

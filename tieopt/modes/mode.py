@@ -69,6 +69,7 @@ class Mode(ABC):
         captured: whether a step was captured in a CUDA graph.
         set_aside: the model's parameters that compact ones replace now, by the identities of the compact ones.
         lock: held while they are replaced.
+        norm_weights: what :mod:`~tieopt.modes.norm` has worked out for ties.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
@@ -103,6 +104,7 @@ class Mode(ABC):
         self._replaced: Mode | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
         self._fingerprints: dict[tuple[BoundTie, tuple[int, ...]], str] = {}
+        self.norm_weights: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self._pairs: Pairs | None = None
 
     def __getstate__(self) -> dict[str, Any]:

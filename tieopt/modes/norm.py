@@ -1,0 +1,116 @@
+"""The norm of gradients in which every shared value counts once, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from tieopt.engine.graphs import untraced
+from tieopt.engine.norms import by_mesh, norm_of, placed_weights
+from tieopt.errors import refusal, shown
+from tieopt.modes.gradients import prepared, with_gradients
+from tieopt.modes.mode import Mode
+from tieopt.numbers.reduction import Operation, Reduction, project_
+from tieopt.tensors import column, local, sharding_of
+from tieopt.ties.places import BoundTie, ParamGroups
+from tieopt.ties.slices import FREE, firsts_of, flat_labels
+
+_PROJECT = Operation(project_)
+
+
+@untraced
+@torch.no_grad()
+def grad_norm(mode: Mode, param_groups: ParamGroups, norm_type: float) -> Tensor:
+    """Return the norm of all gradients; see :meth:`tieopt.TiedOptimizer.grad_norm`."""
+    _check_number("norm_type", norm_type, "a number above 0; float('inf') for the largest entry", zero=False)
+    grads = {param: param.grad for param in _params_in(param_groups) if param.grad is not None}
+    if not mode.relaxed:
+        grads |= _counted_once(mode, param_groups)
+    return norm_of(grads.values(), norm_type)
+
+
+def clip_grad_norm_(mode: Mode, param_groups: ParamGroups, max_norm: float, norm_type: float) -> Tensor:
+    """Scale all gradients so that their norm is no larger; see :meth:`tieopt.TiedOptimizer.clip_grad_norm_`."""
+    _check_number("max_norm", max_norm, "a number from 0 on", zero=True)
+    norm = grad_norm(mode, param_groups, norm_type)
+    for params in by_mesh(_params_in(param_groups)):
+        clip_grads_with_norm_(params, max_norm, norm)
+    return norm
+
+
+def _check_number(name: str, value: Any, expected: str, *, zero: bool) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # Of a NaN neither is true.
+    if not is_number or not (value > 0 or (zero and value == 0)):
+        kind = ValueError if is_number else TypeError
+        raise refusal(kind, f"{name} is no norm.", expected=expected, got=shown(value))
+
+
+def _params_in(param_groups: ParamGroups) -> list[Tensor]:
+    return list(dict.fromkeys(param for settings in param_groups for param in settings["params"]))
+
+
+def _counted_once(mode: Mode, param_groups: ParamGroups) -> dict[Tensor, Tensor]:
+    """Return gradients of tied parameters in which that of each shared value stands once, and zeros for the rest."""
+    pairs = with_gradients(mode.parameters(param_groups))
+    grads: dict[Tensor, Tensor] = {}
+    for tie, params in pairs:
+        for param in params:
+            grad = grads.get(param, param.grad)
+            # Where a joined parameter has a gradient, those of the others count as zero.
+            grads[param] = torch.zeros_like(param) if grad is None else prepared(grad, param, is_of_rows=tie.is_of_rows)
+    # Nothing is written to the gradients themselves.
+    grads = {param: grad.coalesce() if grad.is_sparse else grad.clone() for param, grad in grads.items()}
+
+    dense = [(tie, params) for tie, params in pairs if not grads[params[0]].is_sparse]
+    mode.engine.apply_(_PROJECT, [(tie, [grads[param] for param in params]) for tie, params in dense])
+    for tie, params in pairs:
+        if grads[params[0]].is_sparse:
+            (grads[params[0]],) = mode.engine.projected(tie, [grads[params[0]]])
+
+    for tie, params in pairs:
+        for param, (weights, uncounted) in zip(params, _weights_for(mode, tie, params), strict=True):
+            # Numbers of 16 bits would be rounded once more.
+            grad = grads[param] = grads[param].to(torch.promote_types(grads[param].dtype, torch.float32))
+            if grad.is_sparse:
+                rows, values = grad._indices()[0], grad._values()
+                weights, uncounted = (column(of_rows.flatten()[rows], values) for of_rows in (weights, uncounted))
+            else:
+                values = local(grad)
+            # Zero times infinity is not zero.
+            values.mul_(weights).masked_fill_(uncounted, 0)
+    return grads
+
+
+def _weights_for(mode: Mode, tie: BoundTie, params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return what the entries of each mean gradient are multiplied by, and where that is zero; worked out once."""
+    key = tie, *((param.device, param.dtype, *sharding_of(param)) for param in params)
+    if key not in mode.norm_weights:
+        weights = map(placed_weights, _weights(tie, mode.reduction), (part.dim for part in tie.slices), params)
+        mode.norm_weights[key] = [(each, each == 0) for each in weights]
+    return mode.norm_weights[key]
+
+
+def _weights(tie: BoundTie, reduction: Reduction) -> list[Tensor]:
+    """Return for each slice what its mean gradient is multiplied by, so that each group counts once.
+
+    The gradient of the shared value is counted in the place of its first member of the largest scale ``s``, where the
+    mean gradient stands ``s`` times. The others, and what is pinned, count nothing.
+    """
+    labels, scales = flat_labels(tie.slices), torch.cat([part.scales.flatten() for part in tie.slices])
+    weights, zeros = (labels == FREE).double(), scales.new_zeros(len(labels))
+    members = ((labels != FREE) & (scales != 0)).nonzero().squeeze(1)
+    groups, sizes = labels[members], scales[members].abs()
+    largest = members[sizes == zeros.scatter_reduce(0, groups, sizes, "amax")[groups]]
+    firsts = firsts_of(labels[largest], len(labels))
+    # What is pinned in all members has none.
+    counted = largest[firsts[firsts < len(largest)]]
+    squares = zeros.index_add(0, groups, sizes.square())
+    weights[counted] = (squares[labels[counted]] if reduction == "sum" else 1) / scales[counted].abs()
+    parts = torch.split(weights, [part.labels.numel() for part in tie.slices])
+    return [weight.view(part.labels.shape) for weight, part in zip(parts, tie.slices, strict=True)]
