@@ -721,7 +721,7 @@ def test_dimensions_that_are_not_there_are_refused(error, wrong, expected, got, 
 )
 def test_what_is_no_permutation_is_refused(error, number, wrong, expected, got, permutations):
     if error is TypeError:
-        expected = "an integer tensor, as torch.arange(n).view(shape) rearranged"
+        expected = "an integer tensor, as torch.arange(n).view(shape) rearranged, or a pair of it and its signs"
     elif expected == 1:
         expected = "each number from 0 to 1, once"
     refused(error, says(f"Permutation {number} {wrong}.", expected, got), patterns.orbits, *permutations)
@@ -825,6 +825,7 @@ def test_clusters_of_something_else_are_refused():
     [
         ("scipy.sparse", lambda: patterns.orbits(torch.arange(3))),
         ("scipy.sparse.csgraph", lambda: patterns.orbits(torch.arange(3))),
+        ("scipy.sparse", lambda: patterns.equivariant(None, [torch.arange(3)])),
         ("sklearn.utils", lambda: patterns.hashed((2, 2), 2)),
         ("sklearn.cluster", lambda: patterns.clusters(torch.ones(2, 2), 1)),
     ],

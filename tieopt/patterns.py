@@ -13,7 +13,7 @@ layer and whole kernels of the weight of a convolution are tied::
     ties = Tie(layer.weight, labels, scale=scale)
 
 Random patterns depend on a seed alone, and no argument is written to. A pattern depends on a shape and not on
-weights; only :func:`clusters` reads them. :func:`orbits` needs scipy, and
+weights; only :func:`clusters` reads them. :func:`orbits` and :func:`equivariant` need scipy, and
 :func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
 """
 
@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from functools import reduce
 from math import prod
 from operator import index
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
 
-from tieopt.errors import imported, integer_between, refusal, shown
+from tieopt.errors import imported, integer_between, refusal, shown, shown_entry
 
 __all__ = [
     "antisymmetric",
@@ -38,6 +38,7 @@ __all__ = [
     "clusters",
     "convolution",
     "convolution_bias",
+    "equivariant",
     "hankel",
     "hashed",
     "mirrored",
@@ -47,6 +48,9 @@ __all__ = [
     "symmetric",
     "toeplitz",
 ]
+
+# A permutation, or one with its signs.
+_Permutation = Tensor | tuple[Tensor, Tensor]
 
 _INT32_MAX = 2**31 - 1
 # k-means sees so many distinct values as they are, and a summary of more.
@@ -409,10 +413,22 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
     return labels
 
 
-def orbits(*permutations: Tensor) -> Tensor:
-    r"""Entries that permutations map to each other, alone or one after the other.
+@overload
+def orbits(*permutations: Tensor) -> Tensor: ...
 
-    .. math:: W_i = W_{\pi(i)} \quad \text{for every permutation } \pi
+
+@overload
+def orbits(*permutations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def orbits(*permutations: _Permutation) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def orbits(*permutations: _Permutation) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Entries that permutations map to each other, alone or one after the other; with signs, perhaps to the opposite.
+
+    .. math:: W_i = \sigma_i W_{\pi(i)} \quad \text{for every permutation } \pi \text{ and its signs } \sigma
 
     Use it for any symmetry without a function of its own here. Layers are made equivariant by sharing their parameters
     in this way (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_). Number the entries, and put in the
@@ -422,19 +438,23 @@ def orbits(*permutations: Tensor) -> Tensor:
         entries = torch.arange(weight.numel()).view(weight.shape)
         labels = patterns.orbits(entries.transpose(0, 1).flip(2, 3))
 
-    The inverses need not be given: some power of each permutation is its inverse. scipy finds the orbits, as the
+    An entry that is the opposite of another one has the sign -1. An entry that would be its own opposite is zero. The
+    inverses need not be given: some power of each permutation is its inverse. scipy finds the orbits, as the
     connected components of a graph.
 
     Args:
-        *permutations: one or more tensors of one shape, any integer dtype but uint64, each a rearrangement of
-            ``torch.arange(n).view(shape)``.
+        *permutations: one or more, each a tensor of any integer dtype but uint64, a rearrangement of
+            ``torch.arange(n).view(shape)``, with the same shape for all; or with signs a pair
+            ``(permutation, signs)``, where ``signs`` is a tensor of that shape and any real dtype, 1 or -1.
 
     Returns:
-        Labels of that shape, int64, one group for each orbit.
+        Labels of that shape, int64, one group for each orbit. If a permutation has signs, also the scales, float32,
+        which are 1 for the first entry of an orbit, 1 or -1 for the others, and 0 for all entries of an orbit that is
+        zero.
 
     Raises:
-        TypeError: there is no permutation, or one is not an integer tensor.
-        ValueError: the shapes differ, or one is not a permutation.
+        TypeError: there is no permutation, or one is not an integer tensor, or its signs are not a real tensor.
+        ValueError: the shapes differ, or one is not a permutation, or a sign is neither 1 nor -1.
         ImportError: scipy is not installed.
 
     Example:
@@ -450,17 +470,107 @@ def orbits(*permutations: Tensor) -> Tensor:
         >>> patterns.orbits(entries.flip(0), entries.roll(1, 1))
         tensor([[0, 0, 0],
                 [0, 0, 0]])
+
+        Kernels of odd filters, ``W = -W.flip(1)``:
+
+        >>> labels, scale = patterns.orbits((entries.flip(1), -torch.ones(2, 3)))
+        >>> scale
+        tensor([[ 1.,  0., -1.],
+                [ 1.,  0., -1.]])
+        >>> weight = torch.randn(4)[labels] * scale
+        >>> torch.equal(weight, -weight.flip(1))
+        True
     """
     if not permutations:
         raise refusal(TypeError, "Orbits need a permutation.", expected="one integer tensor or more", got="none")
-    images = [_image(entries, number, permutations[0]) for number, entries in enumerate(permutations)]
-    sparse, graphs = _optional("scipy.sparse"), _optional("scipy.sparse.csgraph")
-    edges = torch.stack(images, dim=1)
-    starts = torch.arange(len(edges) + 1, device="cpu") * len(images)
-    ones = torch.ones(edges.numel(), dtype=torch.float64, device="cpu")
-    graph = sparse.csr_matrix((ones.numpy(), edges.flatten().numpy(), starts.numpy()), shape=(len(edges),) * 2)
-    _, labels = graphs.connected_components(graph, connection="weak")
-    return torch.from_numpy(labels).long().view(permutations[0].shape)
+    actions = _actions(permutations)
+    shape = (permutations[0] if isinstance(permutations[0], Tensor) else permutations[0][0]).shape
+    if all(isinstance(permutation, Tensor) for permutation in permutations):
+        return _components([images for images, _ in actions]).view(shape)
+    labels, scale = _signed_orbits(actions)
+    return labels.view(shape), scale.view(shape)
+
+
+def equivariant(inputs: Sequence[_Permutation] | None, outputs: Sequence[_Permutation]) -> tuple[Tensor, Tensor]:
+    r"""The weight of a linear layer that commutes with a finite group, and the bias that the group leaves unchanged.
+
+    .. math:: W \rho_\text{in}(g) = \rho_\text{out}(g)\, W, \qquad (\rho(g)\, x)_i = \sigma_i\, x_{\pi(i)}
+
+    for each :math:`g` of the group, which permutes the entries of the input and of the output and turns the sign of
+    some. Then :math:`W_{o,i} = \sigma_o \sigma_i W_{\pi(o), \pi(i)}`: all such layers are found by tying entries
+    (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_; `Finzi et al., 2021
+    <https://arxiv.org/abs/2104.09459>`_, for any matrices). An entry that would be its own opposite is zero.
+
+    A group is given by generators; their products and inverses follow. If the outputs of one layer are the inputs of
+    the next, and a function between them acts entry by entry (an odd one, as ``tanh``, where there are signs), the
+    network commutes with the group.
+
+    The weights are exact: applying a generator to both sides of a tied weight changes no bit. Outputs for transformed
+    inputs are transformed up to rounding, because a kernel adds in another order.
+
+    Args:
+        inputs: how each generator acts on the entries of the input: a list of permutations, each a tensor of any
+            integer dtype but uint64, so that the generator turns ``x`` into ``x[permutation]``; or with signs a pair
+            ``(permutation, signs)`` of tensors of one shape, so that it is ``x[permutation] * signs``, where signs are
+            1 or -1 of any real dtype. A permutation may have any shape, as a rearrangement of
+            ``torch.arange(n).view(shape)``, the same for all; the layer sees the input flattened. None gives the bias,
+            as of one input that every generator leaves as it is.
+        outputs: how each generator acts on the entries of the output, likewise, in the order of ``inputs``.
+
+    Returns:
+        Labels of shape ``[out, in]``, or for the bias ``[out]``, int64, one group for each orbit of entries; and their
+        scales as of :func:`orbits`.
+
+    Raises:
+        TypeError: ``inputs`` or ``outputs`` is not a list, a permutation is not an integer tensor, or signs are not a
+            real tensor.
+        ValueError: a list is empty, the lists differ in length, shapes in a list differ, one is not a permutation, or
+            a sign is neither 1 nor -1.
+        ImportError: scipy is not installed.
+
+    Example:
+        A controller of a left and a right leg. In a mirror the legs are swapped, and the third input, how far the body
+        leans to one side, turns its sign:
+
+        >>> import torch
+        >>> from tieopt import Tie, TiedOptimizer, patterns
+        >>> swap, signs = torch.tensor([1, 0, 2]), torch.tensor([1, 1, -1])
+        >>> legs = torch.tensor([1, 0])
+        >>> labels, scale = patterns.equivariant([(swap, signs)], [legs])
+        >>> labels
+        tensor([[0, 1, 2],
+                [1, 0, 2]])
+        >>> scale
+        tensor([[ 1.,  1.,  1.],
+                [ 1.,  1., -1.]])
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> bias_labels, bias_scale = patterns.equivariant(None, [legs])
+        >>> ties = [Tie(layer.weight, labels, scale=scale), Tie(layer.bias, bias_labels, scale=bias_scale)]
+        >>> optimizer = TiedOptimizer(torch.optim.SGD(layer.parameters()), ties)
+        >>> torch.equal(layer.weight, layer.weight[legs][:, swap] * signs)
+        True
+        >>> x = torch.randn(3)
+        >>> torch.allclose(layer(x[swap] * signs), layer(x)[legs])
+        True
+    """
+    on_outputs = _actions(_generators(outputs, "outputs"), " of the outputs")
+    if inputs is None:
+        alone = torch.zeros(1, dtype=torch.int64, device="cpu")
+        on_inputs = [(alone, alone.bool())] * len(on_outputs)
+    else:
+        on_inputs = _actions(_generators(inputs, "inputs"), " of the inputs")
+    if len(on_inputs) != len(on_outputs):
+        expected = "as many permutations of the inputs as of the outputs"
+        got = f"{len(on_inputs)} of the inputs and {len(on_outputs)} of the outputs"
+        raise refusal(ValueError, "Every generator acts on the inputs and on the outputs.", expected=expected, got=got)
+    m, n = len(on_outputs[0][0]), len(on_inputs[0][0])
+    actions = [
+        ((rows[:, None] * n + columns).flatten(), (turned_rows[:, None] ^ turned_columns).flatten())
+        for (rows, turned_rows), (columns, turned_columns) in zip(on_outputs, on_inputs, strict=True)
+    ]
+    labels, scale = _signed_orbits(actions)
+    shape = (m,) if inputs is None else (m, n)
+    return labels.view(shape), scale.view(shape)
 
 
 # --- convolutions ---
@@ -734,15 +844,36 @@ def _dims(dims: Sequence[int], count: int) -> list[int]:
     return from_front
 
 
-def _image(permutation: Any, number: int, first: Tensor) -> Tensor:
+def _generators(permutations: Any, name: str) -> Sequence[_Permutation]:
+    if not isinstance(permutations, (list, tuple)):
+        expected = "a list of permutations, one for each generator of the group"
+        raise refusal(TypeError, f"The {name} are not a list.", expected=expected, got=shown(permutations))
+    if not permutations:
+        raise refusal(ValueError, f"The {name} are an empty list.", expected="one generator or more", got="none")
+    return permutations
+
+
+def _actions(permutations: Sequence[_Permutation], where: str = "") -> list[tuple[Tensor, Tensor]]:
+    """Return for each permutation where it maps each entry, and whether it turns the entry's sign; both flattened."""
+    pairs = [given if isinstance(given, tuple) and len(given) == 2 else (given, None) for given in permutations]
+    actions = []
+    for number, (permutation, signs) in enumerate(pairs):
+        name = f"permutation {number}{where}"
+        image = _image(permutation, name, pairs[0][0])
+        turned = torch.zeros_like(image, dtype=torch.bool) if signs is None else _is_negative(signs, name, permutation)
+        actions.append((image, turned))
+    return actions
+
+
+def _image(permutation: Any, name: str, first: Tensor) -> Tensor:
     """Return where a permutation, which must have the shape of the first one, maps each entry."""
     is_integer = isinstance(permutation, Tensor) and torch.can_cast(permutation.dtype, torch.int64)
     if not is_integer or permutation.dtype in (torch.bool, torch.uint64):
-        what = f"Permutation {number} is not one of integers."
-        expected = "an integer tensor, as torch.arange(n).view(shape) rearranged"
+        what = f"{name.capitalize()} is not one of integers."
+        expected = "an integer tensor, as torch.arange(n).view(shape) rearranged, or a pair of it and its signs"
         raise refusal(TypeError, what, expected=expected, got=shown(permutation))
     if permutation.shape != first.shape:
-        what = f"Permutation {number} has another shape than the first."
+        what = f"{name.capitalize()} has another shape than the first."
         raise refusal(ValueError, what, expected=tuple(first.shape), got=tuple(permutation.shape))
     image: Tensor = permutation.detach().to("cpu", torch.int64).flatten()
     outside = (image < 0) | (image >= len(image))
@@ -750,8 +881,48 @@ def _image(permutation: Any, number: int, first: Tensor) -> Tensor:
     if wrong.any():
         expected = f"each number from 0 to {len(image) - 1}, once"
         got = f"{image[wrong][0].item()}{'' if outside.any() else ' more than once'}"
-        raise refusal(ValueError, f"Permutation {number} is not a rearrangement.", expected=expected, got=got)
+        raise refusal(ValueError, f"{name.capitalize()} is not a rearrangement.", expected=expected, got=got)
     return image
+
+
+def _is_negative(signs: Any, name: str, permutation: Tensor) -> Tensor:
+    """Return which signs of a permutation are -1, flattened; all others must be 1."""
+    if not isinstance(signs, Tensor) or signs.is_complex() or signs.dtype == torch.bool:
+        what, expected = f"The signs of {name} are not a real tensor.", "a tensor of 1 and -1"
+        raise refusal(TypeError, what, expected=expected, got=shown(signs))
+    if signs.shape != permutation.shape:
+        what = f"The signs of {name} have another shape than it."
+        raise refusal(ValueError, what, expected=tuple(permutation.shape), got=tuple(signs.shape))
+    signs = signs.detach().cpu()
+    wrong = (signs != 1) & (signs != -1)
+    if wrong.any():
+        what = f"The signs of {name} are not signs."
+        raise refusal(ValueError, what, expected="1 or -1 for each entry", got=shown_entry(signs, wrong))
+    negative: Tensor = (signs == -1).flatten()
+    return negative
+
+
+def _components(images: Sequence[Tensor]) -> Tensor:
+    """Return the component of each node of a graph in which edges lead from each node to its images."""
+    sparse, graphs = _optional("scipy.sparse"), _optional("scipy.sparse.csgraph")
+    edges = torch.stack(list(images), dim=1)
+    starts = torch.arange(len(edges) + 1, device="cpu") * len(images)
+    ones = torch.ones(edges.numel(), dtype=torch.float64, device="cpu")
+    graph = sparse.csr_matrix((ones.numpy(), edges.flatten().numpy(), starts.numpy()), shape=(len(edges),) * 2)
+    _, labels = graphs.connected_components(graph, connection="weak")
+    components: Tensor = torch.from_numpy(labels).long()
+    return components
+
+
+def _signed_orbits(actions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the labels and scales of what :func:`_actions` returns."""
+    # Node i of the graph is entry i, and node n + i is its opposite.
+    n = len(actions[0][0])
+    images = [torch.cat([image + n * turned, image + n * ~turned]) for image, turned in actions]
+    positive, negative = _components(images).view(2, n)
+    labels: Tensor = torch.unique(torch.minimum(positive, negative), return_inverse=True)[1]
+    # Components are numbered in the order of their first nodes, so that the first entry of an orbit has the sign 1.
+    return labels, (negative - positive).sign().float()
 
 
 def _taps(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> list[Tensor]:
