@@ -21,8 +21,9 @@ from tieopt import Tie, TiedOptimizer
 from tieopt.engine import engine as engine_module
 from tieopt.engine.engine import Engine
 from tieopt.numbers import index as index_module
-from tieopt.numbers.reduction import Operation, Reduction, Workspace, divide_, project_
+from tieopt.numbers.reduction import Operation, Workspace, divide_, project_
 from tieopt.testing import scales
+from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, Place
 from tieopt.ties.slices import Slices, told_apart
 

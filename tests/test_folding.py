@@ -27,9 +27,10 @@ from tieopt.numbers.folding import (
     unfold_,
 )
 from tieopt.numbers.index import Index
-from tieopt.numbers.reduction import Reduction, Workspace, project_, tied
+from tieopt.numbers.reduction import Workspace, project_, tied
 from tieopt.testing import scales, ties
 from tieopt.ties.components import components
+from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, bind_ties
 from tieopt.ties.slices import Slices
 

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import LBFGS, AdamW, Optimizer
 
 from tieopt import TiedOptimizer
-from tieopt.numbers.reduction import Reduction
+from tieopt.ties.options import Reduction
 
 Batch = tuple[Tensor, Tensor]
 

@@ -32,8 +32,8 @@ from tieopt.modes.conversion import converter
 from tieopt.modes.gradients import tie_gradients, with_gradients
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, settings_in, states_of, tied_state
-from tieopt.numbers.reduction import Reduction
 from tieopt.numbers.start import Start
+from tieopt.ties.options import Options, Reduction
 from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
 from tieopt.ties.tie import FROZEN, Part, Tie, Ties, tie_of
 
@@ -165,7 +165,8 @@ class TiedOptimizer(Optimizer):
         start: Start = "mean",
     ) -> Self:
         _check_wrappable(optimizer)
-        mode = mode_class(compact)(optimizer.param_groups, ties, reduction, strength, every)
+        options = Options(reduction, strength, every)
+        mode = mode_class(compact)(optimizer.param_groups, ties, options)
         tied_class = _tied_class(cls, type(optimizer))
         states = mode.bind(optimizer, states_of(optimizer), start)
 
@@ -223,7 +224,7 @@ class TiedOptimizer(Optimizer):
                 labels, scale, dim, offset, _ = copy.deepcopy(slices._replace(offset=None) if frozen else slices)
                 part = Part(param, labels, dim, scale, FROZEN if frozen else offset)
                 parts.append((part, given_name(param_groups, place)))
-            ties.append(tie_of(parts))
+            ties.append(tie_of(parts, tie.given))
         return tuple(ties)
 
     @untraced
@@ -358,7 +359,15 @@ class TiedOptimizer(Optimizer):
         """
         self._tieopt.tie_all(self)
 
-    def retie(self, ties: Ties, *, start: Start = "mean") -> None:
+    def retie(
+        self,
+        ties: Ties,
+        *,
+        start: Start = "mean",
+        reduction: Reduction | None = None,
+        strength: float | None = None,
+        every: int | None = None,
+    ) -> None:
         """Replace all ties by others, in the middle of a training.
 
         The weights are tied at once, and the state of the optimizer is made to look as if they had been
@@ -375,6 +384,10 @@ class TiedOptimizer(Optimizer):
                 among them.
             start: as for :class:`TiedOptimizer`, for this change of the ties alone. Groups that are tied already, and
                 get no other members, stay as they are.
+            reduction: as for :class:`TiedOptimizer`, from now on; None leaves it.
+            strength: as for :class:`TiedOptimizer`, from now on; None leaves it. So the pull can follow a schedule:
+                ``optimizer.retie(optimizer.ties, strength=0.1 * epoch)``.
+            every: as for :class:`TiedOptimizer`, from now on; None leaves it.
 
         Raises:
             TypeError: as for :class:`TiedOptimizer`; or it is called on what a framework has put in the place of the
@@ -404,7 +417,9 @@ class TiedOptimizer(Optimizer):
                 expected="retie() or untie() between steps",
                 got="a call from within step(), its closure, or another method of the optimizer",
             )
-        mode = type(kept)(self.param_groups, ties, kept.reduction, kept.strength, kept.every)
+        said = zip((reduction, strength, every), kept.options, strict=True)
+        options = Options(*(option if new is None else new for new, option in said))
+        mode = type(kept)(self.param_groups, ties, options)
         lost = Lost()
         states = mode.bind(self, [kept.state_without(self, state, lost) for state in states_of(self)], start, lost)
         mode.replace(kept, states)
@@ -585,8 +600,9 @@ class TiedOptimizer(Optimizer):
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
-        if not mode.relaxed and (saved is None or "steps" in saved):
-            self.state.update(tied_state(self.state, pairs, settings))
+        if saved is None or "steps" in saved:
+            exact = [(tie, params) for tie, params in pairs if not tie.options.relaxed]
+            self.state.update(tied_state(self.state, exact, settings))
         if convert is not None:
             self.state.update(convert(self.state))
 

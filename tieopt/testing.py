@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
 from tieopt.errors import refusal, shown
-from tieopt.numbers.reduction import Operation, Reduction, lead_
+from tieopt.numbers.reduction import Operation, lead_
 from tieopt.optimizer import TiedOptimizer
+from tieopt.ties.options import Reduction
 from tieopt.ties.places import bind_ties
 from tieopt.ties.slices import FREE, Slices, is_idle, numbered
 from tieopt.ties.tie import Groups, Tie, Ties

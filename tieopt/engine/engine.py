@@ -22,9 +22,10 @@ from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untr
 from tieopt.engine.sharded import Shards, spans_ranks
 from tieopt.numbers.folding import CompactRows, Folding, ViewFolding, compact_rows_of, fold_gradients_, folded_sparse
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
-from tieopt.numbers.reduction import Operation, Reduction, Workspace, drift, project_, projected, tied
+from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import local, shard_of, sharding_of, wide_dtype
+from tieopt.ties.options import Reduction
 from tieopt.ties.slices import FREE, Partition, Slices, told_apart
 
 P = TypeVar("P", bound=Partition)

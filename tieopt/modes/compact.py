@@ -26,10 +26,11 @@ from tieopt.modes.gradients import grad_of, prepare_gradients, put_back, with_gr
 from tieopt.modes.mode import Mode, Pairs, Step
 from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_optimizers, settings_in, states_of
 from tieopt.numbers.folding import compact_like, fold_, fold_gradients_, unfold_
-from tieopt.numbers.reduction import Operation, Reduction, project_
+from tieopt.numbers.reduction import Operation, project_
 from tieopt.numbers.start import Start
 from tieopt.tensors import calculable
 from tieopt.ties.components import components
+from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
 
 _FOLD, _UNFOLD, _PROJECT = Operation(fold_), Operation(unfold_), Operation(project_)
@@ -103,22 +104,26 @@ class CompactStep(Step):
                 compact.grad = mode.gradient_of(compact)
 
     def _fold(self, compiled: bool) -> Sequence[Callable[[], None]]:
-        engine, reduction = self._mode.engine, self._mode.reduction
-        grads: list[tuple[BoundTie, list[Tensor]]] = []
-        targets: list[list[Tensor]] = []
+        engine = self._mode.engine
+        by_reduction: dict[Reduction, tuple[list[tuple[BoundTie, list[Tensor]]], list[list[Tensor]]]] = {}
         for (tie, params), compacts in zip(self._took_part, self._values, strict=True):
             grad = params[0].grad
             if grad is None:
                 continue
+            reduction = tie.options.reduction
             if grad.layout is torch.sparse_coo:
                 compacts[0].grad = engine.folded_sparse(tie.linear, grad, params[0], compacts[0], reduction)
                 continue
+            grads, targets = by_reduction.setdefault(reduction, ([], []))
             grads.append((tie.linear, list(map(grad_of, params))))
             targets.append([])
             for compact in compacts:
                 targets[-1].append(torch.empty_like(compact) if compact.grad is None else compact.grad)
         engine.calls(_FOLD, self._took_part, self._values, compiled=False)
-        return engine.calls(_FOLD_GRADIENTS[reduction], grads, targets, compiled=compiled)
+        calls: list[Callable[[], None]] = []
+        for reduction, (grads, targets) in by_reduction.items():
+            calls += engine.calls(_FOLD_GRADIENTS[reduction], grads, targets, compiled=compiled)
+        return calls
 
     @untraced
     def _exchange(self) -> None:
@@ -176,9 +181,7 @@ class CompactMode(Mode):
     Args:
         param_groups: of the optimizer.
         ties: as for :class:`~tieopt.modes.mode.Mode`.
-        reduction: as for :class:`~tieopt.modes.mode.Mode`.
-        strength: 1, as ties are exact.
-        every: 1, as ties are exact.
+        options: as for :class:`~tieopt.modes.mode.Mode`; ties are exact.
 
     Raises:
         ValueError: the mode cannot serve these.
@@ -189,15 +192,20 @@ class CompactMode(Mode):
     true_reduction = "sum"
     step_class = CompactStep
 
-    def __init__(
-        self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
-    ) -> None:
-        super().__init__(param_groups, ties, reduction, strength, every)
+    def __init__(self, param_groups: ParamGroups, ties: Any, options: Options = EXACT) -> None:
+        super().__init__(param_groups, ties, options)
         if self.relaxed:
             what = "Relaxed ties train every member by its own gradient, and not one entry for all of them."
-            raise _unserved(what, "strength=1 and every=1", f"compact=True, strength={strength}, every={every}")
+            of_tie = next((tie.options for tie in self.ties if tie.options.relaxed), options)
+            got = f"compact=True, strength={of_tie.strength}, every={of_tie.every}"
+            raise _unserved(what, "strength=1 and every=1", got)
         # Each parameter is in one.
         self.applied: Sequence[BoundTie] = components(self.ties, param_groups)
+        for tie in self.applied:
+            if tie.options.reduction is None:
+                what = "Ties that have a parameter in common have different reductions."
+                names = ", ".join(name_of(param_groups, place) for place in tie.places)
+                raise _unserved(what, "one reduction for all of them", "'mean' and 'sum'", parameters=names)
 
     def reset(self) -> None:
         """Begin without anything that belongs to the steps of one optimizer."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.errors import message, users_level
 from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
-from tieopt.modes.mode import Mode, Pairs, Step
+from tieopt.modes.mode import Mode, Pairs, Step, by_strength
 from tieopt.modes.state import held_optimizers
 from tieopt.tensors import traces
 from tieopt.ties.places import BoundTie, ParamGroups
@@ -34,7 +33,7 @@ class FullStep(Step):
             with self._tied_for(held):
                 return inner(self._optimizer, *args, **kwargs)
         if self._is_step and self._ties_gradients:
-            params = list(chain.from_iterable(self._took_part.values()))
+            params = [param for _, params in self._exact(self._took_part.items()) for param in params]
             self._given = list(zip(params, map(grad_of, params), strict=True))
         result = inner(self._optimizer, *args, **kwargs)
         for param, grad in self._given:
@@ -51,15 +50,19 @@ class FullStep(Step):
         self._check_weights(pairs)
         if not self._ties_gradients:
             return ()
-        return tie_gradients(pairs, self._mode.engine, self._mode.reduction, self._undo, compiled=compiled)
+        return tie_gradients(self._exact(pairs), self._mode.engine, self._undo, compiled=compiled)
+
+    def _exact(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> Pairs:
+        """Return the ties that are not relaxed."""
+        return [pair for pair in pairs if not pair[0].options.relaxed] if self._mode.relaxed else list(pairs)
 
     def _check_weights(self, pairs: Pairs) -> None:
         """Tie weights that something else has written since the last step; each tie as it begins to take part."""
         took_part = self._took_part
         trained = [pair for pair in pairs if pair[1][0].requires_grad and pair[0] not in took_part]
         written = self._mode.written(trained, self._optimizer.param_groups)
-        if written and not self._mode.relaxed:
-            self._mode.tie_weights(written)
+        if written:
+            self._mode.tie_weights(self._exact(written))
         self._took_part = {**took_part, **dict(pairs)}
 
     @between_graphs
@@ -107,12 +110,12 @@ class FullStep(Step):
         if kind is not None:
             # An error may be that of one rank alone: what it sent now, the others would take for what they wait for.
             pairs = mode.engine.whole(pairs)
-        if not mode.relaxed:
-            mode.tie_weights(pairs, stepped=True)
-        elif kind is None and self._is_step and not _is_at_rest(self._optimizer.param_groups):
+        mode.tie_weights(self._exact(pairs), stepped=True)
+        if mode.relaxed and kind is None and self._is_step and not _is_at_rest(self._optimizer.param_groups):
             mode.steps += 1
-            if mode.steps % mode.every == 0:
-                mode.tie_weights(pairs, strength=mode.strength, stepped=True)
+            due = [(tie, params) for tie, params in pairs if tie.options.relaxed and not mode.steps % tie.options.every]
+            for strength, pulled in by_strength(due):
+                mode.tie_weights(pulled, strength=strength, stepped=True)
         mode.note(pairs)
 
 

@@ -18,8 +18,9 @@ from torch.nn import Parameter
 
 from tieopt.engine.engine import Engine, Pairs
 from tieopt.engine.sharded import placed_as, spans_ranks
-from tieopt.numbers.reduction import Operation, Reduction, divide_, project_
+from tieopt.numbers.reduction import Operation, divide_, project_
 from tieopt.tensors import overlaps
+from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, T
 
 _PROJECT = {reduction: Operation(project_, reduction=reduction) for reduction in ("mean", "sum")}
@@ -32,7 +33,6 @@ Replaced = Iterable[tuple[Tensor, Tensor | None, Tensor | None]]
 def tie_gradients(
     pairs: Pairs[BoundTie],
     engine: Engine,
-    reduction: Reduction = "mean",
     undo: list[Callable[[], None]] | None = None,
     *,
     compiled: bool = False,
@@ -43,19 +43,26 @@ def tie_gradients(
         pairs: ties and their parameters, as :func:`with_gradients` returns them. Where one of several joined
             parameters has a gradient, the others get one of zeros.
         engine: the numbers.
-        reduction: ``"mean"`` or ``"sum"``.
-        undo: for the sum, gets what turns it into the mean again where nobody has replaced the gradient since.
+        undo: gets what turns sums into means again where nobody has replaced the gradient since; without it all
+            gradients are tied to their means.
         compiled: whether ``torch.compile`` will get the calls.
     """
     prepare_gradients(pairs)
     written, others = _parted(pairs)
-    calls = engine.calls(_PROJECT[reduction], written, compiled=compiled)
+    to_sum = [pair for pair in written if pair[0].options.reduction == "sum"] if undo is not None else []
+    calls: list[Callable[[], None]] = []
+    if len(to_sum) < len(written):
+        to_mean = [pair for pair in written if pair[0].options.reduction == "mean"] if to_sum else written
+        calls += engine.calls(_PROJECT["mean"], to_mean, compiled=compiled)
+    if to_sum:
+        calls += engine.calls(_PROJECT["sum"], to_sum, compiled=compiled)
     if others:
         _replace(others, engine, "mean")
-    if reduction == "sum" and undo is not None:
-        undo.append(partial(_divide, pairs, written, engine))
-        means = [(param, param.grad) for _, params in others for param in params]
-        _replace(others, engine, reduction)
+    if undo is not None:
+        others_to_sum = [(tie, params) for tie, params in others if tie.options.reduction == "sum"]
+        undo.append(partial(_divide, pairs, to_sum, engine))
+        means = [(param, param.grad) for _, params in others_to_sum for param in params]
+        _replace(others_to_sum, engine, "sum")
         undo.append(partial(put_back, [(param, mean, param.grad) for param, mean in means]))
     return calls
 

@@ -18,9 +18,10 @@ from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.errors import message, refusal, shown, users_level
 from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
-from tieopt.numbers.reduction import Operation, Reduction, project_, relax_
+from tieopt.numbers.reduction import Operation, project_, relax_
 from tieopt.numbers.start import Start, check_start
 from tieopt.tensors import traces
+from tieopt.ties.options import EXACT, Options, Reduction, check_options
 from tieopt.ties.places import (
     BoundTie,
     ParamGroups,
@@ -31,7 +32,7 @@ from tieopt.ties.places import (
     parameters_of,
     still_there,
 )
-from tieopt.ties.slices import fingerprint, is_idle
+from tieopt.ties.slices import fingerprint, has_shared_values, is_idle
 from tieopt.ties.tie import check_writable
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
@@ -41,7 +42,7 @@ Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 _COMPARES_LOSS = {"LBFGS", "AliG"}
 
 # Attributes that copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
-_COPIED = ("reduction", "strength", "every", "relaxed", "steps", "ties", "applied")
+_COPIED = ("options", "relaxed", "steps", "ties", "applied")
 
 # Without a Python call for each of many parameters.
 _graph_of = attrgetter("grad_fn")
@@ -55,14 +56,14 @@ class Mode(ABC):
     Args:
         param_groups: of the optimizer.
         ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
-        reduction: ``"mean"`` or ``"sum"``, what the inner optimizer is to see of the gradients.
-        strength: how far a projection moves the weights, from 0 to 1.
-        every: they are projected after every so many steps.
+        options: of ties for which nothing else was said.
 
     Attributes:
+        options: of ties for which nothing else was said.
+        relaxed: whether a tie is approximate, or would be if there were one.
+        steps: how many there were, for relaxed ties.
         ties: as they were given, bound to the places of their parameters.
         applied: the ties as the mode applies them.
-        relaxed: whether the ties are approximate: gradients stay as they are, and weights may drift apart.
         engine: the numbers.
         inner_copies: of the methods of the optimizer that ``torch.compile`` gets.
         running: whether a step, or another method of the optimizer, is running.
@@ -80,16 +81,12 @@ class Mode(ABC):
     true_reduction: ClassVar[Reduction]
     step_class: ClassVar[type[Step]]
 
-    def __init__(
-        self, param_groups: ParamGroups, ties: Any, reduction: Reduction, strength: float = 1.0, every: int = 1
-    ) -> None:
-        check_options(reduction, strength, every)
-        self.reduction: Reduction = reduction
-        self.strength = strength
-        self.every = every
-        self.relaxed = strength != 1 or every != 1
+    def __init__(self, param_groups: ParamGroups, ties: Any, options: Options = EXACT) -> None:
+        check_options(options, of_optimizer=True)
+        self.options = options
         self.steps = 0
-        self.ties = bind_ties(param_groups, ties)
+        self.ties = bind_ties(param_groups, ties, options=options)
+        self.relaxed = any(tie.options.relaxed for tie in self.ties) if self.ties else options.relaxed
         self.applied: Sequence[BoundTie] = self.ties
         self.reset()
 
@@ -153,7 +150,15 @@ class Mode(ABC):
         Raises:
             ValueError: it compares the loss with gradients that would not be of what it trains.
         """
-        if self.reduction == self.true_reduction or self.relaxed or all(is_idle(tie.slices) for tie in self.ties):
+        others = [
+            tie.options
+            for tie in self.ties
+            if tie.options.reduction != self.true_reduction
+            and not tie.options.relaxed
+            and not is_idle(tie.slices)
+            and has_shared_values(tie.slices)
+        ]
+        if not others:
             return
         kinds = (kind for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__)
         for kind in kinds:
@@ -162,7 +167,7 @@ class Mode(ABC):
                     ValueError,
                     f"{kind.__name__} compares the loss with its gradient, which has to be that of what it trains.",
                     expected="reduction='mean' with compact=False, or reduction='sum' with compact=True",
-                    got=f"reduction={self.reduction!r}, compact={self.compact}",
+                    got=f"reduction={others[0].reduction!r}, compact={self.compact}",
                 )
 
     def check_method(self, optimizer: Any, method: Callable[..., Any]) -> None:  # noqa: B027
@@ -177,9 +182,8 @@ class Mode(ABC):
             start: what the shared values start from.
             lost: gets what cannot be converted, which is an error without it.
         """
-        if self.relaxed:
-            return dict(state)
         pairs, settings = self.parameters(optimizer.param_groups), settings_in(optimizer.param_groups)
+        pairs = [pair for pair in pairs if not pair[0].options.relaxed]
         # Also that of frozen parameters, which may be trained again.
         return {**state, **tied_state(state, pairs, settings, start)}
 
@@ -207,7 +211,7 @@ class Mode(ABC):
         self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear])
         self.check_served(optimizer)
         changed = [self.state_within(optimizer, state, start, lost) for state in states]
-        self.tie_all(optimizer, start, self.strength)
+        self.tie_all(optimizer, start, exactly=False)
         return changed
 
     def replace(self, other: Mode, states: Sequence[Mapping[Any, Any]]) -> None:
@@ -243,13 +247,13 @@ class Mode(ABC):
         return self._pairs
 
     @between_graphs
-    def tie_all(self, optimizer: Any, start: Start = "mean", strength: float = 1.0) -> None:
+    def tie_all(self, optimizer: Any, start: Start = "mean", *, exactly: bool = True) -> None:
         """Tie the parameters that are not frozen.
 
         Args:
             optimizer: of the parameters.
             start: what the shared values start from.
-            strength: how far members are moved towards their mean.
+            exactly: also relaxed ties.
         """
         param_groups = self.param_groups_of(optimizer)
         trained = [pair for pair in self.parameters(param_groups) if pair[1][0].requires_grad]
@@ -257,7 +261,8 @@ class Mode(ABC):
             for tie, params in trained:
                 self.engine.start_from_first_(tie, params, tie.order)
         # What starts from the first members is tied already, and keeps its bits.
-        self.tie_weights(trained, strength=strength)
+        for strength, pairs in [(1.0, trained)] if exactly else by_strength(trained):
+            self.tie_weights(pairs, strength=strength)
         self._note_all(param_groups)
 
     @between_graphs
@@ -336,7 +341,7 @@ class Mode(ABC):
         if moved:
             check_apart(groups, self.ties)
         for tie, params in changed:
-            if tie in self._seen and not self.relaxed and not self._is_still_tied(tie, params):
+            if tie in self._seen and not tie.options.relaxed and not self._is_still_tied(tie, params):
                 names = ", ".join(name_of(groups, place) for place in tie.places)
                 warnings.warn(
                     message(
@@ -415,6 +420,12 @@ class Mode(ABC):
                 )
 
 
+def by_strength(pairs: Pairs) -> list[tuple[float, Pairs]]:
+    """Return ties by how far a projection is to move their weights."""
+    strengths = dict.fromkeys(tie.options.strength for tie, _ in pairs)
+    return [(strength, [pair for pair in pairs if pair[0].options.strength == strength]) for strength in strengths]
+
+
 class Step(ABC):
     """One step of an optimizer, or one call of another of its methods.
 
@@ -431,7 +442,7 @@ class Step(ABC):
     def __init__(self, mode: Mode, optimizer: Any, *, reads_gradients: bool = True) -> None:
         self._mode = mode
         self._optimizer = optimizer
-        self._ties_gradients = reads_gradients and not mode.relaxed
+        self._ties_gradients = reads_gradients
         # Calls that turn gradients back into what accumulates.
         self._undo: list[Callable[[], None]] = []
 
@@ -497,28 +508,3 @@ class Step(ABC):
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-def check_options(reduction: Any, strength: Any, every: Any) -> None:
-    """Refuse options that no mode has.
-
-    Raises:
-        TypeError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
-    """
-    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        raise refusal(ValueError, "Unknown reduction.", expected="'mean' or 'sum'", got=shown(reduction))
-    is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not is_number or not 0 <= strength <= 1:
-        what, expected = "strength says how far a projection goes.", "a number from 0 to 1"
-        raise refusal(ValueError if is_number else TypeError, what, expected=expected, got=shown(strength))
-    is_whole = isinstance(every, int) and not isinstance(every, bool)
-    if not is_whole or every < 1:
-        what, expected = "every says after how many steps the weights are projected.", "an integer from 1 on"
-        raise refusal(ValueError if is_whole else TypeError, what, expected=expected, got=shown(every))
-    if reduction == "sum" and (strength != 1 or every != 1):
-        raise refusal(
-            ValueError,
-            "Relaxed ties leave the gradients as they are, and do not add them up.",
-            expected="reduction='mean', or strength=1 and every=1",
-            got=f"reduction='sum', strength={strength}, every={every}",
-        )

@@ -15,8 +15,9 @@ from tieopt.engine.norms import by_mesh, norm_of, placed_weights
 from tieopt.errors import refusal, shown
 from tieopt.modes.gradients import prepared, with_gradients
 from tieopt.modes.mode import Mode
-from tieopt.numbers.reduction import Operation, Reduction, project_
+from tieopt.numbers.reduction import Operation, project_
 from tieopt.tensors import column, local, sharding_of
+from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, ParamGroups
 from tieopt.ties.slices import FREE, firsts_of, flat_labels
 
@@ -29,8 +30,7 @@ def grad_norm(mode: Mode, param_groups: ParamGroups, norm_type: float) -> Tensor
     """Return the norm of all gradients; see :meth:`tieopt.TiedOptimizer.grad_norm`."""
     _check_number("norm_type", norm_type, "a number above 0; float('inf') for the largest entry", zero=False)
     grads = {param: param.grad for param in _params_in(param_groups) if param.grad is not None}
-    if not mode.relaxed:
-        grads |= _counted_once(mode, param_groups)
+    grads |= _counted_once(mode, param_groups)
     return norm_of(grads.values(), norm_type)
 
 
@@ -57,7 +57,8 @@ def _params_in(param_groups: ParamGroups) -> list[Tensor]:
 
 def _counted_once(mode: Mode, param_groups: ParamGroups) -> dict[Tensor, Tensor]:
     """Return gradients of tied parameters in which that of each shared value stands once, and zeros for the rest."""
-    pairs = with_gradients(mode.parameters(param_groups))
+    pairs = [(tie, params) for tie, params in mode.parameters(param_groups) if not tie.options.relaxed]
+    pairs = with_gradients(pairs)
     grads: dict[Tensor, Tensor] = {}
     for tie, params in pairs:
         for param in params:
@@ -68,10 +69,10 @@ def _counted_once(mode: Mode, param_groups: ParamGroups) -> dict[Tensor, Tensor]
     grads = {param: grad.coalesce() if grad.is_sparse else grad.clone() for param, grad in grads.items()}
 
     dense = [(tie, params) for tie, params in pairs if not grads[params[0]].is_sparse]
-    mode.engine.apply_(_PROJECT, [(tie, [grads[param] for param in params]) for tie, params in dense])
+    mode.engine.apply_(_PROJECT, [(tie.linear, [grads[param] for param in params]) for tie, params in dense])
     for tie, params in pairs:
         if grads[params[0]].is_sparse:
-            (grads[params[0]],) = mode.engine.projected(tie, [grads[params[0]]])
+            (grads[params[0]],) = mode.engine.projected(tie.linear, [grads[params[0]]])
 
     for tie, params in pairs:
         for param, (weights, uncounted) in zip(params, _weights_for(mode, tie, params), strict=True):
@@ -91,7 +92,7 @@ def _weights_for(mode: Mode, tie: BoundTie, params: Sequence[Tensor]) -> list[tu
     """Return what the entries of each mean gradient are multiplied by, and where that is zero; worked out once."""
     key = tie, *((param.device, param.dtype, *sharding_of(param)) for param in params)
     if key not in mode.norm_weights:
-        weights = map(placed_weights, _weights(tie, mode.reduction), (part.dim for part in tie.slices), params)
+        weights = map(placed_weights, _weights(tie, tie.options.reduction), (part.dim for part in tie.slices), params)
         mode.norm_weights[key] = [(each, each == 0) for each in weights]
     return mode.norm_weights[key]
 

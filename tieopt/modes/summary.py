@@ -39,7 +39,7 @@ def line(mode: Mode) -> str:
         return "no ties"
     _, groups, members, *_ = map(sum, zip(*(_counts(tie.slices) for tie in mode.ties), strict=True))
     parameters = len({place for tie in mode.ties for place in tie.places})
-    how = _relaxation(mode) if mode.relaxed else f"reduction={mode.reduction!r}"
+    how = _relaxation(mode) if mode.relaxed else f"reduction={mode.options.reduction!r}"
     counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"
     return f"{counts}, {how}{', compact=True' * mode.compact}"
 
@@ -54,4 +54,4 @@ def _counts(slices: Sequence[Slices]) -> tuple[int, int, int, int, int]:
 
 
 def _relaxation(mode: Mode) -> str:
-    return f"approximate: strength {mode.strength}, every {counted(mode.every, 'step')}"
+    return f"approximate: strength {mode.options.strength}, every {counted(mode.options.every, 'step')}"

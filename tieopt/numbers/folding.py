@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tieopt.numbers.index import Index, Run, Views, consecutive, numbered_members, rows_of
 from tieopt.numbers.reduction import (
-    Reduction,
     Workspace,
     group_means,
     pin_,
@@ -28,6 +27,7 @@ from tieopt.numbers.reduction import (
 )
 from tieopt.numbers.rounding import rounded, signed_
 from tieopt.tensors import bits, column, movable, real, wide_dtype
+from tieopt.ties.options import Reduction
 from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
 

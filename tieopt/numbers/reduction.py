@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ from tieopt.numbers.rounding import INTEGERS, clamped, multiplied, rounded, sign
 from tieopt.numbers.sums import Level, Sums
 from tieopt.numbers.views import Tile
 from tieopt.tensors import bits, column, movable, wide_dtype
+from tieopt.ties.options import Reduction
 
-Reduction = Literal["mean", "sum"]
 IndexFor = Callable[[Sequence[Tensor]], Index]
 
 # Returns the values of the leads of a run, shape ``[g, ...]``.

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tieopt.ties.options import Options
 from tieopt.ties.places import BoundTie, ParamGroups, Place, parameter_at
-from tieopt.ties.slices import FREE, Slices, told_apart
+from tieopt.ties.slices import FREE, Slices, has_shared_values, told_apart
 
 
 def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[BoundTie]:
@@ -34,7 +35,14 @@ def _as_one(ties: Sequence[BoundTie], param_groups: ParamGroups) -> BoundTie:
     for tie, apart in zip(ties, told_apart(labelled), strict=True):
         for place, slices in zip(tie.places, apart, strict=True):
             by_place.setdefault(place, []).append(slices)
-    return BoundTie(list(by_place), [_overlaid(several) for several in by_place.values()])
+    overlaid = [_overlaid(several) for several in by_place.values()]
+    return BoundTie(list(by_place), overlaid, options=_common_options(ties))
+
+
+def _common_options(ties: Sequence[BoundTie]) -> Options:
+    """Return the options of ties; without a reduction if those with shared values have several."""
+    options = {tie.options for tie in ties if has_shared_values(tie.slices)} or {ties[0].options}
+    return next(iter(options)) if len(options) == 1 else ties[0].options._replace(reduction=None)
 
 
 def _entries(tie: BoundTie, param_groups: ParamGroups) -> list[Slices]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tieopt.errors import refusal, shown
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
+from tieopt.ties.options import EXACT, Options
 from tieopt.ties.slices import FREE, Partition, Slices, is_idle, numbered
 from tieopt.ties.tie import FROZEN, Part, Tie, check_one_shape, check_writable
 
@@ -47,11 +48,15 @@ class BoundTie(Partition):
         slices: of each.
         names: how errors call them.
         frozen: of each, whether its slices were frozen.
+        given: the options that were given with the tie.
+        options: with those of the optimizer where nothing was said.
 
     Attributes:
         places: of the parameters.
         slices: of each parameter; groups are numbered in the order of their first members.
         frozen: of each parameter, whether its slices were frozen.
+        given: the options that were given with the tie.
+        options: how the tie is applied.
         order: the numbers of the parameters in the order in which they were joined.
     """
 
@@ -61,6 +66,8 @@ class BoundTie(Partition):
         slices: Sequence[Slices],
         names: Sequence[str] | None = None,
         frozen: Sequence[bool] | None = None,
+        given: Options | None = None,
+        options: Options = EXACT,
     ) -> None:
         # In the order of the parameters, however they were joined: sums depend on it.
         by_place = sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
@@ -68,6 +75,8 @@ class BoundTie(Partition):
         names = names or list(map(str, places))
         super().__init__(numbered([slices[number] for number in by_place]), [names[number] for number in by_place])
         self.frozen = tuple(frozen is not None and frozen[number] for number in by_place)
+        self.given = given or Options()
+        self.options = options
         self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
 
 
@@ -153,26 +162,29 @@ def all_places(param_groups: ParamGroups) -> list[Place]:
     ]
 
 
-def _listed(ties: Any) -> list[tuple[Part, ...]]:
-    """The parts of each tie."""
+def _listed(ties: Any) -> list[tuple[tuple[Part, ...], Options]]:
+    """Return the parts and the options of each tie."""
     if isinstance(ties, Mapping):
-        return [(Part(param, groups, 0, None),) for param, groups in ties.items()]
+        return [((Part(param, groups, 0, None),), Options()) for param, groups in ties.items()]
     listed = list(ties) if isinstance(ties, Iterable) and not isinstance(ties, Tensor) else [ties]
     for tie in listed:
         if not isinstance(tie, Tie):
             got = shown(tie) if tie is ties else f"{shown(tie)} in {shown(ties)}"
             expected = "a mapping {parameter: groups}, a Tie, or an iterable of Ties"
             raise refusal(TypeError, "These are no ties.", expected=expected, got=got)
-    return [tie.parts for tie in listed]
+    return [(tie.parts, tie.options) for tie in listed]
 
 
-def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -> list[BoundTie]:
+def bind_ties(
+    param_groups: ParamGroups, ties: Any, holder: str = "optimizer", options: Options = EXACT
+) -> list[BoundTie]:
     """Bind ties to the places of their parameters, and check them against these.
 
     Args:
         param_groups: of the optimizer.
         ties: a mapping ``{parameter or name: groups}``, a :class:`Tie`, or an iterable of them.
         holder: what has these parameters, as errors call it.
+        options: of ties for which nothing else was said.
 
     Warns:
         UserWarning: a tie has groups, and ties nothing.
@@ -186,7 +198,7 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
         places.setdefault(given_name(param_groups, place), place)
 
     bound, idle = [], []
-    for parts in _listed(ties):
+    for parts, given in _listed(ties):
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
                 known = {name_of(param_groups, place): _param(param_groups, place) for place in places.values()}
@@ -206,7 +218,7 @@ def bind_ties(param_groups: ParamGroups, ties: Any, holder: str = "optimizer") -
             if is_frozen:
                 # At the values of now, which the parameter will not keep by itself.
                 slices[number] = slices[number]._replace(offset=params[number].detach().clone())
-        bound.append(BoundTie(held, slices, names, frozen))
+        bound.append(BoundTie(held, slices, names, frozen, given, given.or_else(options)))
         if is_idle(bound[-1].slices):
             written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0])))

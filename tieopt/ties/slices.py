@@ -226,6 +226,11 @@ def is_idle(slices: Sequence[Slices]) -> bool:
     )
 
 
+def has_shared_values(slices: Sequence[Slices]) -> bool:
+    """Return whether a slice is in a group, and not pinned."""
+    return any(bool(((part.labels != FREE) & (part.scales != 0)).any()) for part in slices)
+
+
 def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     """What a checkpoint says of a tie: readable, and the same for the same tie.
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry, shown_list
 from tieopt.tensors import calculable, overlaps
+from tieopt.ties.options import Options, Reduction, check_options, joined_options
 from tieopt.ties.slices import FREE, Slices
 
 
@@ -66,14 +67,18 @@ class Tie:
             magnitude.
         offset: the offset :math:`c_i` of each entry, a tensor (or NumPy array, or number) that broadcasts to the shape
             of ``param``, finite, and real if ``param`` is. It counts for members of groups alone.
+        reduction: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
+        strength: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
+        every: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or has a dtype, layout or class that cannot be tied;
             ``groups`` or ``dim`` hold something other than integers, or ``scale`` or ``offset`` something other than
-            numbers.
+            numbers; or ``strength`` or ``every`` is no number.
         IndexError: an index, or ``dim``, is out of range.
         ValueError: ``param`` has no dimension, an index occurs twice, a label is below -1, ``scale`` or ``offset`` has
-            a number that it must not have, or labels, scale or offset have the wrong shape.
+            a number that it must not have, or labels, scale or offset have the wrong shape; or ``reduction``,
+            ``strength`` or ``every`` is out of range, or they exclude each other.
 
     Example:
         >>> import torch
@@ -105,9 +110,11 @@ class Tie:
         parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim``, ``scale`` and
             ``offset``. If ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, both on the
             CPU, and ``offset`` is None or of the shape of the parameter; for a name they are what was given.
+        options: a named tuple of ``reduction``, ``strength`` and ``every``, as they were given.
     """
 
     parts: tuple[Part, ...]
+    options: Options = Options()
 
     def __init__(
         self,
@@ -117,7 +124,12 @@ class Tie:
         dim: int = 0,
         scale: Tensor | SupportsArray | None = None,
         offset: Tensor | SupportsArray | complex | None = None,
+        reduction: Reduction | None = None,
+        strength: float | None = None,
+        every: int | None = None,
     ) -> None:
+        self.options = Options(reduction, strength, every)
+        check_options(self.options)
         if not isinstance(param, (Tensor, str)):
             hint = "tie its parameters, such as its .weight" if isinstance(param, Module) else ""
             expected = "a tensor, or the name of a parameter"
@@ -154,7 +166,7 @@ class Tie:
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing.
-            ValueError: the slices have different shapes.
+            ValueError: the slices have different shapes, or the ties different options.
 
         Example:
             An autoencoder whose decoder is the encoder transposed:
@@ -176,14 +188,15 @@ class Tie:
                 raise refusal(TypeError, "Tie.join joins ties.", hint, expected="Ties, at least one", got=shown(tie))
         joined = cls.__new__(cls)
         joined.parts = tuple(part for tie in ties for part in tie.parts)
+        joined.options = joined_options(tie.options for tie in ties)
         known = [(part, part.param) for part in joined.parts if isinstance(part.param, Tensor)]
         check_one_shape([(part.slices(param, "the parameter"), param) for part, param in known])
         return joined
 
     def __repr__(self) -> str:
         if len(self.parts) == 1:
-            return repr(self.parts[0])
-        return f"Tie.join({shown_list([repr(part) for part in self.parts])})"
+            return f"{repr(self.parts[0])[:-1]}{self.options})"
+        return f"Tie.join({shown_list([repr(part) for part in self.parts])}{self.options})"
 
 
 class _Fields(NamedTuple):
@@ -235,9 +248,10 @@ class Part(_Fields):
         return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale}{offset})"
 
 
-def tie_of(parts: Sequence[tuple[Part, str | None]]) -> Tie:
+def tie_of(parts: Sequence[tuple[Part, str | None]], options: Options) -> Tie:
     """Return a tie of parts that were checked before, each shown with a name."""
     tie = Tie.__new__(Tie)
+    tie.options = options
     tie.parts = tuple(part for part, _ in parts)
     for part, name in parts:
         part._name = name
@@ -282,7 +296,7 @@ def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, di
         groups = torch.where(labels, 0, FREE) if labels.dtype == torch.bool else labels
     else:
         groups = [list(indices) if isinstance(indices, Iterable) else indices]
-    return Tie(param, groups, dim=dim, offset=FROZEN)  # type: ignore[arg-type]
+    return Tie(param, groups, dim=dim, offset=FROZEN, strength=1.0, every=1)  # type: ignore[arg-type]
 
 
 # What an optimizer takes: groups by parameter or name, or ties.
