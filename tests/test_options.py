@@ -108,6 +108,23 @@ def test_an_embedding_with_the_sum_and_clusters_with_the_mean(compact):
     assert "reduction" not in repr(optimizer.ties[1])
 
 
+def test_whole_parameters_that_are_equal_can_have_options(compact):
+    layers = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    inner = SGD(layers.named_parameters(), lr=1.0)
+    said = [Tie.equal("[01].weight", reduction="sum"), Tie.equal(layers[1].bias, layers[2].bias, reduction="mean")]
+    optimizer = TiedOptimizer(inner, said, compact=compact)
+    assert [tie.options.reduction for tie in optimizer.ties] == ["sum", "mean"]
+    before = [layers[0].weight.detach().clone(), layers[1].bias.detach().clone()]
+    for param in layers.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(layers[0].weight, before[0] - 2)
+    assert torch.equal(layers[1].bias, before[1] - 1)
+    assert "reduction='sum'" in repr(said[0])
+    with pytest.raises(ValueError, match="Unknown reduction"):
+        Tie.equal("a", "b", reduction="max")
+
+
 def test_the_pull_follows_a_schedule():
     weight = Parameter(torch.tensor([0.0, 8.0]))
     optimizer = TiedOptimizer(Adam([weight]), {weight: [[0, 1]]}, strength=0.0)

@@ -223,7 +223,7 @@ def _listed(ties: Any) -> list[Tie]:
     listed = [ties] if isinstance(ties, Tie) or not isinstance(ties, Iterable) else list(ties)
     expected = "a TiedOptimizer, a Tie of parameters, or an iterable of them"
     for tie in listed:
-        if not isinstance(tie, Tie) or any(isinstance(part.param, str) for part in tie.parts):
+        if not isinstance(tie, Tie) or not all(isinstance(part.param, Tensor) for part in tie.parts):
             raise refusal(TypeError, "These ties cannot be drawn.", expected=expected, got=shown(tie))
     if not listed:
         raise refusal(ValueError, "There are no ties to draw.", expected=expected, got=shown(ties))

@@ -16,6 +16,7 @@ from torch import Tensor
 from tieopt.errors import refusal, shown
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
+from tieopt.ties.names import expanded
 from tieopt.ties.options import EXACT, Options
 from tieopt.ties.slices import FREE, Partition, Slices, is_idle, numbered
 from tieopt.ties.tie import FROZEN, Part, Tie, check_one_shape, check_writable
@@ -197,8 +198,9 @@ def bind_ties(
         places.setdefault(_param(param_groups, place), place)
         places.setdefault(given_name(param_groups, place), place)
 
+    named = {name: _param(param_groups, place) for name, place in places.items() if isinstance(name, str)}
     bound, idle = [], []
-    for parts, given in _listed(ties):
+    for parts, given in ((parts, given) for written, given in _listed(ties) for parts in expanded(written, named)):
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
                 known = {name_of(param_groups, place): _param(param_groups, place) for place in places.values()}

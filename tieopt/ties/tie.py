@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry, shown_list
 from tieopt.tensors import calculable, overlaps
+from tieopt.ties.names import Whole, expanded
 from tieopt.ties.options import Options, Reduction, check_options, joined_options
 from tieopt.ties.slices import FREE, Slices
 
@@ -53,7 +54,7 @@ class Tie:
     Args:
         param: the parameter, or its name if the optimizer was built from ``named_parameters()``: of one
             dimension or more, dense, any complex dtype or floating dtype with a sign (8 to 64 bits), any
-            memory layout.
+            memory layout. A name with wildcards, as for :meth:`equal`, stands for one tie of each parameter.
         groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy
             array) of labels, any integer dtype but uint64: slices with the same label are tied, -1 is free.
             The shape of the labels is that of the parameter or of its first dimensions: for a convolution's weight
@@ -193,7 +194,70 @@ class Tie:
         check_one_shape([(part.slices(param, "the parameter"), param) for part, param in known])
         return joined
 
+    @classmethod
+    def equal(
+        cls,
+        *params: Tensor | str | Module,
+        reduction: Reduction | None = None,
+        strength: float | None = None,
+        every: int | None = None,
+    ) -> Tie:
+        """Tie whole parameters: all of them are equal.
+
+        It is what assigning one Parameter to several modules does, for any optimizer and for parameters that have to
+        stay apart, as shards of separate modules do.
+
+        Args:
+            *params: parameters of one shape, or their names if the optimizer was built from ``named_parameters()``; or
+                modules, which are equal in each of their parameters.
+
+                Names may have wildcards as in :mod:`fnmatch`: ``*`` stands for any text, also one with dots, ``?`` for
+                one character, ``[2-4]`` for one of several; the first wildcards of a name stand for texts as short as
+                can be. A single name joins what differs in its first wildcard alone: ``"layers.[2-4].ffn.*.weight"``
+                makes three layers equal, each weight to its counterparts. Of several names, those are equal
+                for which the wildcards stand for the same texts: ``"encoder.*.weight", "decoder.*.weight"``. A
+                parameter that has such a name exactly is meant itself.
+            reduction: as for :class:`Tie`.
+            strength: as for :class:`Tie`.
+            every: as for :class:`Tie`.
+
+        Returns:
+            One tie. A parameter that is given twice, or that modules share, counts once. What is given by name is
+            checked by a :class:`~tieopt.TiedOptimizer`.
+
+        Raises:
+            TypeError: something is no parameter, name or module, or there is nothing; or as :class:`Tie` says.
+            ValueError: there are fewer than two parameters to join, their shapes differ, modules have parameters of
+                different names, or a name with wildcards has no counterpart.
+
+        Example:
+            >>> import torch
+            >>> from tieopt import Tie, TiedOptimizer
+            >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(6)))
+            >>> inner = torch.optim.AdamW(model.named_parameters())
+            >>> optimizer = TiedOptimizer(inner, [Tie.equal("[2-4].*"), Tie.equal(model[0], model[5])])
+            >>> torch.equal(model[2].weight, model[4].weight), torch.equal(model[0].bias, model[5].bias)
+            (True, True)
+        """
+        for param in params or (None,):
+            if not isinstance(param, (Tensor, str, Module)):
+                hint = "Tie.equal(*params) takes those of a list" if isinstance(param, Iterable) else ""
+                expected = "parameters, names of parameters, or modules"
+                raise refusal(TypeError, "Tie.equal joins parameters.", hint, expected=expected, got=shown(param))
+        equal = cls.__new__(cls)
+        equal.options = Options(reduction, strength, every)
+        check_options(equal.options)
+        equal.parts = tuple(Part(param, Whole, 0, None) for param in params)  # type: ignore[arg-type]
+        if not any(isinstance(param, str) for param in params):
+            sets = expanded(equal.parts, {})
+            if len(sets) == 1:
+                parts = [cls(part.param, Whole, **equal.options._asdict()) for part in sets[0]]  # type: ignore[arg-type]
+                return cls.join(*parts)
+        return equal
+
     def __repr__(self) -> str:
+        if self.parts[0].groups is Whole:
+            return f"Tie.equal({shown_list([repr(part) for part in self.parts])}{self.options})"
         if len(self.parts) == 1:
             return f"{repr(self.parts[0])[:-1]}{self.options})"
         return f"Tie.join({shown_list([repr(part) for part in self.parts])}{self.options})"
@@ -236,6 +300,8 @@ class Part(_Fields):
         return slices_for(tensor, self.groups, self.dim, self.scale, name, self.offset)
 
     def __repr__(self) -> str:
+        if self.groups is Whole:
+            return shown(self.param) if isinstance(self.param, Tensor) else " ".join(repr(self.param).split())
         if isinstance(self.param, Tensor):
             name = "parameter" if self._name is None else repr(self._name)
             slices = Slices(self.groups, self.scale, self.dim, self.offset)
@@ -336,6 +402,8 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
     _check_can_be_tied(tensor, name)
     ndim = tensor.dim()
     dim = integer_between(dim, f"dim for {name}", -ndim, ndim - 1, IndexError, parameter=tuple(tensor.shape)) % ndim
+    if groups is Whole:
+        groups = torch.arange(tensor.shape[dim], device="cpu")
     # As tensors and NumPy arrays have it.
     read = _read_labels if hasattr(groups, "__array__") else _read_lists
     labels = read(groups, dim, tensor, name)
