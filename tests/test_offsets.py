@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from tieopt import Tie, TiedOptimizer, frozen, patterns
-from tieopt.testing import ties
+from tieopt.testing import assert_equivalent, assert_tied, ties
 
 KINDS = ("none", "signs", "zeros", "any")
 SHAPES = ((4, 3), (3, 4), (2, 3, 2))
@@ -438,6 +439,65 @@ def test_lbfgs_trains_beside_frozen_slices(compact):
     optimizer.step(closure)
     assert torch.equal(weight[[0, 2]], before[[0, 2]])
     torch.testing.assert_close(weight[[1, 3]].detach(), target[[1, 3]])
+
+
+# --- what else reads ties ---
+
+
+@given(data=st.data(), reduction=reductions)
+def test_equivalent_training_knows_offsets(reduction: str, data: st.DataObject) -> None:
+    model = torch.nn.Linear(3, 4)
+    (drawn, *_) = with_offsets(data, data.draw(ties([model.weight], ("none", "signs", "zeros"))))
+    parts = [(part.groups, part.dim, part.scale, part.offset) for part in drawn.parts]
+
+    def as_named(model: torch.nn.Module) -> list[Tie]:
+        joined = (Tie(model.weight, groups, dim=dim, scale=s, offset=c) for groups, dim, s, c in parts)
+        return [Tie.join(*joined), frozen(model.bias, [1])]
+
+    batches = torch.randn(3, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(data.draw(seeds)))
+    assert_equivalent(
+        lambda: copy.deepcopy(model), lambda params: SGD(params, lr=0.05), as_named, batches, reduction=reduction
+    )
+
+
+def test_tied_weights_with_an_offset_are_tied_to_assert_tied():
+    weight, tie = torch.zeros(3), Tie("weight", [[0, 1]], offset=torch.tensor([0.0, 1.0, 0.0]))
+    layer = torch.nn.Module()
+    layer.weight = Parameter(weight)
+    with pytest.raises(AssertionError, match="not tied"):
+        assert_tied(layer, tie)
+    TiedOptimizer(SGD(layer.named_parameters()), tie)
+    assert_tied(layer, tie)
+
+
+@given(data=st.data())
+def test_files_have_the_weights_bit_for_bit_and_the_ties_without_offsets(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    export = pytest.importorskip("tieopt.export")
+    pytest.importorskip("safetensors")
+    layer = torch.nn.Linear(3, 4)
+    drawn = with_offsets(data, data.draw(ties([layer.weight], KINDS)))
+    optimizer = TiedOptimizer(AdamW(layer.parameters(), lr=0.1), [*drawn, frozen(layer.bias, [1, 3])])
+    train(optimizer, 2)
+    path = tmp_path_factory.mktemp("files") / "model.safetensors"
+    for said in (optimizer, optimizer.ties):
+        export.save(layer, said, path)
+        state = export.load(path)
+        assert all(same_bits(state[name], param) for name, param in layer.named_parameters())
+    twin = copy.deepcopy(layer)
+    with warnings.catch_warnings():
+        # Members whose others had offsets may be alone in their groups.
+        warnings.simplefilter("ignore", UserWarning)
+        TiedOptimizer(SGD(twin.named_parameters()), export.load_ties(path))
+    assert all(map(same_bits, layer.parameters(), twin.parameters()))
+
+
+def test_pinned_entries_of_an_offset_are_not_said_to_be_zero():
+    plot = pytest.importorskip("tieopt.plot")
+    pytest.importorskip("matplotlib")
+    figure = plot.draw_groups(frozen(torch.zeros(3, 2), [0]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["free", "pinned"]
 
 
 # --- bad input ---

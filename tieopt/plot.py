@@ -78,7 +78,7 @@ def draw_groups(
 
     A matrix is drawn as it is printed, a vector as one line, and a convolution's weight ``[out, in, height, width]`` as
     the matrix of its kernels. Entries with the same colour in two panels are joined. Members with a negative scale are
-    faded; free entries, and entries pinned at zero, have the colours of the legend. The colours of many groups look
+    faded; free entries, and pinned ones, have the colours of the legend. The colours of many groups look
     alike: small panels show the numbers of groups, and the scales, as well, where there is room for them. Of large
     dimensions evenly spaced indices are drawn, as the axes say, so that large parameters take no longer; a pattern that
     repeats within a few indices cannot be seen then.
@@ -105,7 +105,8 @@ def draw_groups(
         >>> [axes.get_title() for axes in figure.axes]
         ['parameter of shape (6, 6)']
     """
-    panels = _panels(_listed(ties))
+    listed = _listed(ties)
+    panels, is_linear = _panels(listed), all(part.offset is None for tie in listed for part in tie.parts)
     groups = ties.param_groups if isinstance(ties, TiedOptimizer) else []
     names = {parameter_at(groups, place): name_of(groups, place) for place in all_places(groups)}
     pyplot = _matplotlib("pyplot")
@@ -116,7 +117,7 @@ def draw_groups(
     legend = {}
     for number, (param, panel) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(lines, columns, number)
-        legend.update(_draw(axes, param.shape, panel, _SIDE * min(wide / columns, high / lines)))
+        legend.update(_draw(axes, param.shape, panel, is_linear, _SIDE * min(wide / columns, high / lines)))
         name, shape = names.get(param, ""), tuple(param.shape)
         short = name if len(name) <= _NAME else f"{name[: _NAME // 3]}...{name[3 + _NAME // 3 - _NAME :]}"
         title = f"{short}\n{shape}" if name else f"parameter of shape {shape}"
@@ -285,8 +286,11 @@ def _image(entries: Tensor, gap: int) -> Tensor:
     return entries.permute(*down, *across).reshape(height, width)[: height - below, : width - right]
 
 
-def _draw(axes: Axes, shape: torch.Size, panel: Slices, side: float) -> dict[str, list[float]]:
-    """Draw a parameter, ``side`` points along its longer side, and return the colours of the legend by their texts."""
+def _draw(axes: Axes, shape: torch.Size, panel: Slices, is_linear: bool, side: float) -> dict[str, list[float]]:
+    """Draw a parameter, ``side`` points along its longer side, and return the colours of the legend by their texts.
+
+    Offsets are not drawn. Without any, ``is_linear`` is true.
+    """
     numbers, scales = _image(panel.labels, _GAP), _image(panel.scales, 1)
     paper, ink = _rgba(axes.get_facecolor()), _rgba(_matplotlib("pyplot").rcParams["text.color"])
     free, pinned, faded = paper.lerp(ink, 0.15), scales == 0, scales < 0
@@ -315,7 +319,7 @@ def _draw(axes: Axes, shape: torch.Size, panel: Slices, side: float) -> dict[str
     _label(axes.xaxis, columns, shape, width, across)
     legend = {
         "free": (free, numbers == FREE),
-        "pinned at zero": (ink, pinned),
+        "pinned at zero" if is_linear else "pinned": (ink, pinned),
         "faded: a negative multiple": (_faded(_color(0), paper), faded),
     }
     return {text: color.tolist() for text, (color, where) in legend.items() if bool(where.any())}

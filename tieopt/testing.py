@@ -119,9 +119,9 @@ def assert_equivalent(
     entry the two trajectories are the same; with scales other than -1, 0 and 1 only if its update is linear in
     the gradient. After every step, for every entry of a parameter :math:`w`,
 
-    .. math:: \left| w_i - s_i w_0 \right| \le \mathtt{tolerance} \cdot \max \left( 1, \max_j |s_j w_0| \right)
+    .. math:: \left| w_i - v_i \right| \le \mathtt{tolerance} \cdot \max \left( 1, \max_j |v_j| \right)
 
-    where :math:`w` is a weight under ties, and :math:`s w_0` the weight that the copy builds.
+    where :math:`w` is a weight under ties, and :math:`v_i = s_i w_0 + c_i` the weight that the copy builds.
 
     Args:
         make_model: a function that returns the model, which is converted to float64 and trained; called once.
@@ -198,7 +198,8 @@ class _SharedModel(nn.Module):
     """A model that builds its weights in ``forward``, from parameters with one slice for each group.
 
     The sources of a weight are parameters: one for each tie, and one for the free entries, which are groups of one.
-    Entry ``i`` of the weight is entry ``indices[i]`` of all its sources together, times ``scales[i]``.
+    Entry ``i`` of the weight is entry ``indices[i]`` of all its sources together, times ``scales[i]``, plus
+    ``offsets[i]``.
     """
 
     def __init__(self, model: nn.Module, optimizer: TiedOptimizer, reduction: Reduction) -> None:
@@ -209,10 +210,11 @@ class _SharedModel(nn.Module):
         self._sources: dict[Any, list[Parameter]] = {param: [] for param in params}
         self._indices = {param: torch.full(param.shape, FREE, device=param.device) for param in params}
         self._scales = {param: torch.ones(param.shape, dtype=torch.float64, device=param.device) for param in params}
+        self._offsets = {param: torch.zeros(param.shape, dtype=torch.float64, device=param.device) for param in params}
         for tie in optimizer.ties:
             tied = [cast(Parameter, part.param) for part in tie.parts]
             if tied[0].requires_grad:  # Frozen parameters are not tied.
-                self._share(_slices(tie), tied, reduction)
+                self._share(_slices(tie), tied, tie.options.reduction or reduction)
         for param in params:
             free = self._indices[param].cpu() == FREE
             if bool(free.any()) or not self._sources[param]:
@@ -231,7 +233,9 @@ class _SharedModel(nn.Module):
             indices, scales = (column.to(first.device) for column in labelled.entries(param))
             tied, scaled = indices != FREE, (indices != FREE) & (scales != 0)
             norms.view(-1).index_add_(0, indices[tied], scales[tied].square())
-            shared[indices[scaled]] = param.detach()[scaled] / scales[scaled]
+            if labelled.offset is not None:
+                self._offsets[param][tied] = labelled.offset.to(first.device, torch.float64)[tied]
+            shared[indices[scaled]] = (param.detach() - self._offsets[param])[scaled] / scales[scaled]
             self._indices[param][tied] = indices[tied] + sum(other.numel() for other in self._sources[param])
             self._scales[param][tied] = scales[tied]
             self._sources[param].append(source)
@@ -246,7 +250,7 @@ class _SharedModel(nn.Module):
         weights = {}
         for name, param in self._params.items():
             shared = torch.cat([source.flatten() for source in self._sources[param]])
-            weights[name] = shared[self._indices[param]] * self._scales[param]
+            weights[name] = shared[self._indices[param]] * self._scales[param] + self._offsets[param]
         return weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -434,4 +438,4 @@ def _ways_to_slice(tensor: Tensor) -> list[tuple[int, torch.Size, torch.Size]]:
 
 
 def _slices(tie: Tie) -> list[Slices]:
-    return [Slices(part.groups, part.scale, part.dim) for part in tie.parts]
+    return [part.slices(cast(Tensor, part.param), "the parameter") for part in tie.parts]

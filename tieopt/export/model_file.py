@@ -5,6 +5,7 @@ The metadata of a file are not trusted: all of them are checked before a tensor 
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter, defaultdict
@@ -22,7 +23,7 @@ from tieopt.export.tensor_file import Reader, Writer, checked_dense, plain
 from tieopt.optimizer import TiedOptimizer
 from tieopt.tensors import bits
 from tieopt.ties.places import BoundTie, bind_ties, parameters_of
-from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.slices import FREE, Slices, numbered
 from tieopt.ties.tie import Tie, Ties
 
 _FORMAT = "1"
@@ -44,6 +45,8 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
 
     The file is written as a whole, or not at all. Its tensors are made one after the other, so that memory is needed
     for one tie at a time. For a moment the folder needs room for two such files.
+
+    Members that have an offset, as all that is frozen, are written as they are, like free slices.
 
     Args:
         model: the model whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
@@ -162,7 +165,7 @@ def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
 
     Returns:
         Ties for a :class:`~tieopt.TiedOptimizer` of ``named_parameters()``. It can load the ``state_dict`` of the
-        optimizer whose ties were saved.
+        optimizer whose ties were saved, unless these had offsets: members with an offset are free in a file.
 
     Raises:
         ImportError, OSError, ValueError: as :func:`stream`.
@@ -213,10 +216,21 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 def _bound(model: Module, ties: Any) -> list[tuple[BoundTie, list[Tensor]]]:
     """Return ties, those of an optimizer or checked against the model, each with its parameters."""
     if isinstance(ties, TiedOptimizer):
-        return ties._tieopt.parameters(ties.param_groups)
-    named = dict(model.named_parameters())
-    param_groups = [{"params": list(named.values()), "param_names": list(named)}]
-    return parameters_of(bind_ties(param_groups, ties, "model"), param_groups)
+        pairs = ties._tieopt.parameters(ties.param_groups)
+    else:
+        named = dict(model.named_parameters())
+        param_groups = [{"params": list(named.values()), "param_names": list(named)}]
+        pairs = parameters_of(bind_ties(param_groups, ties, "model"), param_groups)
+    return [(_without_offsets(tie), params) for tie, params in pairs]
+
+
+def _without_offsets(tie: BoundTie) -> BoundTie:
+    """Return a tie in which slices with an offset are free, because they have no multiple in a codebook."""
+    if tie.is_linear:
+        return tie
+    linear = copy.copy(tie)
+    linear.slices = numbered([slices.without_offset() for slices in tie.slices])
+    return linear
 
 
 def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[str], tied: _Tied) -> list[Any]:

@@ -459,5 +459,6 @@ def _leads(values: Tensor, before: Tensor, scales: Tensor, offsets: Tensor | Non
     """
     wide_values, wide_before = values.to(scales.dtype), before.to(scales.dtype)
     is_same = _shared_values(before, scales, offsets).to(scales.dtype) == wide_values
-    leads = wide_values * scales if offsets is None else wide_values * scales + offsets
+    # To add 0.0 would turn -0.0 into 0.0; to subtract it does not.
+    leads = wide_values * scales if offsets is None else wide_values * scales - (0.0 - offsets)
     return rounded(torch.where(is_same, wide_before, leads), values.dtype)

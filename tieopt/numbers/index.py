@@ -597,6 +597,8 @@ def _run(
         starts = torch.nn.functional.pad(torch.bincount(members.group).cumsum(0), (1, 0))[:-1]
         lead_offsets = own_offsets[starts]
         shifts = own_offsets - column(members.scale, own_offsets) * lead_offsets[members.group]
+        # To add 0.0 would turn -0.0 into 0.0.
+        shifts.masked_fill_(shifts == 0, -0.0)
         # What is expected of a member is limited to the range of its dtype: |r_i (w_i - e_i)| <= 2 |r_i| max |w|
         signed, bound = False, max(bound, 2 * float(torch.bincount(members.group, members.scale.abs()).max()))
     gathered = members if order is None else members.at(order)

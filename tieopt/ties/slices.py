@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tieopt.tensors import raw_bytes, whole_here
+from tieopt.tensors import calculable, raw_bytes, real, whole_here
 
 FREE = -1
 
@@ -89,6 +89,17 @@ class Slices(NamedTuple):
             size = size.reshape(*size.shape, *[1] * (numbers.dim() - size.dim()))
             size = size.expand(numbers.movedim(self.dim, 0).shape).movedim(0, self.dim)
         return Slices(numbers, scales, 0, self.offset, size)
+
+    def without_offset(self) -> Slices:
+        """Return the slices without those that have an offset, which are free then."""
+        if self.offset is None:
+            return self
+        offset = calculable(real(self.offset.detach().resolve_conj())).cpu()
+        # What is pinned at -0.0 is not what is pinned at 0.0.
+        has_offset = ((offset != 0) | offset.signbit()).movedim(self.dim, 0)
+        while has_offset.dim() > self.labels.dim():
+            has_offset = has_offset.any(-1)
+        return Slices(self.labels.masked_fill(has_offset, FREE), self.scale, self.dim)
 
     def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The slices written out entry by entry.

@@ -565,7 +565,8 @@ def _read_offset(offset: Any, tensor: Tensor, name: str) -> Tensor | None:
         what = f"The offset for {name} has the wrong dtype."
         raise refusal(TypeError, what, expected=f"numbers that {tensor.dtype} has", got=offset.dtype)
     is_number = offset.is_floating_point() or offset.is_complex()
-    offset = offset.detach().to(None if is_number else torch.float64, copy=True)
+    # A copy without -0.0, of a dtype that torch calculates with.
+    offset = calculable(offset.detach() if is_number else offset.double()) + 0.0
     try:
         offset = offset.expand(tensor.shape)
     except RuntimeError:
@@ -573,11 +574,11 @@ def _read_offset(offset: Any, tensor: Tensor, name: str) -> Tensor | None:
         raise refusal(
             ValueError, f"The offset for {name} has the wrong shape.", expected=expected, got=tuple(offset.shape)
         ) from None
-    wrong = ~calculable(offset).isfinite()
+    wrong = ~offset.isfinite()
     if wrong.any():
         what = f"The offset for {name} has a value that is no number."
         raise refusal(ValueError, what, expected="finite numbers", got=shown_entry(offset, wrong))
-    return offset if bool((calculable(offset) != 0).any()) else None
+    return offset if bool(offset.any()) else None
 
 
 def _sizes(offset: Tensor, labels: Tensor, dim: int) -> Tensor:
