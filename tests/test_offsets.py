@@ -7,17 +7,22 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.distributed as dist
 from checks import bits, randn, same_bits, same_tree, train
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import flat, groups_of_entries, slowly_tied_entries
 from strategies import ALL, COMPLEX, REAL, normal, recipes_for, reductions, seeds
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from tieopt import Tie, TiedOptimizer, frozen, patterns
 from tieopt.testing import assert_equivalent, assert_tied, ties
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 
 KINDS = ("none", "signs", "zeros", "any")
 SHAPES = ((4, 3), (3, 4), (2, 3, 2))
@@ -498,6 +503,74 @@ def test_pinned_entries_of_an_offset_are_not_said_to_be_zero():
     pytest.importorskip("matplotlib")
     figure = plot.draw_groups(frozen(torch.zeros(3, 2), [0]))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["free", "pinned"]
+
+
+# --- sharded ---
+
+
+def trained(full: Tensor, placement: Shard | None, ties_of) -> tuple[Tensor, str]:
+    """A weight after some steps, sharded over the ranks or whole, and what a checkpoint says of its ties."""
+    mesh = None if placement is None else init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = Parameter(full.clone() if mesh is None else distribute_tensor(full.clone(), mesh, [placement]))
+    optimizer = TiedOptimizer(AdamW([weight], lr=0.1, weight_decay=0.1), ties_of(weight))
+    for seed in range(3):
+        grad = randn(*full.shape, seed=seed, dtype=full.dtype)
+        weight.grad = grad if mesh is None else distribute_tensor(grad, mesh, [placement])
+        optimizer.step()
+    optimizer.retie(optimizer.ties)
+    said = str(optimizer.state_dict()["tieopt"])
+    return (weight.detach() if mesh is None else weight.full_tensor().detach()), said
+
+
+def rows_with_offsets(weight: Tensor) -> list[Tie]:
+    scale = torch.tensor([1.0, -1.0, 1.0, 0.0, 1.0, 1.0])
+    offset = torch.arange(24.0).view(6, 4)
+    return [Tie(weight, torch.tensor([0, 0, 1, 1, 1, -1]), scale=scale, offset=offset), frozen(weight, [5])]
+
+
+def frozen_rows(weight: Tensor) -> list[Tie]:
+    return [frozen(weight, [0, 5]), Tie(weight, [[1, 4], [2, 3]])]
+
+
+def antisymmetric(weight: Tensor) -> list[Tie]:
+    labels, scale = patterns.antisymmetric((6, 6))
+    return [Tie(weight, labels, scale=scale, offset=-0.3 * torch.eye(6, dtype=torch.float64))]
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("width", "dim", "ties_of"),
+    [(4, 1, rows_with_offsets), (4, 0, frozen_rows), (4, 1, frozen_rows), (6, 0, antisymmetric), (6, 1, antisymmetric)],
+)
+def test_sharded_weights_are_trained_as_whole_ones(two_ranks, width, dim, ties_of):
+    full = randn(6, width, dtype=torch.float64)
+    expected, said = trained(full, None, ties_of)
+    answers = two_ranks.run(trained, full, Shard(dim), ties_of)
+    for weight, said_here in answers:
+        assert same_bits(weight, answers[0][0])
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
+        assert said_here == answers[0][1]
+    if ties_of is frozen_rows:
+        assert same_bits(answers[0][0][[0, 5]], full[[0, 5]])
+    if ties_of is antisymmetric:
+        upper = weight.triu(1)
+        assert torch.equal(weight, upper - upper.T - 0.3 * torch.eye(6, dtype=torch.float64))
+        assert said == said_here
+
+
+def refusal_of_spanning(full: Tensor) -> str:
+    try:
+        trained(full, Shard(0), rows_with_offsets)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@needs_gloo
+def test_offsets_of_groups_that_span_ranks_are_refused_on_every_rank(two_ranks):
+    for text in two_ranks.run(refusal_of_spanning, randn(6, 4)):
+        assert "has an offset" in text
+        assert "whole on one rank" in text
 
 
 # --- bad input ---
