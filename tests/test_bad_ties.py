@@ -483,7 +483,8 @@ def test_parts_of_one_join_that_share_an_entry_are_refused(setting, known, first
 
 def test_an_entry_in_two_ties_is_told_how_to_be_in_one(setting):
     way = (
-        r"write what is to be equal as one group of one Tie{}; retie\(\) takes new ties in the place of all old ones\n"
+        r"Tie.union\(\*ties\) returns such ties of parameters; or write what is to be equal as one group of one Tie{}; "
+        r"retie\(\) takes new ties in the place of all old ones\n"
     )
     setting.refused(ValueError, way.format(""), ties=[Tie("layer.bad", [[0, 1]]), Tie("layer.bad", [[1, 2]])])
     of_entries = r", with a label for each entry, of shape \(7, 5\)"

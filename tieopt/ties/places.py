@@ -18,8 +18,9 @@ from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import expanded
 from tieopt.ties.options import EXACT, Options
-from tieopt.ties.slices import FREE, Partition, Slices, is_idle, numbered
+from tieopt.ties.slices import Partition, Slices, is_idle, numbered
 from tieopt.ties.tie import FROZEN, Part, Tie, check_one_shape, check_writable
+from tieopt.ties.union import are_alike, shared_entries
 
 ParamGroups = list[dict[str, Any]]
 
@@ -309,29 +310,15 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
         for place, slices in zip(tie.places, tie.slices, strict=True):
             parts.setdefault(place, []).append(slices)
     for place, several in parts.items():
-        if len(several) == 1:
-            continue
-        # Ties along one dimension are compared slice by slice, others entry by entry.
-        alike = len({(slices.dim, slices.labels.shape) for slices in several}) == 1 and several[0].dim == 0
-        shape = several[0].labels.shape if alike else place.shape
-        owner = torch.full(shape, FREE, dtype=torch.int32, device="cpu")
-        for number, slices in enumerate(several):
-            labelled = torch.zeros(shape, dtype=torch.bool, device="cpu")
-            labelled.movedim(slices.dim, 0)[slices.labels != FREE] = True
-            shared = labelled & (owner != FREE)
-            if shared.any():
-                entry = tuple(shared.nonzero()[0].tolist())
-                entry += (0,) * (len(place.shape) - len(entry))
-                one_group = "one group of one Tie"
-                way = one_group if alike else f"{one_group}, with a label for each entry, of shape {tuple(place.shape)}"
-                raise refusal(
-                    ValueError,
-                    f"{name_of(param_groups, place)} is tied twice.",
-                    expected=f"ties that share no entry: write what is to be equal as {way}; "
-                    "retie() takes new ties in the place of all old ones",
-                    got=f"entry {entry} in {several[int(owner[entry[: owner.dim()]])]}, and in {slices}",
-                )
-            owner[labelled] = number
+        for first, second, entry in shared_entries(several, place.shape):
+            way = "" if are_alike(several) else f", with a label for each entry, of shape {tuple(place.shape)}"
+            raise refusal(
+                ValueError,
+                f"{name_of(param_groups, place)} is tied twice.",
+                expected="ties that share no entry: Tie.union(*ties) returns such ties of parameters; or write what is "
+                f"to be equal as one group of one Tie{way}; retie() takes new ties in the place of all old ones",
+                got=f"entry {entry} in {several[first]}, and in {several[second]}",
+            )
 
 
 def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:

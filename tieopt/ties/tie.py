@@ -21,6 +21,7 @@ from tieopt.tensors import calculable, overlaps
 from tieopt.ties.names import Whole, expanded
 from tieopt.ties.options import Options, Reduction, check_options, joined_options
 from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.union import united
 
 
 class SupportsArray(Protocol):
@@ -183,10 +184,7 @@ class Tie:
             >>> torch.equal(encoder.weight, decoder.weight.T), torch.equal(encoder.weight, before)
             (True, True)
         """
-        for tie in ties or (None,):
-            if not isinstance(tie, Tie):
-                hint = "Tie.join(*ties) joins those of a list" if isinstance(tie, (list, tuple)) else ""
-                raise refusal(TypeError, "Tie.join joins ties.", hint, expected="Ties, at least one", got=shown(tie))
+        _check_ties("join", ties)
         joined = cls.__new__(cls)
         joined.parts = tuple(part for tie in ties for part in tie.parts)
         joined.options = joined_options(tie.options for tie in ties)
@@ -255,12 +253,86 @@ class Tie:
                 return cls.join(*parts)
         return equal
 
+    @classmethod
+    def union(cls, *ties: Tie) -> list[Tie]:
+        """Unite ties that share entries: the smallest ties that hold whenever all of these hold, and share none.
+
+        Two entries are equal then if a chain of ties leads from one to the other, or multiples of each other by
+        the scales along the chain.
+
+        Args:
+            *ties: ties of parameters, not of names, at least one.
+
+        Returns:
+            The ties that share no entry with others, as they are, and for others their union: of whole slices if
+            they all tie a parameter in slices of one kind, and of single entries elsewhere.
+
+        Raises:
+            TypeError: something is no :class:`Tie`, or there is nothing, or a parameter is given by its name.
+            ValueError: ties that share entries have offsets, different options, or scales that no value but zero can
+                have.
+
+        Example:
+            The neurons of two layers, one after the other:
+
+            >>> import torch
+            >>> from tieopt import Tie, TiedOptimizer, is_tied, neurons
+            >>> first, second, third = model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+            >>> ties = [
+            ...     *neurons(first, [[0, 1]], following=second),
+            ...     *neurons(second, [[2, 3]], following=third),
+            ... ]
+            >>> optimizer = TiedOptimizer(torch.optim.Adam(model.parameters()), Tie.union(*ties))
+            >>> is_tied(second.weight, [[0, 1]], dim=1), is_tied(second.weight, [[2, 3]])
+            (True, True)
+        """
+        _check_ties("union", ties)
+        plain = [tie for given in ties for tie in _ties_of_tensors(given)]
+        joined = [
+            [
+                (param, part.slices(param, "the parameter"))
+                for part in tie.parts
+                if isinstance(param := part.param, Tensor)
+            ]
+            for tie in plain
+        ]
+        unions = []
+        for numbers, union in united(joined, list(map(repr, plain))):
+            options = joined_options(plain[number].options for number in numbers)._asdict()
+            unions.append(
+                plain[numbers[0]]
+                if union is None
+                else cls.join(
+                    *(cls(param, own.labels, dim=own.dim, scale=own.scale, **options) for param, own in union)
+                )
+            )
+        return unions
+
     def __repr__(self) -> str:
         if self.parts[0].groups is Whole:
             return f"Tie.equal({shown_list([repr(part) for part in self.parts])}{self.options})"
         if len(self.parts) == 1:
             return f"{repr(self.parts[0])[:-1]}{self.options})"
         return f"Tie.join({shown_list([repr(part) for part in self.parts])}{self.options})"
+
+
+def _check_ties(method: str, ties: Sequence[Any]) -> None:
+    for tie in ties or (None,):
+        if not isinstance(tie, Tie):
+            hint = f"Tie.{method}(*ties) takes those of a list" if isinstance(tie, (list, tuple)) else ""
+            what = f"Tie.{method} {'joins' if method == 'join' else 'unites'} ties."
+            raise refusal(TypeError, what, hint, expected="Ties, at least one", got=shown(tie))
+
+
+def _ties_of_tensors(tie: Tie) -> list[Tie]:
+    """Return a tie of parameters, or those that a tie of modules stands for."""
+    if any(isinstance(part.param, str) for part in tie.parts):
+        hint = "give the parameters, or write what is to be equal as one group of one Tie"
+        expected = "ties of parameters: which entries names share is not known without an optimizer"
+        raise refusal(TypeError, "These ties cannot be united.", hint, expected=expected, got=tie)
+    if tie.parts[0].groups is not Whole:
+        return [tie]
+    return [Tie.equal(*(part.param for part in own), **tie.options._asdict()) for own in expanded(tie.parts, {})]
 
 
 class _Fields(NamedTuple):
