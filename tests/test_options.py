@@ -106,6 +106,12 @@ def test_an_embedding_with_the_sum_and_clusters_with_the_mean(compact):
     assert torch.equal(layer, torch.full((4, 2), -1.0))
     assert "reduction='sum'" in repr(optimizer.ties[0])
     assert "reduction" not in repr(optimizer.ties[1])
+    assert "reduction='sum' and reduction='mean'" in repr(optimizer)
+    place = "param_groups[0]['params'][{}]"
+    assert optimizer.tie_summary().splitlines()[-2:] == [
+        f"Ties of {place.format(0)}, {place.format(1)} have reduction='sum'",
+        f"Ties of {place.format(2)} have reduction='mean'",
+    ]
 
 
 def test_whole_parameters_that_are_equal_can_have_options(compact):

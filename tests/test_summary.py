@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import groups_of_entries
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 
 from tieopt import Tie, TiedOptimizer
+from tieopt.modes.summary import SummaryRow
 from tieopt.testing import ties
 
 SHAPES = [(4, 3), (3, 4), (5,), (2, 3, 2)]
@@ -34,13 +36,19 @@ def cells(line: str, width: int) -> list[str]:
     return [name, shape + ")", *numbers.split()]
 
 
+def width_of(tie: Tie) -> int:
+    """The entries of a slice."""
+    part = tie.parts[0]
+    return part.param.numel() // part.groups.numel()
+
+
 def labelled(tie: Tie) -> list[tuple[Tensor, Tensor]]:
     """The labels and scales of each part."""
     return [(part.groups, torch.ones(part.groups.shape) if part.scale is None else part.scale) for part in tie.parts]
 
 
-def counted(parts: list[tuple[Tensor, Tensor]]) -> tuple[int, int, int, int, int]:
-    """Slices, groups, members, free and distinct ones, one slice after the other."""
+def counted(parts: list[tuple[Tensor, Tensor]], width: int = 1) -> tuple[int, int, int, int, int]:
+    """Slices, groups, members and free ones, one slice after the other; and how many values are left in them."""
     pairs = [
         (number, float(size))
         for labels, scale in parts
@@ -49,7 +57,7 @@ def counted(parts: list[tuple[Tensor, Tensor]]) -> tuple[int, int, int, int, int
     free = sum(number == -1 for number, _ in pairs)
     groups = {number for number, _ in pairs} - {-1}
     trained = {number for number, size in pairs if size != 0} - {-1}
-    return len(pairs), len(groups), len(pairs) - free, free, len(trained) + free
+    return len(pairs), len(groups), len(pairs) - free, free, (len(trained) + free) * width
 
 
 @given(drawn=drawn_ties())
@@ -65,14 +73,81 @@ def test_the_table_counts_what_is_there(drawn: tuple[list[Parameter], list[Tie]]
     for tie in optimizer.ties:
         called = [names[next(i for i, param in enumerate(params) if param is part.param)] for part in tie.parts]
         for name, part, columns in zip(called, tie.parts, labelled(tie), strict=True):
-            expected = [name, str(tuple(part.param.shape)), *map(str, counted([columns])), "0"]
+            expected = [name, str(tuple(part.param.shape)), *map(str, counted([columns], width_of(tie))), "0"]
             assert cells(lines.pop(0), len(head)) == expected
     for tie in optimizer.ties:
         if len(tie.parts) > 1:
             called = [names[next(i for i, param in enumerate(params) if param is part.param)] for part in tie.parts]
-            note = f"Joined: {', '.join(called)}, {counted(labelled(tie))[-1]} distinct in all"
+            note = f"Joined: {', '.join(called)}, {counted(labelled(tie), width_of(tie))[-1]} distinct in all"
             assert lines.pop(0) == note
     assert not lines
+
+
+@given(drawn=drawn_ties())
+def test_the_rows_are_those_of_the_table(drawn: tuple[list[Parameter], list[Tie]]) -> None:
+    params, given_ties = drawn
+    summary = TiedOptimizer(SGD(params), given_ties).tie_summary()
+    head, *lines = summary.splitlines()
+    assert tuple(head.split()) == SummaryRow._fields
+    for row, line in zip(summary.rows, lines, strict=False):
+        name, shape = line.split(")", 1)[0].rsplit("(", 1)
+        assert [row.parameter, str(row.shape)] == [name.strip(), f"({shape})"]
+        assert list(map(str, row[2:-1])) == line.split()[-6:-1]
+        assert row.drift == 0.0
+    assert len(summary.rows) == sum(len(tie.parts) for tie in given_ties)
+
+
+@given(drawn=drawn_ties())
+def test_the_totals_are_counted_entry_by_entry(compact: bool, drawn: tuple[list[Parameter], list[Tie]]) -> None:
+    params, given_ties = drawn
+    params.append(Parameter(torch.ones(7)))
+    optimizer = TiedOptimizer(AdamW(params), given_ties, compact=compact)
+    groups = [group for tie in given_ties for group in groups_of_entries(tie, params)]
+    tied = sum(map(len, groups))
+    trained = sum(any(scale for _, _, scale in group) for group in groups)
+    summary = optimizer.tie_summary()
+
+    assert summary.entries == sum(param.numel() for param in params)
+    assert summary.distinct == summary.entries - tied + trained
+    assert summary.ratio == summary.distinct / summary.entries
+    assert summary.state_bytes == 0
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    # Two moments of float32 for each entry that is trained, and a step count for each parameter that has some.
+    expected = 8 * (summary.distinct if compact else summary.entries) + 4 * len(optimizer.state)
+    assert optimizer.tie_summary().state_bytes == expected
+    assert optimizer.tie_summary()[:] == summary
+
+
+def test_rows_are_counted_by_their_values() -> None:
+    weight = Parameter(torch.zeros(6, 512))
+    optimizer = TiedOptimizer(SGD([weight]), {weight: [[0, 2], [1, 3, 4]]})
+    summary = optimizer.tie_summary()
+    assert (summary.rows[0].distinct, summary.distinct, summary.entries) == (3 * 512, 3 * 512, 6 * 512)
+
+
+def test_without_ties_everything_is_distinct() -> None:
+    for params in ([Parameter(torch.zeros(3))], [Parameter(torch.zeros(0))]):
+        summary = TiedOptimizer(SGD(params), ()).tie_summary()
+        assert (summary.rows, summary.ratio) == ((), 1.0)
+        assert summary.entries == summary.distinct == params[0].numel()
+
+
+def test_state_of_any_kind_is_measured_once() -> None:
+    weight = Parameter(torch.ones(4))
+    optimizer = TiedOptimizer(SGD([weight]), {weight: [[0, 1]]})
+    history = torch.zeros(4, dtype=torch.float64)
+    optimizer.state[weight] = {"history": [history, {"again": history}], "pair": (torch.zeros(2), None), "number": 3}
+    assert optimizer.tie_summary().state_bytes == 4 * 8 + 2 * 4
+
+
+def test_a_summary_prints_as_its_table_and_can_be_copied() -> None:
+    weight = Parameter(torch.ones(4))
+    summary = TiedOptimizer(SGD([weight]), {weight: [[0, 1]]}).tie_summary()
+    assert repr(summary) == str(summary) == f"{summary}"
+    for other in (copy.deepcopy(summary), pickle.loads(pickle.dumps(summary))):  # noqa: S301
+        assert (str(other), other.rows, other.distinct) == (str(summary), summary.rows, 3)
 
 
 @given(drawn=drawn_ties(), reduction=st.sampled_from(["mean", "sum"]), compact=st.booleans())

@@ -32,6 +32,7 @@ from tieopt.modes.conversion import converter
 from tieopt.modes.gradients import tie_gradients, with_gradients
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, settings_in, states_of, tied_state
+from tieopt.modes.summary import TieSummary
 from tieopt.numbers.start import Start
 from tieopt.ties.options import Options, Reduction
 from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
@@ -489,18 +490,20 @@ class TiedOptimizer(Optimizer):
         """
         return self._tieopt.engine.drift(self._tieopt.parameters(self._tieopt.param_groups_of(self)))
 
-    def tie_summary(self) -> str:
-        """A table of the ties, a line for each tied parameter, to be printed.
+    def tie_summary(self) -> TieSummary:
+        """A table of the ties, a line for each tied parameter, to be printed; and what it says as numbers.
 
-        It counts the slices: ``members`` are in one of the ``groups``, ``free`` ones in none, and ``distinct`` are
-        the shared values and the free slices, those that are pinned at zero left out. ``drift`` is as for
-        :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line for each. Lines below
-        the table say which parameters are joined, as these have distinct slices in common, and which ties are regular:
-        joined parameters, transposed or flipped perhaps, and matrices with symmetries are computed as views, without
-        an index.
+        It counts the slices: ``members`` are in one of the ``groups``, and ``free`` ones in none. ``distinct`` counts
+        values, not slices: the entries of the shared values and of the free slices, those that are pinned left out.
+        ``drift`` is as for :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line
+        for each. Lines below the table say which parameters are joined, as these have distinct values in common, and
+        which ties are regular: joined parameters, transposed or flipped perhaps, and matrices with symmetries are
+        computed as views, without an index.
 
         Returns:
-            The lines of the table, without a line break at the end.
+            The lines of the table as a string, without a line break at the end. It has the numbers, too, as ``rows``
+            for the lines and ``entries``, ``distinct``, ``ratio`` and ``state_bytes`` for the whole optimizer; see
+            :class:`~tieopt.modes.summary.TieSummary`.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -514,9 +517,12 @@ class TiedOptimizer(Optimizer):
             >>> optimizer = TiedOptimizer(optimizer, {"weight": [[0, 2], [1, 3, 4]]})
             >>> print(optimizer.tie_summary())
             parameter  shape   slices  groups  members  free  distinct  drift
-            weight     (6, 3)       6       2        5     1         3      0
+            weight     (6, 3)       6       2        5     1         9      0
+            >>> summary = optimizer.tie_summary()
+            >>> f"{summary.distinct} of {summary.entries} values are left, {summary.ratio:.1%}"
+            '15 of 24 values are left, 62.5%'
         """
-        return summary.table(self._tieopt, self._tieopt.param_groups_of(self))
+        return summary.summarized(self._tieopt, self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the wrapped optimizer, and beside it the fingerprints of the ties.

@@ -1,36 +1,125 @@
-"""The ties of an optimizer in words: a table, and a line."""
+"""The ties of an optimizer in words and numbers: a table, and a line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tieopt.modes.mode import Mode
-from tieopt.ties.places import ParamGroups, name_of
+from tieopt.modes.state import states_of
+from tieopt.ties.options import Options
+from tieopt.ties.places import all_places, name_of
 from tieopt.ties.slices import FREE, Slices, counted, groups_of_members
 
-_HEADINGS = ("parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift")
+
+class SummaryRow(NamedTuple):
+    """A tied parameter, as :class:`TieSummary` has it.
+
+    Attributes:
+        parameter: its name.
+        shape: its shape.
+        slices: how many slices it has.
+        groups: how many groups these are in.
+        members: how many of them are in groups.
+        free: how many are in none.
+        distinct: how many values are left: those of the groups and of the free slices.
+        drift: the largest distance of a member from its group's mean, over all parameters of the tie.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    slices: int
+    groups: int
+    members: int
+    free: int
+    distinct: int
+    drift: float
 
 
-def table(mode: Mode, param_groups: ParamGroups) -> str:
+class TieSummary(str):
+    """A table of ties, and what it says as data. It prints as the table, also where Python shows a ``repr``.
+
+    Attributes:
+        rows: the lines of the table, a named tuple for each, with the headings as names.
+        entries: how many entries all parameters of the optimizer have, tied or not.
+        distinct: how many values are left to train: shared values and free entries, without those that are pinned.
+        state_bytes: how much memory the tensors in the optimizer's state take now; of sharded ones, on all ranks.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import TiedOptimizer
+        >>> layer = torch.nn.Linear(3, 6)
+        >>> summary = TiedOptimizer(torch.optim.SGD(layer.parameters()), {layer.weight: [[0, 2, 3]]}).tie_summary()
+        >>> summary.entries, summary.distinct, summary.ratio
+        (24, 18, 0.75)
+        >>> summary.rows[0].members
+        3
+    """
+
+    rows: tuple[SummaryRow, ...]
+    entries: int
+    distinct: int
+    state_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """The distinct values for each entry: 1.0 if nothing is tied, or there are no entries."""
+        return self.distinct / self.entries if self.entries else 1.0
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def summarized(mode: Mode, optimizer: Any) -> TieSummary:
     """Return a table with a line for each tied parameter, and lines below that say what joins or relaxes them."""
-    rows: list[tuple[str, ...]] = [_HEADINGS]
-    notes = []
+    param_groups = mode.param_groups_of(optimizer)
+    places = {param_groups[place.group]["params"][place.position]: place for place in all_places(param_groups)}
+    entries = distinct = sum(math.prod(place.shape) for place in places.values())
+    rows, notes = [], []
     for tie, params in mode.parameters(param_groups):
-        drift = f"{mode.engine.drift([(tie, params)]):.3g}"
+        drift = mode.engine.drift([(tie, params)])
         names = [name_of(param_groups, place) for place in tie.places]
+        # Slices of joined parameters have one shape.
+        width = tie.slices[0].slice_shape(torch.empty(tie.places[0].shape, device="meta")).numel()
         for name, place, slices in zip(names, tie.places, tie.slices, strict=True):
-            rows.append((name, str(tuple(place.shape)), *map(str, _counts([slices])), drift))
+            number, groups, members, free, left = _counts([slices])
+            rows.append(SummaryRow(name, tuple(place.shape), number, groups, members, free, left * width, drift))
+        number, *_, left = _counts(tie.slices)
+        distinct -= (number - left) * width
         if len(names) > 1:
-            notes.append(f"Joined: {', '.join(names)}, {_counts(tie.slices)[-1]} distinct in all")
+            notes.append(f"Joined: {', '.join(names)}, {left * width} distinct in all")
         if mode.engine.is_regular(tie, params):
             notes.append(f"Regular: {', '.join(names)}, computed as views, without an index")
-    if mode.relaxed and mode.ties:
-        notes.append(f"Ties are {_relaxation(mode)}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    justified = ([*map(str.ljust, cells[:2], widths[:2]), *map(str.rjust, cells[2:], widths[2:])] for cells in rows)
-    return "\n".join([*map("  ".join, justified), *notes])
+    for options in dict.fromkeys(tie.options for tie in mode.ties):
+        alike = [tie for tie in mode.ties if tie.options == options]
+        tied_names = ", ".join(name_of(param_groups, place) for tie in alike for place in tie.places)
+        if options.relaxed or len(alike) < len(mode.ties):
+            whose = "" if len(alike) == len(mode.ties) else f" of {tied_names}"
+            notes.append(f"Ties{whose} {'are' if options.relaxed else 'have'} {_how(options)}")
+    summary = TieSummary("\n".join([*_table(rows), *notes]))
+    summary.rows, summary.entries, summary.distinct = tuple(rows), entries, distinct
+    tensors = {id(tensor): tensor for tensor in _tensors_in(states_of(optimizer))}
+    summary.state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return summary
+
+
+def _table(rows: Sequence[SummaryRow]) -> list[str]:
+    cells = [SummaryRow._fields, *((row.parameter, *map(str, row[1:-1]), f"{row.drift:.3g}") for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]) for line in cells]
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a state, however deep they lie."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def line(mode: Mode) -> str:
@@ -39,7 +128,7 @@ def line(mode: Mode) -> str:
         return "no ties"
     _, groups, members, *_ = map(sum, zip(*(_counts(tie.slices) for tie in mode.ties), strict=True))
     parameters = len({place for tie in mode.ties for place in tie.places})
-    how = _relaxation(mode) if mode.relaxed else f"reduction={mode.options.reduction!r}"
+    how = " and ".join(dict.fromkeys(_how(tie.options) for tie in mode.ties))
     counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"
     return f"{counts}, {how}{', compact=True' * mode.compact}"
 
@@ -53,5 +142,7 @@ def _counts(slices: Sequence[Slices]) -> tuple[int, int, int, int, int]:
     return len(labels), len(torch.unique(members)), len(members), free, len(torch.unique(trained)) + free
 
 
-def _relaxation(mode: Mode) -> str:
-    return f"approximate: strength {mode.options.strength}, every {counted(mode.options.every, 'step')}"
+def _how(options: Options) -> str:
+    if not options.relaxed:
+        return f"reduction={options.reduction!r}"
+    return f"approximate: strength {options.strength}, every {counted(options.every, 'step')}"

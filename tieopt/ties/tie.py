@@ -264,8 +264,8 @@ class Tie:
             *ties: ties of parameters, not of names, at least one.
 
         Returns:
-            The ties that share no entry with others, as they are, and for others their union: of whole slices if
-            they all tie a parameter in slices of one kind, and of single entries elsewhere.
+            The ties that share no entry with others, as they are, and the unions of the others. A union is of whole
+            slices if all its ties cut a parameter into slices of one kind, and else of single entries.
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing, or a parameter is given by its name.
