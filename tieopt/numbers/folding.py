@@ -273,8 +273,10 @@ def _sources(
         before += count
         rows[all_rows == FREE] = 0  # Pinned rows are overwritten afterwards.
         is_here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
-        # If the slices of several dimensions are rows with gaps, not every row is a slice.
-        if not is_here or int(at.max()) + 1 != len(at) or not bool((scale.abs() == 1).all()):
+        # If the slices of several dimensions are rows with gaps, not every row is a slice. And what is pinned would be
+        # written twice.
+        is_pinned = 2 * int((all_rows == FREE).sum()) > len(all_rows)
+        if not is_here or is_pinned or int(at.max()) + 1 != len(at) or not bool((scale.abs() == 1).all()):
             return None
         signs = None if bool((scale == 1).all()) else torch.empty_like(scale).index_put_((at,), scale)
         numbers = torch.empty_like(rows).index_put_((at,), rows).to(device)

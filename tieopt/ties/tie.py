@@ -311,6 +311,8 @@ class Tie:
     def __repr__(self) -> str:
         if self.parts[0].groups is Whole:
             return f"Tie.equal({shown_list([repr(part) for part in self.parts])}{self.options})"
+        if len(self.parts) == 1 and self.parts[0].offset is FROZEN:
+            return repr(self.parts[0])
         if len(self.parts) == 1:
             return f"{repr(self.parts[0])[:-1]}{self.options})"
         return f"Tie.join({shown_list([repr(part) for part in self.parts])}{self.options})"
@@ -383,6 +385,7 @@ class Part(_Fields):
         dim = f", dim={self.dim!r}" if self.dim != 0 else ""
         scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
         offset = f", offset={shown(self.offset)}" if self.offset is not None else ""
+        offset = ", frozen" if self.offset is FROZEN else offset
         return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale}{offset})"
 
 
