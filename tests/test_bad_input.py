@@ -238,13 +238,6 @@ def test_a_parameter_that_is_tied_as_itself_and_by_its_name_is_refused():
     setting.refused(ValueError, setting.called, "tied twice", ties={setting.bad: [[0, 1]], "layer.bad": [[1, 3]]})
 
 
-def test_a_parameter_without_dimensions_is_refused():
-    scalar = parameter()
-    with pytest.raises(ValueError, match="no slices") as caught:
-        TiedOptimizer(SGD([scalar], lr=0.1), {scalar: [[0]]})
-    assert_clear(caught.value, r"shape \(\)", "one or more dimensions")
-
-
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_a_parameter_that_has_no_mean_is_refused(dtype):
     whole = torch.nn.Parameter(torch.zeros(4, dtype=dtype), requires_grad=False)
@@ -639,12 +632,6 @@ def test_a_tie_says_what_it_is():
             "(tie and train the floating weights, and quantise them afterwards)",
         ),
         (
-            lambda: Tie(torch.zeros(()), []),
-            "the parameter has no slices to tie.\n"
-            "  Expected: a tensor of one or more dimensions, for example of shape (1,)\n"
-            "  Got:      a tensor of shape ()",
-        ),
-        (
             lambda: Tie(torch.zeros(3), "x" * 78),
             "Groups for the parameter are not groups.\n"
             "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
@@ -665,7 +652,6 @@ def test_a_tie_says_what_it_is():
         "byte order",
         "floats of NumPy",
         "integers",
-        "no dimension",
         "just short enough",
         "too long",
     ],
@@ -844,9 +830,8 @@ def test_a_class_that_passes_everything_on_is_tied():
         (torch.zeros(4, 2, device="meta"), r"give it data first, as module\.to_empty\(device=\.\.\.\) does"),
         (torch.zeros(4, 2).to_sparse(), r"to_dense\(\) makes it dense"),
         (torch.nn.UninitializedParameter(), "call the module once"),
-        (torch.zeros(()), r"for example of shape \(1,\)"),
     ],
-    ids=["meta", "sparse", "lazy", "no dimension"],
+    ids=["meta", "sparse", "lazy"],
 )
 def test_what_cannot_be_tied_as_it_is_is_told_the_way(tensor, way):
     with pytest.raises((TypeError, ValueError), match="tie") as caught:

@@ -522,7 +522,7 @@ def test_ties_that_share_a_parameter_and_no_entry_are_taken(setting):
         ((8, 5), {"groups": GROUPS}, ValueError, [r"Parameter: \(8, 5\)", r"Expected: +\(8,\)", r"Got: +\(7,\)"]),
         ((5, 7), {"groups": [[0, 1]], "dim": 1}, ValueError, [r"Expected: +\(7,\)", r"Got: +\(5,\)"]),
         ((7,), {"groups": [[0, 1]], "dim": 1}, IndexError, [r"Parameter: \(7,\)", "from -1 to 0", "Got: +1"]),
-        ((), {"groups": ROWS}, ValueError, ["no slices to tie", r"Got: +a tensor of shape \(\)"]),
+        ((), {"groups": ROWS}, ValueError, [r"Parameter: \(\)", r"Expected: +\(1,\)", r"Got: +\(7,\)"]),
         ((7, 4), {"groups": torch.zeros(SHAPE, dtype=torch.int64)}, ValueError, [r"Got: +\(7, 5\)"]),
     ],
     ids=["longer", "longer, of lists", "transposed", "a dimension less", "no dimension", "elements"],

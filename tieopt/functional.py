@@ -26,8 +26,8 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
     does, without a loop over rows.
 
     Args:
-        tensor: one dimension or more, dense, any dtype that :class:`~tieopt.Tie` takes, any memory layout in
-            which no two entries share memory.
+        tensor: dense, any dtype that :class:`~tieopt.Tie` takes, any memory layout in which no two entries share
+            memory.
         groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, of shape
             ``[n]`` for slices along ``dim`` or more dimensions for smaller ones, as for :class:`~tieopt.Tie`.
         dim: the dimension along which the slices lie.

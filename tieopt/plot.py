@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from tieopt.errors import imported, message, refusal, shown
 from tieopt.optimizer import TiedOptimizer
+from tieopt.tensors import in_front
 from tieopt.ties.places import all_places, name_of, parameter_at
 from tieopt.ties.slices import FREE, Slices, numbered, told_apart
 from tieopt.ties.tie import Part, Tie
@@ -117,7 +118,9 @@ def draw_groups(
     legend = {}
     for number, (param, panel) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(lines, columns, number)
-        legend.update(_draw(axes, param.shape, panel, is_linear, _SIDE * min(wide / columns, high / lines)))
+        legend.update(
+            _draw(axes, in_front(param, 0).shape, panel, is_linear, _SIDE * min(wide / columns, high / lines))
+        )
         name, shape = names.get(param, ""), tuple(param.shape)
         short = name if len(name) <= _NAME else f"{name[: _NAME // 3]}...{name[3 + _NAME // 3 - _NAME :]}"
         title = f"{short}\n{shape}" if name else f"parameter of shape {shape}"
@@ -245,7 +248,8 @@ def _panels(ties: Sequence[Tie]) -> dict[Tensor, Slices]:
 def _sampled(part: Part) -> Slices:
     """Return the labels and scales of the entries that are drawn, in the shape that is drawn."""
     param = cast(Tensor, part.param)
-    moved, indices = param.movedim(part.dim, 0).shape, torch.meshgrid(_drawn_indices(param.shape), indexing="ij")
+    moved = in_front(param, part.dim).shape
+    indices = torch.meshgrid(_drawn_indices(in_front(param, 0).shape), indexing="ij")
 
     def drawn(column: Tensor) -> Tensor:
         inner = (None,) * (len(moved) - column.dim())

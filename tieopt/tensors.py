@@ -140,6 +140,11 @@ def movable(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.view(torch.uint8) for tensor in tensors] if tensors[0].element_size() == 1 else tensors
 
 
+def in_front(tensor: Tensor, dim: int) -> Tensor:
+    """View a tensor with a dimension in front; a single number as a vector of one entry."""
+    return tensor.movedim(dim, 0) if tensor.dim() else tensor.view(1)
+
+
 def column(vector: Tensor, like: Tensor) -> Tensor:
     """View a vector so that it broadcasts against slices along the first dimension."""
     return vector.view(-1, *[1] * (like.dim() - 1))

@@ -43,8 +43,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
     :func:`torch.testing.assert_close` it has no tolerance, and a NaN is not equal to itself.
 
     Args:
-        model_or_tensor: a model, or a tensor of one dimension or more and of any dtype that
-            :class:`~tieopt.Tie` takes.
+        model_or_tensor: a model, or a tensor of any dtype that :class:`~tieopt.Tie` takes.
         ties: for a model, ties as for :class:`~tieopt.TiedOptimizer`, with the names of
             ``model.named_parameters()``; for a tensor, groups as for :func:`~tieopt.is_tied`, or a
             :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are used.

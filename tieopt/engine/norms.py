@@ -40,7 +40,9 @@ def placed_weights(weights: Tensor, dim: int, tensor: Any) -> Tensor:
         tensor: what has these slices.
     """
     weights = weights.to(torch.promote_types(tensor.dtype.to_real(), torch.float32)).to(tensor.device)
-    weights = weights.view(*weights.shape, *[1] * (tensor.dim() - weights.dim())).movedim(0, dim)
+    # The one label of a single number has no dimension there.
+    labelled = weights.shape[: tensor.dim()]
+    weights = weights.view((*labelled, *[1] * (tensor.dim() - len(labelled)))).movedim(0, dim)
     if not is_sharded(tensor):
         return weights
     # A rank outside the mesh has nothing to multiply.

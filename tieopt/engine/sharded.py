@@ -28,6 +28,7 @@ from tieopt.tensors import (
     calculable,
     check_sharding,
     has_shape,
+    in_front,
     is_sharded,
     local,
     raw_bytes,
@@ -179,7 +180,7 @@ def _cut(slices: Slices, placement: Any) -> int | None:
 
 def _slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Slices:
     """Return the labels and scales of the slices in the shard at a coordinate of the mesh."""
-    bounds = list(bounds_of(tensor, coordinate))
+    bounds = list(bounds_of(tensor, coordinate)) or [slice(1)]
     bounds.insert(0, bounds.pop(slices.dim))
     part = tuple(bounds[: slices.labels.dim()])
     # Views would keep the labels of all shards.
@@ -241,7 +242,7 @@ def _check_offsets(slices: Sequence[Slices], spanning: Tensor, names: Sequence[s
         spans = torch.isin(part.labels, spanning) & (part.scales != 0)
         if part.offset is None or not bool(spans.any()):
             continue
-        offsets = part.offset.detach().cpu().movedim(part.dim, 0)[spans]
+        offsets = in_front(part.offset.detach().cpu(), part.dim)[spans]
         if bool(offsets.any()):
             what = "A group whose members are on several ranks has an offset."
             expected = "offsets of pinned slices, or groups that are whole on one rank"

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from tieopt.errors import refusal
 from tieopt.export.tensor_file import checked_dense, plain
-from tieopt.tensors import bits
+from tieopt.tensors import bits, in_front
 from tieopt.ties.slices import FREE, Slices, numbered
 from tieopt.ties.tie import Groups, SupportsArray, slices_for
 
@@ -97,7 +97,7 @@ def codebook_of(
     is_first = highest.diff(prepend=highest.new_full((1,), FREE)) > 0
     indices = _split(torch.where(pairs == FREE, is_first.sum(), pairs), slices)
     firsts = zip(slices, tensors, _split(is_first, slices), strict=True)
-    entries = torch.cat([bits(tensor).movedim(labelled.dim, 0)[first] for labelled, tensor, first in firsts])
+    entries = torch.cat([in_front(bits(tensor), labelled.dim)[first] for labelled, tensor, first in firsts])
     entries = entries.view(tensors[0].dtype)
     for labelled, tensor, name, index in zip(slices, tensors, names, indices, strict=True):
         _check_tied(tensor, entries, labelled.dim, index, name)
@@ -134,7 +134,7 @@ def fill_(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> None:
 
 def _members(tensor: Tensor, entries: Tensor, dim: int, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield chunks of a tensor: a view of some slices, the mask of its members, and the entries of these members."""
-    slices = bits(tensor).movedim(dim, 0)
+    slices = in_front(bits(tensor), dim)
     length = max(_CHUNK * len(slices) // max(slices.numel(), 1), 1)
     for view, chosen in zip(torch.split(slices, length), torch.split(indices, length), strict=True):
         members = chosen < len(entries)

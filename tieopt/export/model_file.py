@@ -21,7 +21,7 @@ from tieopt.errors import refusal, shown
 from tieopt.export.codebook import codebook_of, fill_, packed, unpacked
 from tieopt.export.tensor_file import Reader, Writer, checked_dense, plain
 from tieopt.optimizer import TiedOptimizer
-from tieopt.tensors import bits
+from tieopt.tensors import bits, in_front
 from tieopt.ties.places import BoundTie, bind_ties, parameters_of
 from tieopt.ties.slices import FREE, Slices, numbered
 from tieopt.ties.tie import Tie, Ties
@@ -263,7 +263,7 @@ def _write_free(writer: Writer, name: str, param: Tensor, slices: Sequence[Slice
     """Write the entries of a parameter that are in no group."""
     free = torch.ones(param.shape, dtype=torch.bool, device="cpu")
     for labelled in slices:
-        free.movedim(labelled.dim, 0)[labelled.labels != FREE] = False
+        in_front(free, labelled.dim)[labelled.labels != FREE] = False
     if bool(free.any()):
         writer.add(f"{name}.free", bits(plain(param))[free].view(param.dtype))
 
@@ -349,7 +349,8 @@ class _ModelReader(Reader):
 
     def _moved_shape(self, part: _Part) -> tuple[int, ...]:
         """Return the shape of a parameter with the dimension of its slices moved to the front."""
-        shape = self.tied[part.name]
+        # A single number is a vector of one entry.
+        shape = self.tied[part.name] or (1,)
         return (shape[part.dim], *shape[: part.dim], *shape[part.dim + 1 :])
 
     def _require(self, fits: bool, key: str, name: str) -> None:
@@ -371,7 +372,7 @@ class _ModelReader(Reader):
             entries = self.read(key)
             indices = self._read_indices(part, len(entries))
             fill_(tensor, entries, part.dim, indices)
-            free.movedim(part.dim, 0)[indices < len(entries)] = False
+            in_front(free, part.dim)[indices < len(entries)] = False
         if bool(free.any()):
             values = self.read(f"{name}.free")
             self._require(values.dtype == dtype and values.shape == (int(free.sum()),), f"{name}.free", name)

@@ -15,7 +15,17 @@ from torch.optim.optimizer import _get_scalar_dtype
 from tieopt.engine.engine import Engine
 from tieopt.errors import refusal, shown
 from tieopt.modes.mode import Mode
-from tieopt.modes.state import Lost, Settings, State, begins_at, held_of, scales_for, settings_in, tied_state
+from tieopt.modes.state import (
+    Lost,
+    Settings,
+    State,
+    begins_at,
+    has_entries,
+    held_of,
+    scales_for,
+    settings_in,
+    tied_state,
+)
 from tieopt.numbers.folding import CompactRows, compact_like, compact_slices
 from tieopt.numbers.rounding import times
 from tieopt.tensors import bits, has_shape
@@ -62,7 +72,7 @@ class _TiedParameter(NamedTuple):
         like = compact_like(self.slices, self.param.detach(), len(kept))
         compact = dict(state)
         for key, value in state.items():
-            if has_shape(value, self.shape):
+            if has_entries(key, value) and has_shape(value, self.shape):
                 scales = scales_for(key, [value], self.folded.scale[kept])
                 rows = times(_select(_rows(self.slices, value), kept), 1 / scales)
                 compact[key] = _tensor_of(rows, compact_slices(self.slices), like)
@@ -136,7 +146,11 @@ def refolded(
     for tie, params in pairs:
         component = _component(tie, params, state, engine)
         whole = {
-            tied.param: {key: value for key, value in tied.state.items() if has_shape(value, tied.shape)}
+            tied.param: {
+                key: value
+                for key, value in tied.state.items()
+                if has_entries(key, value) and has_shape(value, tied.shape)
+            }
             for tied in component
             if tied.shape != tied.compact_shape
         }

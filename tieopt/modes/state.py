@@ -23,6 +23,9 @@ _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 # The powers of the scales that count under other keys; the second where a key is not listed.
 _POWERS = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}
 
+# Keys of torch's optimizers for one number for the whole parameter, which has the shape of a parameter of one number.
+_NUMBERS = {"step", "mu_product", "eta", "mu"}
+
 # Attributes in which no other optimizer is looked for; the first two may be large.
 KEPT_BY_TORCH = ("param_groups", "state", "defaults", "_tieopt")
 
@@ -55,6 +58,11 @@ def held_of(state: Mapping[Any, Any], param: Tensor) -> State:
     """Return the state of a parameter; none if it is not a dictionary."""
     held = state.get(param)
     return held if isinstance(held, dict) else {}
+
+
+def has_entries(key: str, value: Any) -> bool:
+    """Return whether a value of the state has an entry for each of its parameter's, if it has the parameter's shape."""
+    return key not in _NUMBERS or not isinstance(value, Tensor) or value.dim() > 0
 
 
 def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
@@ -135,7 +143,11 @@ def tied_state(
         tied_states = _states_of_untrained(tie, params, states)
         untrained = {number: params[number] for number in tied_states}
         for key in dict.fromkeys(key for held in states for key in held):
-            values = {number: held[key] for number, held in enumerate(states) if fits(held.get(key), params[number])}
+            values = {
+                number: held[key]
+                for number, held in enumerate(states)
+                if fits(held.get(key), params[number]) and has_entries(key, held[key])
+            }
             for number, value in _tied_values(key, tie, values, untrained, start, engine).items():
                 _begin_pinned_(value, tie.slices[number], begins_at(key, settings(params[number]), value))
                 tied_states.setdefault(number, dict(states[number]))[key] = value
@@ -148,7 +160,11 @@ def _states_of_untrained(tie: Partition, params: Sequence[Tensor], states: Seque
     first = next((number for number, held in enumerate(states) if held), None)
     if first is None:
         return {}
-    rest = {key: value for key, value in states[first].items() if not fits(value, params[first])}
+    rest = {
+        key: value
+        for key, value in states[first].items()
+        if not (has_entries(key, value) and fits(value, params[first]))
+    }
     return {
         number: copy.deepcopy(rest)
         for number, (slices, held) in enumerate(zip(tie.slices, states, strict=True))

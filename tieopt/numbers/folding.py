@@ -26,7 +26,7 @@ from tieopt.numbers.reduction import (
     write_values,
 )
 from tieopt.numbers.rounding import rounded, signed_
-from tieopt.tensors import bits, column, movable, real, wide_dtype
+from tieopt.tensors import bits, column, in_front, movable, real, wide_dtype
 from tieopt.ties.options import Reduction
 from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
@@ -291,7 +291,7 @@ def compact_slices(slices: Slices) -> Slices:
 
 def compact_like(slices: Slices, tensor: Tensor, count: int) -> Tensor:
     """Return an uninitialised compact tensor of ``count`` rows, its dimensions in the order that a tensor's have."""
-    shape, strides = list(slices.slice_shape(tensor)), list(tensor.movedim(slices.dim, 0).stride())
+    shape, strides = list(slices.slice_shape(tensor)), list(in_front(tensor, slices.dim).stride())
     if slices.labels.dim() > 1:
         # They become the outermost dimension: LBFGS needs that what is compact of a contiguous tensor is contiguous.
         strides[: slices.labels.dim()] = [max(strides) + 1]

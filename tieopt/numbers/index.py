@@ -17,7 +17,7 @@ from torch import Tensor
 from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
-from tieopt.tensors import bits, column, in_memory, real, wide_dtype
+from tieopt.tensors import bits, column, in_front, in_memory, real, wide_dtype
 from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
@@ -324,7 +324,7 @@ class Views(Index):
         is_around_one = layout.double and len(slices).bit_count() > 1
         if is_around_one and len(correspondence.symmetries) > 1:
             return None
-        grids = [tensor.movedim(labelled.dim, 0) for labelled, tensor in zip(slices, tensors, strict=True)]
+        grids = [in_front(tensor, labelled.dim) for labelled, tensor in zip(slices, tensors, strict=True)]
         runs = tuple(_run_of_tile(tile, layout.device) for tile in tiles(correspondence, grids))
         views = cls(tuple(slices), layout, runs, Pieces((), (), ()), (), correspondence)
         if any(move.sign < 0 for move in correspondence.symmetries):
@@ -368,7 +368,7 @@ class Views(Index):
 
 def _grids(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
     return [
-        real(in_memory(tensor.detach())).movedim(labelled.dim, 0)
+        real(in_front(in_memory(tensor.detach()), labelled.dim))
         for labelled, tensor in zip(slices, tensors, strict=True)
     ]
 
@@ -392,7 +392,7 @@ def rows_of(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]
     for labelled, tensor in zip(slices, tensors, strict=True):
         if tensor.is_conj() or tensor.is_neg():
             tensor = in_memory(tensor)
-        if labelled.dim or labelled.labels.dim() > 1:
+        if labelled.dim or labelled.labels.dim() > 1 or not tensor.dim():
             tensor = labelled.rows(tensor)
         rows.append(tensor.detach() if may_have_graph else tensor)
     if rows[0].dim() > 2:

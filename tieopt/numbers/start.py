@@ -15,7 +15,7 @@ from tieopt.errors import refusal, shown
 from tieopt.numbers.index import Index, Members, sorted_members
 from tieopt.numbers.reduction import Workspace, lead_
 from tieopt.numbers.rounding import multiplied
-from tieopt.tensors import bits, column, in_memory, real, wide_dtype
+from tieopt.tensors import bits, column, in_front, in_memory, real, wide_dtype
 from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
@@ -50,7 +50,7 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
         order: the numbers of the tensors in the order of their members, that with the first members first.
     """
     slices = [index.slices[number] for number in order]
-    fronts = [real(in_memory(tensors[number])).movedim(index.slices[number].dim, 0) for number in order]
+    fronts = [real(in_front(in_memory(tensors[number]), index.slices[number].dim)) for number in order]
     members, _ = sorted_members(slices)
     if len(members.group):
         leads, offsets = members.leads, _offset_fronts(fronts, slices) if index.has_offsets else None
@@ -72,9 +72,9 @@ def _offset_fronts(fronts: Sequence[Tensor], slices: Sequence[Slices]) -> list[T
     for front, labelled in zip(fronts, slices, strict=True):
         offset = front.new_zeros(front.shape, dtype=wide)
         if labelled.offset is not None:
-            is_complex = front.dim() > labelled.offset.dim()
-            values = labelled.offset.to(front.device, wide.to_complex() if is_complex else wide)
-            offset.copy_(real(values).movedim(labelled.dim, 0))
+            values = in_front(labelled.offset, labelled.dim)
+            is_complex = front.dim() > values.dim()
+            offset.copy_(real(values.to(front.device, wide.to_complex() if is_complex else wide)))
         offsets.append(offset)
     return offsets
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tieopt.tensors import calculable, raw_bytes, real, whole_here
+from tieopt.tensors import calculable, in_front, raw_bytes, real, whole_here
 
 FREE = -1
 
@@ -73,16 +73,18 @@ class Slices(NamedTuple):
         strides have in common, whatever the layout; so not every row needs to be a slice, and rows may
         overlap, but the slices among them do not.
         """
-        front, depth = tensor.movedim(self.dim, 0) if self.dim else tensor, self.labels.dim()
+        rows, depth = in_front(tensor, self.dim), self.labels.dim()
         if depth == 1:
-            return front
+            return rows
         stride, steps = self._walk(tensor)
         last = sum(step * (size - 1) for step, size in zip(steps, self.labels.shape, strict=True))
         count = last + 1 if self.labels.numel() else 0
-        return front.as_strided((count, *front.shape[depth:]), (stride, *front.stride()[depth:]))
+        return rows.as_strided((count, *rows.shape[depth:]), (stride, *rows.stride()[depth:]))
 
     def by_entry(self, tensor: Tensor) -> Slices:
         """Return the same with a label for each entry of the tensor."""
+        if not tensor.dim():
+            return self
         numbers, scales = self.entries(tensor)
         size = self.offset_size
         if size is not None:
@@ -94,9 +96,9 @@ class Slices(NamedTuple):
         """Return the slices without those that have an offset, which are free then."""
         if self.offset is None:
             return self
-        offset = calculable(real(self.offset.detach().resolve_conj())).cpu()
+        offset = calculable(real(in_front(self.offset.detach().resolve_conj(), self.dim))).cpu()
         # What is pinned at -0.0 is not what is pinned at 0.0.
-        has_offset = ((offset != 0) | offset.signbit()).movedim(self.dim, 0)
+        has_offset = (offset != 0) | offset.signbit()
         while has_offset.dim() > self.labels.dim():
             has_offset = has_offset.any(-1)
         return Slices(self.labels.masked_fill(has_offset, FREE), self.scale, self.dim)
@@ -112,7 +114,8 @@ class Slices(NamedTuple):
         labels, scales = (values.reshape(*values.shape, *[1] * len(shape)) for values in (self.labels, self.scales))
         inner = torch.arange(shape.numel(), device="cpu").view(shape)
         numbers = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
-        return numbers.movedim(0, self.dim), scales.expand(numbers.shape).movedim(0, self.dim)
+        scales = scales.expand(numbers.shape)
+        return numbers.movedim(0, self.dim).view(tensor.shape), scales.movedim(0, self.dim).view(tensor.shape)
 
     def _walk(self, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
         """Return the stride of :meth:`rows`, and :meth:`steps`."""
@@ -280,7 +283,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
 
 def _where(counts: Tensor, offset: Tensor, dim: int) -> Tensor:
     """Return an offset in numbers that do not depend on its dtype, with zeros but for the slices that count."""
-    wide = offset.to(torch.complex128 if offset.is_complex() else torch.float64).movedim(dim, 0)
+    wide = in_front(offset.to(torch.complex128 if offset.is_complex() else torch.float64), dim)
     return torch.where(counts.view(*counts.shape, *[1] * (wide.dim() - counts.dim())), wide, 0).contiguous()
 
 

@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry, shown_list
-from tieopt.tensors import calculable, overlaps
+from tieopt.tensors import calculable, in_front, overlaps
 from tieopt.ties.names import Whole, expanded
 from tieopt.ties.options import Options, Reduction, check_options, joined_options
 from tieopt.ties.slices import FREE, Slices
@@ -53,9 +53,9 @@ class Tie:
     A tie of a named parameter is checked when an optimizer finds the parameter. Labels and scales are copied.
 
     Args:
-        param: the parameter, or its name if the optimizer was built from ``named_parameters()``: of one
-            dimension or more, dense, any complex dtype or floating dtype with a sign (8 to 64 bits), any
-            memory layout. A name with wildcards, as for :meth:`equal`, stands for one tie of each parameter.
+        param: the parameter, or its name if the optimizer was built from ``named_parameters()``: dense, any complex
+            dtype or floating dtype with a sign (8 to 64 bits), any memory layout. One of no dimension is tied as one of
+            shape ``[1]``. A name with wildcards, as for :meth:`equal`, stands for one tie of each parameter.
         groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy
             array) of labels, any integer dtype but uint64: slices with the same label are tied, -1 is free.
             The shape of the labels is that of the parameter or of its first dimensions: for a convolution's weight
@@ -78,9 +78,9 @@ class Tie:
             ``groups`` or ``dim`` hold something other than integers, or ``scale`` or ``offset`` something other than
             numbers; or ``strength`` or ``every`` is no number.
         IndexError: an index, or ``dim``, is out of range.
-        ValueError: ``param`` has no dimension, an index occurs twice, a label is below -1, ``scale`` or ``offset`` has
-            a number that it must not have, or labels, scale or offset have the wrong shape; or ``reduction``,
-            ``strength`` or ``every`` is out of range, or they exclude each other.
+        ValueError: an index occurs twice, a label is below -1, ``scale`` or ``offset`` has a number that it must not
+            have, or labels, scale or offset have the wrong shape; or ``reduction``, ``strength`` or ``every`` is out of
+            range, or they exclude each other.
 
     Example:
         >>> import torch
@@ -475,10 +475,10 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
         TypeError, IndexError, ValueError: as :class:`Tie`.
     """
     _check_can_be_tied(tensor, name)
-    ndim = tensor.dim()
+    ndim = max(tensor.dim(), 1)
     dim = integer_between(dim, f"dim for {name}", -ndim, ndim - 1, IndexError, parameter=tuple(tensor.shape)) % ndim
     if groups is Whole:
-        groups = torch.arange(tensor.shape[dim], device="cpu")
+        groups = torch.arange(len(in_front(tensor, dim)), device="cpu")
     # As tensors and NumPy arrays have it.
     read = _read_labels if hasattr(groups, "__array__") else _read_lists
     labels = read(groups, dim, tensor, name)
@@ -498,9 +498,6 @@ def _check_can_be_tied(tensor: Any, name: str) -> None:
         expected = "a dense tensor of a floating or complex dtype, on a device that holds its data"
         got = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
         raise refusal(TypeError, f"{cannot}.", _way_to_a_plain_tensor(tensor), expected=expected, got=got)
-    if tensor.dim() == 0:
-        expected = "a tensor of one or more dimensions, for example of shape (1,)"
-        raise refusal(ValueError, f"{name} has no slices to tie.", expected=expected, got="a tensor of shape ()")
     if not _writes_through_views(tensor):
         what = f"{cannot}, because its entries cannot be written one by one."
         expected = "a plain tensor: tie and train the weights as they are before they are quantised or packed"
@@ -542,7 +539,7 @@ def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
     if not torch.can_cast(labels.dtype, torch.int64) or labels.dtype in (torch.bool, torch.uint64):
         expected = "an integer dtype that fits into int64"
         raise refusal(TypeError, f"Labels for {name} have the wrong dtype.", expected=expected, got=labels.dtype)
-    shape = tensor.movedim(dim, 0).shape
+    shape = in_front(tensor, dim).shape
     if not labels.dim() or labels.shape != shape[: labels.dim()]:
         fitting = [other for other, size in enumerate(tensor.shape) if labels.shape == (size,)]
         hint = f"as many as there are slices along dimension {fitting[0]}" if fitting else ""
@@ -565,7 +562,7 @@ def _read_lists(groups: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
     # There may be millions of indices, and most are plain integers, which need no conversion.
     if not set(map(type, indices)) <= {int}:
         indices = [as_integer(index, f"An index for {name}", expected=_GROUPS) for index in indices]
-    count = tensor.shape[dim]
+    count = len(in_front(tensor, dim))
     outside = [index for index in indices if not 0 <= index < count]
     if outside:
         expected = f"indices from 0 to {count - 1}" if count else "none, as there is nothing to index"
@@ -660,8 +657,7 @@ def _sizes(offset: Tensor, labels: Tensor, dim: int) -> Tensor:
     """Return the largest magnitude in each slice."""
     if not offset.numel():
         return torch.zeros(labels.shape, dtype=torch.float64, device="cpu")
-    front = calculable(offset.cpu()).movedim(dim, 0)
-    return front.abs().reshape(*labels.shape, -1).amax(-1).double()
+    return in_front(calculable(offset.cpu()), dim).abs().reshape(*labels.shape, -1).amax(-1).double()
 
 
 def _as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
