@@ -253,6 +253,21 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(model: Model
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_parameters_of_two_optimizers_are_told_that_one_has_to_hold_them(model: Model) -> None:
+    inner = SGD([("encoder.weight", model.encoder.weight)], lr=0.1)
+    for tie in (Tie.equal("encoder.weight", "decoder.weight"), Tie.equal(model.encoder.weight, model.decoder.weight)):
+        with pytest.raises(ValueError, match="One optimizer has to hold all members of a tie") as caught:
+            TiedOptimizer(inner, tie)
+        assert "call add_param_group() first" in str(caught.value)
+
+
+def test_weights_of_another_dtype_are_told_how_to_be_converted(model: Model) -> None:
+    model.decoder.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape("convert one of their modules first, as with module.to(")) as caught:
+        tied(model, Tie.equal(model.encoder, model.decoder))
+    assert "untie" not in str(caught.value)
+
+
 def test_modules_are_no_keys(model: Model) -> None:
     with pytest.raises(ValueError, match=re.escape("tie its parameters, such as its .weight")):
         tied(model, {model.encoder: [[0, 1]]})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import same_tree
+from checks import randn, same_tree
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import members_of, same_bits
@@ -424,6 +424,34 @@ def test_norms_of_tied_rows_can_be_limited_after_each_step(compact: bool) -> Non
         optimizer.step()
         assert is_tied(embedding.weight, [[3, 7]])
         torch.testing.assert_close(embedding.weight[[3, 7]].norm(dim=1), torch.ones(2))
+
+
+class Conv1D(torch.nn.Module):
+    """A linear layer whose weight is transposed, as that of the transformers library."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(randn(inputs, outputs))
+        self.bias = torch.nn.Parameter(randn(outputs, seed=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_layers_with_transposed_weights_are_told_which_ties_to_write():
+    first, second, groups = Conv1D(4, 3), Conv1D(2, 4), [[0, 2]]
+    for call in (lambda: neurons(first, groups), lambda: neurons(torch.nn.Linear(3, 4), groups, following=second)):
+        with pytest.raises(TypeError, match=r"as Tie\(layer\.weight, groups, dim=1\)|add a Tie for each weight"):
+            call()
+    # As the how-to has it.
+    ties = [Tie(first.weight, groups, dim=1), Tie(first.bias, groups), Tie(second.weight, groups)]
+    optimizer = TiedOptimizer(torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1), ties)
+    x = randn(5, 3)
+    for _ in range(2):
+        second(first(x).tanh()).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(first(x)[:, 0], first(x)[:, 2])
+    assert is_tied(second.weight, groups)
 
 
 # --- errors ---

@@ -68,6 +68,9 @@ def neurons(
     :func:`~tieopt.tie_` makes them equal to the bit again. They are the mean even if the optimizer is then given
     ``start="first"``, and fit the first units only after some training.
 
+    Ties of layers that follow each other share the weight between them; :meth:`Tie.union() <tieopt.Tie.union>` makes
+    one tie of those.
+
     A :class:`~tieopt.TiedOptimizer` starts from the mean of each group. For :math:`n` independent random units, as in a
     freshly initialised layer, the mean is about :math:`\sqrt n` times smaller than each of them; ``start="first"``
     keeps the size.
