@@ -731,33 +731,89 @@ def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor
     return (label % buckets).view(sizes), (1 - 2 * (sign % 2)).float().view(sizes)
 
 
-def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "rows", seed: int = 0) -> Tensor:
-    r"""Rows or values that k-means puts into one cluster; tied, they become their cluster's mean.
+@overload
+def clusters(
+    tensor: Tensor,
+    count: int,
+    *,
+    of: Literal["rows", "values"] | int = "rows",
+    per: Literal["tensor", "channel"] = "tensor",
+    keep_zeros: Literal[False] = False,
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor: ...
 
-    .. math:: \min_{c, \mu} \sum_i \left\| w_i - \mu_{c(i)} \right\|^2
 
-    The labels :math:`c` are near a local minimum of this sum, where :math:`w_i` are the rows or the values. Clusters of
-    values are the shared weights of Deep Compression (`Han et al., 2016 <https://arxiv.org/abs/1510.00149>`_).
+@overload
+def clusters(
+    tensor: Tensor,
+    count: int,
+    *,
+    of: Literal["rows", "values"] | int = "rows",
+    per: Literal["tensor", "channel"] = "tensor",
+    keep_zeros: Literal[True],
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]: ...
 
-    Equal rows, and equal values, are in one cluster, and the clusters do not depend on the order of the rows. If there
+
+def clusters(
+    tensor: Tensor,
+    count: int,
+    *,
+    of: Literal["rows", "values"] | int = "rows",
+    per: Literal["tensor", "channel"] = "tensor",
+    keep_zeros: bool = False,
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Rows, values or subvectors that k-means puts into one cluster; tied, they become their cluster's mean.
+
+    .. math:: \min_{c, \mu} \sum_i h_i \left\| w_i - \mu_{c(i)} \right\|^2
+
+    The labels :math:`c` are near a local minimum of this sum, where :math:`w_i` are the rows, values or subvectors, and
+    the weights :math:`h_i` are 1 if not given. Clusters of values are the shared weights of Deep Compression (`Han et
+    al., 2016 <https://arxiv.org/abs/1510.00149>`_), and clusters of subvectors are product quantization (`Jégou et al.,
+    2011 <https://doi.org/10.1109/TPAMI.2010.57>`_), as `Gong et al., 2014 <https://arxiv.org/abs/1412.6115>`_ applied
+    it to weights. The second derivatives of the loss as weights are from `Choi et al., 2017
+    <https://arxiv.org/abs/1612.01543>`_.
+
+    What is equal is in one cluster, and the clusters do not depend on the order of the rows. If there
     are no more distinct ones than clusters, each has its own. scikit-learn runs k-means in float64, from one start by
     k-means++; another version of it may find other clusters. More than a few thousand distinct values are clustered by
     a fine histogram of them, and then each value goes to the nearest center.
 
     Args:
-        tensor: the weights now, shape ``[n, ...]``, dense, any real floating dtype. It is not written to.
-        count: the number of clusters, at most the number of rows or values.
-        of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries.
+        tensor: the parameter now, shape ``[n, ...]``, dense, any real floating dtype. It is not written to.
+        count: the number of clusters, at most the number of what is clustered, in each channel if ``per="channel"``.
+        of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries, or a number for
+            subvectors of so many consecutive entries of a row, flattened; it divides the entries of a row. For the
+            weight ``[out, in, k, k]`` of a convolution, ``of=k * k`` stands for its kernels.
+        per: ``"tensor"`` for clusters of the whole tensor, or ``"channel"`` for clusters of values or subvectors in
+            each slice along dimension 0, of which none is shared with another slice.
+        keep_zeros: whether entries that are zero, as in a pruned weight, stay zero: they are pinned by scale 0. Rows
+            and subvectors of zeros alone are in no cluster. In others, k-means counts zeros as any number, but the
+            mean that a tie starts from is that of the other entries.
+        weights: how sensitive the loss is to a change of an entry, a tensor of any real dtype, finite and not negative:
+            of the shape of ``tensor``, or one for each row, shape ``[n]``. The weight of a row or a subvector is the
+            sum over its entries. Weights decide which cluster an entry is in; the mean that a tie starts from is
+            without weights.
         seed: the seed of the start, from 0 to ``2^32 - 1``.
 
     Returns:
-        Int64 labels of at most ``count`` groups, for rows of shape ``[n]``, for values of the shape of ``tensor``.
-        Labels of values are larger for larger values.
+        Int64 labels of at most ``count`` groups, in each channel if ``per="channel"``; for rows of shape ``[n]``, for
+        values of the shape of ``tensor``. Labels of values are larger for larger values of a channel. For subvectors,
+        labels of the shape of ``tensor`` and so many groups for each position in them. With ``keep_zeros``, labels of
+        the shape of ``tensor`` also for rows, in which all zeros have the largest label; and their scales, float32, 0
+        for zeros and 1 for others.
 
     Raises:
-        TypeError: ``tensor`` is not a dense floating tensor, or ``count`` or ``seed`` is not an integer.
+        TypeError: ``tensor`` is not a dense floating tensor, ``weights`` is not a dense real tensor, or ``count``,
+            ``of`` or ``seed`` is not an integer.
         ValueError: ``tensor`` has no rows or no entries or one that is not finite, ``count`` or ``seed``
-            is out of range, or ``of`` is neither ``"rows"`` nor ``"values"``.
+            is out of range, ``of`` is another word or does not divide the entries of a row, ``per`` is another word or
+            channels of rows are asked for, or ``weights`` has another shape, or an entry that is negative or not
+            finite.
         ImportError: scikit-learn is not installed.
 
     Example:
@@ -774,26 +830,43 @@ def clusters(tensor: Tensor, count: int, *, of: Literal["rows", "values"] = "row
                 [1, 1]])
         >>> len(tie_(weight, labels).unique())
         2
+
+        Sixteen subvectors of four entries each, in a weight that keeps its zeros:
+
+        >>> weight = torch.nn.functional.dropout(torch.randn(64, 64))
+        >>> labels, scale = patterns.clusters(weight, 16, of=4, keep_zeros=True)
+        >>> tied = tie_(weight.clone(), labels, scale=scale)
+        >>> len(tied.unique()) <= 16 * 4 + 1
+        True
+        >>> torch.equal(tied == 0, weight == 0)
+        True
     """
-    if of not in ("rows", "values"):
-        raise refusal(ValueError, "Clusters are of something else.", expected="of='rows' or of='values'", got=shown(of))
-    rows = of == "rows"
-    points = _points(tensor, rows)
-    count = integer_between(count, "The number of clusters", 1, len(points))
+    entries = _entries(tensor)
+    size = _subvector(of, entries)
+    points = entries.reshape(-1, size)
+    channels = _channels(per, of, len(entries))
+    count = integer_between(count, "The number of clusters", 1, len(points) // channels)
     seed = integer_between(seed, "A seed", 0, 2**32 - 1)
+    costs = None if weights is None else _costs(weights, entries).reshape(-1, size).sum(1)
     k_means = _optional("sklearn.cluster").KMeans(count, random_state=seed, n_init=1)
 
-    points, inverse, sizes = torch.unique(points, dim=0 if rows else None, return_inverse=True, return_counts=True)
-    if len(points) <= count:
-        labels = torch.arange(len(points), device="cpu")
-    elif rows:
-        labels = torch.from_numpy(k_means.fit(points.numpy(), sample_weight=sizes.numpy()).labels_).long()
-    else:
-        means, masses = _summary(points, sizes, max(_SUMMARY, 4 * count))
-        k_means.fit(means.unsqueeze(1).numpy(), sample_weight=masses.numpy())
-        centers = torch.from_numpy(k_means.cluster_centers_).flatten().sort().values
-        labels = torch.bucketize(points, (centers[1:] + centers[:-1]) / 2)
-    return labels[inverse].view(tensor.shape[:1] if rows else tensor.shape)
+    labels, total = torch.zeros(len(points), dtype=torch.int64, device="cpu"), 0
+    clustered = (points != 0).any(1) if keep_zeros else torch.ones_like(labels, dtype=torch.bool)
+    for channel in torch.arange(len(points), device="cpu").view(channels, -1):
+        chosen = channel[clustered[channel]]
+        if len(chosen):
+            labels[chosen] = total + _clusters(
+                points[chosen], None if costs is None else costs[chosen], k_means, sort=of != "rows" and size == 1
+            )
+            total = int(labels[chosen].max()) + 1
+
+    if of == "rows" and not keep_zeros:
+        return labels
+    labels = (labels[:, None] * size + torch.arange(size, device="cpu")).view(tensor.shape)
+    if not keep_zeros:
+        return labels
+    is_zero = entries == 0
+    return labels.masked_fill(is_zero, total * size), (~is_zero).float()
 
 
 # --- what the patterns share ---
@@ -963,8 +1036,8 @@ def _nested(outer: Tensor, inner: tuple[Tensor, int]) -> Tensor:
     return nested.flatten(2, 3).flatten(0, 1)
 
 
-def _points(tensor: Any, rows: bool) -> Tensor:
-    """Return what is clustered, in float64: the rows ``[n, columns]`` or values ``[n]`` of a tensor."""
+def _entries(tensor: Any) -> Tensor:
+    """Return the entries of a tensor that is to be clustered, in float64."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         got = f"{shown(tensor)}, {tensor.layout}" if isinstance(tensor, Tensor) else shown(tensor)
         expected = "a dense tensor of a real floating dtype"
@@ -977,7 +1050,71 @@ def _points(tensor: Any, rows: bool) -> Tensor:
         at = tuple(wrong.nonzero()[0].tolist())
         got = f"{entries[at].item()} at {at}"
         raise refusal(ValueError, "A tensor cannot be clustered.", expected="finite entries", got=got)
-    return entries.reshape((len(entries), -1) if rows else (-1,))
+    return entries
+
+
+def _subvector(of: Any, entries: Tensor) -> int:
+    """Return how many consecutive entries of a row are clustered as one."""
+    columns = entries[0].numel()
+    if isinstance(of, str):
+        if of not in ("rows", "values"):
+            what, expected = "Clusters are of something else.", "of='rows', of='values' or a number of entries"
+            raise refusal(ValueError, what, expected=expected, got=shown(of))
+        return columns if of == "rows" else 1
+    size = integer_between(of, "The size of a subvector", 1, columns)
+    if columns % size:
+        what = "Rows cannot be cut into such subvectors."
+        raise refusal(ValueError, what, expected=f"a divisor of {columns}", got=size)
+    return size
+
+
+def _channels(per: Any, of: Any, rows: int) -> int:
+    """Return how many parts of a tensor are clustered separately."""
+    if per not in ("tensor", "channel"):
+        expected = "per='tensor' or per='channel'"
+        raise refusal(ValueError, "Clusters are per something else.", expected=expected, got=shown(per))
+    if per == "channel" and of == "rows":
+        expected = "of='values' or a number of entries with per='channel'"
+        raise refusal(ValueError, "A channel is one row.", expected=expected, got="of='rows'")
+    return rows if per == "channel" else 1
+
+
+def _costs(weights: Any, entries: Tensor) -> Tensor:
+    """Return the weight of each entry, in float64 and at most 1."""
+    if not isinstance(weights, Tensor) or weights.is_complex() or weights.layout != torch.strided:
+        got = f"{shown(weights)}, {weights.layout}" if isinstance(weights, Tensor) else shown(weights)
+        raise refusal(TypeError, "These are no weights of entries.", expected="a dense real tensor", got=got)
+    if weights.shape not in (entries.shape, entries.shape[:1]):
+        expected = f"{tuple(entries.shape)} or {tuple(entries.shape[:1])}"
+        raise refusal(ValueError, "Weights have the wrong shape.", expected=expected, got=tuple(weights.shape))
+    weights = weights.detach().to("cpu", torch.float64)
+    wrong = ~(weights.isfinite() & (weights >= 0))
+    if wrong.any():
+        got = shown_entry(weights, wrong)
+        raise refusal(ValueError, "A weight of an entry is wrong.", expected="finite numbers from 0 on", got=got)
+    costs: Tensor = weights / (float(weights.max()) or 1.0)
+    return costs.reshape(*costs.shape, *[1] * (entries.dim() - costs.dim())).expand(entries.shape)
+
+
+def _clusters(points: Tensor, costs: Tensor | None, k_means: Any, *, sort: bool) -> Tensor:
+    """Return the clusters of points, shape ``[n, size]``; those of single values can be sorted."""
+    points = points.squeeze(1) if sort else points
+    points, inverse, sizes = torch.unique(points, dim=None if sort else 0, return_inverse=True, return_counts=True)
+    if costs is not None:
+        # k-means divides by the sum of weights, which must not be zero.
+        costs = costs + 1e-9 * (float(costs.max()) or 1.0)
+        sizes = torch.zeros(len(points), dtype=torch.float64, device="cpu").index_add_(0, inverse, costs)
+    if len(points) <= k_means.n_clusters:
+        labels = torch.arange(len(points), device="cpu")
+    elif sort:
+        means, masses = _summary(points, sizes, max(_SUMMARY, 4 * k_means.n_clusters))
+        k_means.fit(means.unsqueeze(1).numpy(), sample_weight=masses.numpy())
+        centers = torch.from_numpy(k_means.cluster_centers_).flatten().sort().values
+        labels = torch.bucketize(points, (centers[1:] + centers[:-1]) / 2)
+    else:
+        labels = torch.from_numpy(k_means.fit(points.numpy(), sample_weight=sizes.numpy()).labels_).long()
+    clusters: Tensor = labels[inverse]
+    return clusters
 
 
 def _summary(values: Tensor, sizes: Tensor, bins: int) -> tuple[Tensor, Tensor]:
