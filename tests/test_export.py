@@ -32,10 +32,11 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieopt.testing
-from tieopt import Tie, TiedOptimizer, export, tie_
+from tieopt import Tie, TiedOptimizer, export, patterns, tie_
 from tieopt.export import codebook
 from tieopt.export.tensor_file import Writer
 from tieopt.tensors import bits
+from tieopt.ties.slices import Slices, numbered
 
 # --- in memory ---
 
@@ -244,6 +245,106 @@ def test_many_groups_take_their_values_and_indices_and_nothing_beside(tmp_path):
     export.save(model, optimizer, tmp_path / "coded")
     # Of each entry the value, the group, and the sign; and for each weight an index of 16 bits.
     assert (tmp_path / "coded").stat().st_size <= 50_000 * (4 + 2 + 1) + 2 * 100_000 + 2048
+
+
+def payload(file: Path) -> int:
+    """The bytes of a file behind its header."""
+    written = file.read_bytes()
+    return len(written) - 8 - int.from_bytes(written[:8], "little")
+
+
+def contents_of(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["tieopt"])
+
+
+def test_subvectors_take_their_centroids_and_an_index_each(tmp_path):
+    model = nn.Linear(64, 64, bias=False)
+    labels = patterns.clusters(model.weight, 16, of=4)
+    optimizer = TiedOptimizer(SGD(model.named_parameters()), {"weight": labels})
+    export.save(model, optimizer, tmp_path / "model")
+
+    assert payload(tmp_path / "model") == 16 * 4 * 4 + 1024 * 4 // 8 == 768
+    assert same_bits(export.load(tmp_path / "model")["weight"], model.weight.detach())
+    ties = export.load_ties(tmp_path / "model")
+    assert fingerprints(TiedOptimizer(SGD(model.named_parameters()), ties)) == fingerprints(optimizer)
+
+
+@given(data=st.data(), seed=seeds, block=st.integers(1, 4), free=st.booleans(), scaled=st.booleans())
+def test_ties_of_blocks_come_back(data, seed, block, free, scaled, tmp_path_factory):
+    rows, columns, kinds = (data.draw(st.integers(1, 5)) for _ in range(3))
+    generator = torch.Generator().manual_seed(seed)
+    params, ties = {}, []
+    scale = torch.tensor([1.0, -1.0, 0.5])[torch.randint(3, (kinds, block), generator=generator)]
+    for name in data.draw(st.sampled_from(["v", "vw"])):
+        kind = torch.randint(-int(free), kinds, (rows, columns), generator=generator)
+        labels = torch.where(kind[..., None] < 0, -1, kind[..., None] * block + torch.arange(block)).flatten(1)
+        params[name] = nn.Parameter(randn(rows, columns * block, 2, seed=seed + ord(name)).movedim(0, 1))
+        ties.append(Tie(params[name].data, labels, dim=1, scale=scale[kind].flatten(1) if scaled else None))
+    joined = Tie.join(
+        *[
+            Tie(name, part.groups, dim=1, scale=part.scale)
+            for name, tie in zip(params, ties, strict=True)
+            for part in tie.parts
+        ]
+    )
+    model = nn.ParameterDict(params)
+    optimizer = TiedOptimizer(SGD(model.named_parameters()), joined)
+    file = tmp_path_factory.mktemp("files") / "model"
+    export.save(model, optimizer, file)
+
+    state = export.load(file)
+    assert all(same_bits(state[name], param.detach()) for name, param in model.items())
+    assert same_tree(dict(export.stream(file)), state)
+    read = TiedOptimizer(SGD(model.named_parameters()), export.load_ties(file))
+    assert fingerprints(read) == fingerprints(optimizer)
+    (parts,) = contents_of(file)["ties"]
+    assert all(part.get("block", 1) % block == 0 for part in parts)
+    assert (contents_of(file)["format"] == "2") == ("block" in parts[0])
+
+
+@given(
+    data=st.data(),
+    seed=seeds,
+    shapes=st.lists(st.sampled_from([(6,), (4, 6), (0, 6), (2, 1, 4)]), min_size=1, max_size=2),
+)
+def test_the_largest_block_is_the_largest(data, seed, shapes):
+    """Against a search through all sizes, by the definition."""
+    block, free = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.cat([torch.randint(-int(free), 3, (math.prod(shape),), generator=generator) for shape in shapes])
+    if data.draw(st.booleans()):  # Blocks that may or may not be aligned
+        start = flat.repeat_interleave(block)[: len(flat)]
+        flat = torch.where(start < 0, start, start * block + torch.arange(len(flat)) % block)
+    (named,) = numbered([Slices(flat)])
+    count = int(named.labels.max()) + 1 if len(flat) else 0
+    column = torch.where(named.labels < 0, count, named.labels)
+    parts = torch.split(column, [math.prod(shape) for shape in shapes])
+    indices = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def fits(size: int) -> bool:
+        if any(part.shape[-1] % size for part in indices):
+            return False
+        blocks = [tuple(row) for part in indices for row in part.reshape(-1, size).tolist()]
+        tied = {row for row in blocks if row != (count,) * size}
+        return count not in itertools.chain(*tied) and len(set(itertools.chain(*tied))) == len(tied) * size
+
+    assert codebook.largest_block(indices, count) == max(size for size in range(1, 7) if fits(size))
+
+
+@pytest.mark.parametrize("has_blocks", [False, True])
+def test_files_without_blocks_are_those_of_version_1_0_0(has_blocks, tmp_path, monkeypatch):
+    file, model = tmp_path / "model", nn.ParameterDict({"w": nn.Parameter(torch.zeros(6))})
+    # That version wrote blocks slice by slice.
+    monkeypatch.setattr("tieopt.export.model_file.largest_block", lambda *_: 1) if has_blocks else None
+    labels = torch.tensor([0, 1, 0, 1, 2, 3] if has_blocks else [0, 1, 0, 0, 1, -1])
+    export.save(model, {"w": labels}, file)
+
+    contents = contents_of(file)
+    assert contents["format"] == "1"
+    assert contents["ties"][0][0].keys() == {"name", "key", "dim", "shape", "bits"}
+    assert same_bits(export.load(file)["w"], torch.zeros(6))
+    assert torch.equal(export.load_ties(file)[0].parts[0].groups, labels)
 
 
 class Buffers(nn.Module):
@@ -530,6 +631,63 @@ def test_sizes_that_the_file_does_not_hold_are_refused_before_anything_is_made(
         assert largest.bytes <= 4096
 
 
+def blocks(file: Path) -> None:
+    """A file with blocks of two."""
+    labels = (torch.arange(40) % 10).view(5, 8)
+    export.save(nn.ParameterDict({"w": nn.Parameter(torch.zeros(5, 8))}), {"w": labels}, file)
+    assert contents_of(file)["ties"][0][0]["block"] == 2
+
+
+@pytest.mark.parametrize("block", [0, -2, 3, 2**70, True, 2.0, None, "2", [2]])
+def test_blocks_that_no_file_has_are_refused(block, tmp_path):
+    blocks(tmp_path / "model")
+    forged(tmp_path / "model", lambda contents, _: contents["ties"][0][0].update(block=block))
+    for read in READERS:
+        with pytest.raises(ValueError, match="metadata that"):
+            read(tmp_path / "model")
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_blocks_that_do_not_fit_the_indices_are_refused(block, tmp_path):
+    blocks(tmp_path / "model")
+    forged(tmp_path / "model", lambda contents, _: contents["ties"][0][0].update(block=block))
+    for read in READERS:
+        with pytest.raises(ValueError, match=r"w\.indices that does not fit"):
+            read(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("codebook", "columns"),
+    [((1, 2), 2), ((0, 2), 2), ((2**40, 0), 0), ((2**20 + 1,), None)],
+    ids=["one entry", "none", "without numbers", "no multiple"],
+)
+def test_few_indices_of_large_blocks_are_refused_before_anything_is_made(codebook, columns, tmp_path):
+    file = tmp_path / "model"
+    one_group(file)
+    size = 2**20 if columns is None else 2**40
+    rest = [] if columns is None else [columns]
+
+    def change(contents: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        contents["tied"]["w"] = [size, *rest]
+        contents["ties"][0][0].update(shape=[size], bits=1, block=size)
+        tensors["w.codebook"] = torch.zeros(codebook)
+        tensors["w.indices"] = torch.zeros(1, dtype=torch.uint8)
+
+    forged(file, change)
+    for read in READERS:
+        with Largest() as largest, pytest.raises(ValueError, match=r"(?s)cannot be read.*does not fit"):
+            read(file)
+        assert largest.bytes <= 4096
+
+
+def test_an_index_beyond_the_blocks_is_refused(tmp_path):
+    blocks(tmp_path / "model")
+    forged(tmp_path / "model", lambda _, tensors: tensors["w.indices"].fill_(255))
+    for read in READERS:
+        with pytest.raises(ValueError, match=r"w\.indices that does not fit"):
+            read(tmp_path / "model")
+
+
 def test_entries_that_take_no_room_are_not_more_than_labels(tmp_path):
     file = tmp_path / "model"
     one_group(file, (3, 0))
@@ -655,8 +813,8 @@ def test_another_file_is_refused(tmp_path):
 
 def test_a_file_of_another_format_is_refused(tmp_path):
     export.save(nn.Linear(2, 2), {}, tmp_path / "model")
-    forged(tmp_path / "model", lambda contents, _: contents.update(format="2"))
-    with pytest.raises(ValueError, match=r"(?s)format 1.*'2'.*another version"):
+    forged(tmp_path / "model", lambda contents, _: contents.update(format="3"))
+    with pytest.raises(ValueError, match=r"(?s)format 1 or 2.*'3'.*another version"):
         export.load(tmp_path / "model")
 
 

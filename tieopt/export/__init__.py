@@ -9,7 +9,9 @@ hash of every tensor. Instead of the entries of a parameter ``weight``, a file h
 
 - ``weight.codebook``: the values of the members of each group, shape ``[entries, *slice]``;
 - ``weight.indices``: the index of each slice's entry, or the number of entries for a free slice. Indices are packed
-  into uint8, each in one bit or more, the lowest bit first;
+  into uint8, each in one bit or more, the lowest bit first. Where blocks of consecutive slices always occur together,
+  as the subvectors of product quantization, each block has one index ``i`` and stands for the entries from
+  ``i * block`` on; ``block`` is in the metadata, and the format of such a file is 2, which version 1.0.0 cannot read;
 - ``weight.free``: the entries of the parameter that are in no group, in their order, if there are any;
 - ``weight.groups`` and ``weight.scales``, only with scales: the group and the scale of each entry of the codebook.
 

@@ -6,6 +6,7 @@ scales has an entry for each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -102,6 +103,29 @@ def codebook_of(
     for labelled, tensor, name, index in zip(slices, tensors, names, indices, strict=True):
         _check_tied(tensor, entries, labelled.dim, index, name)
     return entries, indices, labels[is_first], scales[is_first]
+
+
+def largest_block(indices: Sequence[Tensor], count: int) -> int:
+    """Return the largest size of blocks of consecutive slices that are determined by their first slice.
+
+    Blocks lie along the last dimension of the indices. A block has consecutive entries, the first of them a multiple of
+    the size, or free slices alone. No entry is in two different blocks.
+
+    Args:
+        indices: for each tensor the entry of every slice, as :func:`codebook_of` returns them.
+        count: the number of entries, which is the index of a free slice.
+    """
+    size = math.gcd(*[tensor.shape[-1] for tensor in indices])
+    for tensor in filter(Tensor.numel, indices):
+        numbers = torch.where(tensor == count, FREE - 1, tensor)
+        following = torch.where(numbers < 0, numbers, numbers + 1)
+        # A block begins wherever a slice does not follow the one before it, perhaps in one row of several.
+        begins = pad(following[..., :-1] != numbers[..., 1:], (1, 0), value=True)
+        somewhere = begins.view(-1, tensor.shape[-1]).any(0)
+        size = math.gcd(size, *somewhere.nonzero().flatten().tolist())
+        firsts = numbers[begins & (numbers >= 0)]
+        size = math.gcd(size, *torch.unique(firsts % size).tolist())
+    return max(size, 1)
 
 
 def _split(column: Tensor, slices: Sequence[Slices]) -> list[Tensor]:

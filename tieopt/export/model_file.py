@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import pad
 
 from tieopt.errors import refusal, shown
-from tieopt.export.codebook import codebook_of, fill_, packed, unpacked
+from tieopt.export.codebook import codebook_of, fill_, largest_block, packed, unpacked
 from tieopt.export.tensor_file import Reader, Writer, checked_dense, plain
 from tieopt.optimizer import TiedOptimizer
 from tieopt.tensors import bits, in_front
@@ -26,7 +26,8 @@ from tieopt.ties.places import BoundTie, bind_ties, parameters_of
 from tieopt.ties.slices import FREE, Slices, numbered
 from tieopt.ties.tie import Tie, Ties
 
-_FORMAT = "1"
+# The format of files without blocks, which version 1.0.0 reads, and of files with blocks.
+_FORMATS = "1", "2"
 
 # The most slices whose indices may take no bits, as version 1.0.0 wrote them where all slices are one entry. The size
 # of the file does not limit the number of such slices.
@@ -91,7 +92,10 @@ def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]
             writer.add(name, state[name])
         sizes = {name: state[name].shape for name in tied}
         aliases = {name: others for name, *others in names.values() if others}
-        writer.finish({"format": _FORMAT, "ties": written, "tied": sizes, "whole": whole, "aliases": aliases})
+        has_blocks = any("block" in part for parts in written for part in parts)
+        writer.finish(
+            {"format": _FORMATS[has_blocks], "ties": written, "tied": sizes, "whole": whole, "aliases": aliases}
+        )
 
 
 def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -195,6 +199,8 @@ class _Part(NamedTuple):
         dim: the dimension along which the slices lie.
         shape: the shape of the labels.
         bits: the bits of an index.
+        block: how many consecutive labels, along their last dimension, share an index. The block of index ``i`` has the
+            entries from ``i * block`` on, one for each label.
     """
 
     name: str
@@ -202,6 +208,7 @@ class _Part(NamedTuple):
     dim: int
     shape: Size
     bits: int
+    block: int = 1
 
 
 # --- writing ---
@@ -236,19 +243,22 @@ def _without_offsets(tie: BoundTie) -> BoundTie:
 def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[str], tied: _Tied) -> list[Any]:
     """Write a tie, add its slices to those of its parameters, and return its metadata."""
     entries, indices, groups, scales = codebook_of(tie.slices, [plain(param) for param in params], names)
+    # Entries without numbers take no room in the file, so they must not let a few indices stand for many slices.
+    block = largest_block(indices, len(entries)) if entries.numel() else 1
     parts = []
-    for name, labelled, chosen in zip(names, tie.slices, indices, strict=True):
+    for name, labelled, slices in zip(names, tie.slices, indices, strict=True):
         key = f"{name}.{len(tied[name])}" if tied[name] else name
+        chosen = slices[..., ::block] // block
         # At least one bit for an index, so that the size of the file limits their number.
         width = max(int(chosen.max()).bit_length(), 1) if chosen.numel() else 0
         writer.add(f"{key}.indices", packed(chosen, width))
-        parts.append(_Part(name, key, labelled.dim, labelled.labels.shape, width))
+        parts.append(_Part(name, key, labelled.dim, labelled.labels.shape, width, block))
         tied[name].append(labelled)
     writer.add(f"{parts[0].key}.codebook", entries)
     if any(labelled.scale is not None for labelled in tie.slices):
         writer.add(f"{parts[0].key}.groups", _narrow(groups, _GROUPS))
         writer.add(f"{parts[0].key}.scales", _narrow(scales, _SCALES))
-    return [part._asdict() for part in parts]
+    return [{key: value for key, value in part._asdict().items() if (key, value) != ("block", 1)} for part in parts]
 
 
 def _name_of(param: Tensor, names: dict[Any, list[str]]) -> str:
@@ -290,8 +300,9 @@ class _ModelReader(Reader):
     def __init__(self, file: str | os.PathLike[str]) -> None:
         super().__init__(file)
         stated = self.contents
-        if stated.get("format") != _FORMAT:
-            raise self.error(f"format {_FORMAT}", f"{shown(stated.get('format'))}, of another version of tieopt")
+        if stated.get("format") not in _FORMATS:
+            got = f"{shown(stated.get('format'))}, of another version of tieopt"
+            raise self.error(f"format {' or '.join(_FORMATS)}", got)
         try:
             self.ties = [[_Part(**part | {"shape": Size(part["shape"])}) for part in tie] for tie in stated["ties"]]
             self.tied = {name: Size(shape) for name, shape in stated["tied"].items()}
@@ -312,6 +323,7 @@ class _ModelReader(Reader):
         for part in parts:
             yield type(part.dim) is type(part.bits) is int and isinstance(part.key, str) and part.dim >= 0
             yield len(part.shape) > 0 and part.shape == self._moved_shape(part)[: len(part.shape)]
+            yield type(part.block) is int and part.block > 0 and part.shape[-1] % part.block == 0
         yield all(self.ties)
         yield self.tied.keys() == {part.name for part in parts}
         # Parts that share indices would let a small file make many large tensors.
@@ -333,11 +345,13 @@ class _ModelReader(Reader):
                 fits = fits and shape[1:] == self._moved_shape(part)[len(part.shape) :]
                 self._require(fits and dtypes.setdefault(part.name, dtype) == dtype, f"{key}.codebook", part.name)
                 entries[part.name] += shape[0]
+                # A block has its entries in the file, so that a few indices do not stand for many slices.
+                fits = part.block == 1 or (shape.numel() > 0 and shape[0] % part.block == 0)
                 labels = part.shape.numel()
-                fewest, most = int(labels > _MOST_WITHOUT_BITS), max(shape[0].bit_length(), 1)
-                packed_as = self.described(f"{part.key}.indices")
-                fits_labels = packed_as == (torch.uint8, (-(-part.bits * labels // 8),)) and fewest <= part.bits <= most
-                self._require(fits_labels, f"{part.key}.indices", part.name)
+                fewest, most = int(labels > _MOST_WITHOUT_BITS), max((shape[0] // part.block).bit_length(), 1)
+                size = -(-part.bits * (labels // part.block) // 8)
+                fits = fits and self.described(f"{part.key}.indices") == (torch.uint8, (size,))
+                self._require(fits and fewest <= part.bits <= most, f"{part.key}.indices", part.name)
             if f"{key}.scales" in self.names:
                 for name, allowed in ((f"{key}.groups", _GROUPS), (f"{key}.scales", _SCALES)):
                     dtype, numbers = self.described(name)
@@ -399,6 +413,9 @@ class _ModelReader(Reader):
 
     def _read_indices(self, part: _Part, count: int) -> Tensor:
         """Read the index of the entry of each slice, or ``count``, the number of entries, for a free slice."""
-        indices = unpacked(self.read(f"{part.key}.indices"), part.bits, part.shape)
-        self._require(bool((indices <= count).all()), f"{part.key}.indices", part.name)
-        return indices
+        shape = Size([*part.shape[:-1], part.shape[-1] // part.block])
+        indices = unpacked(self.read(f"{part.key}.indices"), part.bits, shape)
+        self._require(bool((indices * part.block <= count).all()), f"{part.key}.indices", part.name)
+        if part.block == 1:
+            return indices
+        return (indices[..., None] * part.block + torch.arange(part.block, device="cpu")).flatten(-2).clamp(max=count)
