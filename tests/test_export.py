@@ -332,6 +332,27 @@ def test_the_largest_block_is_the_largest(data, seed, shapes):
     assert codebook.largest_block(indices, count) == max(size for size in range(1, 7) if fits(size))
 
 
+@pytest.mark.parametrize(
+    ("indices", "count", "block"),
+    [
+        ([[0, 1, 2, 0, 1, 2]], 3, 3),
+        ([[0, 1, 2, 3], [2, 3, 0, 1]], 4, 2),
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], 8, 4),
+        ([[0, 1, 2, 3, 4, 5], [4, 5, 0, 1, 2, 3], [2, 3, 4, 5, 0, 1]], 6, 2),
+        # One entry would be in two blocks.
+        ([[0, 1, 1, 2]], 3, 1),
+        ([[0, 1], [1, 0]], 2, 1),
+        # Slices that are free have the number of entries.
+        ([[0, 1, 4, 4], [2, 3, 0, 1]], 4, 2),
+        ([[0, 1, 2, 2]], 2, 2),
+        ([[0, 1, 2, 3]], 3, 1),
+        ([[4, 4, 0, 1], [4, 2, 3, 4]], 4, 1),
+    ],
+)
+def test_blocks_are_found(indices, count, block):
+    assert codebook.largest_block([torch.tensor(indices)], count) == block
+
+
 @pytest.mark.parametrize("has_blocks", [False, True])
 def test_files_without_blocks_are_those_of_version_1_0_0(has_blocks, tmp_path, monkeypatch):
     file, model = tmp_path / "model", nn.ParameterDict({"w": nn.Parameter(torch.zeros(6))})
