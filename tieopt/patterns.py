@@ -13,15 +13,15 @@ layer and whole kernels of the weight of a convolution are tied::
     ties = Tie(layer.weight, labels, scale=scale)
 
 Random patterns depend on a seed alone, and no argument is written to. A pattern depends on a shape and not on
-weights; only :func:`clusters` reads them. :func:`orbits` and :func:`equivariant` need scipy, and
-:func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
+weights; only :func:`clusters` and :func:`similar` read them. :func:`orbits`, :func:`equivariant` and :func:`similar`
+need scipy, and :func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from math import prod
+from math import inf, prod
 from operator import index
 from typing import Any, Literal, SupportsIndex, overload
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from tieopt.errors import imported, integer_between, refusal, shown, shown_entry
+from tieopt.ties.slices import FREE, Slices, numbered
 
 __all__ = [
     "antisymmetric",
@@ -45,6 +46,7 @@ __all__ = [
     "orbits",
     "persymmetric",
     "rotated",
+    "similar",
     "symmetric",
     "toeplitz",
 ]
@@ -869,6 +871,63 @@ def clusters(
     return labels.masked_fill(is_zero, total * size), (~is_zero).float()
 
 
+def similar(tensor: Tensor, distance: float, *, dim: int = 0) -> Tensor:
+    r"""Slices that resemble each other, in groups in which no two are farther apart than a distance.
+
+    .. math:: \| w_i - w_j \|_2 \le d \quad \text{for all } i, j \text{ in one group}
+
+    Neurons that have become similar are tied in this way, without a number of clusters to choose. The groups are those
+    of agglomerative clustering with complete linkage, which merges the two groups whose farthest members are nearest,
+    as long as these are within the distance. Single linkage would chain slices that resemble their neighbours, although
+    the first and the last of them do not resemble each other.
+
+    scipy compares all pairs of slices: ``n`` slices need about ``8 n^2`` bytes for a moment, 0.8 GB for 10 000, and
+    time that grows with ``n^2``.
+
+    Args:
+        tensor: the parameter now, one dimension or more, dense, any real floating dtype. It is not written to.
+        distance: the largest Euclidean distance of two slices in a group, finite and not negative; 0 finds equal ones.
+        dim: the dimension along which the slices lie; 1 compares the columns of a matrix, and negative ones count from
+            the end.
+
+    Returns:
+        Labels of shape ``[n]`` for ``n`` slices, int64, -1 for a slice that is in no group with another one. Groups are
+        numbered in the order of their first slices.
+
+    Raises:
+        TypeError: ``tensor`` is not a dense floating tensor, ``distance`` is not a number, or ``dim`` not an integer.
+        IndexError: ``dim`` is out of range.
+        ValueError: ``tensor`` has no dimension or no entries or one that is not finite, or ``distance`` is negative or
+            not finite.
+        ImportError: scipy is not installed.
+
+    Example:
+        >>> import torch
+        >>> from tieopt import patterns, tie_
+        >>> weight = torch.tensor([[1.0, 2.0], [7.0, 7.0], [1.1, 2.0], [5.0, 0.0]])
+        >>> labels = patterns.similar(weight, 0.2)
+        >>> labels
+        tensor([ 0, -1,  0, -1])
+        >>> tie_(weight, labels)
+        tensor([[1.0500, 2.0000],
+                [7.0000, 7.0000],
+                [1.0500, 2.0000],
+                [5.0000, 0.0000]])
+    """
+    entries = _entries(tensor, "compare", "compared")
+    dim = integer_between(dim, "dim", -entries.dim(), entries.dim() - 1, IndexError)
+    farthest = _distance(distance)
+    spatial, hierarchy = _optional("scipy.spatial.distance"), _optional("scipy.cluster.hierarchy")
+    slices = entries.movedim(dim, 0).flatten(1) if entries.dim() > 1 else entries[:, None]
+    if len(slices) == 1:
+        return torch.tensor([FREE], device="cpu")
+    tree = hierarchy.linkage(spatial.pdist(slices.numpy()), method="complete")
+    found = torch.from_numpy(hierarchy.fcluster(tree, farthest, criterion="distance"))
+    _, number, sizes = torch.unique(found, return_inverse=True, return_counts=True)
+    (groups,) = numbered([Slices(torch.where(sizes[number] > 1, number, FREE))])
+    return groups.labels
+
+
 # --- what the patterns share ---
 
 
@@ -1036,20 +1095,20 @@ def _nested(outer: Tensor, inner: tuple[Tensor, int]) -> Tensor:
     return nested.flatten(2, 3).flatten(0, 1)
 
 
-def _entries(tensor: Any) -> Tensor:
-    """Return the entries of a tensor that is to be clustered, in float64."""
+def _entries(tensor: Any, verb: str = "cluster", done: str = "clustered") -> Tensor:
+    """Return the entries of a tensor in float64; errors say what they are needed for."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         got = f"{shown(tensor)}, {tensor.layout}" if isinstance(tensor, Tensor) else shown(tensor)
         expected = "a dense tensor of a real floating dtype"
-        raise refusal(TypeError, "This cannot be clustered.", expected=expected, got=got)
+        raise refusal(TypeError, f"This cannot be {done}.", expected=expected, got=got)
     if tensor.numel() == 0 or tensor.dim() == 0:
-        raise refusal(ValueError, "There is nothing to cluster.", expected="one entry or more", got=shown(tensor))
+        raise refusal(ValueError, f"There is nothing to {verb}.", expected="one entry or more", got=shown(tensor))
     entries: Tensor = tensor.detach().to("cpu", torch.float64)
     wrong = ~entries.isfinite()
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         got = f"{entries[at].item()} at {at}"
-        raise refusal(ValueError, "A tensor cannot be clustered.", expected="finite entries", got=got)
+        raise refusal(ValueError, f"A tensor cannot be {done}.", expected="finite entries", got=got)
     return entries
 
 
@@ -1115,6 +1174,19 @@ def _clusters(points: Tensor, costs: Tensor | None, k_means: Any, *, sort: bool)
         labels = torch.from_numpy(k_means.fit(points.numpy(), sample_weight=sizes.numpy()).labels_).long()
     clusters: Tensor = labels[inverse]
     return clusters
+
+
+def _distance(distance: Any) -> float:
+    try:
+        if isinstance(distance, (bool, str, bytes)):
+            raise TypeError
+        number = float(distance)
+    except (TypeError, ValueError, RuntimeError):
+        what, expected = "A distance is not a number.", "a number from 0 on"
+        raise refusal(TypeError, what, expected=expected, got=shown(distance)) from None
+    if not 0 <= number < inf:
+        raise refusal(ValueError, "A distance is out of range.", expected="a finite number from 0 on", got=number)
+    return number
 
 
 def _summary(values: Tensor, sizes: Tensor, bins: int) -> tuple[Tensor, Tensor]:
