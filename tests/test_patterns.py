@@ -826,6 +826,8 @@ def test_clusters_of_something_else_are_refused():
         ("scipy.sparse", lambda: patterns.orbits(torch.arange(3))),
         ("scipy.sparse.csgraph", lambda: patterns.orbits(torch.arange(3))),
         ("scipy.sparse", lambda: patterns.equivariant(None, [torch.arange(3)])),
+        ("scipy.spatial.distance", lambda: patterns.similar(torch.ones(2, 2), 1.0)),
+        ("scipy.cluster.hierarchy", lambda: patterns.similar(torch.ones(2, 2), 1.0)),
         ("sklearn.utils", lambda: patterns.hashed((2, 2), 2)),
         ("sklearn.cluster", lambda: patterns.clusters(torch.ones(2, 2), 1)),
     ],

@@ -473,7 +473,7 @@ def orbits(*permutations: _Permutation) -> Tensor | tuple[Tensor, Tensor]:
         tensor([[0, 0, 0],
                 [0, 0, 0]])
 
-        Kernels of odd filters, ``W = -W.flip(1)``:
+        Odd filters, ``W = -W.flip(1)``:
 
         >>> labels, scale = patterns.orbits((entries.flip(1), -torch.ones(2, 3)))
         >>> scale
@@ -780,19 +780,20 @@ def clusters(
     it to weights. The second derivatives of the loss as weights are from `Choi et al., 2017
     <https://arxiv.org/abs/1612.01543>`_.
 
-    What is equal is in one cluster, and the clusters do not depend on the order of the rows. If there
-    are no more distinct ones than clusters, each has its own. scikit-learn runs k-means in float64, from one start by
-    k-means++; another version of it may find other clusters. More than a few thousand distinct values are clustered by
-    a fine histogram of them, and then each value goes to the nearest center.
+    Equal rows, values or subvectors are in one cluster, and the clusters do not depend on the order of the rows. If
+    there are no more distinct ones than clusters, each has its own. scikit-learn runs k-means in float64, from one
+    start by k-means++; another version of it may find other clusters. More than a few thousand distinct values are
+    clustered by a fine histogram of them, and then each value goes to the nearest center.
 
     Args:
         tensor: the parameter now, shape ``[n, ...]``, dense, any real floating dtype. It is not written to.
-        count: the number of clusters, at most the number of what is clustered, in each channel if ``per="channel"``.
+        count: the number of clusters, at most the number of rows, values or subvectors; in each channel if
+            ``per="channel"``.
         of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries, or a number for
             subvectors of so many consecutive entries of a row, flattened; it divides the entries of a row. For the
             weight ``[out, in, k, k]`` of a convolution, ``of=k * k`` stands for its kernels.
         per: ``"tensor"`` for clusters of the whole tensor, or ``"channel"`` for clusters of values or subvectors in
-            each slice along dimension 0, of which none is shared with another slice.
+            each slice along dimension 0 by itself.
         keep_zeros: whether entries that are zero, as in a pruned weight, stay zero: they are pinned by scale 0. Rows
             and subvectors of zeros alone are in no cluster. In others, k-means counts zeros as any number, but the
             mean that a tie starts from is that of the other entries.
