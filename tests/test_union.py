@@ -268,7 +268,7 @@ VECTOR, OTHER = parameter(4), parameter(4)
             ValueError,
             "Ties with offsets share entries.\n"
             "  Expected: one Tie of all these slices, with its offsets; or ties that share no entry\n"
-            "  Got:      Tie(parameter of shape (4,), 1 group of 1 member, 3 free, frozen, strength=1.0, every=1), "
+            "  Got:      Tie(parameter of shape (4,), 1 group of 1 member, 3 free, frozen), "
             "Tie(parameter of shape (4,), 1 group of 2 members, 2 free)",
         ),
     ],
