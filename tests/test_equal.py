@@ -268,6 +268,12 @@ def test_weights_of_another_dtype_are_told_how_to_be_converted(model: Model) -> 
     assert "untie" not in str(caught.value)
 
 
+def test_a_name_that_finds_no_counterpart_for_some_is_refused() -> None:
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
+    with pytest.raises(ValueError, match=re.escape(NOTHING + "0.bias (2,) alone")):
+        tied(model, Tie.equal("?.*"))
+
+
 def test_modules_are_no_keys(model: Model) -> None:
     with pytest.raises(ValueError, match=re.escape("tie its parameters, such as its .weight")):
         tied(model, {model.encoder: [[0, 1]]})

@@ -167,6 +167,22 @@ def test_what_ties_and_shows_tensors_takes_numbers(tmp_path: Path) -> None:
         assert_tied(model, Tie.equal("*.temperature"))
 
 
+def test_a_number_is_an_element_of_a_matrix(compact: bool) -> None:
+    number, matrix = Parameter(torch.tensor(1.0)), Parameter(torch.arange(12.0).view(4, 3))
+    element = torch.full((4, 3), -1)
+    element[3, 1] = 0
+    ties = [Tie.join(Tie(number, [[0]]), Tie(matrix, element)), Tie(matrix, [[0, 1]])]
+    optimizer = TiedOptimizer(Adam([number, matrix], lr=0.1), ties, compact=compact)
+    for step in range(3):
+        number.grad, matrix.grad = torch.tensor(1.0 + step), torch.ones(4, 3)
+        optimizer.step()
+    assert number == matrix[3, 1]
+    assert torch.equal(matrix[0], matrix[1])
+    (united,) = Tie.union(ties[0], Tie(matrix, [[2, 3]]))
+    TiedOptimizer(Adam([number, matrix]), united, compact=compact)
+    assert number == matrix[2, 1] == matrix[3, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_numbers_with_offsets_are_written_and_read(tmp_path: Path, dtype: torch.dtype) -> None:
     model = nn.ParameterList(numbers((), dtype))

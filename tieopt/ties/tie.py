@@ -359,7 +359,7 @@ class Part(_Fields):
     """The part of a tie that lies in one parameter: a named tuple.
 
     Attributes:
-        param: the parameter, or its name.
+        param: the parameter, or its name; of :meth:`Tie.equal` also a module.
         groups: the labels, int64 on the CPU, if ``param`` is a tensor; else what the user gave.
         dim: the dimension along which the slices lie.
         scale: as ``groups``, float64 on the CPU, or None.

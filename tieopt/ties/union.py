@@ -114,7 +114,8 @@ def _union(ties: Sequence[Joined], texts: Sequence[str]) -> Joined:
         )
         raise refusal(ValueError, what, expected=expected, got=shown_list(texts))
     labels = torch.full((end,), FREE, device="cpu")
-    labels.scatter_reduce_(0, node, root[value], "amin", include_self=False)
+    # What is pinned in several groups is in any of them.
+    labels.scatter_reduce_(0, node, root[value], "amax")
     scales = torch.where(is_pinned, 0.0, multiple)
     kinds, union = dict(parts), []
     for param, kind in kinds.items():
