@@ -66,8 +66,7 @@ def train(optimizer: Optimizer, params: Sequence[Parameter], steps: range) -> No
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_number_is_trained_as_a_vector_of_one_entry(optimizer: str, tie: str, reduction: str, compact: bool) -> None:
     make, made, results = OPTIMIZERS[optimizer], TIES[tie], []
-    # A parameter that is pinned as a whole loses the state that Adagrad begins with, of any shape.
-    others = [] if optimizer == "Adagrad" and tie in ("frozen", "pinned") else [not compact, compact]
+    others = [not compact, compact]
     for shape in ((), (1,)):
         params = numbers(shape)
         # Numbers that were trained before, one of them longer.

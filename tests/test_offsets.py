@@ -333,6 +333,16 @@ def test_a_small_member_keeps_the_digits_that_a_large_offset_hides(compact):
     assert weight[1].item() == pytest.approx(-1e-3, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_negative_zero_keeps_its_sign(compact, dtype):
+    weight = Parameter(torch.tensor([-0.0, 1.0, -0.0], dtype=dtype))
+    tie = Tie(weight, [[0, 1, 2]], offset=torch.tensor([0.0, 1.0, 0.0]))
+    optimizer = TiedOptimizer(SGD([weight], lr=1.0), tie, compact=compact)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert weight.signbit().tolist() == [True, False, True]
+
+
 # --- frozen slices ---
 
 AWKWARD = [-0.0, 0.0, math.inf, -math.inf, math.nan, 1e-40, 0.1, -3.0]

@@ -151,6 +151,17 @@ def test_the_pull_follows_a_schedule():
     assert "strength 0.5, every 4 steps" in repr(optimizer)
 
 
+def test_ties_are_projected_after_as_many_steps_as_each_says():
+    often, seldom = Parameter(randn(2)), Parameter(randn(2))
+    pair = [Tie(often, [[0, 1]], every=2), Tie(seldom, [[0, 1]], every=3)]
+    optimizer = TiedOptimizer(SGD([often, seldom], lr=1.0), pair)
+    for number in range(1, 13):
+        often.grad, seldom.grad = randn(2, seed=number), randn(2, seed=-number)
+        optimizer.step()
+        assert is_tied(often, [[0, 1]]) == (number % 2 == 0)
+        assert is_tied(seldom, [[0, 1]]) == (number % 3 == 0)
+
+
 def test_what_is_said_of_a_tie_stays_with_it():
     first, second = Parameter(randn(3)), Parameter(randn(3, seed=1))
     pulled = Tie(first, [[0, 1]], strength=0.5, every=2)

@@ -610,7 +610,12 @@ class TiedOptimizer(Optimizer):
             exact = [(tie, params) for tie, params in pairs if not tie.options.relaxed]
             self.state.update(tied_state(self.state, exact, settings))
         if convert is not None:
-            self.state.update(convert(self.state))
+            converted = convert(self.state)
+            self.state.update(converted)
+            for param, state in converted.items():
+                if not state:
+                    # Adagrad looks for a step count in all that there is.
+                    del self.state[param]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters are free until :meth:`retie`.

@@ -333,7 +333,9 @@ class CompactMode(Mode):
         whole = {**state, **expanded(state, pairs, self.engine, settings, lost)}
         if self.applied:
             whole = without_history(optimizer, whole, lost)
-        whole |= {param: begun(optimizer, param, settings(param)) for param in lost}
+        # What is pinned as a whole had no state to be lost.
+        lacking = [param for _, tied in pairs for param in tied if id(param) in held and not whole.get(param)]
+        whole |= begun(optimizer, lacking, settings)
         gone = set(map(id, known.values())) - held
         return {key: value for key, value in whole.items() if id(key) not in gone}
 

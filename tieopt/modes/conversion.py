@@ -289,20 +289,27 @@ def converter(
         if pairs:
             without_history(optimizer, state, entries=entries)
         if was_compact:
-            return expanded(state, pairs, engine, settings_in(param_groups))
+            settings = settings_in(param_groups)
+            whole = expanded(state, pairs, engine, settings)
+            params = [param for _, params in pairs for param in params]
+            return {**whole, **begun(optimizer, (param for param in params if not whole.get(param)), settings)}
         return compacted(state, pairs, engine, maybe=was_compact is None)
 
     return convert
 
 
-def begun(optimizer: Optimizer, param: Tensor, settings: Mapping[str, Any]) -> State:
-    """Return the state of a parameter with which an optimizer begins; most have none before the first step."""
+def begun(optimizer: Optimizer, params: Iterable[Tensor], settings: Settings) -> dict[Tensor, State]:
+    """Return the states of parameters with which an optimizer begins; most have none before the first step."""
     if not isinstance(optimizer, torch.optim.Adagrad):
         return {}
-    fused = bool(settings.get("fused"))
-    dtype = _get_scalar_dtype(is_fused=fused)  # type: ignore[no-untyped-call]
-    step = torch.zeros((), dtype=dtype, device=param.device if fused else "cpu")
-    return {"step": step, "sum": torch.full_like(param.detach(), begins_at("sum", settings, param))}
+    states = {}
+    for param in params:
+        fused = bool(settings(param).get("fused"))
+        dtype = _get_scalar_dtype(is_fused=fused)  # type: ignore[no-untyped-call]
+        step = torch.zeros((), dtype=dtype, device=param.device if fused else "cpu")
+        begin = begins_at("sum", settings(param), param)
+        states[param] = {"step": step, "sum": torch.full_like(param.detach(), begin)}
+    return states
 
 
 # --- values that cannot be converted ---
