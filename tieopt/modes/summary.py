@@ -67,7 +67,7 @@ class TieSummary(str):
 
     @property
     def ratio(self) -> float:
-        """The distinct values for each entry: 1.0 if nothing is tied, or there are no entries."""
+        """The distinct values for each entry; 1.0 if nothing is tied, or there are no entries."""
         return self.distinct / self.entries if self.entries else 1.0
 
     def __repr__(self) -> str:

@@ -116,7 +116,7 @@ class Tie:
     """
 
     parts: tuple[Part, ...]
-    options: Options = Options()
+    options = Options()
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class Tie:
             *params: parameters of one shape, or their names if the optimizer was built from ``named_parameters()``; or
                 modules, which are equal in each of their parameters.
 
-                Names may have wildcards as in :mod:`fnmatch`: ``*`` stands for any text, also one with dots, ``?`` for
+                Names may have wildcards as in ``fnmatch``: ``*`` stands for any text, also one with dots, ``?`` for
                 one character, ``[2-4]`` for one of several; the first wildcards of a name stand for texts as short as
                 can be. A single name joins what differs in its first wildcard alone: ``"layers.[2-4].ffn.*.weight"``
                 makes three layers equal, each weight to its counterparts. Of several names, those are equal
