@@ -420,6 +420,25 @@ def test_values_are_those_of_when_the_tie_is_bound():
     assert weight[1].tolist() == [2.0, 2.0]
 
 
+def test_frozen_values_are_loaded_before_the_optimizer_is_wrapped(compact):
+    def wrapped(weight: Parameter) -> TiedOptimizer:
+        return TiedOptimizer(AdamW([weight], lr=0.1), frozen(weight, [1]), compact=compact)
+
+    weight, late, early = (Parameter(randn(3, 2, seed=seed)) for seed in range(3))
+    optimizer = wrapped(weight)
+    train(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    too_early = wrapped(late)
+    with pytest.raises(ValueError, match="load the weights before the optimizer is wrapped"):
+        too_early.load_state_dict(saved)
+    early.data.copy_(weight)
+    resumed = wrapped(early)
+    resumed.load_state_dict(saved)
+    train(optimizer, 2)
+    train(resumed, 2)
+    assert same_bits(weight, early)
+
+
 def test_what_is_written_to_frozen_slices_between_steps_is_undone_with_a_warning(compact):
     weight = Parameter(torch.ones(3, 2))
     optimizer = TiedOptimizer(SGD([weight], lr=0.1), frozen(weight, [1]), compact=compact)

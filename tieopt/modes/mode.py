@@ -416,7 +416,8 @@ class Mode(ABC):
                     parameter=names.get(number, f"number {number}"),
                     expected=ours.get(number, "no ties"),
                     got=f"{theirs.get(number, 'no ties')}\n"
-                    "  To change the ties, tie as when it was saved, load the state, and then call retie().",
+                    "  To change the ties, tie as when it was saved, load the state, and then call retie(). What is\n"
+                    "  frozen counts with its values: load the weights before the optimizer is wrapped.",
                 )
 
 
