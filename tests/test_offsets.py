@@ -453,7 +453,7 @@ def test_what_is_written_to_frozen_slices_between_steps_is_undone_with_a_warning
 def test_a_frozen_slice_cannot_be_in_a_group():
     weight = Parameter(randn(4, 2))
     before = weight.detach().clone()
-    with pytest.raises(ValueError, match="tied twice"):
+    with pytest.raises(ValueError, match=r"tied twice.\n.*what is frozen, or has an offset, is in one tie alone"):
         TiedOptimizer(SGD([weight]), [Tie(weight, [[0, 1]]), frozen(weight, [1, 2])])
     assert torch.equal(weight, before)
 
@@ -632,10 +632,20 @@ def test_a_bad_offset_is_refused_before_anything_is_written(offset, error, messa
 
 
 @pytest.mark.parametrize(
-    ("indices", "error"),
-    [([9], IndexError), ([0, 0], ValueError), ([0.5], TypeError), (3, TypeError), ([[0, 1]], TypeError)],
+    ("indices", "error", "message"),
+    [
+        ([9], IndexError, "out of range"),
+        ([0, 0], ValueError, "more than once"),
+        ([0.5], TypeError, "a list of indices"),
+        (3, TypeError, "a list of indices"),
+        ("12", TypeError, "a list of indices"),
+        ([[0, 1]], TypeError, "a list of indices"),
+        (torch.tensor([0, 1]), ValueError, "wrong shape"),
+        (torch.tensor([True, False]), ValueError, "wrong shape"),
+        (torch.zeros(4), TypeError, "wrong dtype"),
+    ],
     ids=str,
 )
-def test_bad_indices_of_frozen_slices_are_refused(indices, error):
-    with pytest.raises(error):
+def test_bad_indices_of_frozen_slices_are_refused(indices, error, message):
+    with pytest.raises(error, match=message):
         frozen(Parameter(randn(4, 3)), indices)

@@ -311,14 +311,16 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
             parts.setdefault(place, []).append(slices)
     for place, several in parts.items():
         for first, second, entry in shared_entries(several, place.shape):
-            way = "" if are_alike(several) else f", with a label for each entry, of shape {tuple(place.shape)}"
-            raise refusal(
-                ValueError,
-                f"{name_of(param_groups, place)} is tied twice.",
-                expected="ties that share no entry: Tie.union(*ties) returns such ties of parameters; or write what is "
-                f"to be equal as one group of one Tie{way}; retie() takes new ties in the place of all old ones",
-                got=f"entry {entry} in {several[first]}, and in {several[second]}",
+            what = f"{name_of(param_groups, place)} is tied twice."
+            labels = "" if are_alike(several) else f", with a label for each entry, of shape {tuple(place.shape)}"
+            ways = (
+                "Tie.union(*ties) returns such ties of parameters; or write what is to be equal as one group of one "
+                f"Tie{labels}; retie() takes new ties in the place of all old ones"
             )
+            if any(several[number].offset is not None for number in (first, second)):
+                ways = "what is frozen, or has an offset, is in one tie alone"
+            got = f"entry {entry} in {several[first]}, and in {several[second]}"
+            raise refusal(ValueError, what, expected=f"ties that share no entry: {ways}", got=got)
 
 
 def check_apart(param_groups: ParamGroups, ties: Iterable[BoundTie]) -> None:

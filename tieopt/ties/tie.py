@@ -431,12 +431,15 @@ def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, di
         >>> (embedding.weight != before).any(1)
         tensor([False, False, False, False,  True])
     """
-    groups: Any
-    if hasattr(indices, "__array__"):
+    groups: Groups
+    if isinstance(indices, Tensor) or hasattr(indices, "__array__"):
         labels = _as_tensor(indices, "Labels", "booleans or integers", "the frozen slices")
         groups = torch.where(labels, 0, FREE) if labels.dtype == torch.bool else labels
     else:
-        groups = [list(indices) if isinstance(indices, Iterable) else indices]
+        expected = "a list of indices, as [0, 3, 5]; or a mask in the shape of labels, where True is frozen"
+        if not isinstance(indices, Iterable) or isinstance(indices, str):
+            raise refusal(TypeError, "These slices cannot be frozen.", expected=expected, got=shown(indices))
+        groups = [[as_integer(index, "An index of a frozen slice", expected=expected) for index in indices]]
     return Tie(param, groups, dim=dim, offset=FROZEN, strength=1.0, every=1)  # type: ignore[arg-type]
 
 
