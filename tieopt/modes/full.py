@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +35,7 @@ class FullStep(Step):
             with self._tied_for(held):
                 return inner(self._optimizer, *args, **kwargs)
         if self._is_step and self._ties_gradients:
-            params = [param for _, params in self._exact(self._took_part.items()) for param in params]
+            params = list(chain.from_iterable(map(itemgetter(1), self._exact(self._took_part.items()))))
             self._given = list(zip(params, map(grad_of, params), strict=True))
         result = inner(self._optimizer, *args, **kwargs)
         for param, grad in self._given:

@@ -59,11 +59,13 @@ def tie_gradients(
     if others:
         _replace(others, engine, "mean")
     if undo is not None:
-        others_to_sum = [(tie, params) for tie, params in others if tie.options.reduction == "sum"]
-        undo.append(partial(_divide, pairs, to_sum, engine))
-        means = [(param, param.grad) for _, params in others_to_sum for param in params]
-        _replace(others_to_sum, engine, "sum")
-        undo.append(partial(put_back, [(param, mean, param.grad) for param, mean in means]))
+        if to_sum:
+            undo.append(partial(_divide, pairs, to_sum, engine))
+        summed = [pair for pair in others if pair[0].options.reduction == "sum"]
+        if summed:
+            means = [(param, param.grad) for _, params in summed for param in params]
+            _replace(summed, engine, "sum")
+            undo.append(partial(put_back, [(param, mean, param.grad) for param, mean in means]))
     return calls
 
 
