@@ -353,6 +353,14 @@ def test_blocks_are_found(indices, count, block):
     assert codebook.largest_block([torch.tensor(indices)], count) == block
 
 
+@pytest.mark.parametrize(("width", "number"), [(16, "2"), (17, "1")])
+def test_wide_slices_are_written_as_version_1_0_0_reads_them(width, number, tmp_path):
+    model = nn.ParameterDict({"embedding": nn.Parameter(randn(9, width)), "head": nn.Parameter(randn(9, width))})
+    TiedOptimizer(SGD(model.named_parameters()), Tie.equal("embedding", "head"))
+    export.save(model, Tie.equal("embedding", "head"), tmp_path / "model")
+    assert contents_of(tmp_path / "model")["format"] == number
+
+
 @pytest.mark.parametrize("has_blocks", [False, True])
 def test_files_without_blocks_are_those_of_version_1_0_0(has_blocks, tmp_path, monkeypatch):
     file, model = tmp_path / "model", nn.ParameterDict({"w": nn.Parameter(torch.zeros(6))})

@@ -29,6 +29,9 @@ from tieopt.ties.tie import Tie, Ties
 # The format of files without blocks, which version 1.0.0 reads, and of files with blocks.
 _FORMATS = "1", "2"
 
+# The most numbers in slices that are worth an index for each block of them.
+_NARROW = 16
+
 # The most slices whose indices may take no bits, as version 1.0.0 wrote them where all slices are one entry. The size
 # of the file does not limit the number of such slices.
 _MOST_WITHOUT_BITS = 2**24
@@ -243,8 +246,9 @@ def _without_offsets(tie: BoundTie) -> BoundTie:
 def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[str], tied: _Tied) -> list[Any]:
     """Write a tie, add its slices to those of its parameters, and return its metadata."""
     entries, indices, groups, scales = codebook_of(tie.slices, [plain(param) for param in params], names)
-    # Entries without numbers take no room in the file, so they must not let a few indices stand for many slices.
-    block = largest_block(indices, len(entries)) if entries.numel() else 1
+    # Entries without numbers take no room in the file, so they must not let a few indices stand for many slices. The
+    # indices of wide slices take little of it, and version 1.0.0 reads a file without blocks.
+    block = largest_block(indices, len(entries)) if 0 < entries.shape[1:].numel() <= _NARROW and len(entries) else 1
     parts = []
     for name, labelled, slices in zip(names, tie.slices, indices, strict=True):
         key = f"{name}.{len(tied[name])}" if tied[name] else name
