@@ -208,6 +208,33 @@ def test_scaled_gradients_are_tied_and_then_unscaled_by_the_clipping(compact):
     torch.testing.assert_close(weights_of(accelerator.unwrap_model(model)), weights_of(plain))
 
 
+@pytest.mark.host("Accelerate", "`unscale_gradients`, `clip_grad_norm_` of the tied optimizer", package="accelerate")
+def test_unscaled_gradients_are_clipped_by_the_optimizer(compact):
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    # What it makes itself where there is a GPU.
+    accelerator.scaler, accelerator.native_amp = GradScaler("cpu", init_scale=2.0**10), True
+    model, tied, _ = made(compact)
+    plain, reference, _ = made(compact)
+    model, optimizer = accelerator.prepare(model, tied)
+    for x, y in DataLoader(DATA, batch_size=2):
+        accelerator.backward(mse_loss(model(x), y))
+        accelerator.unscale_gradients()
+        norm = tied.clip_grad_norm_(1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        with torch.autocast("cpu", torch.float16):
+            prediction = plain(x)
+        (mse_loss(prediction.float(), y) * 2.0**10).backward()
+        for parameter in plain.parameters():
+            parameter.grad /= 2.0**10
+        torch.testing.assert_close(norm, reference.clip_grad_norm_(1e-3))
+        reference.step()
+        reference.zero_grad()
+        assert not optimizer.step_was_skipped
+    torch.testing.assert_close(weights_of(accelerator.unwrap_model(model)), weights_of(plain))
+
+
 @pytest.mark.host("Accelerate", "an optimizer that is tied once it is prepared", package="accelerate")
 def test_what_is_below_a_prepared_optimizer_can_be_tied_as_well(compact):
     accelerator = Accelerator(cpu=True)

@@ -53,6 +53,11 @@ class TiedBeforeClipping(Module):
         optimizer.tie_gradients()
 
 
+class ClippedByTheOptimizer(Module):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        optimizer.clip_grad_norm_(gradient_clip_val)
+
+
 class Manual(Module):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -183,6 +188,17 @@ def test_the_trainer_clips_untied_gradients_or_tied_ones_if_they_are_tied_before
         clip(model.parameters(), CLIP)
 
     assert same_as(module, plain_loop(model, optimizer, BATCHES * EPOCHS, before_step=before_step))
+
+
+@host("gradient clipping by `clip_grad_norm_` of the tied optimizer")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_trainer_has_the_optimizer_clip(compact, tmp_path, reduction):
+    module, model = ClippedByTheOptimizer(SGD, compact=compact, reduction=reduction), small_model()
+    fit(module, tmp_path, gradient_clip_val=CLIP)
+
+    optimizer = tied_optimizer(model, SGD, compact, reduction=reduction)
+    plain = plain_loop(model, optimizer, BATCHES * EPOCHS, before_step=lambda: optimizer.clip_grad_norm_(CLIP))
+    assert same_as(module, plain)
 
 
 @host("LBFGS")

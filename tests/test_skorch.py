@@ -140,6 +140,19 @@ def test_clipping_measures_the_tied_gradient_after_a_callback_that_ties_it(compa
     made(compact=compact, callbacks=[ties, GradientNormClipping(CLIP), SeesGradients()]).fit(X, Y)
 
 
+@pytest.mark.host("skorch", "`clip_grad_norm_` of the tied optimizer in a callback", package="skorch")
+def test_a_callback_has_the_optimizer_clip(compact):
+    class Clips(Callback):
+        def on_grad_computed(self, net, **kwargs):
+            norms.append(net.optimizer_.clip_grad_norm_(CLIP))
+            torch.testing.assert_close(net.optimizer_.grad_norm(), torch.tensor(CLIP), rtol=1e-3, atol=0)
+
+    norms = []
+    made(compact=compact, callbacks=[Clips()]).fit(X, Y)
+    assert all(norm > CLIP for norm in norms)
+    assert norms
+
+
 @pytest.mark.host("skorch", "`save_params`, `load_params`, `pickle`", package="skorch")
 @pytest.mark.parametrize("way", ["params", "pickle"])
 def test_a_net_that_was_saved_goes_on_bit_for_bit_as_if_never_stopped(compact, way, tmp_path):

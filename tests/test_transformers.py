@@ -142,7 +142,10 @@ def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(compact, tmp_pa
 
 
 @pytest.mark.host("transformers", "`create_optimizer`, tied gradients clipped", package="transformers")
-def test_the_trainers_own_optimizer_is_tied_where_it_is_made_and_clipped_where_it_is_tied(compact, tmp_path):
+@pytest.mark.parametrize("by_the_optimizer", [True, False])
+def test_the_trainers_own_optimizer_is_tied_where_it_is_made_and_clipped_where_it_is_tied(
+    compact, by_the_optimizer, tmp_path
+):
     norms = []
 
     class Ties(Trainer):
@@ -153,6 +156,10 @@ def test_the_trainers_own_optimizer_is_tied_where_it_is_made_and_clipped_where_i
     class Clips(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
             # Here nothing has stepped yet.
+            if by_the_optimizer:
+                norms.append(optimizer.optimizer.clip_grad_norm_(CLIP))
+                torch.testing.assert_close(optimizer.optimizer.grad_norm(), torch.tensor(CLIP), rtol=1e-3, atol=0)
+                return
             optimizer.optimizer.tie_gradients()
             assert tied_bitwise(weight.grad, GROUPS)
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
