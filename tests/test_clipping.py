@@ -14,7 +14,8 @@ from strategies import COMPLEX, REAL, few_examples, loss_of, normal, reductions,
 from test_sharded import SHARDED, TIES, batch, mesh_on, mlp, share_of, whole
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.nn import Parameter
+from torch.nn import Embedding, Linear, Parameter, Sequential
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tieopt import Tie, TiedOptimizer, is_tied
@@ -234,6 +235,32 @@ def test_the_embedding_of_two_pipeline_stages_counts_once(compact):
     for param in (embedding, output):
         param.grad = torch.full_like(param, 2.0)
     assert float(optimizer.grad_norm()) == pytest.approx(math.sqrt(800))
+
+
+def test_copies_of_an_embedding_and_a_head_train_as_the_weight_that_both_share(compact):
+    def language_model(*, shared: bool) -> Sequential:
+        model = Sequential(Embedding(11, 4), Linear(4, 4), Linear(4, 11, bias=False)).double()
+        for seed, param in enumerate(model.parameters()):
+            param.data = randn(*param.shape, seed=min(seed, 2), dtype=torch.float64)
+        model[2].weight = model[0].weight if shared else Parameter(model[0].weight.detach().clone())
+        return model
+
+    shared, copies = language_model(shared=True), language_model(shared=False)
+    plain = SGD(shared.parameters(), lr=0.5, momentum=0.9)
+    tie = Tie.join(*(Tie(copies[layer].weight, torch.arange(11)) for layer in (0, 2)))
+    inner = SGD(copies.parameters(), lr=0.5, momentum=0.9)
+    tied = TiedOptimizer(inner, tie, reduction="sum", compact=compact)
+    words = torch.randint(11, (5, 8), generator=torch.Generator().manual_seed(0))
+    for batch_of_words in words:
+        for model, optimizer in ((shared, plain), (copies, tied)):
+            optimizer.zero_grad()
+            cross_entropy(model(batch_of_words[:-1]), batch_of_words[1:]).backward()
+        norm, expected = tied.clip_grad_norm_(0.3), torch.nn.utils.clip_grad_norm_(shared.parameters(), 0.3)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-12)
+        assert expected > 0.3
+        tied.step(), plain.step()
+        for layer in (0, 1, 2):
+            torch.testing.assert_close(copies[layer].weight, shared[layer].weight, rtol=1e-12, atol=1e-12)
 
 
 # --- clipped training is that of the shared parameter ---
