@@ -162,6 +162,28 @@ def test_ties_are_projected_after_as_many_steps_as_each_says():
         assert is_tied(seldom, [[0, 1]]) == (number % 3 == 0)
 
 
+def test_each_shared_value_counts_once_in_the_norm_as_its_tie_says(compact):
+    summed, averaged, free = (Parameter(torch.zeros(2)) for _ in range(3))
+    said = [Tie(summed, [[0, 1]], reduction="sum"), Tie(averaged, [[0, 1]]), frozen(free, [0])]
+    optimizer = TiedOptimizer(SGD([summed, averaged, free], lr=1.0), said, compact=compact)
+    summed.grad, averaged.grad, free.grad = torch.ones(2), torch.full((2,), 6.0), torch.full((2,), 3.0)
+    # 2 of the sum, 6 of the mean, and 3 of what is free.
+    assert optimizer.grad_norm().item() == pytest.approx(7.0)
+    optimizer.clip_grad_norm_(0.7)
+    optimizer.step()
+    torch.testing.assert_close(summed.detach(), torch.full((2,), -0.2))
+    torch.testing.assert_close(averaged.detach(), torch.full((2,), -0.6))
+    torch.testing.assert_close(free.detach(), torch.tensor([0.0, -0.3]))
+
+
+def test_pulled_members_count_for_themselves_in_the_norm():
+    pulled, tied = Parameter(torch.zeros(2)), Parameter(torch.zeros(2))
+    said = [Tie(pulled, [[0, 1]], strength=0.5), Tie(tied, [[0, 1]])]
+    optimizer = TiedOptimizer(SGD([pulled, tied], lr=1.0), said)
+    pulled.grad, tied.grad = torch.tensor([3.0, 4.0]), torch.full((2,), 12.0)
+    assert optimizer.grad_norm().item() == pytest.approx(13.0)
+
+
 def test_what_is_said_of_a_tie_stays_with_it():
     first, second = Parameter(randn(3)), Parameter(randn(3, seed=1))
     pulled = Tie(first, [[0, 1]], strength=0.5, every=2)

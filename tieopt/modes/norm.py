@@ -92,7 +92,7 @@ def _weights_for(mode: Mode, tie: BoundTie, params: Sequence[Tensor]) -> list[tu
     """Return what the entries of each mean gradient are multiplied by, and where that is zero; worked out once."""
     key = tie, *((param.device, param.dtype, *sharding_of(param)) for param in params)
     if key not in mode.norm_weights:
-        weights = map(placed_weights, _weights(tie, mode.reduction), (part.dim for part in tie.slices), params)
+        weights = map(placed_weights, _weights(tie, tie.options.reduction), (part.dim for part in tie.slices), params)
         mode.norm_weights[key] = [(factors, factors == 0) for factors in weights]
     return mode.norm_weights[key]
 
