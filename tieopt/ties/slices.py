@@ -51,7 +51,11 @@ class Slices(NamedTuple):
 
     def slice_shape(self, tensor: Tensor) -> torch.Size:
         """The shape of one slice."""
-        return tensor.movedim(self.dim, 0).shape[self.labels.dim() :]
+        # Of the shape alone: some kinds of tensors cannot be viewed so.
+        shape = tensor.shape
+        return torch.Size(
+            (*shape[self.dim : self.dim + 1], *shape[: self.dim], *shape[self.dim + 1 :])[self.labels.dim() :]
+        )
 
     def steps(self, tensor: Tensor) -> tuple[int, ...]:
         """For each dimension of the labels, how many of :meth:`rows` lie between neighbours."""
