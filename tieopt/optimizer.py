@@ -63,9 +63,9 @@ class TiedOptimizer(Optimizer):
         \qquad (P w)_i = s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
     where the sums are over the group of entry :math:`i`, :math:`s_i` is its scale, 1 unless a :class:`Tie`
-    says otherwise, and free entries stay as they are. :math:`P` is the orthogonal projection onto tied
-    weights. For an optimizer that works entry by entry this is exactly training the one value that the
-    members share.
+    says otherwise, and free entries stay as they are. Offsets of a :class:`Tie` are subtracted from the weights
+    before, and added again. :math:`P` is the orthogonal projection onto tied weights. For an optimizer that works entry
+    by entry this is exactly training the one value that the members share.
 
     The wrapped optimizer becomes the tied one, as ``torch.nn.utils.parametrize`` does it with modules:
     ``TiedOptimizer(optimizer, ties) is optimizer``, still an instance of its own class. The weights are tied
@@ -80,7 +80,8 @@ class TiedOptimizer(Optimizer):
             :class:`Tie` says; parameters without ties, any.
         ties: a mapping from parameters to groups (lists of lists of indices, or labels; see :class:`Tie`), or a
             :class:`Tie`, or an iterable of them. Names may stand for parameters if the optimizer was built from
-            ``named_parameters()``. No entry may be in two ties.
+            ``named_parameters()``; with wildcards, as ``"layers.*.weight"``, for each that matches. No entry may be in
+            two ties.
         reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which
             is the gradient that autograd gives to one parameter used in several places. After the
             step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
