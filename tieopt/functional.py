@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tieopt.engine.engine import Engine
 from tieopt.numbers.reduction import Operation, project_
+from tieopt.ties.part import Groups, SupportsArray, check_writable, slices_for
 from tieopt.ties.slices import Partition, numbered
-from tieopt.ties.tie import Groups, SupportsArray, check_writable, slices_for
 
 
 def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> Tensor:

@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from tieopt.errors import message, refusal, shown, users_level
 from tieopt.functional import tie_
+from tieopt.ties.part import Groups, check_writable, slices_for
 from tieopt.ties.slices import FREE, numbered
-from tieopt.ties.tie import Groups, Tie, check_writable, slices_for
+from tieopt.ties.tie import Tie
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _READERS = (nn.Linear, *_CONVOLUTIONS)

@@ -35,8 +35,9 @@ from tieopt.modes.state import Lost, settings_in, states_of, tied_state
 from tieopt.modes.summary import TieSummary
 from tieopt.numbers.start import Start
 from tieopt.ties.options import Options, Reduction
+from tieopt.ties.part import FROZEN, Part
 from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
-from tieopt.ties.tie import FROZEN, Part, Tie, Ties, tie_of
+from tieopt.ties.tie import Tie, Ties, tie_of
 
 _HOOKS = [
     f"_optimizer_{method}_{when}_hooks"

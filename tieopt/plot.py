@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 from tieopt.errors import imported, message, refusal, shown
 from tieopt.optimizer import TiedOptimizer
 from tieopt.tensors import in_front
+from tieopt.ties.part import Part
 from tieopt.ties.places import all_places, name_of, parameter_at
 from tieopt.ties.slices import FREE, Slices, numbered, told_apart
-from tieopt.ties.tie import Part, Tie
+from tieopt.ties.tie import Tie
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,9 +22,10 @@ from tieopt.errors import refusal, shown
 from tieopt.numbers.reduction import Operation, lead_
 from tieopt.optimizer import TiedOptimizer
 from tieopt.ties.options import Reduction
+from tieopt.ties.part import Groups
 from tieopt.ties.places import bind_ties
 from tieopt.ties.slices import FREE, Slices, is_idle, numbered
-from tieopt.ties.tie import Groups, Tie, Ties
+from tieopt.ties.tie import Tie, Ties
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from tieopt.errors import refusal
 from tieopt.export.tensor_file import checked_dense, plain
 from tieopt.tensors import bits, in_front
+from tieopt.ties.part import Groups, SupportsArray, slices_for
 from tieopt.ties.slices import FREE, Slices, numbered
-from tieopt.ties.tie import Groups, SupportsArray, slices_for
 
 # The entries of a tensor, or the indices, that are processed at a time; a multiple of 8.
 _CHUNK = 2**16

@@ -22,6 +22,7 @@ from tieopt.numbers.reduction import Operation, project_, relax_
 from tieopt.numbers.start import Start, check_start
 from tieopt.tensors import traces
 from tieopt.ties.options import EXACT, Options, Reduction, check_options
+from tieopt.ties.part import check_writable
 from tieopt.ties.places import (
     BoundTie,
     ParamGroups,
@@ -33,7 +34,6 @@ from tieopt.ties.places import (
     still_there,
 )
 from tieopt.ties.slices import fingerprint, has_shared_values, is_idle
-from tieopt.ties.tie import check_writable
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 

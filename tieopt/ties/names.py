@@ -11,21 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import translate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import refusal, shown_list
-
-if TYPE_CHECKING:
-    from tieopt.ties.tie import Part
-
-
-class Whole:
-    """Stands for the groups of a parameter that is tied as a whole: the label of a slice is its number."""
-
+from tieopt.ties.part import Part, Whole
 
 _WILDCARD = re.compile(r"(\*|\?|\[!?.[^\]]*\])")
 # What `translate` writes around a pattern.

@@ -18,8 +18,9 @@ from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import expanded
 from tieopt.ties.options import EXACT, Options
+from tieopt.ties.part import FROZEN, Part, check_one_shape, check_writable
 from tieopt.ties.slices import Partition, Slices, is_idle, numbered
-from tieopt.ties.tie import FROZEN, Part, Tie, check_one_shape, check_writable
+from tieopt.ties.tie import Tie
 from tieopt.ties.union import are_alike, shared_entries
 
 ParamGroups = list[dict[str, Any]]
