@@ -42,7 +42,7 @@ nitpick_ignore_regex = [
     # Names that annotations use without their module.
     ("py:class", "Axes|Figure|Optimizer|Reduction|SearchStrategy|SubFigure|Tensor"),
     # Private names, which their annotations explain.
-    ("py:class", r"tieopt\.ties\.tie\.(Part|SupportsArray)"),
+    ("py:class", r"tieopt\.ties\.part\.(Part|SupportsArray)"),
 ]
 
 myst_heading_anchors = 3
