@@ -144,6 +144,28 @@ def test_keys_with_wildcards_tie_each_parameter_for_itself(model: Model) -> None
     assert not torch.equal(first[3], second[3])
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [lambda: iter([[0, 1], [2, 3]]), lambda: [iter([0, 1]), iter([2, 3])], lambda: (range(k, k + 2) for k in (0, 2))],
+    ids=["iterator", "list of iterators", "generator"],
+)
+@pytest.mark.parametrize("make", [lambda name, groups: {name: groups}, Tie], ids=["mapping", "Tie"])
+def test_iterators_of_groups_are_read_for_each_parameter(
+    model: Model, make: Callable[[str, Any], Any], groups: Callable[[], Any]
+) -> None:
+    optimizer = TiedOptimizer(SGD(model.named_parameters()), make("layers.*.ffn.0.bias", groups()))
+    assert [tie.parts[0].groups.tolist() for tie in optimizer.ties] == [[0, 0, 1, 1, -1, -1]] * 6
+
+
+def test_a_name_of_several_parameters_is_refused() -> None:
+    first, second = (nn.Linear(2, 4) for _ in range(2))
+    inner = SGD([{"params": list(module.named_parameters())} for module in (first, second)])
+    for ties in ({"weight": [[0, 1]]}, {"w*": [[0, 1]]}, Tie.equal("weight", second.weight)):
+        with pytest.raises(ValueError, match='Several parameters have the name "weight"'):
+            TiedOptimizer(inner, ties)
+    assert len(TiedOptimizer(inner, {first.weight: [[0, 1]], second.weight: [[0, 1]]}).ties) == 2
+
+
 def test_other_ties_take_wildcards_as_well(model: Model) -> None:
     before = model.encoder.weight.detach().clone()
     joined = Tie.join(Tie("encoder.*", [[0, 1]]), Tie("decoder.*", [[2]]))

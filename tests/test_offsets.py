@@ -33,6 +33,13 @@ def parameters_of(data: st.DataObject, dtypes: Sequence[torch.dtype]) -> list[Pa
     return [Parameter(normal(shape, dtype, data.draw(seeds))) for shape in SHAPES]
 
 
+def made_lazy(data: st.DataObject, parameters: Sequence[Parameter], compact: bool) -> list[Parameter]:
+    """The same parameters, which torch may conjugate when it reads them; the compact mode takes none of these."""
+    if compact or not parameters[0].is_complex() or not data.draw(st.booleans(), label="lazy"):
+        return list(parameters)
+    return [Parameter(param.detach().conj().resolve_conj().conj()) for param in parameters]
+
+
 def with_offsets(data: st.DataObject, drawn: Sequence[Tie], size: float = 3.0) -> list[Tie]:
     """The same ties, with offsets of some of their parts: whole numbers, most of them zero, or of any size."""
     result = []
@@ -45,6 +52,8 @@ def with_offsets(data: st.DataObject, drawn: Sequence[Tie], size: float = 3.0) -
                 offset = (offset / 2).round()
             elif kind == "broadcast":
                 offset = offset[..., :1].to(torch.float32)
+            if param.is_complex() and data.draw(st.booleans()):
+                offset = torch.complex(offset, offset.roll(1, 0))
             parts.append(Tie(param, groups, dim=dim, scale=scale, offset=None if kind == "none" else offset))
         result.append(Tie.join(*parts))
     return result
@@ -107,7 +116,7 @@ def check_tied(parameters: Sequence[Tensor], drawn: Sequence[Tie]) -> None:
 
 @given(data=st.data())
 def test_members_are_the_nearest_multiples_plus_their_offsets(compact: bool, data: st.DataObject) -> None:
-    parameters = parameters_of(data, (torch.float32, torch.float64, torch.complex64))
+    parameters = made_lazy(data, parameters_of(data, (torch.float32, torch.float64, torch.complex64)), compact)
     drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
     expected = slowly_tied_with(parameters, drawn)
     optimizer = TiedOptimizer(SGD(parameters), drawn, compact=compact)
@@ -309,6 +318,26 @@ def test_a_checkpoint_with_another_offset_is_refused():
     TiedOptimizer(SGD([weight]), other).load_state_dict(said[0].state_dict())
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_an_offset_can_be_written_in_any_shape_that_broadcasts(compact, dim, depth):
+    full = torch.full((4, 3), 2.0)
+    labels = torch.tensor([0, 0, -1, 0])[: (4, 3)[dim]]
+    labels = labels if depth == 1 else labels[:, None].expand(-1, (3, 4)[dim])
+    saved, weights = [], []
+    for offset in (2.0, full, full.double(), full[:1], full[:, :1], full[0], torch.tensor(2.0).expand(4, 3)):
+        weight = Parameter(randn(4, 3))
+        scale = torch.ones(labels.shape).index_fill_(0, torch.tensor([1]), -1.0)
+        tie = Tie(weight, labels, dim=dim, scale=scale, offset=offset)
+        optimizer = TiedOptimizer(Adam([weight], lr=0.1), tie, compact=compact)
+        train(optimizer, 2)
+        weights.append(weight)
+        saved.append(optimizer.state_dict()["tieopt"])
+        assert torch.equal(optimizer.ties[0].parts[0].offset, full)
+    assert all(same_bits(weight, weights[0]) for weight in weights)
+    assert all(said == saved[0] for said in saved)
+
+
 def test_the_antisymmetric_recurrent_matrix_is_exact(compact):
     size, damping = 7, 0.01
     labels, scale = patterns.antisymmetric((size, size))
@@ -439,13 +468,64 @@ def test_frozen_values_are_loaded_before_the_optimizer_is_wrapped(compact):
     assert same_bits(weight, early)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_frozen_slices_are_converted_with_the_weights(compact, dtype):
+    weight, other = (Parameter(randn(4, 3, dtype=torch.float64)) for _ in range(2))
+    tie = Tie(weight, [[2, 3]], scale=torch.tensor([1.0, 1.0, 0.3, 1.7]), offset=0.1)
+
+    def wrapped(weight: Parameter) -> TiedOptimizer:
+        listed = [frozen(weight, [1]), for_others([tie], [tie.parts[0].param], [weight])[0]]
+        return TiedOptimizer(SGD([weight], lr=0.1), listed, compact=compact)
+
+    optimizer = wrapped(weight)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.grad = None
+    weight.data = weight.data.to(dtype)
+    expected = weight[1].detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert same_bits(weight[1], expected)
+    other.data = weight.data.clone()
+    wrapped(other).load_state_dict(optimizer.state_dict())
+
+
+def test_frozen_slices_of_weights_that_are_trained_later_are_watched(compact):
+    weight = Parameter(torch.ones(3, 2), requires_grad=False)
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), frozen(weight, [1]), compact=compact)
+    weight.fill_(7.0).requires_grad_()
+    with pytest.warns(UserWarning, match="Frozen slices were written to"):
+        train(optimizer, 1)
+    assert weight[1].tolist() == [1.0, 1.0]
+
+
+def test_frozen_slices_of_lazily_conjugated_weights_do_not_move():
+    weight = Parameter(randn(4, 3, dtype=torch.complex64).conj())
+    before = weight.detach().clone()
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1, weight_decay=0.1), frozen(weight, [0, 2]))
+    for seed in range(2):
+        weight.grad = randn(4, 3, dtype=torch.complex64, seed=seed)
+        optimizer.step()
+    assert weight.is_conj()
+    assert torch.equal((weight == before).all(1), torch.tensor([True, False, True, False]))
+
+
+def test_only_frozen_slices_are_kept():
+    weight = Parameter(randn(1000, 4))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), frozen(weight, [3, 500]))
+    (tie,) = optimizer._tieopt.ties
+    assert torch.equal(tie.slices[0].offset.values, weight[[3, 500]])
+
+
 def test_what_is_written_to_frozen_slices_between_steps_is_undone_with_a_warning(compact):
     weight = Parameter(torch.ones(3, 2))
     optimizer = TiedOptimizer(SGD([weight], lr=0.1), frozen(weight, [1]), compact=compact)
     train(optimizer, 1)
     with torch.no_grad():
         weight.fill_(7.0)
-    with pytest.warns(UserWarning, match="written to between two steps"):
+    with pytest.warns(UserWarning, match="Frozen slices were written to"):
         train(optimizer, 1)
     assert weight[1].tolist() == [1.0, 1.0]
 
@@ -578,13 +658,35 @@ def test_sharded_weights_are_trained_as_whole_ones(two_ranks, width, dim, ties_o
     for weight, said_here in answers:
         assert same_bits(weight, answers[0][0])
         torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
-        assert said_here == answers[0][1]
+        assert said_here == said
     if ties_of is frozen_rows:
         assert same_bits(answers[0][0][[0, 5]], full[[0, 5]])
     if ties_of is antisymmetric:
         upper = weight.triu(1)
         assert torch.equal(weight, upper - upper.T - 0.3 * torch.eye(6, dtype=torch.float64))
-        assert said == said_here
+
+
+def warnings_of_shards(full: Tensor, dim: int, ties_of) -> tuple[list[str], Tensor]:
+    """What is said on this rank after weights were loaded into shards, some of whose slices are frozen."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = Parameter(distribute_tensor(torch.zeros_like(full), mesh, [Shard(dim)]))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), ties_of(weight))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with torch.no_grad():
+        weight.copy_(distribute_tensor(full, mesh, [Shard(dim)]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return [str(warning.message) for warning in caught], weight.full_tensor().detach()
+
+
+@needs_gloo
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_is_written_to_frozen_shards_is_undone_with_a_warning(two_ranks, dim):
+    for said, weight in two_ranks.run(warnings_of_shards, torch.ones(6, 4), dim, frozen_rows):
+        assert any("Frozen slices were written to" in text for text in said)
+        assert weight[:, 0].tolist() == [0, 1, 1, 1, 1, 0]
 
 
 def refusal_of_spanning(full: Tensor) -> str:
@@ -605,13 +707,30 @@ def test_offsets_of_groups_that_span_ranks_are_refused_on_every_rank(two_ranks):
 # --- bad input ---
 
 
+def test_parameters_of_which_one_is_conjugated_on_reading_are_not_joined():
+    plain = Parameter(randn(3, dtype=torch.complex64))
+    lazy = Parameter(randn(3, dtype=torch.complex64).conj())
+    with pytest.raises(ValueError, match="conjugates or negates"):
+        TiedOptimizer(SGD([plain, lazy]), Tie.equal(plain, lazy))
+
+
+def test_frozen_slices_are_neither_joined_nor_compared():
+    weight, other = Parameter(randn(4, 3)), Parameter(randn(4, 3))
+    with pytest.raises(ValueError, match="as a tie of its own"):
+        Tie.join(frozen(weight, [0]), Tie(other, [[1, 2]]))
+    with pytest.raises(ValueError, match="Frozen slices have no other members"):
+        assert_tied(weight, frozen(weight, [0]))
+
+
 @pytest.mark.parametrize(
     ("offset", "error", "message"),
     [
         (torch.zeros(2, 3), ValueError, "wrong shape"),
         (torch.zeros(4, 1, 1), ValueError, "wrong shape"),
-        (torch.tensor([0.0, math.nan, 0.0]), ValueError, "no number"),
-        (math.inf, ValueError, "no number"),
+        (torch.tensor([0.0, math.nan, 0.0]), ValueError, "out of range"),
+        (math.inf, ValueError, "out of range"),
+        (torch.tensor(1e39, dtype=torch.float64), ValueError, "up to 3.4028"),
+        pytest.param(10**400, ValueError, "out of range", id="10**400"),
         (torch.zeros(3, dtype=torch.bool), TypeError, "wrong dtype"),
         (torch.zeros(3, dtype=torch.complex64), TypeError, "wrong dtype"),
         (1j, TypeError, "wrong dtype"),
@@ -640,7 +759,9 @@ def test_a_bad_offset_is_refused_before_anything_is_written(offset, error, messa
         (3, TypeError, "a list of indices"),
         ("12", TypeError, "a list of indices"),
         ([[0, 1]], TypeError, "a list of indices"),
-        (torch.tensor([0, 1]), ValueError, "wrong shape"),
+        (torch.tensor([0, 1]), ValueError, "a list of indices, not a tensor"),
+        (torch.tensor([0, 1, 1, 0]), ValueError, "All slices would be frozen"),
+        (torch.tensor([0, -1]), ValueError, "wrong shape"),
         (torch.tensor([True, False]), ValueError, "wrong shape"),
         (torch.zeros(4), TypeError, "wrong dtype"),
     ],

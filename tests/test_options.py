@@ -94,7 +94,7 @@ def test_an_embedding_with_the_sum_and_clusters_with_the_mean(compact):
     embedding, head, layer = (Parameter(torch.zeros(4, 2)) for _ in range(3))
     shared = Tie.join(Tie(embedding, torch.arange(4)), Tie(head, torch.arange(4)))
     assert shared.options == Options()
-    said = Tie.join(Tie(embedding, torch.arange(4), reduction="sum"), Tie(head, torch.arange(4)))
+    said = Tie.join(*(Tie(param, torch.arange(4), reduction="sum") for param in (embedding, head)))
     optimizer = TiedOptimizer(
         SGD([embedding, head, layer], lr=1.0), [said, Tie(layer, [[0, 1, 2, 3]])], compact=compact
     )

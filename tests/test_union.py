@@ -215,12 +215,15 @@ def test_training_the_union_is_training_of_its_shared_values() -> None:
 
 def test_the_union_has_the_options_of_all() -> None:
     vector, other = parameter(4), parameter(0)
-    ties = [Tie(vector, [[0, 1]]), Tie.join(Tie(vector, [[1, 2]], reduction="sum"), Tie(other, []))]
+    ties = [
+        Tie(vector, [[0, 1]], reduction="sum"),
+        Tie.join(*(Tie(v, g, reduction="sum") for v, g in [(vector, [[1, 2]]), (other, [])])),
+    ]
     (union,) = Tie.union(*ties)
     assert union.options == ties[1].options
     assert [part.param for part in union.parts] == [vector, other]
     with pytest.raises(ValueError, match="different options: reduction"):
-        Tie.union(*ties, Tie(vector, [[2, 3]], reduction="mean"))
+        Tie.union(*ties, Tie(vector, [[2, 3]]))
     (first, second) = Tie.union(Tie.equal(*(nn.Linear(2, 2) for _ in range(2)), reduction="sum"))
     assert first.options == second.options == ties[1].options
 

@@ -222,10 +222,10 @@ class TiedOptimizer(Optimizer):
         param_groups, ties = self._tieopt.param_groups_of(self), []
         for tie, params in self._tieopt.parameters(param_groups):
             parts = []
-            for param, place, slices, frozen in zip(params, tie.places, tie.slices, tie.frozen, strict=True):
+            for param, place, slices in zip(params, tie.places, tie.slices, strict=True):
                 # What is done to it later changes no tie.
-                labels, scale, dim, offset, _ = copy.deepcopy(slices._replace(offset=None) if frozen else slices)
-                part = Part(param, labels, dim, scale, FROZEN if frozen else offset)
+                labels, scale, dim, _ = copy.deepcopy(slices._replace(offset=None))
+                part = Part(param, labels, dim, scale, FROZEN if slices.is_frozen else slices.offset_of(param))
                 parts.append((part, given_name(param_groups, place)))
             ties.append(tie_of(parts, tie.given))
         return tuple(ties)

@@ -65,13 +65,13 @@ def _meet(*tensors: Tensor) -> bool:
 
 
 def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[object, ...]]]:
-    """Return, for each of several lists of tensors, what changes when one of them is replaced, moved or written to.
+    """Return, for each of several lists of tensors, what changes when one is replaced, converted, moved or written to.
 
     Args:
         pairs: each list, and the key that its traces are returned under.
 
-    The last entry for a tensor counts writes. Those through ``.data`` are not counted, and of a tensor that was made in
-    inference mode none are: its trace equals no other.
+    The second entry for a tensor is its dtype, and the last one counts writes. Those through ``.data`` are not counted,
+    and of a tensor that was made in inference mode none are: its trace equals no other.
     """
     traced: dict[T, list[tuple[object, ...]]] = {}
     for key, tensors in pairs:
@@ -80,7 +80,7 @@ def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[ob
             # Entries of other layouts have no place in memory each.
             where = (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
             writes = object() if tensor.is_inference() else tensor._version
-            traced[key].append((id(tensor), *where, writes))
+            traced[key].append((id(tensor), tensor.dtype, *where, writes))
     return traced
 
 
@@ -181,9 +181,14 @@ def local(tensor: Any) -> Tensor:
     return shard
 
 
-def whole_here(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor if this rank has all of its entries; None if there is none, or it is sharded."""
-    return None if tensor is None or is_sharded(tensor) else tensor
+def gathered(tensor: Any) -> Tensor:
+    """Return a tensor with all of its entries, which of a sharded one all ranks of its mesh have to ask for."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    # A rank outside the mesh has nothing to send, and gets nothing.
+    if tensor.device_mesh.get_coordinate() is None:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return tensor.full_tensor()  # type: ignore[no-any-return]
 
 
 def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:

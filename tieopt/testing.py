@@ -53,7 +53,8 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         AssertionError: a member differs from the others of its group; the message says which, and its value.
         TypeError: ``model_or_tensor`` is neither a model nor a tensor, or ``ties`` are not ties.
         IndexError: an index, or a dimension, is out of range.
-        ValueError: ``ties`` do not fit, or a tensor was given a joined tie.
+        ValueError: ``ties`` do not fit, or are of frozen slices, which equal nothing here but themselves; or a tensor
+            was given a joined tie.
 
     Example:
         >>> import torch
@@ -89,6 +90,9 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         raise refusal(TypeError, "This cannot be tied.", expected="a model or a tensor", got=got)
     param_groups: list[dict[str, Any]] = [{"params": list(named.values()), "param_names": list(named)}]
     for tie in bind_ties(param_groups, ties, "model"):
+        if tie.is_frozen:
+            what, expected = "Frozen slices have no other members.", "ties without them; compare them with a copy"
+            raise refusal(ValueError, what, expected=expected, got=f"frozen slices of {', '.join(tie.names)}")
         params = [param_groups[0]["params"][place.position] for place in tie.places]
         tied = [param.detach().clone() for param in params]
         Engine().apply_(Operation(lead_), [(tie, tied)])
@@ -211,10 +215,9 @@ class _SharedModel(nn.Module):
         self._indices = {param: torch.full(param.shape, FREE, device=param.device) for param in params}
         self._scales = {param: torch.ones(param.shape, dtype=torch.float64, device=param.device) for param in params}
         self._offsets = {param: torch.zeros(param.shape, dtype=torch.float64, device=param.device) for param in params}
-        for tie in optimizer.ties:
-            tied = [cast(Parameter, part.param) for part in tie.parts]
+        for tie, tied in optimizer._tieopt.parameters(optimizer.param_groups):
             if tied[0].requires_grad:  # Frozen parameters are not tied.
-                self._share(_slices(tie), tied, tie.options.reduction or reduction)
+                self._share(tie.slices, cast(list[Parameter], tied), tie.options.reduction)
         for param in params:
             free = self._indices[param].cpu() == FREE
             if bool(free.any()) or not self._sources[param]:
@@ -226,15 +229,16 @@ class _SharedModel(nn.Module):
         first = params[0]
         groups = 1 + max((int(labelled.labels.max()) for labelled in slices if labelled.labels.numel()), default=FREE)
         # A matrix for matrices, because some optimizers take nothing else.
-        shape = (groups, slices[0].slice_shape(first).numel()) if first.dim() > 1 else (groups,)
+        shape = (groups, slices[0].slice_shape(first.shape).numel()) if first.dim() > 1 else (groups,)
         source = Parameter(first.new_zeros(shape), first.requires_grad)
         shared, norms = source.data.view(-1), torch.zeros(shape, dtype=torch.float64, device=first.device)
         for labelled, param in zip(slices, params, strict=True):
             indices, scales = (column.to(first.device) for column in labelled.entries(param))
             tied, scaled = indices != FREE, (indices != FREE) & (scales != 0)
             norms.view(-1).index_add_(0, indices[tied], scales[tied].square())
-            if labelled.offset is not None:
-                self._offsets[param][tied] = labelled.offset.to(first.device, torch.float64)[tied]
+            offset = labelled.offset_of(param)
+            if offset is not None:
+                self._offsets[param][tied] = offset.to(first.device, torch.float64)[tied]
             shared[indices[scaled]] = (param.detach() - self._offsets[param])[scaled] / scales[scaled]
             self._indices[param][tied] = indices[tied] + sum(other.numel() for other in self._sources[param])
             self._scales[param][tied] = scales[tied]

@@ -130,6 +130,14 @@ class Engine:
         return all(self._answers(Operation(tied), pairs))
 
     @torch.no_grad()
+    def is_tied_here(self, tie: Partition, tensors: list[Tensor]) -> bool:
+        """Return whether tensors are tied; of sharded ones, as far as this rank can tell without the others."""
+        if not spans_ranks(tensors):
+            return self.is_tied([(tie, tensors)])
+        shards = self._shards.get((tie, *map(sharding_of, tensors)))
+        return shards is None or shards.is_tied_here(tensors, Workspace())
+
+    @torch.no_grad()
     def drift(self, pairs: Pairs[Partition]) -> float:
         """Return the largest distance of a member from its group's mean, on any rank; NaN if there is one."""
         answers = [0.0, *self._answers(Operation(drift), pairs)]

@@ -22,13 +22,12 @@ from torch import Tensor
 from tieopt.engine.exchange import Exchange, Plan, plan_exchange
 from tieopt.errors import refusal
 from tieopt.numbers.index import Index, Layout
-from tieopt.numbers.reduction import Operation, Workspace
+from tieopt.numbers.reduction import Operation, Workspace, tied
 from tieopt.tensors import (
     bounds_of,
     calculable,
     check_sharding,
     has_shape,
-    in_front,
     is_sharded,
     local,
     raw_bytes,
@@ -37,6 +36,7 @@ from tieopt.tensors import (
     sharding_of,
     wide_dtype,
 )
+from tieopt.ties.offsets import Offset
 from tieopt.ties.slices import FREE, Partition, Slices, described, numbered, with_labels
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Shards:
         if not tie.is_linear:
             _check_offsets(slices, spanning, tie.names)
             cuts = zip(shard, slices, tensors, strict=True)
-            shard = [part._replace(offset=_offset_here(whole, tensor)) for part, whole, tensor in cuts]
+            shard = [part._replace(offset=_offset_of_shard(whole, tensor, here)) for part, whole, tensor in cuts]
         sent = [rows_sent(part, plan) for part in shard]
         others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(shard, sent, strict=True)]
         self._spanning, self._whole = with_labels(shard, sent), numbered(with_labels(shard, others))
@@ -113,6 +113,12 @@ class Shards:
                 options = {**options, "means_of": exchange.means_of(shards, workspace, operation.stepped)}
             results.append(operation.function(shards, exchange.index, workspace, **options))
         return results
+
+    def is_tied_here(self, tensors: Sequence[Tensor], workspace: Workspace) -> bool:
+        """Return whether what is pinned and groups that are whole on this rank are tied; True if that is unknown."""
+        shards = [local(tensor) for tensor in tensors]
+        compiled = self._compiled.get(Layout.of(self._whole, shards))
+        return compiled is None or tied(shards, compiled[0], workspace)
 
     def answers(self, question: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[float]:
         """Return the answers of all ranks to whether tensors are tied, or how far they have drifted."""
@@ -180,19 +186,22 @@ def _cut(slices: Slices, placement: Any) -> int | None:
 
 def _slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Slices:
     """Return the labels and scales of the slices in the shard at a coordinate of the mesh."""
-    bounds = list(bounds_of(tensor, coordinate)) or [slice(1)]
-    bounds.insert(0, bounds.pop(slices.dim))
-    part = tuple(bounds[: slices.labels.dim()])
+    part = _bounds(slices, tensor, coordinate)[: slices.labels.dim()]
     # Views would keep the labels of all shards.
     scale = None if slices.scale is None else slices.scale[part].clone()
-    size = None if slices.offset_size is None else slices.offset_size[part].clone()
-    return Slices(slices.labels[part].clone(), scale, slices.dim, offset_size=size)
+    return Slices(slices.labels[part].clone(), scale, slices.dim)
 
 
-def _offset_here(slices: Slices, tensor: DTensor) -> Tensor | None:
-    """Return the offset of the entries in the shard of this rank."""
-    offset = slices.offset
-    return offset if offset is None else local(offset) if is_sharded(offset) else shard_of(offset, tensor)
+def _offset_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Offset | None:
+    bounds, depth = _bounds(slices, tensor, coordinate), slices.labels.dim()
+    return slices.offset and slices.offset.cut(bounds[:depth], bounds[depth:])
+
+
+def _bounds(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
+    """Return which part of a tensor is in a shard, the dimension of the slices in front."""
+    bounds = list(bounds_of(tensor, coordinate)) or [slice(1)]
+    bounds.insert(0, bounds.pop(slices.dim))
+    return tuple(bounds)
 
 
 # --- what cannot be tied ---
@@ -204,12 +213,15 @@ def _check_same(tie: Partition, tensors: Sequence[DTensor]) -> None:
         (slices.dim, tuple(slices.labels.shape), slices.scale is None, slices.offset is None) for slices in tie.slices
     ]
     digest = hashlib.sha256(repr(known).encode())
-    columns = [column for slices in tie.slices for column in (slices.labels, slices.scale) if column is not None]
-    for column in map(Tensor.contiguous, columns):
-        digest.update(raw_bytes(column))
+    for slices in tie.slices:
+        offset = slices.offset and slices.offset[:2]
+        for column in (slices.labels, slices.scale, *(offset or ())):
+            if column is not None:
+                digest.update(raw_bytes(column.contiguous()))
     number = torch.tensor([int.from_bytes(digest.digest()[:7])], device=local(tensors[0]).device)
     if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
-        what, expected = "This rank has other ties than some other rank.", "the same labels and scales on every rank"
+        what = "This rank has other ties than some other rank."
+        expected = "the same labels, scales and offsets on every rank"
         got = f"{described(tie.slices)} here"
         raise refusal(ValueError, what, parameters=", ".join(tie.names), expected=expected, got=got)
 
@@ -239,10 +251,10 @@ def _check_scales(slices: Sequence[Slices], spanning: Tensor, names: Sequence[st
 def _check_offsets(slices: Sequence[Slices], spanning: Tensor, names: Sequence[str]) -> None:
     """Refuse groups with an offset whose members are on several ranks, each of which rounds by a lead of its own."""
     for part, name in zip(slices, names, strict=True):
-        spans = torch.isin(part.labels, spanning) & (part.scales != 0)
-        if part.offset is None or not bool(spans.any()):
+        if part.offset is None:
             continue
-        offsets = in_front(part.offset.detach().cpu(), part.dim)[spans]
+        spans = torch.isin(part.labels, spanning) & (part.scales != 0)
+        offsets = part.offset.at(part.offset.rows[spans])
         if bool(offsets.any()):
             what = "A group whose members are on several ranks has an offset."
             expected = "offsets of pinned slices, or groups that are whole on one rank"

@@ -100,7 +100,7 @@ class Mode(ABC):
         self.captured = False
         self._replaced: Mode | None = None
         self._seen: dict[BoundTie, list[tuple[object, ...]]] = {}
-        self._fingerprints: dict[tuple[BoundTie, tuple[int, ...]], str] = {}
+        self._fingerprints: dict[tuple[BoundTie, tuple[int, ...], torch.dtype], str] = {}
         self.norm_weights: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self._pairs: Pairs | None = None
 
@@ -341,23 +341,22 @@ class Mode(ABC):
         if moved:
             check_apart(groups, self.ties)
         for tie, params in changed:
-            if tie in self._seen and not tie.options.relaxed and not self._is_still_tied(tie, params):
+            before = self._seen.get(tie)
+            # Values that were rounded to another dtype are no longer the same multiples.
+            is_converted = before is not None and [trace[1] for trace in before] != [trace[1] for trace in now[tie]]
+            is_known = tie.is_frozen or (before is not None and not is_converted and not tie.options.relaxed)
+            if is_known and not self._is_tied_here(tie, params):
                 names = ", ".join(name_of(groups, place) for place in tie.places)
-                warnings.warn(
-                    message(
-                        "Tied weights were replaced or written to between two steps, and their members differ now: "
-                        f"{names}. They go on from their mean.",
-                        expected="the same written to all members, or tie_weights() afterwards; and no embedding with "
-                        "max_norm,\n            whose lookups write to single rows (instead call weight.renorm_() "
-                        "after each step)",
-                    ),
-                    stacklevel=users_level(),
-                )
+                _warn_of_written(names, is_frozen=tie.is_frozen)
 
     def _is_still_tied(self, tie: BoundTie, params: list[Tensor]) -> bool:
         """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
-        unknown = not self.engine.whole([(tie, params)]) or any(map(_graph_of, params))
-        return unknown or is_capturing() or self.engine.is_tied([(tie, [param.detach() for param in params])])
+        return not self.engine.whole([(tie, params)]) or self._is_tied_here(tie, params)
+
+    def _is_tied_here(self, tie: BoundTie, params: list[Tensor]) -> bool:
+        """Whether parameters are tied, as far as this rank can tell."""
+        unknown = any(map(_graph_of, params)) or is_capturing()
+        return unknown or self.engine.is_tied_here(tie, [param.detach() for param in params])
 
     # --- what a checkpoint says ---
 
@@ -378,10 +377,12 @@ class Mode(ABC):
         by_number: dict[int, list[str]] = {}
         for tie in self.ties:
             numbers = tuple(before[place.group] + place.position for place in tie.places)
-            if (tie, numbers) not in self._fingerprints:
-                self._fingerprints[tie, numbers] = fingerprint(tie.slices, numbers)
+            (group, position, _), shapes = tie.places[0], [place.shape for place in tie.places]
+            key = tie, numbers, param_groups[group]["params"][position].dtype
+            if key not in self._fingerprints:
+                self._fingerprints[key] = fingerprint(tie.slices_in(key[2]), numbers, shapes)
             for number in dict.fromkeys(numbers):
-                by_number.setdefault(number, []).append(self._fingerprints[tie, numbers])
+                by_number.setdefault(number, []).append(self._fingerprints[key])
         return {number: "; ".join(sorted(texts)) for number, texts in by_number.items()}
 
     def check_saved(self, saved: Any, param_groups: ParamGroups) -> None:
@@ -419,6 +420,21 @@ class Mode(ABC):
                     "  To change the ties, tie as when it was saved, load the state, and then call retie(). What is\n"
                     "  frozen counts with its values: load the weights before the optimizer is wrapped.",
                 )
+
+
+def _warn_of_written(names: str, *, is_frozen: bool) -> None:
+    if is_frozen:
+        what = f"Frozen slices were written to: {names}. They go back to the values that they had when they were tied."
+        expected = "weights that are loaded before the optimizer is wrapped; or retie(optimizer.ties) afterwards,\n"
+        expected += "            which freezes what is there then"
+    else:
+        what = (
+            "Tied weights were replaced or written to between two steps, and their members differ now: "
+            f"{names}. They go on from their mean."
+        )
+        expected = "the same written to all members, or tie_weights() afterwards; and no embedding with max_norm,\n"
+        expected += "            whose lookups write to single rows (instead call weight.renorm_() after each step)"
+    warnings.warn(message(what, expected=expected), stacklevel=users_level())
 
 
 def by_strength(pairs: Pairs) -> list[tuple[float, Pairs]]:

@@ -84,7 +84,7 @@ def summarized(mode: Mode, optimizer: Any) -> TieSummary:
         drift = mode.engine.drift([(tie, params)])
         names = [name_of(param_groups, place) for place in tie.places]
         # Slices of joined parameters have one shape.
-        width = tie.slices[0].slice_shape(torch.empty(tie.places[0].shape, device="meta")).numel()
+        width = tie.slices[0].slice_shape(tie.places[0].shape).numel()
         for name, place, slices in zip(names, tie.places, tie.slices, strict=True):
             number, groups, members, free, left = _counts([slices])
             rows.append(SummaryRow(name, tuple(place.shape), number, groups, members, free, left * width, drift))

@@ -291,7 +291,7 @@ def compact_slices(slices: Slices) -> Slices:
 
 def compact_like(slices: Slices, tensor: Tensor, count: int) -> Tensor:
     """Return an uninitialised compact tensor of ``count`` rows, its dimensions in the order that a tensor's have."""
-    shape, strides = list(slices.slice_shape(tensor)), list(in_front(tensor, slices.dim).stride())
+    shape, strides = list(slices.slice_shape(tensor.shape)), list(in_front(tensor, slices.dim).stride())
     if slices.labels.dim() > 1:
         # They become the outermost dimension: LBFGS needs that what is compact of a contiguous tensor is contiguous.
         strides[: slices.labels.dim()] = [max(strides) + 1]

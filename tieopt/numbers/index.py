@@ -17,7 +17,8 @@ from torch import Tensor
 from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
-from tieopt.tensors import bits, column, in_front, in_memory, real, wide_dtype
+from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
+from tieopt.ties.offsets import Offset
 from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
@@ -112,8 +113,8 @@ class Chunk(NamedTuple):
             groups are of one size.
         multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1, and int8 if some are -1.
         sums: how the members are added up; None if all groups are of one size.
-        shifts: what is added to the multiples, for each entry of the members, in the wide dtype, shape ``[m, ...]``;
-            None if it is 0 everywhere.
+        shifts: what is added to the multiples, in the wide dtype, of a shape that broadcasts to ``[m, ...]``; None if
+            it is 0 everywhere.
     """
 
     pieces: Pieces | Tile
@@ -150,7 +151,8 @@ class Run(NamedTuple):
         headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
         chunks: all members of these groups.
         tile: all members, if they are those of a tile.
-        offsets: of the leads, in the wide dtype, shape ``[g, ...]``; None if no member has one.
+        offsets: of the leads, in the wide dtype, of a shape that broadcasts to ``[g, ...]``; None if no member has
+            one.
     """
 
     lead_members: Chunk
@@ -175,22 +177,22 @@ class Layout(NamedTuple):
         device: where the tensors are.
         double: whether their entries are float64, so that sums of them are rounded.
         steps: of the slices of each, see :meth:`~tieopt.ties.slices.Slices.steps`.
-        memory: the dtypes and strides of tensors with offsets, which are laid out in the same way.
+        memory: the dtypes and strides of tensors with offsets, and what torch does when it reads them.
     """
 
     device: torch.device
     double: bool
     steps: tuple[tuple[int, ...], ...]
-    memory: tuple[tuple[torch.dtype, tuple[int, ...]], ...] = ()
+    memory: tuple[tuple[object, ...], ...] = ()
 
     @classmethod
     def of(cls, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> Layout:
         """Return the layout of tensors that are sliced so."""
         steps = tuple([labelled.steps(tensor) for labelled, tensor in zip(slices, tensors, strict=True)])
         double = tensors[0].dtype in (torch.float64, torch.complex128)
-        memory: tuple[tuple[torch.dtype, tuple[int, ...]], ...] = ()
+        memory: tuple[tuple[object, ...], ...] = ()
         if any(labelled.offset is not None for labelled in slices):
-            memory = tuple([(tensor.dtype, tensor.stride()) for tensor in tensors])
+            memory = tuple([(tensor.dtype, tensor.stride(), tensor.is_conj(), tensor.is_neg()) for tensor in tensors])
         return cls(tensors[0].device, double, steps, memory)
 
 
@@ -206,8 +208,8 @@ class Index:
         layout: of the tensors. For tensors of another layout the index is wrong.
         runs: all groups.
         pinned: the members that are pinned.
-        pinned_at: for each tensor that has some, their offsets as they are stored, shape ``[m, ...]``; nothing if all
-            are 0.
+        pinned_at: for each tensor that has some, their offsets as they are stored, of a shape that broadcasts to
+            ``[m, ...]``; nothing if all are 0.
     """
 
     slices: tuple[Slices, ...]
@@ -239,8 +241,8 @@ class Index:
         """
         layout = Layout.of(slices, tensors)
         members, pinned = sorted_members(slices, layout.steps, singles=singles)
-        offsets = None if linear or not layout.memory else _Offsets(slices, tensors)
-        runs = _runs(members, slices[0].slice_shape(tensors[0]).numel(), layout, offsets, even=even)
+        offsets = None if linear or not layout.memory else _Offsets(slices, tensors, layout.steps)
+        runs = _runs(members, slices[0].slice_shape(tensors[0].shape).numel(), layout, offsets, even=even)
         pinned_at = () if offsets is None else offsets.stored_at(pinned)
         return cls(tuple(slices), layout, tuple(runs), Pieces.of(pinned, layout.device), pinned_at)
 
@@ -446,7 +448,7 @@ def numbered_members(
     is_trained = members.scale != 0 if is_scaled else None
     if is_trained is not None:
         pinned, members = members.where(~is_trained), members.where(is_trained)
-    if any(labelled.offset_size is not None for labelled in slices):
+    if any(labelled.offset is not None and not labelled.is_frozen for labelled in slices):
         # Members with a large offset have fewer digits of the shared value.
         distances = torch.cat([_flat_sizes(labelled) for labelled in slices]).index_select(0, labelled_ones)
         members = members.at((distances if is_trained is None else distances[is_trained]).argsort(stable=True))
@@ -476,49 +478,80 @@ def numbered_members(
 
 
 def _flat_sizes(slices: Slices) -> Tensor:
-    size = slices.offset_size
-    return torch.zeros(slices.labels.numel(), dtype=torch.float64, device="cpu") if size is None else size.flatten()
+    if slices.offset is None or slices.offset.sizes is None:
+        return torch.zeros(slices.labels.numel(), dtype=torch.float64, device="cpu")
+    return slices.offset.sizes[slices.offset.rows.flatten()]
 
 
 class _Offsets:
-    """The offsets of tensors, as they are laid out in memory."""
+    """The offsets of tensors, by the rows that :func:`rows_of` views."""
 
-    def __init__(self, slices: Sequence[Slices], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, slices: Sequence[Slices], tensors: Sequence[Tensor], steps: Sequence[tuple[int, ...]]) -> None:
         self._slices = slices
         self._tensors = tensors
-        self._device = tensors[0].device
-        wide = wide_dtype(self._device)
-        self._rows = self._laid_out([wide.to_complex() if tensor.is_complex() else wide for tensor in tensors])
-
-    def _laid_out(self, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """Return the offsets as :func:`rows_of` views the tensors, on the CPU."""
-        offsets = []
-        for labelled, tensor, dtype in zip(self._slices, self._tensors, dtypes, strict=True):
-            offset = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
-            if labelled.offset is None:
-                offsets.append(offset.zero_())
-            else:
-                values = labelled.offset.detach()
-                offsets.append(offset.copy_(values if values.dtype == dtype else rounded(values, dtype)))
-        return rows_of(self._slices, offsets)
+        self._steps = steps
+        self._wide = wide_dtype(tensors[0].device)
+        self._inner = memory_order(slices[0].rows(tensors[0]))
+        self._offsets = [self._in_rows(number, self._wide) for number in range(len(slices))]
 
     def at(self, members: Members) -> Tensor:
-        """Return the offsets of members, in the wide dtype, on the CPU."""
-        return self._gathered(self._rows, members)
+        """Return the offsets of members, see :func:`offsets_of`."""
+        return offsets_of(members, self._offsets)
 
     def stored_at(self, members: Members) -> tuple[Tensor, ...]:
         """Return the offsets of members that are sorted by tensor, for each of these as they are stored."""
-        stored = self._laid_out([tensor.dtype for tensor in self._tensors])
-        lengths = torch.unique_consecutive(members.tensor, return_counts=True)[1].tolist()
-        return self._gathered(stored, members).to(self._device).split_with_sizes(lengths) if lengths else ()
+        numbers, lengths = (column.tolist() for column in torch.unique_consecutive(members.tensor, return_counts=True))
+        stored = []
+        for number, positions in zip(numbers, members.position.split_with_sizes(lengths), strict=True):
+            offset = self._in_rows(number, self._tensors[number].dtype.to_real())
+            stored.append(offset.at(consecutive(offset.rows[positions])).to(self._tensors[0].device))
+        return tuple(stored)
 
-    def _gathered(self, rows: Sequence[Tensor], members: Members) -> Tensor:
-        values = bits(rows[0]).new_empty((len(members.position), *rows[0].shape[1:]))
-        for number, of_tensor in enumerate(rows):
-            here = (members.tensor == number).nonzero().squeeze(1)
-            values[here] = bits(of_tensor)[members.position[here]]
-        offsets: Tensor = values.view(rows[0].dtype)
-        return offsets
+    def _in_rows(self, number: int, dtype: torch.dtype) -> Offset:
+        labelled, steps = self._slices[number], self._steps[number]
+        offset = offset_in_memory(labelled, self._tensors[number], dtype)
+        rows = offset.rows
+        if steps != (1,) and len(rows):
+            positions = labelled.positions(steps).flatten()
+            rows = rows.new_zeros(1 + int(positions.max())).index_copy_(0, positions, rows)
+        last = range(1 + len(self._inner), offset.values.dim())
+        return offset._replace(rows=rows, values=offset.values.permute(0, *self._inner, *last))
+
+
+def offset_in_memory(slices: Slices, tensor: Tensor, dtype: torch.dtype) -> Offset:
+    """Return the offset of slices in a real dtype, as the tensor is in memory, its rows as a vector; also one of 0.
+
+    Args:
+        slices: of the tensor.
+        tensor: that torch may negate or conjugate when it reads it.
+        dtype: of the values; those of complex ones stand in a last dimension.
+    """
+    offset = slices.offset
+    if offset is None:
+        values = torch.zeros((1,) * (1 + len(slices.slice_shape(tensor.shape))), device="cpu")
+        offset = Offset(torch.zeros((), dtype=torch.int64, device="cpu").expand(slices.labels.shape), values, None)
+    values = -offset.values if tensor.is_neg() else offset.values
+    if tensor.is_complex():
+        values = values.to(values.dtype.to_complex())
+        values = torch.view_as_real((values.conj() if tensor.is_conj() else values).resolve_conj())
+    # Frozen values as the tensor itself is converted.
+    values = values.to(dtype) if offset.sizes is None else rounded(values, dtype)
+    return offset._replace(rows=offset.rows.flatten(), values=values)
+
+
+def offsets_of(members: Members, offsets: Sequence[Offset]) -> Tensor:
+    """Return the offsets of members, shape ``[m, ...]``, with 1 in place of sizes along which nothing changes.
+
+    Args:
+        members: whose positions are those of the rows of the offsets.
+        offsets: of each tensor, in one dtype.
+    """
+    shape = torch.broadcast_shapes(*(offset.values.shape[1:] for offset in offsets))  # type: ignore[no-untyped-call]
+    values = offsets[0].values.new_empty(len(members.position), *shape)
+    for number, offset in enumerate(offsets):
+        here = (members.tensor == number).nonzero().squeeze(1)
+        values[here] = offset.values[offset.rows[members.position[here]]]
+    return values
 
 
 def _runs(

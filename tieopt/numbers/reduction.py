@@ -288,7 +288,8 @@ def _compared(
     for number, pinned, length, offset in zip(*index.pinned, offsets, strict=True):
         pieces = Pieces((number,), (pinned,), (length,))
         members = _widened(_gathered(rows, pieces, workspace), workspace)
-        yield pieces, members, torch.zeros_like(members) if offset is None else offset.to(members.dtype)
+        expected = members.new_zeros(()) if offset is None else offset.to(members.dtype)
+        yield pieces, members, expected.expand_as(members)
 
 
 # --- the values of groups ---
@@ -705,4 +706,4 @@ def pin_(rows: list[Tensor], index: Index) -> None:
         elif offset is None:
             target.index_fill_(0, pinned, 0)
         else:
-            target.index_copy_(0, pinned, bits(offset))
+            target.index_copy_(0, pinned, bits(offset).expand(-1, *target.shape[1:]))

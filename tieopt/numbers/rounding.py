@@ -49,7 +49,7 @@ def multiplied(values: Tensor, multiples: Tensor | None, shifts: Tensor | None, 
     Args:
         values: the slices. Of finite ones the results are finite.
         multiples: one for each slice; None if all are 1.
-        shifts: in the shape of the slices; None if all are 0.
+        shifts: of a shape that broadcasts to that of the slices; None if all are 0.
         stored: the dtype in which the results are stored, which have it.
     """
     wide = values.to(wide_dtype(values.device))

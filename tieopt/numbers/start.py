@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tieopt.errors import refusal, shown
-from tieopt.numbers.index import Index, Members, sorted_members
+from tieopt.numbers.index import Index, Members, offset_in_memory, offsets_of, sorted_members
 from tieopt.numbers.reduction import Workspace, lead_
 from tieopt.numbers.rounding import multiplied
 from tieopt.tensors import bits, column, in_front, in_memory, real, wide_dtype
+from tieopt.ties.offsets import Offset
 from tieopt.ties.slices import Slices
 
 Start = Literal["mean", "first"]
@@ -53,7 +54,10 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
     fronts = [real(in_front(in_memory(tensors[number]), index.slices[number].dim)) for number in order]
     members, _ = sorted_members(slices)
     if len(members.group):
-        leads, offsets = members.leads, _offset_fronts(fronts, slices) if index.has_offsets else None
+        leads, offsets = members.leads, None
+        if index.has_offsets:
+            wide = wide_dtype(fronts[0].device)
+            offsets = [offset_in_memory(index.slices[number], tensors[number], wide) for number in order]
         values = _lead_values(fronts, slices, members, leads, offsets)
         for front, at, here in _by_tensor(fronts, slices, members):
             group = members.group[here]
@@ -65,26 +69,12 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
     lead_(tensors, index, workspace)
 
 
-def _offset_fronts(fronts: Sequence[Tensor], slices: Sequence[Slices]) -> list[Tensor]:
-    """Return the offsets in the wide dtype, as the tensors are viewed."""
-    wide = wide_dtype(fronts[0].device)
-    offsets = []
-    for front, labelled in zip(fronts, slices, strict=True):
-        offset = front.new_zeros(front.shape, dtype=wide)
-        if labelled.offset is not None:
-            values = in_front(labelled.offset, labelled.dim)
-            is_complex = front.dim() > values.dim()
-            offset.copy_(real(values.to(front.device, wide.to_complex() if is_complex else wide)))
-        offsets.append(offset)
-    return offsets
-
-
 def _lead_values(
     fronts: Sequence[Tensor],
     slices: Sequence[Slices],
     members: Members,
     leads: Members,
-    offsets: Sequence[Tensor] | None,
+    offsets: Sequence[Offset] | None,
 ) -> Tensor:
     """Return the value of the lead of each group if the first member keeps its value."""
     number = members.tensor * (int(members.position.max()) + 1) + members.position
@@ -103,13 +93,13 @@ def _lead_values(
 
 
 def _moved(
-    values: Tensor, slices: Sequence[Slices], source: Members, target: Members, offsets: Sequence[Tensor] | None
+    values: Tensor, slices: Sequence[Slices], source: Members, target: Members, offsets: Sequence[Offset] | None
 ) -> Tensor:
     """Return what members are, as they are stored, if other members of their groups have these values."""
     multiples, shifts = target.scale / source.scale, None
     if offsets is not None:
-        before, after = (_gathered(offsets, slices, chosen) for chosen in (source, target))
-        shifts = after - column(multiples.to(before), before) * before
+        before, after = (offsets_of(chosen, offsets) for chosen in (source, target))
+        shifts = (after - column(multiples.to(before), before) * before).to(values.device)
     if shifts is None and bool((multiples == 1).all()):
         return values
     return multiplied(values, multiples.to(values.device), shifts, values.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from tieopt.ties.offsets import Offset
 from tieopt.ties.options import Options
 from tieopt.ties.places import BoundTie, ParamGroups, Place, parameter_at
 from tieopt.ties.slices import FREE, Slices, has_shared_values, told_apart
@@ -52,29 +52,10 @@ def _entries(tie: BoundTie, param_groups: ParamGroups) -> list[Slices]:
 
 def _overlaid(layers: Sequence[Slices]) -> Slices:
     """Return several labellings of the same slices, of which each has at most one label, as one."""
-    (labels, _, dim, offset, size), scale = layers[0], layers[0].scales
+    (labels, _, dim, _), scale = layers[0], layers[0].scales
     for layer in layers[1:]:
         above = layer.labels != FREE
         labels, scale = torch.maximum(labels, layer.labels), torch.where(above, layer.scales, scale)
-        offset = _overlaid_offset(offset, layer)
-        if size is not None or layer.offset_size is not None:
-            zeros = torch.zeros_like(scale)
-            layer_size = zeros if layer.offset_size is None else layer.offset_size
-            size = torch.where(above, layer_size, zeros if size is None else size)
     scaled = any(layer.scale is not None for layer in layers)
-    return Slices(labels, torch.where(labels == FREE, 1.0, scale) if scaled else None, dim, offset, size)
-
-
-def _overlaid_offset(offset: Tensor | None, layer: Slices) -> Tensor | None:
-    """Return the offset of the layers below and, for its members, that of another layer."""
-    known = layer.offset if offset is None else offset
-    if known is None:
-        return None
-    wide = torch.complex128 if known.is_complex() else torch.float64
-    below, above = (
-        torch.zeros(known.shape, dtype=wide, device=known.device) if values is None else values.to(known.device, wide)
-        for values in (offset, layer.offset)
-    )
-    is_member = (layer.labels != FREE).to(known.device)
-    is_member = is_member.view(*is_member.shape, *[1] * (below.dim() - is_member.dim())).movedim(0, layer.dim)
-    return torch.where(is_member, above, below)
+    offset = Offset.overlaid([(layer.labels != FREE, layer.offset) for layer in layers])
+    return Slices(labels, torch.where(labels == FREE, 1.0, scale) if scaled else None, dim, offset)

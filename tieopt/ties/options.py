@@ -55,16 +55,14 @@ def joined_options(several: Iterable[Options]) -> Options:
     Raises:
         ValueError: two of them say different things.
     """
-    joined = Options()
-    for options in several:
-        for name, option, known in zip(options._fields, options, joined, strict=True):
-            if option is not None and known not in (None, option):
-                expected = f"one {name} for all ties that are joined"
+    first, *others = several
+    for options in others:
+        for name, known, option in zip(options._fields, first, options, strict=True):
+            if option != known:
+                expected = f"the same {name} for all ties that are joined, None where nothing is said"
                 what = f"Joined ties have different options: {name}."
                 raise refusal(ValueError, what, expected=expected, got=f"{shown(known)} and {shown(option)}")
-            if option is not None:
-                joined = joined._replace(**{name: option})
-    return joined
+    return first
 
 
 def check_options(options: Options, *, of_optimizer: bool = False) -> None:

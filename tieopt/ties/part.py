@@ -7,7 +7,7 @@ anything is written, so that other code can rely on slices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, SupportsIndex
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry
-from tieopt.tensors import calculable, in_front, overlaps
+from tieopt.tensors import calculable, in_front, overlaps, real
+from tieopt.ties.offsets import Offset
 from tieopt.ties.slices import FREE, Slices
 
 
@@ -52,6 +53,18 @@ class Frozen:
 FROZEN = Frozen()
 
 
+def readable_again(groups: Any) -> Any:
+    """Return groups with lists in place of iterators, which can be read only once."""
+    is_iterator = isinstance(groups, Iterator)
+    # There may be millions of lists.
+    if is_iterator or (
+        isinstance(groups, (list, tuple))
+        and any(type(group) is not list and isinstance(group, Iterator) for group in groups)
+    ):
+        return [list(group) if isinstance(group, Iterator) else group for group in groups]
+    return groups
+
+
 class Part(_Fields):
     """The part of a tie that lies in one parameter: a named tuple.
 
@@ -67,18 +80,19 @@ class Part(_Fields):
     _name: str | None = None
 
     def slices(self, tensor: Tensor, name: str) -> Slices:
-        """Return the labelled slices of a tensor, checked as by :func:`slices_for`."""
-        return slices_for(tensor, self.groups, self.dim, self.scale, name, self.offset)
+        """Return the labelled slices of a tensor, checked as by :func:`slices_for`; frozen ones as they are now."""
+        slices = slices_for(tensor, self.groups, self.dim, self.scale, name, self.offset)
+        return slices.frozen_at(tensor) if self.offset is FROZEN else slices
 
     def __repr__(self) -> str:
         if self.groups is Whole:
             return shown(self.param) if isinstance(self.param, Tensor) else " ".join(repr(self.param).split())
         if isinstance(self.param, Tensor):
             name = "parameter" if self._name is None else repr(self._name)
-            slices = Slices(self.groups, self.scale, self.dim, self.offset)
-            if self.offset is FROZEN:
-                slices = slices._replace(scale=None, offset=None)
-            return f"Tie({name} of shape {tuple(self.param.shape)}, {slices}{', frozen' * (self.offset is FROZEN)})"
+            is_frozen = self.offset is FROZEN
+            slices = Slices(self.groups, None if is_frozen else self.scale, self.dim)
+            more = ", frozen" if is_frozen else ", with an offset" * (self.offset is not None)
+            return f"Tie({name} of shape {tuple(self.param.shape)}, {slices}{more})"
         dim = f", dim={self.dim!r}" if self.dim != 0 else ""
         scale = f", scale={shown(self.scale)}" if self.scale is not None else ""
         offset = f", offset={shown(self.offset)}" if self.offset is not None else ""
@@ -96,6 +110,9 @@ _DTYPES = _EIGHT_BITS | _FLOATS | {torch.complex32, torch.complex64, torch.compl
 # For scales up to here and down to its inverse, squares, quotients and long sums are neither infinite nor zero.
 _LARGEST_SCALE = 2.0**100
 
+# Multiples of offsets up to here, and long sums of them, are finite.
+_LARGEST_OFFSET = 2.0**512
+
 _GROUPS = "a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels"
 
 
@@ -108,7 +125,7 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
         dim: as in :class:`Tie`.
         scale: as in :class:`Tie`.
         name: the name of the tensor in errors.
-        offset: as in :class:`Tie`; or ``FROZEN``, which pins slices at the tensor as it is, without a copy of it.
+        offset: as in :class:`Tie`; or ``FROZEN``, which pins slices, at zero as long as they are not bound.
 
     Returns:
         The slices, with labels as they were given; lists are numbered from 0 on.
@@ -125,9 +142,9 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
     read = _read_labels if hasattr(groups, "__array__") else _read_lists
     labels = read(groups, dim, tensor, name)
     if offset is FROZEN:
-        return Slices(labels, torch.zeros(labels.shape, dtype=torch.float64, device="cpu"), dim, tensor.detach())
-    scale, offset = _read_scale(scale, labels, tensor, name), _read_offset(offset, tensor, name)
-    return Slices(labels, scale, dim, offset, None if offset is None else _sizes(offset, labels, dim))
+        return Slices(labels, torch.zeros(labels.shape, dtype=torch.float64, device="cpu"), dim)
+    scale, entries = _read_scale(scale, labels, tensor, name), _read_offset(offset, tensor, name)
+    return Slices(labels, scale, dim, None if entries is None else Offset.of_entries(entries, labels, dim))
 
 
 def _check_can_be_tied(tensor: Any, name: str) -> None:
@@ -269,37 +286,38 @@ def _read_scale(scale: Any, labels: Tensor, tensor: Tensor, name: str) -> Tensor
 def _read_offset(offset: Any, tensor: Tensor, name: str) -> Tensor | None:
     if offset is None:
         return None
+    largest = min(torch.finfo(tensor.dtype).max, _LARGEST_OFFSET)
+    what, expected = (
+        f"The offset for {name} has a value that is out of range.",
+        f"numbers of a magnitude up to {largest}",
+    )
     if isinstance(offset, (int, float, complex)) and not isinstance(offset, bool):
-        offset = torch.tensor(offset, dtype=torch.complex128 if isinstance(offset, complex) else torch.float64)
+        try:
+            offset = torch.tensor(offset, dtype=torch.complex128 if isinstance(offset, complex) else torch.float64)
+        except OverflowError:
+            raise refusal(ValueError, what, expected=expected, got=shown(offset)) from None
     if not hasattr(offset, "__array__"):
         expected = f"a tensor of numbers that broadcasts to {tuple(tensor.shape)}, or None"
         raise refusal(TypeError, f"The offset for {name} is no tensor.", expected=expected, got=shown(offset))
     offset = as_tensor(offset, "Offsets", "a floating or complex dtype", name)
     if offset.dtype == torch.bool or (offset.is_complex() and not tensor.is_complex()):
-        what = f"The offset for {name} has the wrong dtype."
-        raise refusal(TypeError, what, expected=f"numbers that {tensor.dtype} has", got=offset.dtype)
+        dtype = f"numbers that {tensor.dtype} has"
+        raise refusal(TypeError, f"The offset for {name} has the wrong dtype.", expected=dtype, got=offset.dtype)
     is_number = offset.is_floating_point() or offset.is_complex()
     # A copy without -0.0, of a dtype that torch calculates with.
     offset = calculable(offset.detach() if is_number else offset.double()) + 0.0
     try:
-        offset = offset.expand(tensor.shape)
+        entries = offset.expand(tensor.shape)
     except RuntimeError:
-        expected = f"one that broadcasts to {tuple(tensor.shape)}, the shape of the parameter"
+        shape = f"one that broadcasts to {tuple(tensor.shape)}, the shape of the parameter"
         raise refusal(
-            ValueError, f"The offset for {name} has the wrong shape.", expected=expected, got=tuple(offset.shape)
+            ValueError, f"The offset for {name} has the wrong shape.", expected=shape, got=tuple(offset.shape)
         ) from None
-    wrong = ~offset.isfinite()
+    # NaN is not at most anything.
+    wrong = ~(real(offset).abs() <= largest)
     if wrong.any():
-        what = f"The offset for {name} has a value that is no number."
-        raise refusal(ValueError, what, expected="finite numbers", got=shown_entry(offset, wrong))
-    return offset if bool(offset.any()) else None
-
-
-def _sizes(offset: Tensor, labels: Tensor, dim: int) -> Tensor:
-    """Return the largest magnitude in each slice."""
-    if not offset.numel():
-        return torch.zeros(labels.shape, dtype=torch.float64, device="cpu")
-    return in_front(calculable(offset.cpu()), dim).abs().reshape(*labels.shape, -1).amax(-1).double()
+        raise refusal(ValueError, what, expected=expected, got=shown_entry(real(offset), wrong))
+    return entries if bool(offset.any()) else None
 
 
 def as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
@@ -331,7 +349,7 @@ def check_one_shape(slices: Sequence[tuple[Slices, Tensor]], names: Sequence[str
     Raises:
         ValueError: they differ.
     """
-    shapes = [labelled.slice_shape(tensor) for labelled, tensor in slices]
+    shapes = [labelled.slice_shape(tensor.shape) for labelled, tensor in slices]
     for number, shape in enumerate(shapes):
         if shape != shapes[0]:
             first, other = (f"{names[i] if names else f'part {i}'} {tuple(slices[i][1].shape)}" for i in (0, number))

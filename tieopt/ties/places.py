@@ -18,7 +18,7 @@ from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import expanded
 from tieopt.ties.options import EXACT, Options
-from tieopt.ties.part import FROZEN, Part, check_one_shape, check_writable
+from tieopt.ties.part import Part, check_one_shape, check_writable, readable_again
 from tieopt.ties.slices import Partition, Slices, is_idle, numbered
 from tieopt.ties.tie import Tie
 from tieopt.ties.union import are_alike, shared_entries
@@ -50,14 +50,12 @@ class BoundTie(Partition):
         places: of the parameters.
         slices: of each.
         names: how errors call them.
-        frozen: of each, whether its slices were frozen.
         given: the options that were given with the tie.
         options: with those of the optimizer where nothing was said.
 
     Attributes:
         places: of the parameters.
         slices: of each parameter; groups are numbered in the order of their first members.
-        frozen: of each parameter, whether its slices were frozen.
         given: the options that were given with the tie.
         options: how the tie is applied.
         order: the numbers of the parameters in the order in which they were joined.
@@ -68,7 +66,6 @@ class BoundTie(Partition):
         places: Sequence[Place],
         slices: Sequence[Slices],
         names: Sequence[str] | None = None,
-        frozen: Sequence[bool] | None = None,
         given: Options | None = None,
         options: Options = EXACT,
     ) -> None:
@@ -77,10 +74,18 @@ class BoundTie(Partition):
         self.places = tuple(places[number] for number in by_place)
         names = names or list(map(str, places))
         super().__init__(numbered([slices[number] for number in by_place]), [names[number] for number in by_place])
-        self.frozen = tuple(frozen is not None and frozen[number] for number in by_place)
         self.given = given or Options()
         self.options = options
         self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether all slices are pinned at the values that they had."""
+        return all(slices.is_frozen for slices in self.slices)
+
+    def slices_in(self, dtype: torch.dtype) -> tuple[Slices, ...]:
+        """Return the slices, frozen ones with the values that they have once the parameters were converted."""
+        return tuple(slices.frozen_in(dtype) for slices in self.slices)
 
 
 def given_name(param_groups: ParamGroups, place: Place) -> str | None:
@@ -168,7 +173,7 @@ def all_places(param_groups: ParamGroups) -> list[Place]:
 def _listed(ties: Any) -> list[tuple[tuple[Part, ...], Options]]:
     """Return the parts and the options of each tie."""
     if isinstance(ties, Mapping):
-        return [((Part(param, groups, 0, None),), Options()) for param, groups in ties.items()]
+        return [((Part(param, readable_again(groups), 0, None),), Options()) for param, groups in ties.items()]
     listed = list(ties) if isinstance(ties, Iterable) and not isinstance(ties, Tensor) else [ties]
     for tie in listed:
         if not isinstance(tie, Tie):
@@ -196,9 +201,12 @@ def bind_ties(
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
     places: dict[Any, Place] = {}
+    repeated: dict[Any, tuple[Place, Place]] = {}
     for place in all_places(param_groups):
         places.setdefault(_param(param_groups, place), place)
-        places.setdefault(given_name(param_groups, place), place)
+        first = places.setdefault(given_name(param_groups, place), place)
+        if first is not place:
+            repeated[given_name(param_groups, place)] = first, place
 
     named = {name: _param(param_groups, place) for name, place in places.items() if isinstance(name, str)}
     bound, idle = [], []
@@ -208,6 +216,12 @@ def bind_ties(
                 known = {name_of(param_groups, place): _param(param_groups, place) for place in places.values()}
                 is_named = any("param_names" in settings for settings in param_groups)
                 raise ValueError(not_held(part.param, known, holder, named=is_named))
+            if isinstance(part.param, str) and part.param in repeated:
+                what, got = (
+                    f'Several parameters have the name "{part.param}".',
+                    " and ".join(map(str, repeated[part.param])),
+                )
+                raise refusal(ValueError, what, expected="a name of one parameter, or the parameter itself", got=got)
         held = [places[part.param] for part in parts]
         names = [name_of(param_groups, place) for place in held]
         params = [_param(param_groups, place) for place in held]
@@ -217,15 +231,10 @@ def bind_ties(
             check_sharding(param, name)
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
-        frozen = [part.offset is FROZEN for part in parts]
-        for number, is_frozen in enumerate(frozen):
-            if is_frozen:
-                # At the values of now, which the parameter will not keep by itself.
-                slices[number] = slices[number]._replace(offset=params[number].detach().clone())
-        bound.append(BoundTie(held, slices, names, frozen, given, given.or_else(options)))
+        bound.append(BoundTie(held, slices, names, given, given.or_else(options)))
         if is_idle(bound[-1].slices):
             written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
-            idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0])))
+            idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
     _check_disjoint(param_groups, bound)
     check_apart(param_groups, bound)
     warn_of_idle(idle)
@@ -249,6 +258,16 @@ def check_joined(
     """
     for place, param in zip(places, params, strict=True):
         _check_settings(param_groups, places[0], place, joining)
+        if joining and (param.is_conj(), param.is_neg()) != (params[0].is_conj(), params[0].is_neg()):
+            # Views of their memory would not be alike.
+            raise refusal(
+                ValueError,
+                "Joined parameters differ in what torch conjugates or negates when it reads them.",
+                parameters=f"{name_of(param_groups, places[0])} and {name_of(param_groups, place)}",
+                expected="parameters of tensors after resolve_conj() and resolve_neg()",
+                got=f"is_conj() {params[0].is_conj()} and {param.is_conj()}, is_neg() {params[0].is_neg()} and "
+                f"{param.is_neg()}",
+            )
         for attribute, way in _WAYS_TO_JOIN.items():
             expected, got = getattr(params[0], attribute), getattr(param, attribute)
             if expected != got:

@@ -12,7 +12,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tieopt.tensors import calculable, in_front, raw_bytes, real, whole_here
+from tieopt.tensors import in_front, raw_bytes
+from tieopt.ties.offsets import Offset
 
 FREE = -1
 
@@ -26,17 +27,13 @@ class Slices(NamedTuple):
         scale: what multiple of its group's shared value each slice is, float64 on the CPU, the shape of
             ``labels``; None if all are 1.
         dim: the dimension along which the slices lie.
-        offset: what is added to the multiple, for each entry of the tensor and in its shape, of any floating or complex
-            dtype, on any device; None if it is 0 everywhere.
-        offset_size: its largest magnitude in each slice, float64 on the CPU, the shape of ``labels``. Those of the
-            entries of one slice are the same, however it is cut. None where it does not matter.
+        offset: what is added to the multiples; None if it is 0 everywhere.
     """
 
     labels: Tensor
     scale: Tensor | None = None
     dim: int = 0
-    offset: Tensor | None = None
-    offset_size: Tensor | None = None
+    offset: Offset | None = None
 
     def __str__(self) -> str:
         dim, scaled = f", dim={self.dim}" * (self.dim != 0), ", scaled" * (self.scale is not None)
@@ -49,10 +46,8 @@ class Slices(NamedTuple):
             return self.scale
         return torch.ones((), dtype=torch.float64, device="cpu").expand(self.labels.shape)
 
-    def slice_shape(self, tensor: Tensor) -> torch.Size:
-        """The shape of one slice."""
-        # Of the shape alone: some kinds of tensors cannot be viewed so.
-        shape = tensor.shape
+    def slice_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of one slice of a tensor of a shape."""
         return torch.Size(
             (*shape[self.dim : self.dim + 1], *shape[: self.dim], *shape[self.dim + 1 :])[self.labels.dim() :]
         )
@@ -90,22 +85,39 @@ class Slices(NamedTuple):
         if not tensor.dim():
             return self
         numbers, scales = self.entries(tensor)
-        size = self.offset_size
-        if size is not None:
-            size = size.reshape(*size.shape, *[1] * (numbers.dim() - size.dim()))
-            size = size.expand(numbers.movedim(self.dim, 0).shape).movedim(0, self.dim)
-        return Slices(numbers, scales, 0, self.offset, size)
+        offset = self.offset and self.offset.by_entry(self.slice_shape(tensor.shape))
+        if offset is not None:
+            offset = offset._replace(rows=offset.rows.movedim(0, self.dim).view(tensor.shape))
+        return Slices(numbers, scales, 0, offset)
+
+    def frozen_at(self, tensor: Tensor) -> Slices:
+        """Return the slices pinned at the values that they have in a tensor."""
+        is_frozen = self.labels != FREE
+        return self._replace(offset=Offset.of_frozen(tensor, is_frozen, self.dim)) if bool(is_frozen.any()) else self
+
+    def frozen_in(self, dtype: torch.dtype) -> Slices:
+        """Return the slices; frozen ones with values of another dtype, as converting the tensor makes them."""
+        if self.offset is None or not self.is_frozen:
+            return self
+        return self._replace(offset=self.offset._replace(values=self.offset.values.to(dtype)))
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the slices are pinned at the values that they had."""
+        return self.offset is not None and self.offset.sizes is None
 
     def without_offset(self) -> Slices:
         """Return the slices without those that have an offset, which are free then."""
         if self.offset is None:
             return self
-        offset = calculable(real(in_front(self.offset.detach().resolve_conj(), self.dim))).cpu()
-        # What is pinned at -0.0 is not what is pinned at 0.0.
-        has_offset = (offset != 0) | offset.signbit()
-        while has_offset.dim() > self.labels.dim():
-            has_offset = has_offset.any(-1)
-        return Slices(self.labels.masked_fill(has_offset, FREE), self.scale, self.dim)
+        return Slices(self.labels.masked_fill(self.offset.is_nonzero(), FREE), self.scale, self.dim)
+
+    def offset_of(self, tensor: Tensor) -> Tensor | None:
+        """Return the offset of each entry of a tensor, in its shape; of entries in no group it may be any."""
+        if self.offset is None:
+            return None
+        front = self.offset.at(self.offset.rows)
+        return front.expand(in_front(tensor, self.dim).shape).movedim(0, self.dim).reshape(tensor.shape)
 
     def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The slices written out entry by entry.
@@ -114,7 +126,7 @@ class Slices(NamedTuple):
             For each entry of the tensor the number of the shared value that it is a multiple of, -1 for a
             free one, int64; and its scale, float64. Both have the shape of the tensor.
         """
-        shape = self.slice_shape(tensor)
+        shape = self.slice_shape(tensor.shape)
         labels, scales = (values.reshape(*values.shape, *[1] * len(shape)) for values in (self.labels, self.scales))
         inner = torch.arange(shape.numel(), device="cpu").view(shape)
         numbers = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
@@ -249,7 +261,7 @@ def has_shared_values(slices: Sequence[Slices]) -> bool:
     return any(bool(((part.labels != FREE) & (part.scales != 0)).any()) for part in slices)
 
 
-def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
+def fingerprint(slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequence[torch.Size]) -> str:
     """What a checkpoint says of a tie: readable, and the same for the same tie.
 
     A group of one member ties nothing, and counts as a free slice. All that is pinned at zero is one. It
@@ -258,6 +270,7 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     Args:
         slices: of each parameter.
         numbers: of the parameters in the ``state_dict``.
+        shapes: of the parameters.
     """
     flat = flat_labels(slices)
     scale = torch.cat([part.scales.flatten() for part in slices])
@@ -273,22 +286,15 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int]) -> str:
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         digest.update(raw_bytes(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
-    for part, counts in zip(slices, (kept | pinned).split([part.labels.numel() for part in slices]), strict=True):
-        # Of a sharded one the values would have to be gathered.
-        offset = whole_here(part.offset)
-        if offset is not None:
-            offset = _where(counts.view(part.labels.shape), offset.detach().cpu(), part.dim)
-            digest.update(raw_bytes(offset))
+    present = (kept | pinned).split([part.labels.numel() for part in slices])
+    for part, chosen, shape in zip(slices, present, shapes, strict=True):
+        if part.offset is not None:
+            for values in part.offset.written_out(chosen.view(part.labels.shape), part.slice_shape(shape)):
+                digest.update(raw_bytes(values))
             zeros = zeros.replace("zero", "their offsets")
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
     return f"{counted(groups, 'group')} of {members} members, {free} free{zeros}, sha256 {digest.hexdigest()}"
-
-
-def _where(counts: Tensor, offset: Tensor, dim: int) -> Tensor:
-    """Return an offset in numbers that do not depend on its dtype, with zeros but for the slices that count."""
-    wide = in_front(offset.to(torch.complex128 if offset.is_complex() else torch.float64), dim)
-    return torch.where(counts.view(*counts.shape, *[1] * (wide.dim() - counts.dim())), wide, 0).contiguous()
 
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -21,6 +21,7 @@ from tieopt.ties.part import (
     Whole,
     as_tensor,
     check_one_shape,
+    readable_again,
     slices_for,
 )
 from tieopt.ties.slices import FREE
@@ -132,10 +133,10 @@ class Tie:
         if isinstance(param, Tensor):
             slices = slices_for(param, groups, dim, scale, "the parameter", offset)
             groups, dim, scale = slices.labels, slices.dim, slices.scale
-            offset = offset if isinstance(offset, Frozen) else slices.offset
-        elif isinstance(groups, Iterator):
-            # An iterator can be read only once, but a tie may be given to several optimizers.
-            groups = [list(group) for group in groups]
+            offset = offset if isinstance(offset, Frozen) else slices.offset_of(param)
+        else:
+            # A tie may be given to several optimizers.
+            groups = readable_again(groups)
         self.parts = (Part(param, groups, dim, scale, offset),)
 
     @classmethod
@@ -161,7 +162,7 @@ class Tie:
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing.
-            ValueError: the slices have different shapes, or the ties different options.
+            ValueError: the slices have different shapes, or the ties different options; or some are frozen.
 
         Example:
             An autoencoder whose decoder is the encoder transposed:
@@ -180,6 +181,9 @@ class Tie:
         _check_ties("join", ties)
         joined = cls.__new__(cls)
         joined.parts = tuple(part for tie in ties for part in tie.parts)
+        if len({part.offset is FROZEN for part in joined.parts}) > 1:
+            expected = "frozen(...) as a tie of its own, beside the joined one"
+            raise refusal(ValueError, "Frozen slices are in no group, and are not joined.", expected=expected, got=ties)
         joined.options = joined_options(tie.options for tie in ties)
         known = [(part, part.param) for part in joined.parts if isinstance(part.param, Tensor)]
         check_one_shape([(part.slices(param, "the parameter"), param) for part, param in known])
@@ -375,7 +379,13 @@ def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, di
     groups: Groups
     if isinstance(indices, Tensor) or hasattr(indices, "__array__"):
         labels = as_tensor(indices, "Labels", "booleans or integers", "the frozen slices")
-        groups = torch.where(labels, 0, FREE) if labels.dtype == torch.bool else labels
+        if labels.dtype == torch.bool:
+            groups = torch.where(labels, 0, FREE)
+        elif labels.is_floating_point() or not labels.numel() or bool((labels == FREE).any()):
+            groups = labels
+        else:
+            expected = f"a boolean mask; or integers, of which {FREE} is not frozen; or a list of indices, not a tensor"
+            raise refusal(ValueError, "All slices would be frozen.", expected=expected, got=shown(labels))
     else:
         expected = "a list of indices, as [0, 3, 5]; or a mask in the shape of labels, where True is frozen"
         if not isinstance(indices, Iterable) or isinstance(indices, str):
