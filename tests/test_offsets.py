@@ -726,6 +726,7 @@ def test_frozen_slices_are_neither_joined_nor_compared():
     ("offset", "error", "message"),
     [
         (torch.zeros(2, 3), ValueError, "wrong shape"),
+        (torch.zeros(()).expand(2, 3), ValueError, "wrong shape"),
         (torch.zeros(4, 1, 1), ValueError, "wrong shape"),
         (torch.tensor([0.0, math.nan, 0.0]), ValueError, "out of range"),
         (math.inf, ValueError, "out of range"),

@@ -32,8 +32,7 @@ class Offset(NamedTuple):
     @classmethod
     def of_entries(cls, entries: Tensor, labels: Tensor, dim: int) -> Offset:
         """Return the offset of labelled slices, from a tensor of the shape of the parameter, expanded or not."""
-        front = in_front(entries.detach(), dim)
-        front = front[tuple(slice(None) if stride else slice(1) for stride in front.stride())].cpu()
+        front = not_repeated(in_front(entries.detach(), dim)).cpu()
         shape = front.shape[: labels.dim()]
         values = front.reshape(shape.numel(), *front.shape[labels.dim() :])
         rows = torch.arange(len(values), device="cpu").view(shape).expand(labels.shape)
@@ -118,6 +117,11 @@ class Offset(NamedTuple):
         wide = torch.complex128 if self.values.is_complex() else torch.float64
         for rows in torch.split(self.rows[chosen], _at_a_time(shape)):
             yield self.at(rows).to(wide).expand(-1, *shape).contiguous()
+
+
+def not_repeated(tensor: Tensor) -> Tensor:
+    """Return a view with 1 in place of each size along which an expanded tensor repeats its entries."""
+    return tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
 
 
 def _at_a_time(shape: torch.Size) -> int:

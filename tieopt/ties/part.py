@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry
 from tieopt.tensors import calculable, in_front, overlaps, real
-from tieopt.ties.offsets import Offset
+from tieopt.ties.offsets import Offset, not_repeated
 from tieopt.ties.slices import FREE, Slices
 
 
@@ -287,10 +287,7 @@ def _read_offset(offset: Any, tensor: Tensor, name: str) -> Tensor | None:
     if offset is None:
         return None
     largest = min(torch.finfo(tensor.dtype).max, _LARGEST_OFFSET)
-    what, expected = (
-        f"The offset for {name} has a value that is out of range.",
-        f"numbers of a magnitude up to {largest}",
-    )
+    what, expected = f"The offset for {name} is out of range.", f"numbers of a magnitude up to {largest}"
     if isinstance(offset, (int, float, complex)) and not isinstance(offset, bool):
         try:
             offset = torch.tensor(offset, dtype=torch.complex128 if isinstance(offset, complex) else torch.float64)
@@ -304,20 +301,20 @@ def _read_offset(offset: Any, tensor: Tensor, name: str) -> Tensor | None:
         dtype = f"numbers that {tensor.dtype} has"
         raise refusal(TypeError, f"The offset for {name} has the wrong dtype.", expected=dtype, got=offset.dtype)
     is_number = offset.is_floating_point() or offset.is_complex()
-    # A copy without -0.0, of a dtype that torch calculates with.
-    offset = calculable(offset.detach() if is_number else offset.double()) + 0.0
     try:
-        entries = offset.expand(tensor.shape)
+        offset = not_repeated(offset.detach().expand(tensor.shape))
     except RuntimeError:
         shape = f"one that broadcasts to {tuple(tensor.shape)}, the shape of the parameter"
         raise refusal(
             ValueError, f"The offset for {name} has the wrong shape.", expected=shape, got=tuple(offset.shape)
         ) from None
+    # A copy without -0.0, of a dtype that torch calculates with.
+    offset = calculable(offset if is_number else offset.double()) + 0.0
     # NaN is not at most anything.
     wrong = ~(real(offset).abs() <= largest)
     if wrong.any():
         raise refusal(ValueError, what, expected=expected, got=shown_entry(real(offset), wrong))
-    return entries if bool(offset.any()) else None
+    return offset.expand(tensor.shape) if bool(offset.any()) else None
 
 
 def as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:

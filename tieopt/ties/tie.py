@@ -348,8 +348,9 @@ def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, di
     """Return a tie that keeps slices of a parameter as they are, bit for bit, whatever the optimizer does.
 
     They keep the values that they have when the tie is given to a :class:`~tieopt.TiedOptimizer` or to ``retie``: load
-    weights before. Their gradients are zero for the optimizer, and weight decay, momentum and noise do not move them.
-    It is a tie whose scales are 0 and whose offsets are these values, exact even where other ties are relaxed.
+    weights before, because what is written to them later goes back, with a warning. Their gradients are zero for the
+    optimizer, and weight decay, momentum and noise do not move them. It is a tie whose scales are 0 and whose offsets
+    are these values, exact even where other ties are relaxed.
 
     To freeze a whole parameter, ``requires_grad_(False)`` is enough.
 
@@ -360,7 +361,7 @@ def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, di
         dim: the dimension along which the slices lie.
 
     Raises:
-        TypeError, IndexError, ValueError: as :class:`Tie` says.
+        TypeError, IndexError, ValueError: as :class:`Tie` says; or integers in a tensor freeze all slices.
 
     Example:
         Train the last row of an embedding alone:
