@@ -98,6 +98,11 @@ def scaled() -> tuple[list[Parameter], Any]:
     return [weight], Tie(weight, torch.arange(12) // 2, scale=torch.tensor([2.0, 0.5, 1.0] * 4))
 
 
+def shifted() -> tuple[list[Parameter], Any]:
+    weight = parameter(12, 20)
+    return [weight], Tie(weight, torch.arange(12) // 3, offset=randn(12, 1, seed=3))
+
+
 def joined() -> tuple[list[Parameter], Any]:
     encoder, decoder = parameter(6, 20), parameter(20, 6, seed=1)
     return [encoder, decoder], Tie.join(Tie(encoder, torch.arange(6)), Tie(decoder, torch.arange(6), dim=1))
@@ -124,6 +129,7 @@ KINDS: list[Callable[[], tuple[list[Parameter], Any]]] = [
     kernels,
     signed,
     scaled,
+    shifted,
     joined,
     halves,
     doubles,

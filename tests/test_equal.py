@@ -202,7 +202,7 @@ def bind(ties: Any) -> Callable[[], object]:
 NEITHER_NAME = "Tie.equal joins parameters.\n  Expected: parameters, names of parameters, or modules\n  Got:      "
 NOTHING = (
     "Tie.equal has nothing to join.\n"
-    "  Expected: two parameters or more; those that a single name matches have to differ in its first wildcard\n"
+    "  Expected: two parameters or more; all that a single name matches have to differ in its first wildcard\n"
     "  Got:      "
 )
 SHAPES = "Parameters that are to be equal differ in shape.\n  Expected: parameters of one shape\n  Got:      "

@@ -101,7 +101,7 @@ def folding_of(tie: BoundTie, tensors: Sequence[Tensor]) -> Folding:
 def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[Case]:
     """The ties compiled, a case for each set of tensors that are folded together."""
     param_groups = [{"params": list(given_tensors)}]
-    bound = components(bind_ties(param_groups, list(given_ties)), param_groups)
+    bound = components(bind_ties(param_groups, list(given_ties)))
     return [
         Case(own, list(given_ties), each, folding_of(each, own))
         for each in bound

@@ -101,15 +101,14 @@ def check_tied(parameters: Sequence[Tensor], drawn: Sequence[Tie]) -> None:
 
         def is_said_by(lead: tuple[int, int, float], group: Sequence[tuple[int, int, float]] = group) -> bool:
             (number, at, first) = lead
-            shared = (entries[number][at] - offsets[number][at]) / first if first else 0.0
-            said = [(scale * shared + offsets[n][i], entries[n][i]) for n, i, scale in group if (n, i) != (number, at)]
-            if not first:
-                said.append((offsets[number][at], entries[number][at]))
-            wanted, got = (torch.tensor(column, dtype=torch.complex128) for column in zip(*said, strict=True))
-            eps = torch.finfo(parameters[0].dtype).eps
-            # Whoever computes in another order is off by a few units of float64.
-            near = torch.finfo(torch.float64).eps * 8 * (1 + max(map(abs, offsets[number] + offsets[group[0][0]])))
-            return torch.allclose(got, wanted, rtol=eps, atol=near)
+            others = [member for member in group if member[:2] != (number, at)] if first else group
+            for n, i, scale in others:
+                multiple = scale / first if first else 0.0
+                shift = offsets[n][i] - multiple * offsets[number][at]
+                wanted = torch.tensor(multiple * entries[number][at] + shift, dtype=torch.complex128)
+                if wanted.to(parameters[0].dtype.to_complex()).item() != complex(entries[n][i]):
+                    return False
+            return True
 
         assert len(group) == 1 or any(map(is_said_by, leads))
 
@@ -274,7 +273,7 @@ def test_relaxed_ties_pull_towards_the_multiples_plus_their_offsets(strength: fl
 
 @given(data=st.data())
 def test_the_first_member_keeps_its_value(compact: bool, data: st.DataObject) -> None:
-    parameters = parameters_of(data, (torch.float64, torch.float32))
+    parameters = parameters_of(data, (torch.float64, torch.float32, torch.complex64))
     drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
     entries, offsets = [flat(param) for param in parameters], [flat(each) for each in offsets_of(drawn, parameters)]
     optimizer = TiedOptimizer(SGD(parameters), drawn, start="first", compact=compact)
@@ -283,7 +282,7 @@ def test_the_first_member_keeps_its_value(compact: bool, data: st.DataObject) ->
         first = next((member for member in group if member[2] != 0), None)
         shared = 0.0 if first is None else (entries[first[0]][first[1]] - offsets[first[0]][first[1]]) / first[2]
         for number, at, scale in group:
-            wanted = (scale * shared + offsets[number][at]).real
+            wanted = scale * shared + offsets[number][at]
             assert parameters[number].flatten()[at].item() == pytest.approx(wanted, rel=8 * eps, abs=128 * eps)
     started = list(map(bits, copy.deepcopy(parameters)))
     optimizer.tie_weights()
@@ -336,6 +335,36 @@ def test_an_offset_can_be_written_in_any_shape_that_broadcasts(compact, dim, dep
         assert torch.equal(optimizer.ties[0].parts[0].offset, full)
     assert all(same_bits(weight, weights[0]) for weight in weights)
     assert all(said == saved[0] for said in saved)
+
+
+def test_pinned_entries_are_rounded_once(compact):
+    # float32 has the middle between two numbers of float16 for it.
+    offset = torch.tensor([1 + 2**-11 + 2**-40], dtype=torch.float64)
+    weight = Parameter(torch.zeros(3, dtype=torch.float16))
+    TiedOptimizer(SGD([weight]), Tie(weight, [[0]], scale=torch.tensor([0.0, 1, 1]), offset=offset), compact=compact)
+    assert weight[0].item() == 1 + 2**-10
+
+
+@given(data=st.data(), seed=seeds)
+def test_no_sum_of_members_with_offsets_overflows(compact: bool, data: st.DataObject, seed: int) -> None:
+    largest, sizes = torch.finfo(torch.float64).max, st.sampled_from([1.0, -1.0, 0.5, -0.25])
+    scale = torch.tensor(data.draw(st.lists(sizes, min_size=6, max_size=6)), dtype=torch.float64)
+    weight = Parameter(largest * scale.sign() * data.draw(st.sampled_from([1.0, -1.0])))
+    tie = Tie(weight, torch.zeros(6, dtype=torch.int64), scale=scale, offset=normal((6,), torch.float64, seed))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.0), tie, compact=compact)
+    assert bool(weight.isfinite().all())
+    assert optimizer.tie_drift() == 0
+
+
+def test_gradients_through_weights_with_offsets_are_those_without():
+    gradients = []
+    for offset in (None, torch.arange(6.0).view(3, 2)):
+        start = randn(3, 2, dtype=torch.float64).requires_grad_()
+        weight = start * 1
+        tie = Tie(weight, [[0, 2]], scale=torch.tensor([1.0, 1.0, -2.0]), offset=offset)
+        TiedOptimizer(SGD([weight], lr=0.1, differentiable=True), tie).tie_weights()
+        gradients += torch.autograd.grad(weight, start, randn(3, 2, seed=1, dtype=torch.float64))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
 def test_the_antisymmetric_recurrent_matrix_is_exact(compact):
@@ -607,6 +636,17 @@ def test_files_have_the_weights_bit_for_bit_and_the_ties_without_offsets(
     assert all(map(same_bits, layer.parameters(), twin.parameters()))
 
 
+def test_files_keep_the_sign_of_a_frozen_zero(tmp_path):
+    export = pytest.importorskip("tieopt.export")
+    pytest.importorskip("safetensors")
+    layer = torch.nn.Linear(2, 3)
+    with torch.no_grad():
+        layer.weight[1] = -0.0
+    optimizer = TiedOptimizer(SGD(layer.parameters(), lr=0.1), frozen(layer.weight, [1]))
+    export.save(layer, optimizer, tmp_path / "model.safetensors")
+    assert same_bits(export.load(tmp_path / "model.safetensors")["weight"], layer.weight)
+
+
 def test_pinned_entries_of_an_offset_are_not_said_to_be_zero():
     plot = pytest.importorskip("tieopt.plot")
     pytest.importorskip("matplotlib")
@@ -664,6 +704,37 @@ def test_sharded_weights_are_trained_as_whole_ones(two_ranks, width, dim, ties_o
     if ties_of is antisymmetric:
         upper = weight.triu(1)
         assert torch.equal(weight, upper - upper.T - 0.3 * torch.eye(6, dtype=torch.float64))
+
+
+def refusal_of_other_offsets(full: Tensor) -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = Parameter(distribute_tensor(full, mesh, [Shard(1)]))
+    try:
+        TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1]], offset=torch.tensor([[0.0], [1.0 + dist.get_rank()]])))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@needs_gloo
+def test_other_offsets_on_another_rank_are_refused_on_every_rank(two_ranks):
+    for text in two_ranks.run(refusal_of_other_offsets, randn(2, 4)):
+        assert "other ties than some other rank" in text
+
+
+def refusal_of_compact_shards(full: Tensor) -> str:
+    weight = Parameter(distribute_tensor(full, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)]))
+    try:
+        TiedOptimizer(SGD([weight]), [frozen(weight, [0]), Tie(weight, [[1, 2]])], compact=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@needs_gloo
+def test_the_compact_mode_refuses_frozen_shards_as_others(two_ranks):
+    for text in two_ranks.run(refusal_of_compact_shards, randn(4, 2)):
+        assert "compact mode" in text
 
 
 def warnings_of_shards(full: Tensor, dim: int, ties_of) -> tuple[list[str], Tensor]:

@@ -1,6 +1,7 @@
 """Options of single ties: another reduction, strength or interval than the rest of the optimizer has."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import normal, recipes_for, seeds
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, SGD, Adam
+from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, RMSprop
 
 from tieopt import Tie, TiedOptimizer, frozen, is_tied
 from tieopt.testing import ties
@@ -222,6 +223,74 @@ def test_options_are_nothing_that_a_checkpoint_depends_on(data: st.DataObject) -
     resumed = TiedOptimizer(Adam([other]), with_options(tie, other, data.draw(some_options)))
     resumed.load_state_dict(saved)
     assert resumed.state_dict().get("tieopt", {}).get("ties") == saved.get("tieopt", {}).get("ties")
+
+
+@pytest.mark.parametrize("inner", [Adam, AdamW, RMSprop, Adadelta, partial(SGD, momentum=0.9)], ids=str)
+def test_training_goes_on_bit_for_bit_where_one_tie_is_relaxed_and_one_is_not(inner):
+    scale = torch.tensor([1.0, 3.0, -0.7, 0.0, 1.3, 1.0])
+
+    def wrapped(params: list[Parameter]) -> TiedOptimizer:
+        exact = Tie(params[0], torch.tensor([0, 0, 0, 1, 2, 2]), scale=scale)
+        return TiedOptimizer(inner(params, lr=0.01), [exact, Tie(params[1], [[0, 1]], strength=0.5)])
+
+    params = [Parameter(randn(6, 3, seed=seed)) for seed in range(2)]
+    optimizer = wrapped(params)
+    train(optimizer, 7)
+    twins = copy.deepcopy(params)
+    resumed = wrapped(twins)
+    with torch.no_grad():
+        # What wrapping has pulled together.
+        torch._foreach_copy_(twins, params)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, 5)
+    train(resumed, 5)
+    assert all(map(same_bits, params, twins))
+
+
+def test_the_state_of_a_tie_that_was_relaxed_is_tied_when_it_is_exact():
+    params = [Parameter(randn(4, 2, seed=seed)) for seed in range(2)]
+    ties = [Tie(params[0], [[0, 1]]), Tie(params[1], [[0, 1]], strength=0.5)]
+    optimizer = TiedOptimizer(Adam(params), ties)
+    train(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert not is_tied(optimizer.state[params[1]]["exp_avg"], [[0, 1]])
+    now = TiedOptimizer(Adam(params), [ties[0], Tie(params[1], [[0, 1]])])
+    now.load_state_dict(saved)
+    assert is_tied(now.state[params[1]]["exp_avg"], [[0, 1]])
+
+
+def test_exact_ties_start_from_their_first_members_beside_relaxed_ones():
+    params = [Parameter(randn(4, 2, seed=seed)) for seed in range(2)]
+    before = [param.detach().clone() for param in params]
+    ties = [Tie(params[0], [[1, 3]]), Tie(params[1], [[1, 3]], strength=0.5)]
+    TiedOptimizer(SGD(params), ties, start="first")
+    assert torch.equal(params[0][3], before[0][1])
+    assert not is_tied(params[1], [[1, 3]])
+    with pytest.raises(ValueError, match="Relaxed ties"):
+        TiedOptimizer(SGD(params), ties[1], start="first")
+
+
+def test_joined_ties_are_given_back_in_the_order_of_their_parts():
+    first, second = (Parameter(randn(4, 2, seed=seed)) for seed in range(2))
+    before = second.detach().clone()
+    joined = Tie.join(Tie(second, torch.arange(4)), Tie(first, torch.arange(4)))
+    optimizer = TiedOptimizer(SGD([first, second]), joined, strength=0.0)
+    assert [part.param for part in optimizer.ties[0].parts] == [second, first]
+    optimizer.retie(optimizer.ties, start="first", strength=1.0)
+    assert torch.equal(first, before)
+    assert torch.equal(second, before)
+
+
+def test_what_is_written_to_ties_that_are_given_back_changes_none():
+    weight = Parameter(randn(4, 2))
+    scale, offset = torch.tensor([1.0, -1.0, 2.0, 1.0]), torch.arange(8.0).view(4, 2)
+    optimizer = TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1, 2]], scale=scale, offset=offset))
+    part, before = optimizer.ties[0].parts[0], weight.detach().clone()
+    for tensor in (part.groups, part.scale, part.offset):
+        tensor.zero_()
+    optimizer.tie_weights()
+    assert same_bits(weight, before)
+    assert torch.equal(optimizer.ties[0].parts[0].offset[:3], offset[:3].double())
 
 
 def test_slices_that_are_frozen_say_nothing_of_the_reduction(compact):

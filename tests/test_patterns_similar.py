@@ -69,6 +69,12 @@ def test_a_distance_is_any_number(distance):
     assert patterns.similar(torch.tensor([0.0, 1.0, 3.0]), distance).tolist() == [0, 0, -1]
 
 
+@pytest.mark.parametrize("unit", [2.0**1022, 2.0**-1060], ids=["large", "small"])
+def test_numbers_may_be_as_large_or_small_as_floats_are(unit):
+    rows = unit * torch.tensor([[1.0, -1.0], [1.0, 1.0], [1.0, -0.75]], dtype=torch.float64)
+    assert patterns.similar(rows, 0.3 * unit).tolist() == [0, -1, 0]
+
+
 # --- merging ---
 
 

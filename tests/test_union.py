@@ -137,6 +137,24 @@ def test_scales_are_those_along_the_chain() -> None:
     assert union.parts[0].scale.tolist() == [0.5, 1, -3, 1, 0]
 
 
+@given(data=st.data(), seed=st.integers(0, 2**20))
+def test_what_a_tie_says_is_equal_is_equal_to_the_last_bit_in_the_union(data: st.DataObject, seed: int) -> None:
+    factors, signs = (
+        randn(3, seed=seed, dtype=torch.float64),
+        data.draw(st.lists(st.sampled_from([1.0, -1.0]), min_size=4)),
+    )
+    vector = Parameter(randn(4, seed=seed, dtype=torch.float64))
+    first, second, third = factors.tolist()
+    ties = [
+        Tie(vector, [[0, 1]], scale=torch.tensor([1.0, first, 1.0, 1.0], dtype=torch.float64)),
+        Tie(vector, [[1, 2]], scale=torch.tensor([1.0, second, second * signs[0], 1.0], dtype=torch.float64)),
+        Tie(vector, [[2, 3]], scale=torch.tensor([1.0, 1.0, third, third * signs[1]], dtype=torch.float64)),
+    ]
+    TiedOptimizer(SGD([vector]), Tie.union(*(ties[number] for number in data.draw(st.permutations(range(3))))))
+    assert vector[2].item() == signs[0] * vector[1].item()
+    assert vector[3].item() == signs[1] * vector[2].item()
+
+
 def test_an_entry_that_is_pinned_wherever_it_is_tied_stays_pinned() -> None:
     vector = parameter(5)
     first = Tie(vector, [[0, 1, 2]], scale=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))

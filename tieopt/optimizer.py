@@ -222,11 +222,12 @@ class TiedOptimizer(Optimizer):
         param_groups, ties = self._tieopt.param_groups_of(self), []
         for tie, params in self._tieopt.parameters(param_groups):
             parts = []
-            for param, place, slices in zip(params, tie.places, tie.slices, strict=True):
-                # What is done to it later changes no tie.
+            for number in tie.order:
+                param, slices = params[number], tie.slices[number]
+                # Copies, so that a user who writes to them changes no tie.
                 labels, scale, dim, _ = copy.deepcopy(slices._replace(offset=None))
                 part = Part(param, labels, dim, scale, FROZEN if slices.is_frozen else slices.offset_of(param))
-                parts.append((part, given_name(param_groups, place)))
+                parts.append((part, given_name(param_groups, tie.places[number])))
             ties.append(tie_of(parts, tie.given))
         return tuple(ties)
 
@@ -608,9 +609,8 @@ class TiedOptimizer(Optimizer):
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
-        if saved is None or "steps" in saved:
-            exact = [(tie, params) for tie, params in pairs if not tie.options.relaxed]
-            self.state.update(tied_state(self.state, exact, settings))
+        tied = mode.tied_since(saved, self.param_groups)
+        self.state.update(tied_state(self.state, [pair for pair in pairs if pair[0] in tied], settings))
         if convert is not None:
             converted = convert(self.state)
             self.state.update(converted)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from math import inf, prod
+from math import frexp, inf, ldexp, prod
 from operator import index
 from typing import Any, Literal, SupportsIndex, overload
 
@@ -922,8 +922,10 @@ def similar(tensor: Tensor, distance: float, *, dim: int = 0) -> Tensor:
     slices = entries.movedim(dim, 0).flatten(1) if entries.dim() > 1 else entries[:, None]
     if len(slices) == 1:
         return torch.tensor([FREE], device="cpu")
-    tree = hierarchy.linkage(spatial.pdist(slices.numpy()), method="complete")
-    found = torch.from_numpy(hierarchy.fcluster(tree, farthest, criterion="distance"))
+    # A power of two rounds nothing, and squares of what is left neither overflow nor vanish.
+    unit = ldexp(1.0, frexp(float(slices.abs().max()))[1] - 1)
+    tree = hierarchy.linkage(spatial.pdist((slices / unit).numpy()), method="complete")
+    found = torch.from_numpy(hierarchy.fcluster(tree, farthest / unit, criterion="distance"))
     _, number, sizes = torch.unique(found, return_inverse=True, return_counts=True)
     (groups,) = numbered([Slices(torch.where(sizes[number] > 1, number, FREE))])
     return groups.labels

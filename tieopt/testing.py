@@ -99,7 +99,7 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
         for name, slices, expected, param in zip(tie.names, tie.slices, tied, params, strict=True):
             wide = torch.complex128 if param.is_complex() else torch.float64
             expected, got = expected.cpu().to(wide), param.detach().cpu().to(wide)
-            wrong = ((expected != got) & (slices.entries(param)[0] != FREE)).nonzero()
+            wrong = ((expected != got) & (slices.entries(param.shape)[0] != FREE)).nonzero()
             if len(wrong):
                 at = tuple(wrong[0].tolist())
                 says = f"{expected[at].item()} at {at}, as another member of its group says"
@@ -214,7 +214,7 @@ class _SharedModel(nn.Module):
         self._sources: dict[Any, list[Parameter]] = {param: [] for param in params}
         self._indices = {param: torch.full(param.shape, FREE, device=param.device) for param in params}
         self._scales = {param: torch.ones(param.shape, dtype=torch.float64, device=param.device) for param in params}
-        self._offsets = {param: torch.zeros(param.shape, dtype=torch.float64, device=param.device) for param in params}
+        self._offsets = {param: torch.zeros_like(param) for param in params}
         for tie, tied in optimizer._tieopt.parameters(optimizer.param_groups):
             if tied[0].requires_grad:  # Frozen parameters are not tied.
                 self._share(tie.slices, cast(list[Parameter], tied), tie.options.reduction)
@@ -233,12 +233,12 @@ class _SharedModel(nn.Module):
         source = Parameter(first.new_zeros(shape), first.requires_grad)
         shared, norms = source.data.view(-1), torch.zeros(shape, dtype=torch.float64, device=first.device)
         for labelled, param in zip(slices, params, strict=True):
-            indices, scales = (column.to(first.device) for column in labelled.entries(param))
+            indices, scales = (column.to(first.device) for column in labelled.entries(param.shape))
             tied, scaled = indices != FREE, (indices != FREE) & (scales != 0)
             norms.view(-1).index_add_(0, indices[tied], scales[tied].square())
             offset = labelled.offset_of(param)
             if offset is not None:
-                self._offsets[param][tied] = offset.to(first.device, torch.float64)[tied]
+                self._offsets[param][tied] = offset.to(param.device, param.dtype)[tied]
             shared[indices[scaled]] = (param.detach() - self._offsets[param])[scaled] / scales[scaled]
             self._indices[param][tied] = indices[tied] + sum(other.numel() for other in self._sources[param])
             self._scales[param][tied] = scales[tied]
@@ -421,7 +421,7 @@ def ties(
             joined.append(drawn_tie(first, dim, shape, joined[0].parts[0].groups != FREE))
         result = [Tie.join(*joined)]
         if draw(st.booleans()):  # two ties of one parameter
-            tied = [_slices(tie)[0].entries(first)[0] != FREE for tie in joined if tie.parts[0].param is first]
+            tied = [_slices(tie)[0].entries(first.shape)[0] != FREE for tie in joined if tie.parts[0].param is first]
             result.append(drawn_tie(first, 0, first.shape, torch.stack(tied).any(0)))
         return [_free_if_idle(tie) for tie in result]
 

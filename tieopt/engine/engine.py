@@ -261,7 +261,8 @@ class Engine:
         if len(ties) == 1:
             return (self._shards_for if spans_ranks(tensors) else self.index_for)(ties[0], tensors)
         # The labels that are told apart go: of many ties of a large parameter they take much memory.
-        return Index.compile(_joined(ties), tensors, even=even).keeping([tie.slices[0] for tie in ties])
+        index = Index.compile(_joined(ties), tensors, even=even, linear=ties[0].is_linear)
+        return index.keeping([tie.slices[0] for tie in ties])
 
     def _folding(self, work: Work) -> Folding | ViewFolding:
         # The compact mode takes no sharded parameters.
@@ -303,7 +304,7 @@ def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
         return ()
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
     # Multiples that are rounded have a run take another way, and all groups in it.
-    if not tie.is_of_rows or tie.slices[0].offset is not None or not bool(((scales == 0) | (scales == 1)).all()):
+    if not tie.is_of_rows or not tie.is_linear or not bool(((scales == 0) | (scales == 1)).all()):
         return ()
     sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
     several = torch.unique(sizes[sizes > 1])

@@ -24,7 +24,7 @@ def norm_of(tensors: Iterable[Tensor], norm_type: float) -> Tensor:
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Return the tensors of each mesh, and those that are not sharded: torch does not take them together."""
+    """Return the tensors of each mesh, and the tensors of no mesh: torch does not take them together."""
     meshes: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         meshes.setdefault(sharding_of(tensor)[0], []).append(tensor)

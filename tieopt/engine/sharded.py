@@ -170,8 +170,7 @@ def _cut_apart(tie: Partition, tensors: Sequence[DTensor]) -> tuple[Sequence[Sli
             raise refusal(ValueError, what, parameters=", ".join(tie.names), expected=expected, got=got)
     if all(len(ways) == 1 for ways in cuts):
         return tie.slices, [dim for dim, ways in enumerate(cuts) if ways == {0}]
-    whole = [torch.empty(tensor.shape, device="meta") for tensor in tensors]
-    by_entry = [slices.by_entry(tensor) for slices, tensor in zip(tie.slices, whole, strict=True)]
+    by_entry = [slices.by_entry(tensor.shape) for slices, tensor in zip(tie.slices, tensors, strict=True)]
     return by_entry, [dim for dim, ways in enumerate(cuts) if ways != {None}]
 
 

@@ -200,7 +200,7 @@ class CompactMode(Mode):
             got = f"compact=True, strength={of_tie.strength}, every={of_tie.every}"
             raise _unserved(what, "strength=1 and every=1", got)
         # Each parameter is in one.
-        self.applied: Sequence[BoundTie] = components(self.ties, param_groups)
+        self.applied: Sequence[BoundTie] = components(self.ties)
         for tie in self.applied:
             if tie.options.reduction is None:
                 what = "Ties that have a parameter in common have different reductions."

@@ -277,7 +277,7 @@ def converter(
     if bool(was_compact) == mode.compact:
         return None
     param_groups, engine, entries = optimizer.param_groups, mode.engine, None
-    ties = mode.applied if mode.compact else components(mode.ties, param_groups)
+    ties = mode.applied if mode.compact else components(mode.ties)
     pairs = parameters_of(ties, param_groups)
     if was_compact is None:
         # The inner optimizer trains so many in the compact mode.

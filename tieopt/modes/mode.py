@@ -204,7 +204,7 @@ class Mode(ABC):
             start: what the shared values start from.
             lost: as for :meth:`state_within`.
         """
-        check_start(start, relaxed=self.relaxed)
+        check_start(start, relaxed=self.relaxed and all(tie.options.relaxed for tie in self.ties))
         # Compiled now, and not while a step is captured.
         pairs = self.parameters(optimizer.param_groups)
         self.engine.prepare(pairs)
@@ -259,7 +259,8 @@ class Mode(ABC):
         trained = [pair for pair in self.parameters(param_groups) if pair[1][0].requires_grad]
         if start == "first":
             for tie, params in trained:
-                self.engine.start_from_first_(tie, params, tie.order)
+                if not tie.options.relaxed:
+                    self.engine.start_from_first_(tie, params, tie.order)
         # What starts from the first members is tied already, and keeps its bits.
         for strength, pairs in [(1.0, trained)] if exactly else by_strength(trained):
             self.tie_weights(pairs, strength=strength)
@@ -367,23 +368,40 @@ class Mode(ABC):
         said: dict[str, Any] = {"ties": self.fingerprints(param_groups)}
         if self.relaxed:
             said["steps"] = self.steps
+            if any(not tie.options.relaxed for tie in self.ties):
+                said["relaxed"] = [self._fingerprint(tie, param_groups) for tie in self.ties if tie.options.relaxed]
         if self.compact:
             said["compact"] = True
         return said
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """Return the fingerprints of the ties, for each parameter by the number that it has in a ``state_dict``."""
-        before = [0, *accumulate(len(group["params"]) for group in param_groups)]
         by_number: dict[int, list[str]] = {}
         for tie in self.ties:
-            numbers = tuple(before[place.group] + place.position for place in tie.places)
-            (group, position, _), shapes = tie.places[0], [place.shape for place in tie.places]
-            key = tie, numbers, param_groups[group]["params"][position].dtype
-            if key not in self._fingerprints:
-                self._fingerprints[key] = fingerprint(tie.slices_in(key[2]), numbers, shapes)
-            for number in dict.fromkeys(numbers):
-                by_number.setdefault(number, []).append(self._fingerprints[key])
+            for number in dict.fromkeys(_numbers_of(tie, param_groups)):
+                by_number.setdefault(number, []).append(self._fingerprint(tie, param_groups))
         return {number: "; ".join(sorted(texts)) for number, texts in by_number.items()}
+
+    def _fingerprint(self, tie: BoundTie, param_groups: ParamGroups) -> str:
+        (group, position, _), shapes = tie.places[0], [place.shape for place in tie.places]
+        numbers, dtype = _numbers_of(tie, param_groups), param_groups[group]["params"][position].dtype
+        key = tie, numbers, dtype
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(tie.slices_in(dtype), numbers, shapes)
+        return self._fingerprints[key]
+
+    def tied_since(self, saved: Mapping[str, Any] | None, param_groups: ParamGroups) -> list[BoundTie]:
+        """Return the exact ties that were relaxed when a state was saved, or of which it says nothing.
+
+        Args:
+            saved: what the state says of the ties; None if nothing.
+            param_groups: of the optimizer.
+        """
+        exact = [tie for tie in self.ties if not tie.options.relaxed]
+        if saved is None:
+            return exact
+        relaxed = saved.get("relaxed") if "steps" in saved else ()
+        return [tie for tie in exact if relaxed is None or self._fingerprint(tie, param_groups) in relaxed]
 
     def check_saved(self, saved: Any, param_groups: ParamGroups) -> None:
         """Compare what a checkpoint says of its ties with these.
@@ -420,6 +438,12 @@ class Mode(ABC):
                     "  To change the ties, tie as when it was saved, load the state, and then call retie(). What is\n"
                     "  frozen counts with its values: load the weights before the optimizer is wrapped.",
                 )
+
+
+def _numbers_of(tie: BoundTie, param_groups: ParamGroups) -> tuple[int, ...]:
+    """Return the numbers that the parameters of a tie have in a ``state_dict``."""
+    before = [0, *accumulate(len(group["params"]) for group in param_groups)]
+    return tuple(before[place.group] + place.position for place in tie.places)
 
 
 def _warn_of_written(names: str, *, is_frozen: bool) -> None:

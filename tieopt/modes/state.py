@@ -240,5 +240,5 @@ def _pair(tie: Partition, values: _Values) -> tuple[Partition, list[Tensor]]:
 def _begin_pinned_(value: Tensor, slices: Slices, begin: complex) -> None:
     """Write the value that an optimizer begins with to pinned entries."""
     if begin != 0 and slices.scale is not None:
-        numbers, scales = slices.entries(torch.empty(value.shape, device="meta"))
+        numbers, scales = slices.entries(value.shape)
         fill_where_(value, (numbers != FREE) & (scales == 0), begin)

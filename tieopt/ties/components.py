@@ -8,33 +8,28 @@ import torch
 
 from tieopt.ties.offsets import Offset
 from tieopt.ties.options import Options
-from tieopt.ties.places import BoundTie, ParamGroups, Place, parameter_at
-from tieopt.ties.slices import FREE, Slices, has_shared_values, told_apart
+from tieopt.ties.places import BoundTie, Place
+from tieopt.ties.slices import FREE, Slices, has_shared_values, of_one_kind
 
 
-def components(ties: Sequence[BoundTie], param_groups: ParamGroups) -> list[BoundTie]:
-    """Return ties that have each parameter once: those that have one in common, or join some, as one."""
+def components(ties: Sequence[BoundTie]) -> list[BoundTie]:
+    """Return ties that have each parameter once: ties that have one in common, or join some, as one."""
     component_of: dict[Place, list[BoundTie]] = {}
     for tie in ties:
         touched = {id(known): known for place in tie.places if (known := component_of.get(place)) is not None}
         united = [*(other for known in touched.values() for other in known), tie]
         component_of.update((place, united) for other in united for place in other.places)
     distinct = {id(component): component for component in component_of.values()}
-    return [_as_one(component, param_groups) for component in distinct.values()]
+    return [_as_one(component) for component in distinct.values()]
 
 
-def _as_one(ties: Sequence[BoundTie], param_groups: ParamGroups) -> BoundTie:
+def _as_one(ties: Sequence[BoundTie]) -> BoundTie:
     if len(ties) == 1 and len(set(ties[0].places)) == len(ties[0].places):
         return ties[0]
-    kinds = {(place, s.dim, s.labels.shape) for tie in ties for place, s in zip(tie.places, tie.slices, strict=True)}
-    # Where a parameter is tied in slices of several kinds, everything is tied entry by entry.
-    by_entry = len(kinds) > len({place for place, *_ in kinds})
-    # Before labels are told apart: a group of slices is as many groups as a slice has entries.
-    labelled = [_entries(tie, param_groups) if by_entry else tie.slices for tie in ties]
+    keyed = [list(zip(tie.places, tie.slices, strict=True)) for tie in ties]
     by_place: dict[Place, list[Slices]] = {}
-    for tie, apart in zip(ties, told_apart(labelled), strict=True):
-        for place, slices in zip(tie.places, apart, strict=True):
-            by_place.setdefault(place, []).append(slices)
+    for place, slices in of_one_kind(keyed, lambda place: place.shape):
+        by_place.setdefault(place, []).append(slices)
     overlaid = [_overlaid(several) for several in by_place.values()]
     return BoundTie(list(by_place), overlaid, options=_common_options(ties))
 
@@ -43,11 +38,6 @@ def _common_options(ties: Sequence[BoundTie]) -> Options:
     """Return the options of ties; without a reduction if those with shared values have several."""
     options = {tie.options for tie in ties if has_shared_values(tie.slices)} or {ties[0].options}
     return next(iter(options)) if len(options) == 1 else ties[0].options._replace(reduction=None)
-
-
-def _entries(tie: BoundTie, param_groups: ParamGroups) -> list[Slices]:
-    params = [parameter_at(param_groups, place) for place in tie.places]
-    return [slices.by_entry(param) for slices, param in zip(tie.slices, params, strict=True)]
 
 
 def _overlaid(layers: Sequence[Slices]) -> Slices:

@@ -27,6 +27,26 @@ _BEFORE, _AFTER = translate("x").split("x")
 _MOST_SHOWN = 8
 
 
+class Held(NamedTuple):
+    """Where a parameter is found, because hosts replace Parameter objects.
+
+    Attributes:
+        module: that has the parameter.
+        attribute: its name there.
+        name: its name in the model.
+    """
+
+    module: Module
+    attribute: str
+    name: str
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class _Match(NamedTuple):
     """A parameter that is meant.
 
@@ -80,6 +100,9 @@ def expanded(parts: tuple[Part, ...], named: Mapping[str, Tensor]) -> list[tuple
 def _matches(param: Any, named: Mapping[str, Tensor], *, modules: bool) -> list[_Match]:
     if modules and isinstance(param, Module):
         return [_Match(tensor, tensor, (name,)) for name, tensor in param.named_parameters()]
+    if isinstance(param, Held):
+        tensor = getattr(param.module, param.attribute, None)
+        return [_Match(param.name if tensor is None else tensor, tensor)]
     if not isinstance(param, str) or param in named:
         return [_Match(param, named[param] if isinstance(param, str) else param)]
     pieces = [translate(piece).removeprefix(_BEFORE).removesuffix(_AFTER) for piece in _WILDCARD.split(param)]
@@ -111,7 +134,7 @@ def _equal(sets: Sequence[Sequence[_Match]], is_alone: bool) -> list[list[_Match
     distinct = [list({id(match.tensor): match for match in found}.values()) for found in sets]
     alone = [found[0] for found in distinct if len(found) == 1]
     if len(alone) == len(sets) or (alone and is_alone):
-        expected = "two parameters or more; those that a single name matches have to differ in its first wildcard"
+        expected = "two parameters or more; all that a single name matches have to differ in its first wildcard"
         got = f"{_shown(alone)} alone" if alone else "modules without parameters"
         raise refusal(ValueError, "Tie.equal has nothing to join.", expected=expected, got=got)
     for found in distinct:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple, Self
+from itertools import chain
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from tieopt.tensors import in_front, raw_bytes
 from tieopt.ties.offsets import Offset
 
 FREE = -1
+
+T = TypeVar("T")
 
 
 class Slices(NamedTuple):
@@ -80,14 +83,14 @@ class Slices(NamedTuple):
         count = last + 1 if self.labels.numel() else 0
         return rows.as_strided((count, *rows.shape[depth:]), (stride, *rows.stride()[depth:]))
 
-    def by_entry(self, tensor: Tensor) -> Slices:
-        """Return the same with a label for each entry of the tensor."""
-        if not tensor.dim():
+    def by_entry(self, shape: torch.Size) -> Slices:
+        """Return the same with a label for each entry of a tensor of a shape."""
+        if not shape:
             return self
-        numbers, scales = self.entries(tensor)
-        offset = self.offset and self.offset.by_entry(self.slice_shape(tensor.shape))
+        numbers, scales = self.entries(shape)
+        offset = self.offset and self.offset.by_entry(self.slice_shape(shape))
         if offset is not None:
-            offset = offset._replace(rows=offset.rows.movedim(0, self.dim).view(tensor.shape))
+            offset = offset._replace(rows=offset.rows.movedim(0, self.dim).view(shape))
         return Slices(numbers, scales, 0, offset)
 
     def frozen_at(self, tensor: Tensor) -> Slices:
@@ -107,7 +110,7 @@ class Slices(NamedTuple):
         return self.offset is not None and self.offset.sizes is None
 
     def without_offset(self) -> Slices:
-        """Return the slices without those that have an offset, which are free then."""
+        """Return the slices, free where they have an offset."""
         if self.offset is None:
             return self
         return Slices(self.labels.masked_fill(self.offset.is_nonzero(), FREE), self.scale, self.dim)
@@ -119,19 +122,19 @@ class Slices(NamedTuple):
         front = self.offset.at(self.offset.rows)
         return front.expand(in_front(tensor, self.dim).shape).movedim(0, self.dim).reshape(tensor.shape)
 
-    def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """The slices written out entry by entry.
+    def entries(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return the slices written out entry by entry, for a tensor of a shape.
 
         Returns:
             For each entry of the tensor the number of the shared value that it is a multiple of, -1 for a
             free one, int64; and its scale, float64. Both have the shape of the tensor.
         """
-        shape = self.slice_shape(tensor.shape)
-        labels, scales = (values.reshape(*values.shape, *[1] * len(shape)) for values in (self.labels, self.scales))
-        inner = torch.arange(shape.numel(), device="cpu").view(shape)
-        numbers = torch.where(labels == FREE, FREE, labels * shape.numel() + inner)
+        inner = self.slice_shape(shape)
+        labels, scales = (values.reshape(*values.shape, *[1] * len(inner)) for values in (self.labels, self.scales))
+        within = torch.arange(inner.numel(), device="cpu").view(inner)
+        numbers = torch.where(labels == FREE, FREE, labels * inner.numel() + within)
         scales = scales.expand(numbers.shape)
-        return numbers.movedim(0, self.dim).view(tensor.shape), scales.movedim(0, self.dim).view(tensor.shape)
+        return numbers.movedim(0, self.dim).view(shape), scales.movedim(0, self.dim).view(shape)
 
     def _walk(self, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
         """Return the stride of :meth:`rows`, and :meth:`steps`."""
@@ -148,7 +151,6 @@ class Partition:
     Args:
         slices: of each tensor.
         names: how errors call the tensors.
-
         is_linear: whether offsets do not count: members are multiples of the shared value, as gradients and states are.
 
     Attributes:
@@ -295,6 +297,26 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequen
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
     return f"{counted(groups, 'group')} of {members} members, {free} free{zeros}, sha256 {digest.hexdigest()}"
+
+
+def of_one_kind(
+    ties: Iterable[Sequence[tuple[T, Slices]]], shape_of: Callable[[T], torch.Size]
+) -> list[tuple[T, Slices]]:
+    """Return the slices of several ties, with labels that no two of the ties share, of one kind for each key.
+
+    Args:
+        ties: the keys of tensors, and their slices.
+        shape_of: returns the shape of the tensor of a key.
+    """
+    listed = list(ties)
+    kinds = {(key, slices.dim, slices.labels.shape) for tie in listed for key, slices in tie}
+    # Where a tensor is tied in slices of several kinds, everything is tied entry by entry.
+    if len(kinds) > len({key for key, *_ in kinds}):
+        # Before labels are told apart: a group of slices is as many groups as a slice has entries.
+        listed = [[(key, slices.by_entry(shape_of(key))) for key, slices in tie] for tie in listed]
+    apart = told_apart([slices for _, slices in tie] for tie in listed)
+    keys = [key for tie in listed for key, _ in tie]
+    return list(zip(keys, chain.from_iterable(apart), strict=True))
 
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:

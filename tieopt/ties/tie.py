@@ -104,8 +104,9 @@ class Tie:
 
     Attributes:
         parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim``, ``scale`` and
-            ``offset``. If ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, both on the
-            CPU, and ``offset`` is None or of the shape of the parameter; for a name they are what was given.
+            ``offset``. If ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, and
+            ``offset`` is None or of the shape of the parameter, all on the CPU; for a name they are what was given.
+            Frozen slices, and parameters that are tied as a whole and are not found yet, have placeholders there.
         options: a named tuple of ``reduction``, ``strength`` and ``every``, as they were given.
     """
 
@@ -324,7 +325,7 @@ def _check_ties(method: str, ties: Sequence[Any]) -> None:
 
 
 def _ties_of_tensors(tie: Tie) -> list[Tie]:
-    """Return a tie of parameters, or those that a tie of modules stands for."""
+    """Return a tie of parameters, or the ties of parameters that a tie of modules stands for."""
     if any(isinstance(part.param, str) for part in tie.parts):
         hint = "give the parameters, or write what is to be equal as one group of one Tie"
         expected = "ties of parameters: which entries names share is not known without an optimizer"

@@ -8,13 +8,12 @@ the slice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from tieopt.errors import refusal, shown_list
-from tieopt.ties.slices import FREE, Slices, flat_labels, numbered, told_apart
+from tieopt.ties.slices import FREE, Slices, flat_labels, numbered, of_one_kind
 
 # A tie: the parameters that it joins, and their slices.
 Joined = Sequence[tuple[Tensor, Slices]]
@@ -90,7 +89,11 @@ def _union(ties: Sequence[Joined], texts: Sequence[str]) -> Joined:
     if any(slices.offset is not None for tie in ties for _, slices in tie):
         expected = "one Tie of all these slices, with its offsets; or ties that share no entry"
         raise refusal(ValueError, "Ties with offsets share entries.", expected=expected, got=shown_list(texts))
-    parts = _numbered(ties)
+    keyed = []
+    for tie in ties:
+        params, slices_of = zip(*tie, strict=True)
+        keyed.append(list(zip(params, numbered(slices_of), strict=True)))
+    parts = of_one_kind(keyed, lambda param: param.shape)
     value = flat_labels([slices for _, slices in parts])
     scale = torch.cat([slices.scales.flatten() for _, slices in parts])
     # The nodes are all shared values, and then the slices of one parameter after the other.
@@ -113,6 +116,7 @@ def _union(ties: Sequence[Joined], texts: Sequence[str]) -> Joined:
             "the same multiples in each of them; an entry that is to be zero gets a scale of 0 wherever it is tied"
         )
         raise refusal(ValueError, what, expected=expected, got=shown_list(texts))
+    multiple = _equal_where_scales_are(multiple, slice_node, value_node, scale[edges])
     labels = torch.full((end,), FREE, device="cpu")
     # What is pinned in several groups is in any of them.
     labels.scatter_reduce_(0, node, root[value], "amax")
@@ -124,19 +128,20 @@ def _union(ties: Sequence[Joined], texts: Sequence[str]) -> Joined:
     return list(zip(kinds, numbered(union), strict=True))
 
 
-def _numbered(ties: Sequence[Joined]) -> Joined:
-    """Return the slices of all ties: of one kind in each parameter, and with a label of its own for each group."""
-    kinds = {(param, slices.dim, slices.labels.shape) for tie in ties for param, slices in tie}
-    # Where a parameter is tied in slices of several kinds, everything is tied entry by entry.
-    by_entry = len(kinds) > len({param for param, *_ in kinds})
-    # Before labels are told apart: a group of slices is as many groups as a slice has entries.
-    labelled = [
-        [slices.by_entry(param) if by_entry else slices for (param, _), slices in zip(tie, numbers, strict=True)]
-        for tie in ties
-        for numbers in [numbered([slices for _, slices in tie])]
-    ]
-    params = [param for tie in ties for param, _ in tie]
-    return list(zip(params, chain.from_iterable(told_apart(labelled)), strict=True))
+def _equal_where_scales_are(multiple: Tensor, node: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+    """Return multiples of slices, rounded alike where a group says that they are equal, or opposite.
+
+    Args:
+        multiple: of each node.
+        node: of the slice of each edge.
+        value: the node of its shared value.
+        scale: of the slice in this group, not zero.
+    """
+    # Joined by an edge of 1 or -1 to all that have the same scale in the same group.
+    pairs = torch.stack([value.double(), scale.abs()])
+    which = torch.unique(pairs, dim=1, return_inverse=True)[1] + len(multiple)
+    first, sign = _roots(len(multiple) + len(node), node, which, scale.sign())
+    return multiple[first[: len(multiple)]] * sign[: len(multiple)]
 
 
 def _roots(count: int, first: Tensor, second: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
