@@ -356,6 +356,26 @@ def test_no_sum_of_members_with_offsets_overflows(compact: bool, data: st.DataOb
     assert optimizer.tie_drift() == 0
 
 
+def test_gradients_of_many_small_ties_with_offsets_are_those_without():
+    grads = []
+    for offset in (None, torch.arange(4.0)[:, None]):
+        params = [Parameter(randn(4, 3, seed=seed)) for seed in range(3)]
+        optimizer = TiedOptimizer(SGD(params), [Tie(param, [[0, 2], [1, 3]], offset=offset) for param in params])
+        for seed, param in enumerate(params):
+            param.grad = randn(4, 3, seed=seed + 9)
+        optimizer.tie_gradients()
+        grads.append([param.grad for param in params])
+    assert all(map(torch.equal, *grads))
+
+
+def test_all_is_compiled_before_the_first_step(monkeypatch):
+    # A step may be captured in a CUDA graph.
+    weight = Parameter(randn(4, 3))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), [Tie(weight, [[0, 1]], offset=1.0), frozen(weight, [2])])
+    monkeypatch.setattr("tieopt.numbers.index.Index.compile", None)
+    train(optimizer, 2)
+
+
 def test_gradients_through_weights_with_offsets_are_those_without():
     gradients = []
     for offset in (None, torch.arange(6.0).view(3, 2)):
@@ -636,13 +656,13 @@ def test_files_have_the_weights_bit_for_bit_and_the_ties_without_offsets(
     assert all(map(same_bits, layer.parameters(), twin.parameters()))
 
 
-def test_files_keep_the_sign_of_a_frozen_zero(tmp_path):
+def test_files_keep_the_signs_of_frozen_zeros(tmp_path):
     export = pytest.importorskip("tieopt.export")
     pytest.importorskip("safetensors")
     layer = torch.nn.Linear(2, 3)
     with torch.no_grad():
-        layer.weight[1] = -0.0
-    optimizer = TiedOptimizer(SGD(layer.parameters(), lr=0.1), frozen(layer.weight, [1]))
+        layer.weight[1:] = torch.tensor([[-0.0], [0.0]])
+    optimizer = TiedOptimizer(SGD(layer.parameters(), lr=0.1), frozen(layer.weight, [1, 2]))
     export.save(layer, optimizer, tmp_path / "model.safetensors")
     assert same_bits(export.load(tmp_path / "model.safetensors")["weight"], layer.weight)
 
@@ -677,6 +697,10 @@ def rows_with_offsets(weight: Tensor) -> list[Tie]:
     return [Tie(weight, torch.tensor([0, 0, 1, 1, 1, -1]), scale=scale, offset=offset), frozen(weight, [5])]
 
 
+def rows_shifted_as_a_whole(weight: Tensor) -> list[Tie]:
+    return [Tie(weight, [[0, 1], [2, 5]], offset=torch.arange(6.0)[:, None])]
+
+
 def frozen_rows(weight: Tensor) -> list[Tie]:
     return [frozen(weight, [0, 5]), Tie(weight, [[1, 4], [2, 3]])]
 
@@ -689,7 +713,14 @@ def antisymmetric(weight: Tensor) -> list[Tie]:
 @needs_gloo
 @pytest.mark.parametrize(
     ("width", "dim", "ties_of"),
-    [(4, 1, rows_with_offsets), (4, 0, frozen_rows), (4, 1, frozen_rows), (6, 0, antisymmetric), (6, 1, antisymmetric)],
+    [
+        (4, 1, rows_with_offsets),
+        (4, 1, rows_shifted_as_a_whole),
+        (4, 0, frozen_rows),
+        (4, 1, frozen_rows),
+        (6, 0, antisymmetric),
+        (6, 1, antisymmetric),
+    ],
 )
 def test_sharded_weights_are_trained_as_whole_ones(two_ranks, width, dim, ties_of):
     full = randn(6, width, dtype=torch.float64)

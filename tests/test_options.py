@@ -290,7 +290,10 @@ def test_what_is_written_to_ties_that_are_given_back_changes_none():
         tensor.zero_()
     optimizer.tie_weights()
     assert same_bits(weight, before)
-    assert torch.equal(optimizer.ties[0].parts[0].offset[:3], offset[:3].double())
+    again = optimizer.ties[0].parts[0]
+    assert again.groups.tolist() == [0, 0, 0, -1]
+    assert again.scale.tolist() == scale.tolist()
+    assert torch.equal(again.offset[:3], offset[:3].double())
 
 
 def test_slices_that_are_frozen_say_nothing_of_the_reduction(compact):
