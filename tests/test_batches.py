@@ -23,6 +23,7 @@ from tieopt.engine.engine import Engine
 from tieopt.numbers import index as index_module
 from tieopt.numbers.reduction import Operation, Workspace, divide_, project_
 from tieopt.testing import scales
+from tieopt.ties.offsets import Offset
 from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, Place
 from tieopt.ties.slices import Slices, told_apart
@@ -30,8 +31,11 @@ from tieopt.ties.slices import Slices, told_apart
 Pairs = list[tuple[BoundTie, list[Tensor]]]
 
 
-def _pair(number: int, names: Tensor, scale: Tensor | None, tensor: Tensor) -> tuple[BoundTie, list[Tensor]]:
-    return BoundTie([Place(0, number, tensor.shape)], [Slices(names, scale)]), [tensor]
+def _pair(
+    number: int, names: Tensor, scale: Tensor | None, tensor: Tensor, offset: Tensor | None = None
+) -> tuple[BoundTie, list[Tensor]]:
+    entries = None if offset is None else Offset.of_entries(offset.expand(tensor.shape), names, 0)
+    return BoundTie([Place(0, number, tensor.shape)], [Slices(names, scale, 0, entries)]), [tensor]
 
 
 def _copied(pairs: Pairs) -> Pairs:
@@ -75,7 +79,9 @@ def pairs(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = ALL) -> Pairs:
         count, width = draw(st.integers(1, 24)), draw(st.sampled_from([3, 20, 20, 20]))
         names = torch.arange(count) // draw(st.integers(2, 6)) if draw(st.booleans()) else draw(labels(count))
         scale = draw(scales((count,), ["none", "none", "signs", "zeros", "any"]))
-        drawn.append(_pair(number, names, scale, normal((count, width), dtype, draw(seeds))))
+        tensor = normal((count, width), dtype, draw(seeds))
+        offset = draw(st.none() | st.sampled_from([normal((count, 1), torch.float32, number), torch.tensor(0.5)]))
+        drawn.append(_pair(number, names, scale, tensor, offset))
     return drawn
 
 

@@ -303,10 +303,11 @@ def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
     if spans_ranks([tensor]) or double or not 0 < tensor.numel() <= _SMALL or not tensor.is_contiguous():
         return ()
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
-    # Multiples that are rounded have a run take another way, and all groups in it.
-    if not tie.is_of_rows or not tie.is_linear or not bool(((scales == 0) | (scales == 1)).all()):
+    # Multiples that are rounded have a run take another way, and all groups in it; so have offsets.
+    if not tie.is_of_rows or not bool(((scales == 0) | (scales == 1)).all()):
         return ()
     sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
     several = torch.unique(sizes[sizes > 1])
     size = int(several[0]) if len(several) == 1 else 0
-    return (size, tensor.shape[1:], tensor.dtype, tensor.device) if size or tensor.numel() < EVEN_ENTRIES else ()
+    kind = size, tie.is_linear, tensor.shape[1:], tensor.dtype, tensor.device
+    return kind if size or tensor.numel() < EVEN_ENTRIES else ()
