@@ -29,7 +29,7 @@ FLOORS = [
     {"engine"},
     {"modes"},
     {"functional", "optimizer"},
-    {"layers", "patterns"},
+    {"layers", "patterns", "shared"},
     {"export", "plot", "testing"},
     {"__init__"},
 ]

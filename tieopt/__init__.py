@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tieopt.functional import is_tied, tie_
 from tieopt.layers import neurons
 from tieopt.optimizer import TiedOptimizer
+from tieopt.shared import split_shared_
 from tieopt.ties.tie import Tie, frozen
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from tieopt import plot as plot
     from tieopt import testing as testing
 
-__all__ = ["Tie", "TiedOptimizer", "frozen", "is_tied", "neurons", "tie_"]
+__all__ = ["Tie", "TiedOptimizer", "frozen", "is_tied", "neurons", "split_shared_", "tie_"]
 # setup.cfg reads it from here without importing anything, so it has to be a literal.
 __version__ = "1.0.0"
 

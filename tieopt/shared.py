@@ -1,0 +1,80 @@
+"""Parameters that several modules share, made one for each module."""
+
+from __future__ import annotations
+
+import copy
+
+from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
+
+from tieopt.engine.sharded import spans_ranks
+from tieopt.errors import refusal
+from tieopt.tensors import check_sharding
+from tieopt.ties.names import Held
+from tieopt.ties.options import Options
+from tieopt.ties.part import Part, Whole
+from tieopt.ties.tie import Tie, tie_of
+
+
+def split_shared_(model: Module) -> list[Tie]:
+    """Give every module a Parameter of its own where several share one, and return the ties that keep them equal.
+
+    Parameters that modules share cannot be sharded apart: ``fully_shard`` refuses them in modules that it is applied to
+    one by one. With one Parameter for each module and these ties, training is that of the shared one: the gradient of
+    each is the sum over all. Call this before the model is sharded and before the optimizer is made, and clip by
+    :meth:`~tieopt.TiedOptimizer.clip_grad_norm_`, which counts what they share once.
+
+    The ties find the Parameters in their modules when an optimizer is wrapped, so that these may be replaced until
+    then, as ``fully_shard`` does. The ``state_dict`` has the same keys as before.
+
+    Args:
+        model: the model. All but the first of the modules that share a Parameter get a copy of it, with the same
+            attributes and without its gradient.
+
+    Returns:
+        A tie for each Parameter that was shared, with ``reduction="sum"``; none if there was none.
+
+    Raises:
+        TypeError: a shared Parameter has no shape yet.
+        ValueError: a shared Parameter is sharded already.
+
+    Example:
+        An embedding and a head that share their weight:
+
+        >>> import torch
+        >>> from tieopt import TiedOptimizer, split_shared_
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+        >>> model[1].weight = model[0].weight
+        >>> ties = split_shared_(model)
+        >>> ties
+        [Tie.equal('0.weight', '1.weight', reduction='sum')]
+        >>> optimizer = TiedOptimizer(torch.optim.AdamW(model.parameters()), ties)
+        >>> model(torch.arange(5)).square().sum().backward()
+        >>> optimizer.step()
+        >>> model[0].weight is model[1].weight, torch.equal(model[0].weight, model[1].weight)
+        (False, True)
+    """
+    holders: dict[Parameter, list[Held]] = {}
+    for prefix, module in model.named_modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                holders.setdefault(param, []).append(Held(module, name, f"{prefix}.{name}" if prefix else name))
+    shared = {param: held for param, held in holders.items() if len(held) > 1}
+    for param, held in shared.items():
+        names = " and ".join(str(place) for place in held)
+        if is_lazy(param):
+            what, expected = f"{names} share a parameter without a shape.", "a model that was called once"
+            raise refusal(TypeError, what, expected=expected, got=type(param).__name__)
+        check_sharding(param, names)
+        if spans_ranks([param]):
+            expected = "a model before fully_shard, or another that shards, is applied to it"
+            raise refusal(
+                ValueError, f"{names} share a sharded parameter.", expected=expected, got=type(param).__name__
+            )
+    for param, held in shared.items():
+        for module, name, _ in held[1:]:
+            own = copy.deepcopy(param)
+            own.__dict__.update(param.__dict__)
+            setattr(module, name, own)
+    parts = [[(Part(place, Whole, 0, None), None) for place in held] for held in shared.values()]  # type: ignore[arg-type]
+    return [tie_of(part, Options("sum")) for part in parts]
