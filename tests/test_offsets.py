@@ -33,13 +33,6 @@ def parameters_of(data: st.DataObject, dtypes: Sequence[torch.dtype]) -> list[Pa
     return [Parameter(normal(shape, dtype, data.draw(seeds))) for shape in SHAPES]
 
 
-def made_lazy(data: st.DataObject, parameters: Sequence[Parameter], compact: bool) -> list[Parameter]:
-    """The same parameters, which torch may conjugate when it reads them; the compact mode takes none of these."""
-    if compact or not parameters[0].is_complex() or not data.draw(st.booleans(), label="lazy"):
-        return list(parameters)
-    return [Parameter(param.detach().conj().resolve_conj().conj()) for param in parameters]
-
-
 def with_offsets(data: st.DataObject, drawn: Sequence[Tie], size: float = 3.0) -> list[Tie]:
     """The same ties, with offsets of some of their parts: whole numbers, most of them zero, or of any size."""
     result = []
@@ -115,7 +108,7 @@ def check_tied(parameters: Sequence[Tensor], drawn: Sequence[Tie]) -> None:
 
 @given(data=st.data())
 def test_members_are_the_nearest_multiples_plus_their_offsets(compact: bool, data: st.DataObject) -> None:
-    parameters = made_lazy(data, parameters_of(data, (torch.float32, torch.float64, torch.complex64)), compact)
+    parameters = parameters_of(data, (torch.float32, torch.float64, torch.complex64))
     drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
     expected = slowly_tied_with(parameters, drawn)
     optimizer = TiedOptimizer(SGD(parameters), drawn, compact=compact)
@@ -317,6 +310,47 @@ def test_a_checkpoint_with_another_offset_is_refused():
     TiedOptimizer(SGD([weight]), other).load_state_dict(said[0].state_dict())
 
 
+def test_a_checkpoint_knows_which_parameter_has_the_offset():
+    first, second = (Parameter(torch.zeros(3)) for _ in range(2))
+
+    def wrapped(which: int) -> TiedOptimizer:
+        ties = [Tie(p, torch.arange(3), offset=float(n == which)) for n, p in enumerate((first, second))]
+        return TiedOptimizer(SGD([first, second]), Tie.join(*ties))
+
+    with pytest.raises(ValueError, match="saved with other ties"):
+        wrapped(0).load_state_dict(wrapped(1).state_dict())
+    # An offset of free entries alone is none.
+    plain = TiedOptimizer(SGD([first]), Tie(first, [[0, 1]]))
+    plain.load_state_dict(
+        TiedOptimizer(SGD([first]), Tie(first, [[0, 1]], offset=torch.tensor([0.0, 0, 3]))).state_dict()
+    )
+
+
+@pytest.mark.parametrize("kind", ["parts", "labels"])
+def test_the_same_member_leads_in_both_modes(kind, compact):
+    # Both offsets are of one size, so that another order of the members would round in another way.
+    weight = Parameter(randn(2, 2))
+    tie = Tie.join(Tie(weight, [[1]], offset=1.3), Tie(weight, [[0]], offset=-1.3))
+    if kind == "labels":
+        labels = torch.tensor([[0, 1], [1, -1]])
+        tie = [Tie(weight, labels, dim=1, offset=torch.tensor([[0.0, 1.3], [-1.3, 0.0]])), frozen(weight, labels == -1)]
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), tie, compact=compact)
+    for seed in range(50):
+        weight.grad = randn(2, 2, seed=seed)
+        optimizer.step()
+        stepped = weight.detach().clone()
+        optimizer.tie_weights()
+        assert same_bits(weight, stepped)
+
+
+def test_shared_values_out_of_range_are_refused_in_the_compact_mode():
+    weight = Parameter(torch.tensor([3e4, 3e4, 1.0], dtype=torch.float16))
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="beyond the range"):
+        TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1]], offset=-5e4), compact=True)
+    assert same_bits(weight, before)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_an_offset_can_be_written_in_any_shape_that_broadcasts(compact, dim, depth):
@@ -337,12 +371,20 @@ def test_an_offset_can_be_written_in_any_shape_that_broadcasts(compact, dim, dep
     assert all(said == saved[0] for said in saved)
 
 
-def test_pinned_entries_are_rounded_once(compact):
-    # float32 has the middle between two numbers of float16 for it.
-    offset = torch.tensor([1 + 2**-11 + 2**-40], dtype=torch.float64)
-    weight = Parameter(torch.zeros(3, dtype=torch.float16))
-    TiedOptimizer(SGD([weight]), Tie(weight, [[0]], scale=torch.tensor([0.0, 1, 1]), offset=offset), compact=compact)
-    assert weight[0].item() == 1 + 2**-10
+def test_pinned_entries_are_their_offsets_as_torch_converts_them(compact):
+    # float32 has the middle between two numbers of float16 for the first one.
+    offset = torch.tensor([1 + 2**-11 + 2**-40, 0.1, 0.0, 0.0], dtype=torch.float64)
+    weight = Parameter(torch.zeros(4, dtype=torch.float16))
+    tie = Tie(weight, [[0, 1]], scale=torch.tensor([0.0, 0.0, 1.0, 1.0]), offset=offset)
+    TiedOptimizer(SGD([weight]), [tie, Tie(weight, [[2, 3]], offset=0.3)], compact=compact)
+    assert torch.equal(weight[:2], offset[:2].half())
+    # So frozen ones are what the weights become that they were frozen in.
+    wide = Parameter(offset.clone())
+    optimizer = TiedOptimizer(SGD([wide]), [frozen(wide, [0, 1]), Tie(wide, [[2, 3]], offset=0.3)], compact=compact)
+    wide.data = wide.data.half()
+    wide.grad = torch.ones_like(wide)
+    optimizer.step()
+    assert torch.equal(wide[:2], offset[:2].half())
 
 
 @given(data=st.data(), seed=seeds)
@@ -550,15 +592,31 @@ def test_frozen_slices_of_weights_that_are_trained_later_are_watched(compact):
     assert weight[1].tolist() == [1.0, 1.0]
 
 
-def test_frozen_slices_of_lazily_conjugated_weights_do_not_move():
-    weight = Parameter(randn(4, 3, dtype=torch.complex64).conj())
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight, _: frozen(weight, [0, 2]),
+        lambda weight, _: Tie(weight, [[0, 1]], offset=1j),
+        lambda weight, other: Tie.equal(weight, other),
+    ],
+    ids=["frozen", "offset", "equal"],
+)
+def test_lazily_conjugated_weights_are_refused_when_they_are_tied_and_later(make, later):
+    weight, other = (Parameter(randn(4, 3, dtype=torch.complex64)) for _ in range(2))
+    lazy = weight.detach().conj().resolve_conj().conj()
+    if not later:
+        weight.data = lazy
+        with pytest.raises(ValueError, match=r"resolve_conj\(\)"):
+            TiedOptimizer(SGD([weight, other]), make(weight, other))
+        return
+    optimizer = TiedOptimizer(SGD([weight, other]), make(weight, other))
+    weight.data = lazy
+    weight.grad = other.grad = torch.ones_like(other)
     before = weight.detach().clone()
-    optimizer = TiedOptimizer(SGD([weight], lr=0.1, weight_decay=0.1), frozen(weight, [0, 2]))
-    for seed in range(2):
-        weight.grad = randn(4, 3, dtype=torch.complex64, seed=seed)
+    with pytest.raises(ValueError, match=r"resolve_conj\(\)"):
         optimizer.step()
-    assert weight.is_conj()
-    assert torch.equal((weight == before).all(1), torch.tensor([True, False, True, False]))
+    assert torch.equal(weight, before)
 
 
 def test_only_frozen_slices_are_kept():
@@ -577,6 +635,25 @@ def test_what_is_written_to_frozen_slices_between_steps_is_undone_with_a_warning
     with pytest.warns(UserWarning, match="Frozen slices were written to"):
         train(optimizer, 1)
     assert weight[1].tolist() == [1.0, 1.0]
+
+
+def test_frozen_slices_beside_others_are_watched_and_others_may_be_written_to(compact):
+    weight = Parameter(torch.ones(4, 2))
+    with torch.no_grad():
+        weight[0] = math.nan
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), [frozen(weight, [0, 1]), Tie(weight, [[2, 3]])], compact=compact)
+    train(optimizer, 1)
+    assert optimizer.tie_drift() == 0
+    with torch.no_grad():
+        weight[2:] += 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, 1)
+    with torch.no_grad():
+        weight[1] = 5.0
+    with pytest.warns(UserWarning, match="written to") as said:
+        train(optimizer, 1)
+    assert [str(warning.message).partition(":")[0] for warning in said] == ["Frozen slices were written to"]
 
 
 def test_a_frozen_slice_cannot_be_in_a_group():
@@ -677,6 +754,14 @@ def test_pinned_entries_of_an_offset_are_not_said_to_be_zero():
 # --- sharded ---
 
 
+def frozen_bytes(full: Tensor) -> Tensor:
+    """The frozen rows of sharded 8-bit floats after a step."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = Parameter(distribute_tensor(full.view(torch.uint8), mesh, [Shard(0)]).view(full.dtype))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), frozen(weight, [0, 3]))
+    return optimizer._tieopt.ties[0].slices[0].offset.values.view(torch.uint8)
+
+
 def trained(full: Tensor, placement: Shard | None, ties_of) -> tuple[Tensor, str]:
     """A weight after some steps, sharded over the ranks or whole, and what a checkpoint says of its ties."""
     mesh = None if placement is None else init_device_mesh("cpu", (dist.get_world_size(),))
@@ -735,6 +820,13 @@ def test_sharded_weights_are_trained_as_whole_ones(two_ranks, width, dim, ties_o
     if ties_of is antisymmetric:
         upper = weight.triu(1)
         assert torch.equal(weight, upper - upper.T - 0.3 * torch.eye(6, dtype=torch.float64))
+
+
+@needs_gloo
+def test_rows_of_sharded_bytes_are_frozen(two_ranks):
+    full = randn(4, 2).to(torch.float8_e5m2)
+    for rows in two_ranks.run(frozen_bytes, full):
+        assert torch.equal(rows, full.view(torch.uint8)[[0, 3]])
 
 
 def refusal_of_other_offsets(full: Tensor) -> str:
@@ -807,13 +899,6 @@ def test_offsets_of_groups_that_span_ranks_are_refused_on_every_rank(two_ranks):
 
 
 # --- bad input ---
-
-
-def test_parameters_of_which_one_is_conjugated_on_reading_are_not_joined():
-    plain = Parameter(randn(3, dtype=torch.complex64))
-    lazy = Parameter(randn(3, dtype=torch.complex64).conj())
-    with pytest.raises(ValueError, match="conjugates or negates"):
-        TiedOptimizer(SGD([plain, lazy]), Tie.equal(plain, lazy))
 
 
 def test_frozen_slices_are_neither_joined_nor_compared():

@@ -188,7 +188,11 @@ def gathered(tensor: Any) -> Tensor:
     # A rank outside the mesh has nothing to send, and gets nothing.
     if tensor.device_mesh.get_coordinate() is None:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    return tensor.full_tensor()  # type: ignore[no-any-return]
+    # As bytes, because not every backend sends 8-bit floats.
+    shards = type(tensor).from_local(
+        bits(tensor.to_local()), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+    return shards.full_tensor().view(tensor.dtype)  # type: ignore[no-any-return]
 
 
 def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:

@@ -29,6 +29,7 @@ from tieopt.ties.places import (
     all_places,
     bind_ties,
     check_apart,
+    check_read_as_stored,
     name_of,
     parameters_of,
     still_there,
@@ -339,16 +340,24 @@ class Mode(ABC):
         for tie, params in moved:
             for place, param in zip(tie.places, params, strict=True):
                 check_writable(param, name_of(groups, place))
+            check_read_as_stored(groups, tie, params)
         if moved:
             check_apart(groups, self.ties)
-        for tie, params in changed:
+        seen, there = set(), set()
+        for tie, _ in changed:
             before = self._seen.get(tie)
+            there |= {place[:2] for place in tie.places}
             # Values that were rounded to another dtype are no longer the same multiples.
-            is_converted = before is not None and [trace[1] for trace in before] != [trace[1] for trace in now[tie]]
-            is_known = tie.is_frozen or (before is not None and not is_converted and not tie.options.relaxed)
-            if is_known and not self._is_tied_here(tie, params):
-                names = ", ".join(name_of(groups, place) for place in tie.places)
-                _warn_of_written(names, is_frozen=tie.is_frozen)
+            if before is not None and [trace[1] for trace in before] == [trace[1] for trace in now[tie]]:
+                seen |= {place[:2] for place in tie.places}
+        # As they were given, because the mode may apply several as one.
+        for tie in self.ties:
+            places = {place[:2] for place in tie.places}
+            if places <= there if tie.is_frozen else places <= seen and not tie.options.relaxed:
+                params = [groups[group]["params"][position] for group, position, _ in tie.places]
+                if not self._is_tied_here(tie, params):
+                    names = ", ".join(name_of(groups, place) for place in tie.places)
+                    _warn_of_written(names, is_frozen=tie.is_frozen)
 
     def _is_still_tied(self, tie: BoundTie, params: list[Tensor]) -> bool:
         """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""

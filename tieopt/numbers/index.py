@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
@@ -177,7 +176,7 @@ class Layout(NamedTuple):
         device: where the tensors are.
         double: whether their entries are float64, so that sums of them are rounded.
         steps: of the slices of each, see :meth:`~tieopt.ties.slices.Slices.steps`.
-        memory: the dtypes and strides of tensors with offsets, and what torch does when it reads them.
+        memory: the dtypes and strides of tensors with offsets.
     """
 
     device: torch.device
@@ -192,7 +191,7 @@ class Layout(NamedTuple):
         double = tensors[0].dtype in (torch.float64, torch.complex128)
         memory: tuple[tuple[object, ...], ...] = ()
         if any(labelled.offset is not None for labelled in slices):
-            memory = tuple([(tensor.dtype, tensor.stride(), tensor.is_conj(), tensor.is_neg()) for tensor in tensors])
+            memory = tuple([(tensor.dtype, tensor.stride()) for tensor in tensors])
         return cls(tensors[0].device, double, steps, memory)
 
 
@@ -449,9 +448,8 @@ def numbered_members(
     if is_trained is not None:
         pinned, members = members.where(~is_trained), members.where(is_trained)
     if any(labelled.offset is not None and not labelled.is_frozen for labelled in slices):
-        # Members with a large offset have fewer digits of the shared value.
-        distances = torch.cat([_flat_sizes(labelled) for labelled in slices]).index_select(0, labelled_ones)
-        members = members.at((distances if is_trained is None else distances[is_trained]).argsort(stable=True))
+        ranks = torch.cat([_precedence(labelled) for labelled in slices]).index_select(0, labelled_ones)
+        members = members.at((ranks if is_trained is None else ranks[is_trained]).argsort(stable=True))
     if is_scaled:
         size = members.scale.abs()
         if not bool((size == 1).all()):
@@ -477,10 +475,10 @@ def numbered_members(
     return members.where(members.group != FREE), pinned
 
 
-def _flat_sizes(slices: Slices) -> Tensor:
-    if slices.offset is None or slices.offset.sizes is None:
+def _precedence(slices: Slices) -> Tensor:
+    if slices.offset is None or slices.offset.precedence is None:
         return torch.zeros(slices.labels.numel(), dtype=torch.float64, device="cpu")
-    return slices.offset.sizes[slices.offset.rows.flatten()]
+    return slices.offset.precedence.flatten()
 
 
 class _Offsets:
@@ -523,20 +521,18 @@ def offset_in_memory(slices: Slices, tensor: Tensor, dtype: torch.dtype) -> Offs
 
     Args:
         slices: of the tensor.
-        tensor: that torch may negate or conjugate when it reads it.
+        tensor: that torch does not negate or conjugate when it reads it.
         dtype: of the values; those of complex ones stand in a last dimension.
     """
     offset = slices.offset
     if offset is None:
         values = torch.zeros((1,) * (1 + len(slices.slice_shape(tensor.shape))), device="cpu")
         offset = Offset(torch.zeros((), dtype=torch.int64, device="cpu").expand(slices.labels.shape), values, None)
-    values = -offset.values if tensor.is_neg() else offset.values
+    values = offset.values
     if tensor.is_complex():
-        values = values.to(values.dtype.to_complex())
-        values = torch.view_as_real((values.conj() if tensor.is_conj() else values).resolve_conj())
-    # Frozen values as the tensor itself is converted.
-    values = values.to(dtype) if offset.sizes is None else rounded(values, dtype)
-    return offset._replace(rows=offset.rows.flatten(), values=values)
+        values = torch.view_as_real(values.to(values.dtype.to_complex()))
+    # As torch converts it, and with it the values of frozen slices.
+    return offset._replace(rows=offset.rows.flatten(), values=values.to(dtype))
 
 
 def offsets_of(members: Members, offsets: Sequence[Offset]) -> Tensor:

@@ -289,7 +289,9 @@ def _compared(
         pieces = Pieces((number,), (pinned,), (length,))
         members = _widened(_gathered(rows, pieces, workspace), workspace)
         expected = members.new_zeros(()) if offset is None else offset.to(members.dtype)
-        yield pieces, members, expected.expand_as(members)
+        # NaN is no other value for what is pinned at NaN.
+        is_there = members.isnan() & expected.isnan()
+        yield pieces, members.masked_fill(is_there, 0), expected.masked_fill(is_there, 0).expand_as(members)
 
 
 # --- the values of groups ---

@@ -21,13 +21,13 @@ class Offset(NamedTuple):
         rows: for each slice the number of its value, any for a free slice; int64, on the CPU, the shape of the labels.
         values: shape ``[k, *slice]``, with 1 in place of each size of a slice along which nothing changes; any floating
             or complex dtype, on the CPU.
-        sizes: for each value the largest magnitude in its slice, float64, shape ``[k]``. Those of the entries of one
-            slice are the same, however it is cut. None if the values are those of frozen slices.
+        precedence: of members with one scale the one with the lowest number leads, however slices are cut or written
+            out; 0 where the offset is 0, float64, the shape of the labels. None if all slices are frozen.
     """
 
     rows: Tensor
     values: Tensor
-    sizes: Tensor | None
+    precedence: Tensor | None
 
     @classmethod
     def of_entries(cls, entries: Tensor, labels: Tensor, dim: int) -> Offset:
@@ -36,7 +36,8 @@ class Offset(NamedTuple):
         shape = front.shape[: labels.dim()]
         values = front.reshape(shape.numel(), *front.shape[labels.dim() :])
         rows = torch.arange(len(values), device="cpu").view(shape).expand(labels.shape)
-        return cls(rows, values, values.abs().reshape(len(values), -1).amax(1).double())
+        # A member with a large offset has fewer digits of the shared value.
+        return cls(rows, values, values.abs().reshape(len(values), -1).amax(1).double()[rows])
 
     @classmethod
     def of_frozen(cls, tensor: Tensor, is_frozen: Tensor, dim: int) -> Offset:
@@ -65,15 +66,17 @@ class Offset(NamedTuple):
             values = list(map(calculable, values))
         # The first one is of slices without an offset.
         values.insert(0, values[0].new_zeros(1, *shape))
-        sizes = [torch.zeros(1, dtype=torch.float64, device="cpu")]
         rows, count = torch.zeros(layers[0][0].shape, dtype=torch.int64, device="cpu"), 1
+        precedence = torch.zeros(rows.shape, dtype=torch.float64, device="cpu")
         for has_offset, offset in present:
             rows = torch.where(has_offset, offset.rows + count, rows)
             count += len(offset.values)
-            sizes.append(sizes[0].expand(len(offset.values)) if offset.sizes is None else offset.sizes)
+            if offset.precedence is not None:
+                precedence = torch.where(has_offset, offset.precedence, precedence)
         # This promotes, too.
         joined = torch.cat(movable(values))
-        return cls(rows, joined.view(values[0].dtype) if joined.element_size() == 1 else joined, torch.cat(sizes))
+        joined = joined.view(values[0].dtype) if joined.element_size() == 1 else joined
+        return cls(rows, joined, None if all(offset.precedence is None for _, offset in present) else precedence)
 
     def at(self, rows: Tensor | slice) -> Tensor:
         """Return values by their numbers; those of a slice as a view."""
@@ -84,8 +87,10 @@ class Offset(NamedTuple):
         inner, count = self.values.shape[1:], self.values.shape[1:].numel()
         within = torch.arange(count, device="cpu").view(inner).expand(shape)
         rows = self.rows.reshape(*self.rows.shape, *[1] * len(inner)) * count + within
-        sizes = None if self.sizes is None else self.sizes.repeat_interleave(count)
-        return Offset(rows, self.values.reshape(-1), sizes)
+        precedence = self.precedence
+        if precedence is not None:
+            precedence = precedence.reshape(*precedence.shape, *[1] * len(inner)).expand(rows.shape)
+        return Offset(rows, self.values.reshape(-1), precedence)
 
     def cut(self, part: tuple[slice, ...], inner: Sequence[slice]) -> Offset:
         """Return the offset of some of the slices, and of a part of each.
@@ -97,7 +102,7 @@ class Offset(NamedTuple):
         used, rows = torch.unique(self.rows[part], return_inverse=True)
         bounds = [bound if size > 1 else slice(None) for bound, size in zip(inner, self.values.shape[1:], strict=True)]
         values = self.at(used)[(slice(None), *bounds)].clone()
-        return Offset(rows, values, None if self.sizes is None else self.sizes[used])
+        return Offset(rows, values, None if self.precedence is None else self.precedence[part].clone())
 
     def is_nonzero(self) -> Tensor:
         """Return which slices have an offset other than 0, boolean; what is pinned at -0.0 is not pinned at 0."""

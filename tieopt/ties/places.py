@@ -19,7 +19,7 @@ from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import expanded
 from tieopt.ties.options import EXACT, Options
 from tieopt.ties.part import Part, check_one_shape, check_writable, readable_again
-from tieopt.ties.slices import Partition, Slices, is_idle, numbered
+from tieopt.ties.slices import Partition, Slices, in_order, is_idle, numbered
 from tieopt.ties.tie import Tie
 from tieopt.ties.union import are_alike, shared_entries
 
@@ -73,7 +73,8 @@ class BoundTie(Partition):
         by_place = sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
         self.places = tuple(places[number] for number in by_place)
         names = names or list(map(str, places))
-        super().__init__(numbered([slices[number] for number in by_place]), [names[number] for number in by_place])
+        ordered = in_order(numbered([slices[number] for number in by_place]))
+        super().__init__(ordered, [names[number] for number in by_place])
         self.given = given or Options()
         self.options = options
         self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
@@ -232,6 +233,7 @@ def bind_ties(
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
         bound.append(BoundTie(held, slices, names, given, given.or_else(options)))
+        check_read_as_stored(param_groups, bound[-1], params)
         if is_idle(bound[-1].slices):
             written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
@@ -258,16 +260,6 @@ def check_joined(
     """
     for place, param in zip(places, params, strict=True):
         _check_settings(param_groups, places[0], place, joining)
-        if joining and (param.is_conj(), param.is_neg()) != (params[0].is_conj(), params[0].is_neg()):
-            # Views of their memory would not be alike.
-            raise refusal(
-                ValueError,
-                "Joined parameters differ in what torch conjugates or negates when it reads them.",
-                parameters=f"{name_of(param_groups, places[0])} and {name_of(param_groups, place)}",
-                expected="parameters of tensors after resolve_conj() and resolve_neg()",
-                got=f"is_conj() {params[0].is_conj()} and {param.is_conj()}, is_neg() {params[0].is_neg()} and "
-                f"{param.is_neg()}",
-            )
         for attribute, way in _WAYS_TO_JOIN.items():
             expected, got = getattr(params[0], attribute), getattr(param, attribute)
             if expected != got:
@@ -278,6 +270,24 @@ def check_joined(
                     expected=f"{expected}, as {name_of(param_groups, places[0])} has",
                     got=f"{got} of {name_of(param_groups, place)}; {way}",
                 )
+
+
+def check_read_as_stored(param_groups: ParamGroups, tie: BoundTie, params: Sequence[Tensor]) -> None:
+    """Refuse parameters that torch conjugates or negates when it reads them, where a tie is not of their memory alone.
+
+    Raises:
+        ValueError: there is one in a tie that joins parameters, or that has offsets.
+    """
+    if len(params) == 1 and tie.is_linear:
+        return
+    for place, param in zip(tie.places, params, strict=True):
+        if param.is_conj() or param.is_neg():
+            raise refusal(
+                ValueError,
+                f"{name_of(param_groups, place)} is conjugated or negated when it is read.",
+                expected="parameters after resolve_conj() and resolve_neg(), where they are joined, or have an offset",
+                got=f"is_conj() is {param.is_conj()}, is_neg() is {param.is_neg()}",
+            )
 
 
 # In what joined parameters have to be alike, and how to make them so.

@@ -90,7 +90,10 @@ class Slices(NamedTuple):
         numbers, scales = self.entries(shape)
         offset = self.offset and self.offset.by_entry(self.slice_shape(shape))
         if offset is not None:
-            offset = offset._replace(rows=offset.rows.movedim(0, self.dim).view(shape))
+            precedence = offset.precedence
+            if precedence is not None:
+                precedence = precedence.movedim(0, self.dim).view(shape)
+            offset = offset._replace(rows=offset.rows.movedim(0, self.dim).view(shape), precedence=precedence)
         return Slices(numbers, scales, 0, offset)
 
     def frozen_at(self, tensor: Tensor) -> Slices:
@@ -107,7 +110,7 @@ class Slices(NamedTuple):
     @property
     def is_frozen(self) -> bool:
         """Whether the slices are pinned at the values that they had."""
-        return self.offset is not None and self.offset.sizes is None
+        return self.offset is not None and self.offset.precedence is None
 
     def without_offset(self) -> Slices:
         """Return the slices, free where they have an offset."""
@@ -208,6 +211,24 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     return with_labels(slices, torch.split(flat, [part.labels.numel() for part in slices]))
 
 
+def in_order(slices: Sequence[Slices]) -> tuple[Slices, ...]:
+    """Return slices in which no two members with an offset have the same precedence, so that it holds in any order."""
+    offsets = [part.offset for part in slices if part.offset is not None and not part.is_frozen]
+    if not offsets:
+        return tuple(slices)
+    before = torch.cat([offset.precedence.flatten() for offset in offsets if offset.precedence is not None])
+    ranks = torch.empty_like(before)
+    ranks[before.argsort(stable=True)] = torch.arange(1.0, len(before) + 1, dtype=before.dtype, device="cpu")
+    ranks = torch.where(before == 0, 0, ranks)
+    parts = iter(torch.split(ranks, [offset.rows.numel() for offset in offsets]))
+    return tuple(
+        part
+        if part.offset is None or part.is_frozen
+        else part._replace(offset=part.offset._replace(precedence=next(parts).view(part.labels.shape)))
+        for part in slices
+    )
+
+
 def firsts_of(groups: Tensor, count: int) -> Tensor:
     """Return the first member of each of ``count`` groups, from the group of each; if it has none, their number."""
     numbers = torch.arange(len(groups), device="cpu")
@@ -289,9 +310,11 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequen
         digest.update(raw_bytes(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
     present = (kept | pinned).split([part.labels.numel() for part in slices])
-    for part, chosen, shape in zip(slices, present, shapes, strict=True):
-        if part.offset is not None:
-            for values in part.offset.written_out(chosen.view(part.labels.shape), part.slice_shape(shape)):
+    for number, (part, where, shape) in enumerate(zip(slices, present, shapes, strict=True)):
+        chosen = where.view(part.labels.shape)
+        if part.offset is not None and bool((part.offset.is_nonzero() & chosen).any()):
+            digest.update(f"offset {number}".encode())
+            for values in part.offset.written_out(chosen, part.slice_shape(shape)):
                 digest.update(raw_bytes(values))
             zeros = zeros.replace("zero", "their offsets")
     groups, members, free = _counts([canonical])
