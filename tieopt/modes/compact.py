@@ -32,7 +32,6 @@ from tieopt.tensors import calculable
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
-from tieopt.ties.slices import described
 
 _FOLD, _UNFOLD, _PROJECT = Operation(fold_), Operation(unfold_), Operation(project_)
 _FOLD_GRADIENTS = {reduction: Operation(fold_gradients_, reduction=reduction) for reduction in ("mean", "sum")}
@@ -426,10 +425,11 @@ def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Ten
     for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
         may_leave = slices.scale is not None or slices.offset is not None
         if may_leave and bool(calculable(param).isfinite().all()) and not bool(calculable(compact).isfinite().all()):
+            scale = f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
             raise _unserved(
                 "The compact mode trains shared values, and one is beyond the range of the weights.",
                 f"weights without their offsets, divided by their scales, within {param.dtype}",
-                f"{described([slices])} of {' x '.join(map(str, param.shape))}",
+                scale if slices.offset is None else f"{scale}, and an offset",
             )
 
 
