@@ -174,6 +174,7 @@ def four_ranks() -> Iterator[Ranks]:
 
 
 @needs_gloo
+@pytest.mark.host("FSDP2", "`split_shared_`: modules that share a Parameter, in units of their own")
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("count", [2, 4])
 def test_sharded_modules_train_as_the_shared_parameters(
