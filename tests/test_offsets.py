@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, SGD, Adam, AdamW
+from torch.optim import ASGD, LBFGS, SGD, Adam, AdamW
 
 from tieopt import Tie, TiedOptimizer, frozen, patterns
 from tieopt.testing import assert_equivalent, assert_tied, ties
@@ -341,6 +341,53 @@ def test_the_same_member_leads_in_both_modes(kind, compact):
         stepped = weight.detach().clone()
         optimizer.tie_weights()
         assert same_bits(weight, stepped)
+
+
+class Lookahead(SGD):
+    """Keeps slow weights, and goes half of the way to the fast ones."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (param,) = self.param_groups[0]["params"]
+        slow = self.state[param].setdefault("slow", param.clone())
+        super().step()
+        param.copy_(slow.lerp_(param, 0.5))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_weights_that_an_optimizer_keeps_have_their_offsets(compact, saved):
+    """Also where it is tied in mid-training, and where its state goes from one mode to the other."""
+    weight = Parameter(torch.tensor([1.0, 11.0, 5.0], dtype=torch.float64))
+    tie = Tie(weight, [[0, 1]], offset=torch.tensor([0.5, 10.0, 0.0]))
+    optimizer = Lookahead([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer = TiedOptimizer(optimizer, tie, compact=compact)
+    (slow,) = (held["slow"] for held in optimizer.state.values())
+    for mode in (compact, not compact):
+        if saved and mode != compact:
+            twin = TiedOptimizer(Lookahead([weight], lr=0.1), tie, compact=mode)
+            twin.load_state_dict(optimizer.state_dict())
+            optimizer = twin
+        before = weight.detach().clone()
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        # The slow weights are the weights.
+        torch.testing.assert_close(weight.detach(), before, rtol=1e-12, atol=1e-12)
+    assert slow.numel() == 3 - compact
+
+
+def test_averages_of_weights_have_their_offsets(compact):
+    weight = Parameter(torch.tensor([1.0, 11.0, 5.0], dtype=torch.float64))
+    optimizer = ASGD([weight], lr=0.1, t0=0)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer = TiedOptimizer(optimizer, Tie(weight, [[0, 1]], offset=torch.tensor([0.0, 10.0, 0.0])), compact=compact)
+    for _ in range(3):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    optimizer.untie()
+    torch.testing.assert_close(optimizer.state[weight]["ax"], weight.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_shared_values_out_of_range_are_refused_in_the_compact_mode():

@@ -142,6 +142,33 @@ def test_what_cannot_be_split_is_refused_and_stays() -> None:
     assert model[1].weight is model[0].weight
 
 
+def test_parameters_that_were_loaded_apart_are_warned_of() -> None:
+    model = language()
+    ties = split_shared_(model)
+    model.load_state_dict({"head.weight": torch.ones(12, 8)}, strict=False)
+    with pytest.warns(UserWarning, match="were shared differ"):
+        TiedOptimizer(SGD(model.parameters()), ties)
+
+
+def test_parameters_with_hooks_are_refused() -> None:
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        model = language()
+        getattr(model.head.weight, register)(lambda grad: None)
+        with pytest.raises(ValueError, match="share a parameter with hooks"):
+            split_shared_(model)
+        assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+def test_the_dtype_of_gradients_is_kept() -> None:
+    model = language().bfloat16()
+    model.head.weight = model.embedding.weight
+    model.head.weight.grad_dtype = torch.float32
+    split_shared_(model)
+    assert model.head.weight is not model.embedding.weight
+    assert model.head.weight.grad_dtype == torch.float32
+
+
 def test_a_parameter_that_is_gone_or_shared_again_is_refused() -> None:
     model = language()
     ties = split_shared_(model)
@@ -198,6 +225,20 @@ def refusal_of_sharded() -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def refusal_of_replica() -> str:
+    try:
+        split_shared_(nn.parallel.DistributedDataParallel(language()))
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+@needs_gloo
+def test_replicas_are_split_before(two_ranks: Any) -> None:
+    for text in two_ranks.run(refusal_of_replica):
+        assert "before it is wrapped" in text
 
 
 @needs_gloo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from tieopt.engine.sharded import spans_ranks
@@ -21,8 +22,11 @@ def split_shared_(model: Module) -> list[Tie]:
 
     Parameters that modules share cannot be sharded apart: ``fully_shard`` refuses them in modules that it is applied to
     one by one. With one Parameter for each module and these ties, training is that of the shared one: the gradient of
-    each is the sum over all. Call this before the model is sharded and before the optimizer is made, and clip by
-    :meth:`~tieopt.TiedOptimizer.clip_grad_norm_`, which counts what they share once.
+    each is the sum over all. Call this before the model is sharded, replicated or copied for averages, and before the
+    optimizer is made; and clip by :meth:`~tieopt.TiedOptimizer.clip_grad_norm_`, which counts what they share once.
+
+    All copies have to be loaded and initialised alike. A checkpoint in which one name stands for all, as those of
+    ``safetensors``, is loaded before the split.
 
     The ties find the Parameters in their modules when an optimizer is wrapped, so that these may be replaced until
     then, as ``fully_shard`` does. The ``state_dict`` has the same keys as before.
@@ -35,8 +39,12 @@ def split_shared_(model: Module) -> list[Tie]:
         A tie for each Parameter that was shared, with ``reduction="sum"``; none if there was none.
 
     Raises:
-        TypeError: a shared Parameter has no shape yet.
-        ValueError: a shared Parameter is sharded already.
+        TypeError: a shared Parameter has no shape yet, or the model is a ``DistributedDataParallel``.
+        ValueError: a shared Parameter is sharded already, or has hooks.
+
+    Warns:
+        UserWarning: the Parameters differ when an optimizer is wrapped, because one of them was loaded or initialised
+            alone; they start from their mean.
 
     Example:
         An embedding and a head that share their weight:
@@ -54,6 +62,9 @@ def split_shared_(model: Module) -> list[Tie]:
         >>> model[0].weight is model[1].weight, torch.equal(model[0].weight, model[1].weight)
         (False, True)
     """
+    if isinstance(model, DistributedDataParallel):
+        expected = "the model before it is wrapped: the copies need hooks, too"
+        raise refusal(TypeError, "A replica cannot be split.", expected=expected, got=type(model).__name__)
     holders: dict[Parameter, list[Held]] = {}
     for prefix, module in model.named_modules():
         for name, param in module._parameters.items():
@@ -66,6 +77,10 @@ def split_shared_(model: Module) -> list[Tie]:
             what, expected = f"{names} share a parameter without a shape.", "a model that was called once"
             raise refusal(TypeError, what, expected=expected, got=type(param).__name__)
         check_sharding(param, names)
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            expected = "hooks that are registered afterwards, for the gradient of each module; or on modules"
+            got = "hooks on the gradient of the shared one, which see the sum over all modules"
+            raise refusal(ValueError, f"{names} share a parameter with hooks.", expected=expected, got=got)
         if spans_ranks([param]):
             expected = "a model before fully_shard, or another that shards, is applied to it"
             raise refusal(
@@ -75,6 +90,8 @@ def split_shared_(model: Module) -> list[Tie]:
         for module, name, _ in held[1:]:
             own = copy.deepcopy(param)
             own.__dict__.update(param.__dict__)
+            if hasattr(param, "grad_dtype") and param.grad_dtype != own.grad_dtype:
+                own.grad_dtype = param.grad_dtype
             setattr(module, name, own)
     parts = [[(Part(place, Whole, 0, None), None) for place in held] for held in shared.values()]  # type: ignore[arg-type]
     return [tie_of(part, Options("sum")) for part in parts]

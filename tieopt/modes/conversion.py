@@ -19,6 +19,7 @@ from tieopt.modes.state import (
     Lost,
     Settings,
     State,
+    are_weights,
     begins_at,
     has_entries,
     held_of,
@@ -74,7 +75,8 @@ class _TiedParameter(NamedTuple):
         for key, value in state.items():
             if has_entries(key, value) and has_shape(value, self.shape):
                 scales = scales_for(key, [value], self.folded.scale[kept])
-                rows = times(_select(_rows(self.slices, value), kept), 1 / scales)
+                rows, offsets = _select(_rows(self.slices, value), kept), _offsets(self.slices, key, value)
+                rows = times(rows if offsets is None else rows - offsets[kept], 1 / scales)
                 compact[key] = _tensor_of(rows, compact_slices(self.slices), like)
         return compact
 
@@ -237,7 +239,8 @@ def _expanded(key: str, tied: _TiedParameter, sources: _Component, component: _C
     # Pinned slices have the row of number -1.
     rows.append(like.new_full((1, *rows[0].shape[1:]), start))
     scales = scales_for(key, values, tied.folded.scale)
-    return _tensor_of(times(_select(torch.cat(rows), tied.folded.rows), scales), tied.slices, tied.param.detach())
+    whole, offsets = times(_select(torch.cat(rows), tied.folded.rows), scales), _offsets(tied.slices, key, like)
+    return _tensor_of(whole if offsets is None else whole + offsets, tied.slices, tied.param.detach())
 
 
 def without_history(
@@ -366,6 +369,15 @@ def _rows(slices: Slices, tensor: Tensor) -> Tensor:
 
 def _select(rows: Tensor, numbers: Tensor) -> Tensor:
     return bits(rows)[numbers.to(rows.device)].view(rows.dtype)
+
+
+def _offsets(slices: Slices, key: str, like: Tensor) -> Tensor | None:
+    """Return the offset of each slice, for a key of weights; None where there is none."""
+    if slices.offset is None or not are_weights(key):
+        return None
+    offsets = slices.offset.at(slices.offset.rows.flatten()).to(like.device, like.dtype)
+    offsets[slices.labels.flatten() == FREE] = 0
+    return offsets
 
 
 def _tensor_of(rows: Tensor, slices: Slices, like: Tensor) -> Tensor:

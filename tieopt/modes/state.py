@@ -20,6 +20,12 @@ from tieopt.ties.slices import FREE, Partition, Slices
 # Keys of torch's optimizers for values with the sign of a gradient or a weight; their scales are those of the weights.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 
+# Keys of optimizers, torch's and others, for weights: their averages, starts and slow copies. Offsets belong to them.
+_WEIGHTS = {
+    *("ax", "backup_params", "lookahead_params", "p0", "param_buffer", "prev_param", "shadow", "slow", "slow_buffer"),
+    *("slow_params", "x", "x0", "x_k", "y", "z"),
+}
+
 # The powers of the scales that count under other keys; the second where a key is not listed.
 _POWERS = {"exp_inf": 1, "step_size": 0, "acc_delta": 0}
 
@@ -63,6 +69,11 @@ def held_of(state: Mapping[Any, Any], param: Tensor) -> State:
 def has_entries(key: str, value: Any) -> bool:
     """Return whether a value of the state has an entry for each of its parameter's, if it has the parameter's shape."""
     return key not in _NUMBERS or not isinstance(value, Tensor) or value.dim() > 0
+
+
+def are_weights(key: str) -> bool:
+    """Return whether values under a key are weights, and not of gradients."""
+    return key in _WEIGHTS
 
 
 def begins_at(key: str, settings: Mapping[str, Any], like: Tensor) -> complex:
@@ -138,7 +149,7 @@ def tied_state(
     changed: dict[Tensor, State] = {}
     # The engine of the steps would keep what it compiles here, and never need it again.
     engine = Engine()
-    for tie, params in ((tie.linear, params) for tie, params in pairs):
+    for tie, params in pairs:
         states = [held_of(changed if param in changed else state, param) for param in params]
         tied_states = _states_of_untrained(tie, params, states)
         untrained = {number: params[number] for number in tied_states}
@@ -148,7 +159,8 @@ def tied_state(
                 for number, held in enumerate(states)
                 if fits(held.get(key), params[number]) and has_entries(key, held[key])
             }
-            for number, value in _tied_values(key, tie, values, untrained, start, engine).items():
+            tie_of_key = tie if are_weights(key) else tie.linear
+            for number, value in _tied_values(key, tie_of_key, values, untrained, start, engine).items():
                 _begin_pinned_(value, tie.slices[number], begins_at(key, settings(params[number]), value))
                 tied_states.setdefault(number, dict(states[number]))[key] = value
         changed |= {params[number]: held for number, held in tied_states.items()}
@@ -209,7 +221,7 @@ def _tied_values(
 
 def _scaled_for(key: str, tie: Partition, values: _Values, engine: Engine) -> Partition:
     """Return the tie with the scales for a key of the state: those of the weights, if values are tied so already."""
-    if all(slices.scale is None for slices in tie.slices) or engine.is_tied([_pair(tie, values)]):
+    if not tie.is_linear or all(part.scale is None for part in tie.slices) or engine.is_tied([_pair(tie, values)]):
         return tie
     scales = [scales_for(key, values.values(), slices.scales) for slices in tie.slices]
     scaled = [slices._replace(scale=scale) for slices, scale in zip(tie.slices, scales, strict=True)]
@@ -233,7 +245,7 @@ def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
 def _pair(tie: Partition, values: _Values) -> tuple[Partition, list[Tensor]]:
     """Return the tie of some parameters alone; of all, the same object, for which there may be an index already."""
     is_whole = list(values) == list(range(len(tie.slices)))
-    part = tie if is_whole else Partition([tie.slices[number] for number in values], is_linear=True)
+    part = tie if is_whole else Partition([tie.slices[number] for number in values], is_linear=tie.is_linear)
     return part, list(values.values())
 
 

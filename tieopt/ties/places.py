@@ -6,6 +6,7 @@ the Parameter objects.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
@@ -13,10 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.errors import refusal, shown
+from tieopt.errors import message, refusal, shown, users_level
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
-from tieopt.ties.names import expanded
+from tieopt.ties.names import Held, expanded
 from tieopt.ties.options import EXACT, Options
 from tieopt.ties.part import Part, check_one_shape, check_writable, readable_again
 from tieopt.ties.slices import Partition, Slices, in_order, is_idle, numbered
@@ -211,7 +212,12 @@ def bind_ties(
 
     named = {name: _param(param_groups, place) for name, place in places.items() if isinstance(name, str)}
     bound, idle = [], []
-    for parts, given in ((parts, given) for written, given in _listed(ties) for parts in expanded(written, named)):
+    listed = [
+        (parts, given, isinstance(written[0].param, Held))
+        for written, given in _listed(ties)
+        for parts in expanded(written, named)
+    ]
+    for parts, given, was_shared in listed:
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
                 known = {name_of(param_groups, place): _param(param_groups, place) for place in places.values()}
@@ -232,6 +238,8 @@ def bind_ties(
             check_sharding(param, name)
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
+        if was_shared:
+            _warn_if_apart(params, names)
         bound.append(BoundTie(held, slices, names, given, given.or_else(options)))
         check_read_as_stored(param_groups, bound[-1], params)
         if is_idle(bound[-1].slices):
@@ -241,6 +249,15 @@ def bind_ties(
     check_apart(param_groups, bound)
     warn_of_idle(idle)
     return bound
+
+
+def _warn_if_apart(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Warn, at the user's call, of parameters that were made of one, and of which one was written alone since."""
+    first, *others = map(local, params)
+    if any(other.shape == first.shape and not torch.equal(other, first) for other in others):
+        what = f"Parameters that were shared differ: {', '.join(names)}. They start from their mean, or the first one."
+        expected = "weights that are loaded into all of them, or before split_shared_()"
+        warnings.warn(message(what, expected=expected), UserWarning, stacklevel=users_level())
 
 
 def check_joined(
