@@ -24,6 +24,15 @@ LIMITS_OF_TORCH = {
 }
 
 
+def refusal_of(error: type[Exception], call: Callable[..., Any], *args: Any) -> str:
+    """Return what the error says by which a rank refuses a call; nothing if there is none."""
+    try:
+        call(*args)
+    except error as refusal:
+        return str(refusal)
+    return ""
+
+
 class Ranks:
     """Processes with a process group of gloo, one for each rank.
 

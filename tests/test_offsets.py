@@ -11,6 +11,7 @@ import torch.distributed as dist
 from checks import bits, randn, same_bits, same_tree, train
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import refusal_of
 from reference import flat, groups_of_entries, slowly_tied_entries
 from strategies import ALL, COMPLEX, REAL, normal, recipes_for, reductions, seeds
 from torch import Tensor
@@ -876,34 +877,26 @@ def test_rows_of_sharded_bytes_are_frozen(two_ranks):
         assert torch.equal(rows, full.view(torch.uint8)[[0, 3]])
 
 
-def refusal_of_other_offsets(full: Tensor) -> str:
+def tied_by_other_offsets(full: Tensor) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight = Parameter(distribute_tensor(full, mesh, [Shard(1)]))
-    try:
-        TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1]], offset=torch.tensor([[0.0], [1.0 + dist.get_rank()]])))
-    except ValueError as error:
-        return str(error)
-    return ""
+    TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1]], offset=torch.tensor([[0.0], [1.0 + dist.get_rank()]])))
 
 
 @needs_gloo
 def test_other_offsets_on_another_rank_are_refused_on_every_rank(two_ranks):
-    for text in two_ranks.run(refusal_of_other_offsets, randn(2, 4)):
+    for text in two_ranks.run(refusal_of, ValueError, tied_by_other_offsets, randn(2, 4)):
         assert "other ties than some other rank" in text
 
 
-def refusal_of_compact_shards(full: Tensor) -> str:
+def compact_shards(full: Tensor) -> None:
     weight = Parameter(distribute_tensor(full, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)]))
-    try:
-        TiedOptimizer(SGD([weight]), [frozen(weight, [0]), Tie(weight, [[1, 2]])], compact=True)
-    except ValueError as error:
-        return str(error)
-    return ""
+    TiedOptimizer(SGD([weight]), [frozen(weight, [0]), Tie(weight, [[1, 2]])], compact=True)
 
 
 @needs_gloo
 def test_the_compact_mode_refuses_frozen_shards_as_others(two_ranks):
-    for text in two_ranks.run(refusal_of_compact_shards, randn(4, 2)):
+    for text in two_ranks.run(refusal_of, ValueError, compact_shards, randn(4, 2)):
         assert "compact mode" in text
 
 
@@ -930,17 +923,9 @@ def test_what_is_written_to_frozen_shards_is_undone_with_a_warning(two_ranks, di
         assert weight[:, 0].tolist() == [0, 1, 1, 1, 1, 0]
 
 
-def refusal_of_spanning(full: Tensor) -> str:
-    try:
-        trained(full, Shard(0), rows_with_offsets)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 @needs_gloo
 def test_offsets_of_groups_that_span_ranks_are_refused_on_every_rank(two_ranks):
-    for text in two_ranks.run(refusal_of_spanning, randn(6, 4)):
+    for text in two_ranks.run(refusal_of, ValueError, trained, randn(6, 4), Shard(0), rows_with_offsets):
         assert "has an offset" in text
         assert "whole on one rank" in text
 

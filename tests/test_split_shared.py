@@ -11,7 +11,7 @@ import torch.distributed as dist
 from checks import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Ranks
+from ranks import Ranks, refusal_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import Parameter
@@ -217,31 +217,21 @@ def test_sharded_modules_train_as_the_shared_parameters(
         assert same_bits(state["head.weight"], state["embedding.weight"])
 
 
-def refusal_of_sharded() -> str:
-    model = language()
-    fully_shard(model)
-    try:
-        split_shared_(model)
-    except ValueError as error:
-        return str(error)
-    return ""
+def split_after_sharding() -> None:
+    split_shared_(fully_shard(language()))
 
 
-def refusal_of_replica() -> str:
-    try:
-        split_shared_(nn.parallel.DistributedDataParallel(language()))
-    except TypeError as error:
-        return str(error)
-    return ""
+def split_replica() -> None:
+    split_shared_(nn.parallel.DistributedDataParallel(language()))
 
 
 @needs_gloo
 def test_replicas_are_split_before(two_ranks: Any) -> None:
-    for text in two_ranks.run(refusal_of_replica):
+    for text in two_ranks.run(refusal_of, TypeError, split_replica):
         assert "before it is wrapped" in text
 
 
 @needs_gloo
 def test_sharded_parameters_are_split_before(two_ranks: Any) -> None:
-    for text in two_ranks.run(refusal_of_sharded):
+    for text in two_ranks.run(refusal_of, ValueError, split_after_sharding):
         assert "share a sharded parameter" in text
