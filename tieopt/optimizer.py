@@ -609,7 +609,7 @@ class TiedOptimizer(Optimizer):
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
-        tied = set(mode.tied_since(saved, self.param_groups))
+        tied = mode.tied_since(saved, self.param_groups)
         self.state.update(tied_state(self.state, [pair for pair in pairs if pair[0] in tied], settings))
         if convert is not None:
             converted = convert(self.state)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from operator import itemgetter, methodcaller
+from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,7 +24,7 @@ from tieopt.numbers.folding import CompactRows, Folding, ViewFolding, compact_ro
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
-from tieopt.tensors import local, shard_of, sharding_of, wide_dtype
+from tieopt.tensors import gathered, local, shard_of, sharding_of, wide_dtype
 from tieopt.ties.options import Reduction
 from tieopt.ties.slices import FREE, Partition, Slices, told_apart
 
@@ -183,7 +183,7 @@ class Engine:
             return
         # Of tensors that are part of a graph what is written is to be part of it, too.
         with torch.set_grad_enabled(not sharded and any(tensor.grad_fn is not None for tensor in tensors)):
-            whole = _once(methodcaller("full_tensor"), tensors) if sharded else tensors
+            whole = _once(gathered, tensors)
             start_from_first_(whole, self.index_for(tie, whole), Workspace(), order)
             if sharded:
                 for tensor, result in zip(tensors, whole, strict=True):

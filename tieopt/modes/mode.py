@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import accumulate, chain
 from operator import attrgetter, itemgetter
@@ -351,13 +351,12 @@ class Mode(ABC):
             if before is not None and [trace[1] for trace in before] == [trace[1] for trace in now[tie]]:
                 seen |= {place[:2] for place in tie.places}
         # As they were given, because the mode may apply several as one.
-        for tie in self.ties:
+        for tie, params in self.parameters(groups):
             places = {place[:2] for place in tie.places}
-            if places <= there if tie.is_frozen else places <= seen and not tie.options.relaxed:
-                params = [groups[group]["params"][position] for group, position, _ in tie.places]
-                if not self._is_tied_here(tie, params):
-                    names = ", ".join(name_of(groups, place) for place in tie.places)
-                    _warn_of_written(names, is_frozen=tie.is_frozen)
+            is_known = places <= there if tie.is_frozen else places <= seen and not tie.options.relaxed
+            if is_known and not self._is_tied_here(tie, params):
+                names = ", ".join(name_of(groups, place) for place in tie.places)
+                _warn_of_written(names, is_frozen=tie.is_frozen)
 
     def _is_still_tied(self, tie: BoundTie, params: list[Tensor]) -> bool:
         """Whether parameters are tied, as far as that can be asked: not of shards, whose ranks would have to talk."""
@@ -378,7 +377,7 @@ class Mode(ABC):
         if self.relaxed:
             said["steps"] = self.steps
             if any(not tie.options.relaxed for tie in self.ties):
-                said["relaxed"] = [self._fingerprint(tie, param_groups) for tie in self.ties if tie.options.relaxed]
+                said["relaxed"] = [text for tie, _, text in self._said_of_ties(param_groups) if tie.options.relaxed]
         if self.compact:
             said["compact"] = True
         return said
@@ -386,31 +385,37 @@ class Mode(ABC):
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """Return the fingerprints of the ties, for each parameter by the number that it has in a ``state_dict``."""
         by_number: dict[int, list[str]] = {}
-        for tie in self.ties:
-            for number in dict.fromkeys(_numbers_of(tie, param_groups)):
-                by_number.setdefault(number, []).append(self._fingerprint(tie, param_groups))
+        for _, numbers, text in self._said_of_ties(param_groups):
+            for number in dict.fromkeys(numbers):
+                by_number.setdefault(number, []).append(text)
         return {number: "; ".join(sorted(texts)) for number, texts in by_number.items()}
 
-    def _fingerprint(self, tie: BoundTie, param_groups: ParamGroups) -> str:
-        (group, position, _), shapes = tie.places[0], [place.shape for place in tie.places]
-        numbers, dtype = _numbers_of(tie, param_groups), param_groups[group]["params"][position].dtype
-        key = tie, numbers, dtype
-        if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint(tie.slices_in(dtype), numbers, shapes)
-        return self._fingerprints[key]
+    def _said_of_ties(self, param_groups: ParamGroups) -> Iterator[tuple[BoundTie, tuple[int, ...], str]]:
+        """Yield each tie, the numbers that its parameters have in a ``state_dict``, and its fingerprint."""
+        before = [0, *accumulate(len(group["params"]) for group in param_groups)]
+        for tie in self.ties:
+            numbers = tuple(before[place.group] + place.position for place in tie.places)
+            group, position, _ = tie.places[0]
+            key = tie, numbers, param_groups[group]["params"][position].dtype
+            if key not in self._fingerprints:
+                slices = [part.frozen_in(key[2]) for part in tie.slices]
+                self._fingerprints[key] = fingerprint(slices, numbers, [place.shape for place in tie.places])
+            yield tie, numbers, self._fingerprints[key]
 
-    def tied_since(self, saved: Mapping[str, Any] | None, param_groups: ParamGroups) -> list[BoundTie]:
+    def tied_since(self, saved: Mapping[str, Any] | None, param_groups: ParamGroups) -> set[BoundTie]:
         """Return the exact ties that were relaxed when a state was saved, or of which it says nothing.
 
         Args:
             saved: what the state says of the ties; None if nothing.
             param_groups: of the optimizer.
         """
-        exact = [tie for tie in self.ties if not tie.options.relaxed]
+        exact = {tie for tie in self.ties if not tie.options.relaxed}
         if saved is None:
             return exact
-        relaxed = saved.get("relaxed") if "steps" in saved else ()
-        return [tie for tie in exact if relaxed is None or self._fingerprint(tie, param_groups) in relaxed]
+        if "steps" not in saved:
+            return set()
+        relaxed = saved.get("relaxed")
+        return {tie for tie, _, text in self._said_of_ties(param_groups) if relaxed is None or text in relaxed} & exact
 
     def check_saved(self, saved: Any, param_groups: ParamGroups) -> None:
         """Compare what a checkpoint says of its ties with these.
@@ -447,12 +452,6 @@ class Mode(ABC):
                     "  To change the ties, tie as when it was saved, load the state, and then call retie(). What is\n"
                     "  frozen counts with its values: load the weights before the optimizer is wrapped.",
                 )
-
-
-def _numbers_of(tie: BoundTie, param_groups: ParamGroups) -> tuple[int, ...]:
-    """Return the numbers that the parameters of a tie have in a ``state_dict``."""
-    before = [0, *accumulate(len(group["params"]) for group in param_groups)]
-    return tuple(before[place.group] + place.position for place in tie.places)
 
 
 def _warn_of_written(names: str, *, is_frozen: bool) -> None:

@@ -22,8 +22,21 @@ _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
 
 # Keys of optimizers, torch's and others, for weights: their averages, starts and slow copies. Offsets belong to them.
 _WEIGHTS = {
-    *("ax", "backup_params", "lookahead_params", "p0", "param_buffer", "prev_param", "shadow", "slow", "slow_buffer"),
-    *("slow_params", "x", "x0", "x_k", "y", "z"),
+    "ax",
+    "backup_params",
+    "lookahead_params",
+    "p0",
+    "param_buffer",
+    "prev_param",
+    "shadow",
+    "slow",
+    "slow_buffer",
+    "slow_params",
+    "x",
+    "x0",
+    "x_k",
+    "y",
+    "z",
 }
 
 # The powers of the scales that count under other keys; the second where a key is not listed.

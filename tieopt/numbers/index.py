@@ -488,9 +488,8 @@ class _Offsets:
         self._slices = slices
         self._tensors = tensors
         self._steps = steps
-        self._wide = wide_dtype(tensors[0].device)
         self._inner = memory_order(slices[0].rows(tensors[0]))
-        self._offsets = [self._in_rows(number, self._wide) for number in range(len(slices))]
+        self._offsets = [self._in_rows(number, wide_dtype(tensors[0].device)) for number in range(len(slices))]
 
     def at(self, members: Members) -> Tensor:
         """Return the offsets of members, see :func:`offsets_of`."""

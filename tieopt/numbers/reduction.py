@@ -288,10 +288,13 @@ def _compared(
     for number, pinned, length, offset in zip(*index.pinned, offsets, strict=True):
         pieces = Pieces((number,), (pinned,), (length,))
         members = _widened(_gathered(rows, pieces, workspace), workspace)
-        expected = members.new_zeros(()) if offset is None else offset.to(members.dtype)
+        if offset is None:
+            yield pieces, members, torch.zeros_like(members)
+            continue
+        expected = offset.to(members.dtype).expand_as(members)
         # NaN is no other value for what is pinned at NaN.
         is_there = members.isnan() & expected.isnan()
-        yield pieces, members.masked_fill(is_there, 0), expected.masked_fill(is_there, 0).expand_as(members)
+        yield pieces, members.masked_fill(is_there, 0), expected.masked_fill(is_there, 0)
 
 
 # --- the values of groups ---

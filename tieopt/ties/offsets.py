@@ -45,7 +45,7 @@ class Offset(NamedTuple):
 
         Of a sharded tensor every rank keeps those of the whole, for which all ranks have to call this.
         """
-        front = in_front(gathered(tensor.detach()).resolve_conj().resolve_neg(), dim)
+        front = in_front(gathered(tensor.detach()), dim)
         chosen = tuple(index.to(front.device) for index in is_frozen.nonzero(as_tuple=True))
         rows = (is_frozen.flatten().cumsum(0) - 1).clamp_(min=0).view(is_frozen.shape)
         return cls(rows, bits(front)[chosen].cpu().view(front.dtype), None)
@@ -82,14 +82,21 @@ class Offset(NamedTuple):
         """Return values by their numbers; those of a slice as a view."""
         return bits(self.values)[rows].view(self.values.dtype)
 
-    def by_entry(self, shape: torch.Size) -> Offset:
-        """Return the offset of single entries, which stand as slices of a shape do, the slices in front."""
-        inner, count = self.values.shape[1:], self.values.shape[1:].numel()
-        within = torch.arange(count, device="cpu").view(inner).expand(shape)
-        rows = self.rows.reshape(*self.rows.shape, *[1] * len(inner)) * count + within
-        precedence = self.precedence
-        if precedence is not None:
-            precedence = precedence.reshape(*precedence.shape, *[1] * len(inner)).expand(rows.shape)
+    def by_entry(self, inner: torch.Size, dim: int) -> Offset:
+        """Return the offset of the single entries of a tensor, from that of its slices.
+
+        Args:
+            inner: the shape of a slice.
+            dim: the dimension along which the slices lie.
+        """
+        count = self.values.shape[1:].numel()
+        within = torch.arange(count, device="cpu").view(self.values.shape[1:]).expand(inner)
+
+        def of_entries(of_slices: Tensor) -> Tensor:
+            return of_slices.reshape(*of_slices.shape, *[1] * len(inner)).expand(*of_slices.shape, *inner)
+
+        rows = (of_entries(self.rows) * count + within).movedim(0, dim)
+        precedence = None if self.precedence is None else of_entries(self.precedence).movedim(0, dim)
         return Offset(rows, self.values.reshape(-1), precedence)
 
     def cut(self, part: tuple[slice, ...], inner: Sequence[slice]) -> Offset:

@@ -85,10 +85,6 @@ class BoundTie(Partition):
         """Whether all slices are pinned at the values that they had."""
         return all(slices.is_frozen for slices in self.slices)
 
-    def slices_in(self, dtype: torch.dtype) -> tuple[Slices, ...]:
-        """Return the slices, frozen ones with the values that they have once the parameters were converted."""
-        return tuple(slices.frozen_in(dtype) for slices in self.slices)
-
 
 def given_name(param_groups: ParamGroups, place: Place) -> str | None:
     """Return the name that a parameter was given with, if it was."""

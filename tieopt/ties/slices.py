@@ -88,13 +88,7 @@ class Slices(NamedTuple):
         if not shape:
             return self
         numbers, scales = self.entries(shape)
-        offset = self.offset and self.offset.by_entry(self.slice_shape(shape))
-        if offset is not None:
-            precedence = offset.precedence
-            if precedence is not None:
-                precedence = precedence.movedim(0, self.dim).view(shape)
-            offset = offset._replace(rows=offset.rows.movedim(0, self.dim).view(shape), precedence=precedence)
-        return Slices(numbers, scales, 0, offset)
+        return Slices(numbers, scales, 0, self.offset and self.offset.by_entry(self.slice_shape(shape), self.dim))
 
     def frozen_at(self, tensor: Tensor) -> Slices:
         """Return the slices pinned at the values that they have in a tensor."""
