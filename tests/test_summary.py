@@ -47,6 +47,15 @@ def labelled(tie: Tie) -> list[tuple[Tensor, Tensor]]:
     return [(part.groups, torch.ones(part.groups.shape) if part.scale is None else part.scale) for part in tie.parts]
 
 
+def in_order_of_parameters(tie: Tie, params: list[Parameter]) -> list[tuple[int, Any, tuple[Tensor, Tensor]]]:
+    """The number of the parameter of each part, the part, and its labels and scales; parts of one by their dimension.
+
+    The table has the parameters in their order, and the tie in that in which they were joined.
+    """
+    numbers = [next(number for number, param in enumerate(params) if param is part.param) for part in tie.parts]
+    return sorted(zip(numbers, tie.parts, labelled(tie), strict=True), key=lambda entry: (entry[0], entry[1].dim))
+
+
 def counted(parts: list[tuple[Tensor, Tensor]], width: int = 1) -> tuple[int, int, int, int, int]:
     """Slices, groups, members and free ones, one slice after the other; and how many values are left in them."""
     pairs = [
@@ -71,15 +80,13 @@ def test_the_table_counts_what_is_there(drawn: tuple[list[Parameter], list[Tie]]
     lines = [line for line in lines if not line.startswith("Regular: ")]
     assert head.split() == ["parameter", "shape", "slices", "groups", "members", "free", "distinct", "drift"]
     for tie in optimizer.ties:
-        called = [names[next(i for i, param in enumerate(params) if param is part.param)] for part in tie.parts]
-        for name, part, columns in zip(called, tie.parts, labelled(tie), strict=True):
-            expected = [name, str(tuple(part.param.shape)), *map(str, counted([columns], width_of(tie))), "0"]
+        for number, part, columns in in_order_of_parameters(tie, params):
+            expected = [names[number], str(tuple(part.param.shape)), *map(str, counted([columns], width_of(tie))), "0"]
             assert cells(lines.pop(0), len(head)) == expected
     for tie in optimizer.ties:
         if len(tie.parts) > 1:
-            called = [names[next(i for i, param in enumerate(params) if param is part.param)] for part in tie.parts]
-            note = f"Joined: {', '.join(called)}, {counted(labelled(tie), width_of(tie))[-1]} distinct in all"
-            assert lines.pop(0) == note
+            called = ", ".join(names[number] for number, *_ in in_order_of_parameters(tie, params))
+            assert lines.pop(0) == f"Joined: {called}, {counted(labelled(tie), width_of(tie))[-1]} distinct in all"
     assert not lines
 
 
