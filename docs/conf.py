@@ -40,7 +40,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|matplotlib|hypothesis|os|numpy)\..*"),
     # Names that annotations use without their module.
-    ("py:class", "Axes|Figure|Optimizer|Reduction|SearchStrategy|SubFigure|Tensor"),
+    ("py:class", "Axes|Figure|Groups|Module|Optimizer|Part|ProcessGroup"),
+    ("py:class", "Reduction|SearchStrategy|SubFigure|SupportsArray|Tensor"),
     # Private names, which their annotations explain.
     ("py:class", r"tieopt\.ties\.part\.(Part|SupportsArray)"),
 ]

@@ -305,3 +305,32 @@ def test_ties_of_names_and_modules_are_not_drawn(model: Model) -> None:
     for tie in [Tie.equal("encoder.*", "decoder.*"), Tie.equal(model.encoder, model.decoder)]:
         with pytest.raises(TypeError, match="cannot be drawn"):
             plot.draw_groups(tie)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_ties_join_one_after_the_other_stays_tied_where_only_the_first_has_a_gradient(
+    compact: bool, backwards: bool
+) -> None:
+    first, second, third = params = [nn.Parameter(randn(4, 2, seed=seed)) for seed in range(3)]
+    ties = [
+        Tie.join(Tie(first, [[0]]), Tie(second, [[0]])),
+        Tie.join(Tie(second, [[3]]), Tie(third, [[3]])),
+    ]
+    optimizer = TiedOptimizer(AdamW(params, lr=0.1), ties[::-1] if backwards else ties, compact=compact)
+    for _ in range(2):
+        first.grad = torch.ones(4, 2)
+        optimizer.step()
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(second[3], third[3])
+
+
+def test_what_relaxed_ties_join_takes_part_where_it_has_a_gradient_alone() -> None:
+    first, second = params = [nn.Parameter(randn(4, 2, seed=seed)) for seed in range(2)]
+    relaxed = Tie.join(Tie(first, [[0]], strength=0.5), Tie(second, [[0]], strength=0.5))
+    optimizer = TiedOptimizer(AdamW(params, lr=0.1), [relaxed, Tie(second, [[1, 2]]), Tie(second, [[3]], strength=0.5)])
+    before = second.detach().clone()
+    first.grad = torch.ones(4, 2)
+    optimizer.step()
+    assert second.grad is None
+    assert torch.equal(second[1:], before[1:])

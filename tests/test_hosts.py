@@ -195,3 +195,17 @@ def test_continuous_integration_runs_every_module_of_the_page():
     assert all((ROOT / "tests" / module).is_file() for module in modules)
     # Those that need torch alone are run with all the others.
     assert {module for module, versions in modules.items() if not re.fullmatch(r"torch \S+", versions)} <= named
+
+
+def test_the_page_begins_with_an_answer_for_each_host():
+    page = (ROOT / "docs" / "hosts.md").read_text("utf-8")
+    lines = re.findall(r"^\| ([^|]*) \| (yes|no) \| (yes|no) \|$", page, re.MULTILINE)
+    answers = {host: modes for hosts, *modes in lines for host in hosts.split(", ")}
+    seen: dict[str, list[str]] = {}
+    for host, _, _, *cells, _ in ROWS:
+        passed = ["yes" if "passed" in cell else "no" for cell in cells]
+        seen[host] = list(map(max, passed, seen.get(host, passed)))
+
+    # What is refused altogether has no tests that pass.
+    assert answers == {**seen, "FullyShardedDataParallel (FSDP1)": ["no", "no"]}
+    assert len(lines) <= 10

@@ -15,21 +15,22 @@ import copy
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from types import new_class
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from tieopt.engine.agreement import failing_together, tell_of_failure
 from tieopt.engine.graphs import between_graphs, copied, untraced
 from tieopt.errors import refusal, shown, users_level
 from tieopt.modes import mode_class, norm, summary
 from tieopt.modes.conversion import converter
-from tieopt.modes.gradients import tie_gradients, with_gradients
+from tieopt.modes.gradients import tie_gradients
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, settings_in, states_of, tied_state
 from tieopt.modes.summary import TieSummary
@@ -37,7 +38,8 @@ from tieopt.numbers.start import Start
 from tieopt.ties.options import Options, Reduction
 from tieopt.ties.part import FROZEN, Part
 from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
-from tieopt.ties.tie import Tie, Ties, tie_of
+from tieopt.ties.slices import FREE
+from tieopt.ties.tie import Tie, Ties, process_groups_in, tie_of
 
 _HOOKS = [
     f"_optimizer_{method}_{when}_hooks"
@@ -50,6 +52,24 @@ _YIELDING = {"grad_norm", "clip_grad_norm_"}
 
 # Where what the ties add stands in a state_dict, beside "state" and "param_groups".
 _TIEOPT = "tieopt"
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _together(method: F) -> F:
+    """A method that ranks call together: if it fails on one, it fails on those that have ties with it."""
+
+    @wraps(method)
+    @between_graphs
+    def together(self: TiedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            tell_of_failure(self._tieopt.process_groups, error)
+            raise
+
+    return cast(F, together)
 
 
 class TiedOptimizer(Optimizer):
@@ -132,6 +152,8 @@ class TiedOptimizer(Optimizer):
             or do not fit the optimizer; entries of a parameter share memory, or it is sharded in a way that cannot be
             tied; the compact mode cannot serve the ties, the optimizer, or what it has in its state. Nothing was
             written in any of these cases.
+        RuntimeError: ranks that are tied to each other do different things, or have different ties or settings; this
+            and all methods that tie, or ask whether something is tied, raise it on all of these ranks.
 
     Warns:
         UserWarning: a tie has groups, but ties nothing, because each has one member; it shows what was probably meant.
@@ -167,11 +189,12 @@ class TiedOptimizer(Optimizer):
         compact: bool = False,
         start: Start = "mean",
     ) -> Self:
-        _check_wrappable(optimizer)
-        options = Options(reduction, strength, every)
-        mode = mode_class(compact)(optimizer.param_groups, ties, options)
-        tied_class = _tied_class(cls, type(optimizer))
-        states = mode.bind(optimizer, states_of(optimizer), start)
+        with failing_together(process_groups_in(ties := _read_once(ties))):
+            _check_wrappable(optimizer)
+            options = Options(reduction, strength, every)
+            mode = mode_class(compact)(optimizer.param_groups, ties, options)
+            tied_class = _tied_class(cls, type(optimizer))
+            states = mode.bind(optimizer, states_of(optimizer), start)
 
         # Nothing fails from here on.
         vars(optimizer).pop("step", None)
@@ -202,8 +225,8 @@ class TiedOptimizer(Optimizer):
     def ties(self) -> tuple[Tie, ...]:
         """What is tied, one :class:`Tie` for each that was given, with the parameters that the optimizer has now.
 
-        Labels are numbered anew, in the order of first members. The ties can be given to another optimizer of these
-        parameters, or to :meth:`retie`.
+        Labels are numbered anew, in the order of first members, but for those of ties across ranks. The ties can be
+        given to another optimizer of these parameters, or to :meth:`retie`.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -226,12 +249,16 @@ class TiedOptimizer(Optimizer):
                 param, slices = params[number], tie.slices[number]
                 # Copies, so that a user who writes to them changes no tie.
                 labels, scale, dim, _ = copy.deepcopy(slices._replace(offset=None))
+                if tie.across is not None:
+                    labels[labels != FREE] = tie.across.labels[labels[labels != FREE]]
                 part = Part(param, labels, dim, scale, FROZEN if slices.is_frozen else slices.offset_of(param))
                 parts.append((part, given_name(param_groups, tie.places[number])))
-            ties.append(tie_of(parts, tie.given))
+            process_group = None if tie.across is None else tie.across.process_group
+            ties.append(tie_of(parts, tie.given, process_group))
         return tuple(ties)
 
     @untraced
+    @_together
     def tie_gradients(self) -> None:
         r"""Replace the gradients of the members of each group by their mean, in ``.grad``.
 
@@ -260,9 +287,11 @@ class TiedOptimizer(Optimizer):
             >>> is_tied(layer.weight.grad, [[0, 2]])
             True
         """
-        pairs = with_gradients(self._tieopt.parameters(self._tieopt.param_groups_of(self)))
+        param_groups = self._tieopt.param_groups_of(self)
+        pairs = self._tieopt.taking_part(self._tieopt.parameters(param_groups), param_groups)
         tie_gradients(pairs, self._tieopt.engine)
 
+    @_together
     def grad_norm(self, norm_type: float = 2.0) -> Tensor:
         r"""Return the norm of all gradients, in which every shared value counts once.
 
@@ -281,8 +310,8 @@ class TiedOptimizer(Optimizer):
             norm_type: p, a number above 0; ``float("inf")`` for the largest modulus.
 
         Returns:
-            The norm, of no dimension; 0 without any gradients. Of sharded parameters it is that of all ranks, each of
-            which has to call this.
+            The norm, of no dimension; 0 without any gradients. Of sharded parameters, and with ties across ranks, it
+            is that of the parameters of all ranks, each of which has to call this.
 
         Raises:
             TypeError: ``norm_type`` is no number.
@@ -301,6 +330,7 @@ class TiedOptimizer(Optimizer):
         """
         return norm.grad_norm(self._tieopt, self._tieopt.param_groups_of(self), norm_type)
 
+    @_together
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         r"""Scale all gradients so that :meth:`grad_norm` is no larger than ``max_norm``.
 
@@ -339,6 +369,7 @@ class TiedOptimizer(Optimizer):
         return norm.clip_grad_norm_(self._tieopt, self._tieopt.param_groups_of(self), max_norm, norm_type)
 
     @between_graphs
+    @_together
     def tie_weights(self) -> None:
         r"""Replace the members of each group by their mean; for when anything else wrote to the weights.
 
@@ -422,10 +453,12 @@ class TiedOptimizer(Optimizer):
                 got="a call from within step(), its closure, or another method of the optimizer",
             )
         said = zip((reduction, strength, every), kept.options, strict=True)
-        options = Options(*(option if new is None else new for new, option in said))
-        mode = type(kept)(self.param_groups, ties, options)
-        lost = Lost()
-        states = mode.bind(self, [kept.state_without(self, state, lost) for state in states_of(self)], start, lost)
+        with failing_together([*kept.process_groups, *process_groups_in(ties := _read_once(ties))]):
+            kept.agree_to(f"retie() with {len(process_groups_in(ties))} ties across ranks")
+            options = Options(*(option if new is None else new for new, option in said))
+            mode = type(kept)(self.param_groups, ties, options)
+            lost = Lost()
+            states = mode.bind(self, [kept.state_without(self, state, lost) for state in states_of(self)], start, lost)
         mode.replace(kept, states)
         self._tieopt = mode
         self._replace_states(states)
@@ -464,6 +497,7 @@ class TiedOptimizer(Optimizer):
         """
         self.retie(())
 
+    @_together
     def tie_drift(self) -> float:
         r"""The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied.
 
@@ -493,6 +527,7 @@ class TiedOptimizer(Optimizer):
         """
         return self._tieopt.engine.drift(self._tieopt.parameters(self._tieopt.param_groups_of(self)))
 
+    @_together
     def tie_summary(self) -> TieSummary:
         """A table of the ties, a line for each tied parameter, to be printed; and what it says as numbers.
 
@@ -559,6 +594,7 @@ class TiedOptimizer(Optimizer):
         saved = self._tieopt.saved(self.param_groups)
         return {**state_dict, _TIEOPT: saved} if saved else state_dict
 
+    @_together
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load a state that was saved with the same ties, in either mode, or without any.
 
@@ -598,6 +634,7 @@ class TiedOptimizer(Optimizer):
             mode.check_saved(saved, self.param_groups)
         convert = converter(mode, self, None if saved is None else saved.get("compact", False))
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
+        mode.agree_to("load_state_dict()")
         if convert is not None:
             # As load_state_dict finds them: some checkpoints have names in the places of numbers.
             numbers, params = (
@@ -609,7 +646,9 @@ class TiedOptimizer(Optimizer):
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
-        tied = mode.tied_since(saved, self.param_groups)
+        # Other ranks may have loaded something else.
+        across = {tie for tie, _ in pairs if tie.across is not None and not tie.options.relaxed}
+        tied = mode.tied_since(saved, self.param_groups) | across
         self.state.update(tied_state(self.state, [pair for pair in pairs if pair[0] in tied], settings))
         if convert is not None:
             converted = convert(self.state)
@@ -803,6 +842,10 @@ def _warn_of(lost: Lost, param_groups: ParamGroups) -> None:
             f"  Dropped: {'; '.join(dropped)}",
             stacklevel=users_level(),
         )
+
+
+def _read_once(ties: Any) -> Any:
+    return list(ties) if isinstance(ties, Iterable) and not isinstance(ties, (Mapping, Tensor, str)) else ties
 
 
 def _check_itself(optimizer: Any) -> None:

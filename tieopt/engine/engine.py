@@ -117,12 +117,12 @@ class Engine:
     _untraced_calls = untraced(calls)
 
     def whole(self, pairs: Sequence[tuple[P, list[Tensor]]]) -> list[tuple[P, list[Tensor]]]:
-        """Return the ties whose tensors are not sharded."""
-        return [(tie, tensors) for tie, tensors in pairs if not spans_ranks(tensors)]
+        """Return the ties that are of this rank alone, and whose tensors are not sharded."""
+        return [(tie, tensors) for tie, tensors in pairs if not spans_ranks(tensors, tie)]
 
     def is_regular(self, tie: Partition, tensors: Sequence[Tensor]) -> bool:
         """Return whether the members of a tie are views of whole tensors, so that it has no index."""
-        return not spans_ranks(tensors) and isinstance(self.index_for(tie, tensors), Views)
+        return not spans_ranks(tensors, tie) and isinstance(self.index_for(tie, tensors), Views)
 
     @torch.no_grad()
     def is_tied(self, pairs: Pairs[Partition]) -> bool:
@@ -132,10 +132,14 @@ class Engine:
     @torch.no_grad()
     def is_tied_here(self, tie: Partition, tensors: list[Tensor]) -> bool:
         """Return whether tensors are tied; of sharded ones, as far as this rank can tell without the others."""
-        if not spans_ranks(tensors):
+        if not spans_ranks(tensors, tie):
             return self.is_tied([(tie, tensors)])
         shards = self._shards.get((tie, *map(sharding_of, tensors)))
         return shards is None or shards.is_tied_here(tensors, Workspace())
+
+    def members_across(self, tie: Partition, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return for each group whether a lower rank counts it, and its number of members on all ranks."""
+        return self._shards_for(tie, tensors).members_across
 
     @torch.no_grad()
     def drift(self, pairs: Pairs[Partition]) -> float:
@@ -164,7 +168,7 @@ class Engine:
                 twice.
             reduction: ``"mean"`` or ``"sum"``.
         """
-        if not spans_ranks(tensors):
+        if not spans_ranks(tensors, tie):
             index_for, linear = (partial(self.index_for, part) for part in (tie, tie.linear))
             return list(projected(tensors, index_for, reduction, linear))
         with torch.no_grad():
@@ -177,7 +181,10 @@ class Engine:
 
         Of sharded tensors every rank gathers the whole for the time of this call.
         """
-        sharded = spans_ranks(tensors)
+        if tie.across is not None:
+            self._shards_for(tie, tensors).start_from_first_(tensors, order)
+            return
+        sharded = spans_ranks(tensors, tie)
         # A rank outside the mesh has nothing to write, and nothing to send.
         if sharded and tensors[0].device_mesh.get_coordinate() is None:
             return
@@ -259,7 +266,7 @@ class Engine:
     def _executor(self, ties: Sequence[Partition], tensors: Sequence[Tensor], *, even: bool = True) -> Index | Shards:
         """Return what applies operations to ties as one; ``even`` is for several, see :meth:`Index.compile`."""
         if len(ties) == 1:
-            return (self._shards_for if spans_ranks(tensors) else self.index_for)(ties[0], tensors)
+            return (self._shards_for if spans_ranks(tensors, ties[0]) else self.index_for)(ties[0], tensors)
         # The labels that are told apart go: of many ties of a large parameter they take much memory.
         index = Index.compile(_joined(ties), tensors, even=even, linear=ties[0].is_linear)
         return index.keeping([tie.slices[0] for tie in ties])
@@ -300,7 +307,7 @@ def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
     """
     # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
     double = tensor.dtype.to_real() == wide_dtype(tensor.device)
-    if spans_ranks([tensor]) or double or not 0 < tensor.numel() <= _SMALL or not tensor.is_contiguous():
+    if spans_ranks([tensor], tie) or double or not 0 < tensor.numel() <= _SMALL or not tensor.is_contiguous():
         return ()
     labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
     # Multiples that are rounded have a run take another way, and all groups in it; so have offsets.

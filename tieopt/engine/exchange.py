@@ -75,7 +75,9 @@ class Exchange:
         self._process_group = process_group
 
     @torch.no_grad()
-    def means_of(self, shards: Sequence[Tensor], workspace: Workspace, stepped: bool) -> ValuesOf:
+    def means_of(
+        self, shards: Sequence[Tensor], workspace: Workspace, stepped: bool, *, of_first: bool = False
+    ) -> ValuesOf:
         """Exchange the means, and return what gives those of the groups of each run.
 
         Args:
@@ -83,6 +85,7 @@ class Exchange:
             workspace: buffers to work in.
             stepped: whether a step has just written the tensors, see
                 :func:`~tieopt.numbers.reduction.means_after_step`.
+            of_first: whether the mean of the lowest rank stands for that of all.
         """
         rows, plan = self.index.rows(shards), self._plan
         stored, device = rows[0].dtype, rows[0].device
@@ -104,7 +107,11 @@ class Exchange:
         means = to_be_sent(group_means, "sent")
         received = workspace["received", (len(plan.slots), *shape), wire, device]
         dist.all_to_all_single(received, means, plan.received, plan.sent, group=self._process_group)
-        owned = _weighted_means(received, plan, self._sums, workspace)
+        if of_first:
+            # What is received is sorted by rank.
+            owned = received.to(wide_dtype(device)).index_select(0, plan.firsts)
+        else:
+            owned = _weighted_means(received, plan, self._sums, workspace)
         if stepped and is_narrow(stored):
             # An owner has members of its groups: what these make of their own mean stands for the lead, on every rank.
             first = sum(plan.sent[: plan.rank])

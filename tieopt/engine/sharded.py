@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tieopt.engine.agreement import agree
 from tieopt.engine.exchange import Exchange, Plan, plan_exchange
 from tieopt.errors import refusal
 from tieopt.numbers.index import Index, Layout
-from tieopt.numbers.reduction import Operation, Workspace, tied
+from tieopt.numbers.reduction import Operation, Workspace, drift, project_, relax_, tied
+from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import (
     bounds_of,
     calculable,
@@ -44,57 +47,42 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+    from tieopt.ties.across import Across
+
 
 class Shards:
-    """A tie of sharded tensors, as this rank sees it.
+    """A tie of sharded tensors, or of tensors of several ranks, as this rank sees it.
 
     Args:
         tie: of the tensors.
-        tensors: sharded ones, which say how they are sharded.
+        tensors: which say how they are sharded.
 
     Raises:
         ValueError: they are not sharded alike, ranks have different ties, or a group that spans ranks has scales that
             round.
     """
 
-    def __init__(self, tie: Partition, tensors: Sequence[DTensor]) -> None:
-        self._mesh = _common_mesh(tie, tensors)
-        # Sharded tensors may have taken the places of whole ones since they were tied.
-        for tensor, name in zip(tensors, tie.names, strict=True):
-            check_sharding(tensor, name)
-        _check_same(tie, tensors)
-        slices, dims = _cut_apart(tie, tensors)
+    def __init__(self, tie: Partition, tensors: Sequence[Any]) -> None:
+        self._across = tie.across
+        self._mesh = _common_mesh(tie, tensors) if any(map(is_sharded, tensors)) else None
         self._compiled: dict[Layout, tuple[Index, Exchange | None]] = {}
-        self._plan: Plan | None = None
-        coordinate, nothing = self._mesh.get_coordinate(), torch.empty(0, dtype=torch.int64, device="cpu")
-        if coordinate is None:
-            # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
-            self._whole = tuple(Slices(nothing) for _ in tensors)
-            return
-        here = list(coordinate)
-        _check_chunks(tie, tensors, here)
-        self._process_group, coordinates = _ranks_along(self._mesh, dims, here)
-
-        def shard_at(coordinate: list[int]) -> list[Slices]:
-            return [_slices_of_shard(*cut, coordinate) for cut in zip(slices, tensors, strict=True)]
-
-        members = []
-        for at in coordinates:
-            # Ranks that differ in other dimensions have the same groups, and exchange them among themselves.
-            takes_part = all(dim in dims or at[dim] == here[dim] for dim in range(len(here)))
-            parts = shard_at(at) if takes_part else []
-            members.append(torch.cat([nothing, *(part.labels[_is_member(part)] for part in parts)]))
-        plan, spanning = plan_exchange(members, coordinates.index(here))
-        _check_scales(slices, spanning, tie.names)
-        self._plan = plan if len(spanning) else None
-        shard = shard_at(here)
+        slices: Sequence[Slices] = tie.slices
+        if self._across is not None:
+            slices, self.members_across = _labelled_alike(self._across, slices, tensors)
+        view = _View(slices, slices, [_labels_of_members(slices)], 0, None)
+        if self._mesh is not None:
+            view = _view_on_mesh(self._mesh, tie, slices, tensors)
+        if self._across is not None:
+            view = _view_across(self._across, tie, tensors, view)
+        plan, spanning = plan_exchange(view.members, view.rank)
+        _check_scales(view.slices, spanning, tie.names)
         if not tie.is_linear:
-            _check_offsets(slices, spanning, tie.names)
-            cuts = zip(shard, slices, tensors, strict=True)
-            shard = [part._replace(offset=_offset_of_shard(whole, tensor, here)) for part, whole, tensor in cuts]
-        sent = [rows_sent(part, plan) for part in shard]
-        others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(shard, sent, strict=True)]
-        self._spanning, self._whole = with_labels(shard, sent), numbered(with_labels(shard, others))
+            _check_offsets(view.slices, spanning, tie.names)
+        self._plan = plan if len(spanning) else None
+        self._process_group = view.process_group
+        sent = [rows_sent(part, plan) for part in view.here]
+        others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(view.here, sent, strict=True)]
+        self._spanning, self._whole = with_labels(view.here, sent), numbered(with_labels(view.here, others))
 
     def apply_(self, operation: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[Any]:
         """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
@@ -106,6 +94,10 @@ class Shards:
             exchange = None if plan is None else Exchange(self._spanning, shards, plan, self._process_group)
             self._compiled[layout] = Index.compile(self._whole, shards), exchange
         index, exchange = self._compiled[layout]
+        if self._across is not None and operation.needs_means:
+            how = [f", {name}={value}" for name, value in options.items() if name != "means_of"]
+            action = _ACTIONS[operation.function] + " after a step" * operation.stepped + "".join(how)
+            agree(self._across, action, _layout_of(self._whole, shards))
         results = [operation.function(shards, index, workspace, **options)]
         if exchange is not None:
             if operation.needs_means:
@@ -123,7 +115,141 @@ class Shards:
     def answers(self, question: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[float]:
         """Return the answers of all ranks to whether tensors are tied, or how far they have drifted."""
         answers, device = self.apply_(question, tensors, workspace), local(tensors[0]).device
-        return _gathered(torch.tensor(answers, dtype=wide_dtype(device), device=device), self._mesh).tolist()
+        if self._mesh is not None:
+            answers = _gathered(torch.tensor(answers, dtype=wide_dtype(device), device=device), self._mesh).tolist()
+        return answers if self._across is None else list(chain(*agree(self._across, "answer", payload=answers)))
+
+    @torch.no_grad()
+    def start_from_first_(self, tensors: Sequence[Tensor], order: Sequence[int]) -> None:
+        """Give every group the value of its first member, of those across ranks that of the lowest rank.
+
+        Args:
+            tensors: as for :meth:`apply_`.
+            order: as for :func:`~tieopt.numbers.start.start_from_first_`.
+        """
+        shards, workspace = [local(tensor) for tensor in tensors], Workspace()
+        for slices in (self._whole, self._spanning):
+            start_from_first_(shards, Index.compile(slices, shards), workspace, order)
+        if self._plan is not None:
+            exchange = Exchange(self._spanning, shards, self._plan, self._process_group)
+            means_of = exchange.means_of(shards, workspace, stepped=False, of_first=True)
+            project_(shards, exchange.index, workspace, means_of=means_of)
+
+
+# As what users know them.
+_ACTIONS: dict[Any, str] = {
+    project_: "tie members",
+    relax_: "pull members together",
+    tied: "compare members",
+    drift: "tie_drift()",
+}
+
+
+class _View(NamedTuple):
+    """What a rank knows of a tie.
+
+    Attributes:
+        slices: of whole tensors.
+        here: of what this rank has of them.
+        members: the labels of the members of each rank that it exchanges with, from 0 on.
+        rank: which of these ranks this one is.
+        process_group: of these ranks; None if this one is alone.
+    """
+
+    slices: Sequence[Slices]
+    here: Sequence[Slices]
+    members: list[Tensor]
+    rank: int
+    process_group: ProcessGroup | None
+
+
+def _view_on_mesh(mesh: DeviceMesh, tie: Partition, slices: Sequence[Slices], tensors: Sequence[DTensor]) -> _View:
+    # Sharded tensors may have taken the places of whole ones since they were tied.
+    for tensor, name in zip(tensors, tie.names, strict=True):
+        check_sharding(tensor, name)
+    _check_same(tie, tensors)
+    slices, dims = _cut_apart(tie.names, slices, tensors)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
+        nothing = [Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors]
+        return _View(nothing, nothing, [nothing[0].labels], 0, None)
+    here = list(coordinate)
+    _check_chunks(tie, tensors, here)
+    process_group, coordinates = _ranks_along(mesh, dims, here)
+
+    def shard_at(coordinate: list[int]) -> list[Slices]:
+        return [_slices_of_shard(*cut, coordinate) for cut in zip(slices, tensors, strict=True)]
+
+    members = []
+    for at in coordinates:
+        # Ranks that differ in other dimensions have the same groups, and exchange them among themselves.
+        takes_part = all(dim in dims or at[dim] == here[dim] for dim in range(len(here)))
+        members.append(_labels_of_members(shard_at(at) if takes_part else ()))
+    shard = shard_at(here)
+    if not tie.is_linear:
+        cuts = zip(shard, slices, tensors, strict=True)
+        shard = [part._replace(offset=_offset_of_shard(whole, tensor, here)) for part, whole, tensor in cuts]
+    return _View(slices, shard, members, coordinates.index(here), process_group)
+
+
+def _labelled_alike(
+    across: Across, slices: Sequence[Slices], tensors: Sequence[Any]
+) -> tuple[Sequence[Slices], tuple[Tensor, Tensor]]:
+    """Give slices the labels that all ranks give to their groups.
+
+    Returns:
+        The slices; and for each group of this rank whether a lower rank has members of it, and how many members it has
+        on all ranks.
+
+    Raises:
+        RuntimeError: the ranks have different tensors.
+    """
+    sizes = torch.bincount(_labels_of_members(slices), minlength=len(across.labels))
+    settings = _layout_of(slices, [local(tensor) for tensor in tensors])
+    told = agree(across, "bind", settings, (across.labels, sizes))
+    # Labels may be any numbers.
+    known, numbers = torch.unique(torch.cat([labels for labels, _ in told]), return_inverse=True)
+    by_rank = numbers.split([len(labels) for labels, _ in told])
+    counts = torch.zeros(len(known), dtype=torch.int64, device="cpu")
+    counts.index_add_(0, numbers, torch.cat([sizes for _, sizes in told]))
+    rank = dist.get_rank(across.process_group)
+    here, lower = by_rank[rank], torch.cat([numbers[:0], *by_rank[:rank]])
+    labels = [part.labels.clone() for part in slices]
+    for of_part in labels:
+        members = of_part != FREE
+        of_part[members] = here[of_part[members]]
+    return with_labels(slices, labels), (torch.isin(here, lower), counts[here])
+
+
+def _view_across(across: Across, tie: Partition, tensors: Sequence[Any], view: _View) -> _View:
+    """Return what is known once all ranks have told which groups they have members of.
+
+    Raises:
+        ValueError: members of a group are on different ranks of the meshes.
+    """
+    spans_mesh = len(plan_exchange(view.members, view.rank)[1]) > 0
+    told = agree(across, "plan", payload=(_labels_of_members(view.here), _labels_of_members(view.slices), spans_mesh))
+    known = torch.unique(torch.cat([whole for _, whole, _ in told]))
+    there = torch.stack([torch.isin(known, here) for here, *_ in told])
+    missing = torch.stack([torch.isin(known, whole) for _, whole, _ in told]) & ~there
+    is_apart = bool((there.any(0) & missing.any(0)).any()) or any(spans_mesh for *_, spans_mesh in told)
+    # Whatever a rank refuses, all have to: one that goes on would wait for the others.
+    if on_any_rank(is_apart, tensors[0]):
+        what = "A group across ranks has members on different ranks of a mesh."
+        expected = "parameters that are sharded alike, so that the members of a group have one place in the mesh"
+        raise refusal(ValueError, what, parameters=", ".join(tie.names), expected=expected, got=described(tie.slices))
+    rank = dist.get_rank(across.process_group)
+    return _View(view.slices, view.here, [here for here, *_ in told], rank, across.process_group)
+
+
+def _layout_of(slices: Sequence[Slices], shards: Sequence[Tensor]) -> dict[str, object]:
+    return {"shape of slices": tuple(slices[0].slice_shape(shards[0].shape)), "dtype": shards[0].dtype}
+
+
+def _labels_of_members(slices: Sequence[Slices]) -> Tensor:
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.cat([nothing, *(part.labels[_is_member(part)] for part in slices)])
 
 
 def _is_member(slices: Slices) -> Tensor:
@@ -152,14 +278,16 @@ def _common_mesh(tie: Partition, tensors: Sequence[DTensor]) -> DeviceMesh:
     return tensors[0].device_mesh
 
 
-def _cut_apart(tie: Partition, tensors: Sequence[DTensor]) -> tuple[Sequence[Slices], list[int]]:
+def _cut_apart(
+    names: Sequence[str], slices: Sequence[Slices], tensors: Sequence[DTensor]
+) -> tuple[Sequence[Slices], list[int]]:
     """Find the dimensions of the mesh along which members of a group may be on several ranks.
 
     Returns:
         The slices, written out entry by entry if they are sharded in different ways, and the dimensions.
     """
     cuts = [
-        {_cut(slices, tensor.placements[dim]) for slices, tensor in zip(tie.slices, tensors, strict=True)}
+        {_cut(part, tensor.placements[dim]) for part, tensor in zip(slices, tensors, strict=True)}
         for dim in range(tensors[0].device_mesh.ndim)
     ]
     for dim, ways in enumerate(cuts):
@@ -167,10 +295,10 @@ def _cut_apart(tie: Partition, tensors: Sequence[DTensor]) -> tuple[Sequence[Sli
             what = "Joined parameters are not sharded over the same dimensions of the mesh."
             got = f"{', '.join(str(tensor.placements[dim]) for tensor in tensors)} in dimension {dim}"
             expected = "all of them sharded over a dimension, or none"
-            raise refusal(ValueError, what, parameters=", ".join(tie.names), expected=expected, got=got)
+            raise refusal(ValueError, what, parameters=", ".join(names), expected=expected, got=got)
     if all(len(ways) == 1 for ways in cuts):
-        return tie.slices, [dim for dim, ways in enumerate(cuts) if ways == {0}]
-    by_entry = [slices.by_entry(tensor.shape) for slices, tensor in zip(tie.slices, tensors, strict=True)]
+        return slices, [dim for dim, ways in enumerate(cuts) if ways == {0}]
+    by_entry = [part.by_entry(tensor.shape) for part, tensor in zip(slices, tensors, strict=True)]
     return by_entry, [dim for dim, ways in enumerate(cuts) if ways != {None}]
 
 
@@ -264,9 +392,9 @@ def _check_offsets(slices: Sequence[Slices], spanning: Tensor, names: Sequence[s
 # --- what the modes ask ---
 
 
-def spans_ranks(tensors: Sequence[Any]) -> bool:
-    """Return whether what is done to tensors may take other ranks."""
-    return any(map(is_sharded, tensors))
+def spans_ranks(tensors: Sequence[Any], tie: Partition | None = None) -> bool:
+    """Return whether what is done to tensors, or to a tie of them, may take other ranks."""
+    return any(map(is_sharded, tensors)) or (tie is not None and tie.across is not None)
 
 
 def on_any_rank(condition: bool, tensor: Any) -> bool:

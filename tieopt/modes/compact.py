@@ -265,10 +265,11 @@ class CompactMode(Mode):
         for pair in pairs:
             if not self.engine.whole([pair]):
                 param: Any = pair[1][0]
+                how = getattr(param, "placements", "a tie across ranks")
                 raise _unserved(
-                    "The compact mode has no shards of compact parameters.",
-                    "parameters that are whole on every rank",
-                    f"{param.placements} of a parameter of shape {tuple(param.shape)}",
+                    "The compact mode has no shards of compact parameters, and none that ranks share.",
+                    "parameters that are whole on every rank, and ties of this rank alone",
+                    f"{how} of a parameter of shape {tuple(param.shape)}",
                 )
 
     @torch.inference_mode(False)

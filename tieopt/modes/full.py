@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tieopt.engine.agreement import tell_of_failure
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.errors import message, users_level
-from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients, with_gradients
+from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients
 from tieopt.modes.mode import Mode, Pairs, Step, by_strength
 from tieopt.modes.state import held_optimizers
 from tieopt.tensors import traces
 from tieopt.ties.places import BoundTie, ParamGroups
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FullStep(Step):
@@ -27,6 +31,8 @@ class FullStep(Step):
     _took_part: Mapping[BoundTie, list[Tensor]] = {}
     # Parameters with the gradients that they had before the step, unless a closure has made others.
     _given: Sequence[tuple[Tensor, Tensor | None]] = ()
+    # Whether other ranks know which ties take part.
+    _has_begun = False
 
     @between_graphs
     def _run(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +54,9 @@ class FullStep(Step):
     def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
         if pairs is not None:
             self._check_weights(pairs)
-        pairs = with_gradients(self._mode.applied_to(self._optimizer.param_groups))
+        param_groups = self._optimizer.param_groups
+        pairs = self._mode.taking_part(self._mode.applied_to(param_groups), param_groups, stepped=self._took_part)
+        self._has_begun = True
         self._check_weights(pairs)
         if not self._ties_gradients:
             return ()
@@ -64,7 +72,8 @@ class FullStep(Step):
         trained = [pair for pair in pairs if pair[1][0].requires_grad and pair[0] not in took_part]
         written = self._mode.written(trained, self._optimizer.param_groups)
         if written:
-            self._mode.tie_weights(self._exact(written))
+            # Those across ranks are tied by all of them, as they begin to take part.
+            self._mode.tie_weights([pair for pair in self._exact(written) if pair[0].across is None])
         self._took_part = {**took_part, **dict(pairs)}
 
     @between_graphs
@@ -101,9 +110,10 @@ class FullStep(Step):
     def _pause(self) -> None:
         self._restore()
         self._given = ()
+        self._has_begun = False
 
     @between_graphs
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Leave the mean in ``.grad``, so that the next backward adds to the mean, and tie the weights."""
         mode, pairs = self._mode, list(self._took_part.items())
         mode.running = self._was_running
@@ -112,13 +122,40 @@ class FullStep(Step):
         if kind is not None:
             # An error may be that of one rank alone: what it sent now, the others would take for what they wait for.
             pairs = mode.engine.whole(pairs)
+            if isinstance(error, Exception):
+                tell_of_failure(self._waiting(), error)
+        try:
+            self._tie(pairs, is_over=kind is None)
+        except Exception as failure:
+            tell_of_failure(mode.process_groups, failure)
+            raise
+
+    @between_graphs
+    def _tie(self, pairs: Pairs, *, is_over: bool) -> None:
+        """Tie the weights once the optimizer has written them; ``is_over`` if it has done so without an error."""
+        mode = self._mode
         mode.tie_weights(self._exact(pairs), stepped=True)
-        if mode.relaxed and kind is None and self._is_step and not _is_at_rest(self._optimizer.param_groups):
-            mode.steps += 1
-            due = [(tie, params) for tie, params in pairs if tie.options.relaxed and not mode.steps % tie.options.every]
+        if mode.relaxed and is_over and self._is_step:
+            param_groups = self._optimizer.param_groups
+            is_at_rest = _is_at_rest(param_groups)
+            mode.steps += not is_at_rest
+
+            def is_due(tie: BoundTie) -> bool:
+                if tie.across is None:
+                    return not is_at_rest and not mode.steps % tie.options.every
+                # Other parameter groups may differ from rank to rank.
+                return not _is_at_rest([param_groups[place.group] for place in tie.places])
+
+            due = [(tie, params) for tie, params in pairs if tie.options.relaxed and is_due(tie)]
             for strength, pulled in by_strength(due):
                 mode.tie_weights(pulled, strength=strength, stepped=True)
         mode.note(pairs)
+
+    def _waiting(self) -> list[ProcessGroup]:
+        """The process groups whose ranks wait for this one in the middle of a step."""
+        if not self._has_begun:
+            return self._mode.process_groups
+        return [tie.across.process_group for tie in self._took_part if tie.across is not None]
 
 
 class FullMode(Mode):

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from tieopt.engine.engine import Engine, Pairs
 from tieopt.engine.sharded import placed_as, spans_ranks
+from tieopt.errors import refusal
 from tieopt.numbers.reduction import Operation, divide_, project_
 from tieopt.tensors import overlaps
 from tieopt.ties.options import Reduction
@@ -40,8 +41,8 @@ def tie_gradients(
     """Tie gradients but for what is worth compiling, and return the calls that do the rest.
 
     Args:
-        pairs: ties and their parameters, as :func:`with_gradients` returns them. Where one of several joined
-            parameters has a gradient, the others get one of zeros.
+        pairs: ties and their parameters that take part in a step. Where one of several joined parameters has a
+            gradient, the others get one of zeros.
         engine: the numbers.
         undo: gets what turns sums into means again where nobody has replaced the gradient since; without it all
             gradients are tied to their means.
@@ -74,6 +75,11 @@ def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
     written, replaced = [], set()
     for tie, params in pairs:
         grads = list(map(grad_of, params))
+        if tie.across is not None:
+            # A rank without members takes part with whatever there is.
+            grads = [
+                torch.zeros_like(param) if grad is None else grad for param, grad in zip(params, grads, strict=True)
+            ]
         written.append((tie.linear, grads))
         for param, grad in zip(params, grads, strict=True):
             if grad.requires_grad or grad.layout is torch.sparse_coo:
@@ -109,8 +115,17 @@ def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, list[Tensor]]]:
-    """Return the ties of parameters of which at least one has a gradient."""
-    return [pair for pair in pairs if any(map(is_not, map(grad_of, pair[1]), repeat(None)))]
+    """Return the ties of parameters of which at least one has a gradient, or gets one of zeros by another tie."""
+    chosen = [pair for pair in pairs if any(map(is_not, map(grad_of, pair[1]), repeat(None)))]
+    if len(chosen) < len(pairs) and any(len(params) > 1 for _, params in chosen):
+        taken = {tie for tie, _ in chosen}
+        # Relaxed ties leave gradients alone.
+        exact = [pair for pair in pairs if not pair[0].options.relaxed]
+        reached = _connected(
+            exact, {id(param) for tie, params in chosen if not tie.options.relaxed for param in params}
+        )
+        chosen = [pair for pair in pairs if pair[0] in taken or any(map(reached.__contains__, map(id, pair[1])))]
+    return chosen
 
 
 def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
@@ -132,13 +147,22 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
                 and not (grad.requires_grad or grad.is_conj() or grad.is_neg() or grad.is_inference())
             ):
                 continue
+            if tie.across is not None and grad.requires_grad:
+                what, expected = "A gradient that is tied across ranks has a graph.", "one without, as of backward()"
+                raise refusal(RuntimeError, what, expected=expected, got=f"{grad.grad_fn}")
             replacement = prepared(grad, param, is_of_rows=tie.is_of_rows)
             if replacement is not grad:
                 param.grad = replacement
                 replaced.append((param, grad, replacement))
     if missing:
         # A parameter may be joined with one that has a gradient, and with another by another tie.
-        joined = _connected(pairs, {id(param) for _, params in pairs for param in params if param.grad is not None})
+        trained = {
+            id(param)
+            for tie, params in pairs
+            for param in params
+            if param.grad is not None or (tie.across is not None and len(tie.across.labels))
+        }
+        joined = _connected(pairs, trained)
         for param in missing:
             if param.grad is None and id(param) in joined:
                 param.grad = torch.zeros_like(param)

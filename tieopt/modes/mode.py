@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import accumulate, chain
 from operator import attrgetter, itemgetter
@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tieopt.engine.agreement import agree
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import Copies, between_graphs, is_capturing, is_under_compiler, untraced
 from tieopt.errors import message, refusal, shown, users_level
+from tieopt.modes.gradients import with_gradients
 from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, project_, relax_
 from tieopt.numbers.start import Start, check_start
@@ -32,9 +34,10 @@ from tieopt.ties.places import (
     check_read_as_stored,
     name_of,
     parameters_of,
+    settings_across,
     still_there,
 )
-from tieopt.ties.slices import fingerprint, has_shared_values, is_idle
+from tieopt.ties.slices import described, fingerprint, has_shared_values, is_idle
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
@@ -64,6 +67,7 @@ class Mode(ABC):
         relaxed: whether a tie is approximate, or would be if there were one.
         steps: how many there were, for relaxed ties.
         ties: as they were given, bound to the places of their parameters.
+        process_groups: across whose ranks there are ties; one, or none.
         applied: the ties as the mode applies them.
         engine: the numbers.
         inner_copies: of the methods of the optimizer that ``torch.compile`` gets.
@@ -87,12 +91,15 @@ class Mode(ABC):
         self.options = options
         self.steps = 0
         self.ties = bind_ties(param_groups, ties, options=options)
+        _check_across(self.ties)
         self.relaxed = any(tie.options.relaxed for tie in self.ties) if self.ties else options.relaxed
         self.applied: Sequence[BoundTie] = self.ties
         self.reset()
 
     def reset(self) -> None:
         """Begin without anything that belongs to the steps of one optimizer."""
+        across = [tie.across for tie in self.ties if tie.across is not None]
+        self.process_groups = list(dict.fromkeys(ranks.process_group for ranks in across))
         self.engine = Engine()
         self.inner_copies = Copies()
         self.running = False
@@ -149,26 +156,24 @@ class Mode(ABC):
         """Refuse an optimizer that the mode cannot serve, before anything is written.
 
         Raises:
-            ValueError: it compares the loss with gradients that would not be of what it trains.
+            ValueError: it compares the loss with gradients that would not be of what it trains, or across ranks.
         """
-        others = [
-            tie.options
-            for tie in self.ties
-            if tie.options.reduction != self.true_reduction
-            and not tie.options.relaxed
-            and not is_idle(tie.slices)
-            and has_shared_values(tie.slices)
-        ]
-        if not others:
+        kinds = [kind.__name__ for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__]
+        comparing = next((kind for kind in kinds if kind in _COMPARES_LOSS), None)
+        if comparing is None:
             return
-        kinds = (kind for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__)
-        for kind in kinds:
-            if kind.__name__ in _COMPARES_LOSS:
+        if self.process_groups:
+            what = f"{comparing} compares the loss with its gradient, and each rank has a loss of its own."
+            expected = "an optimizer that does not look at the loss, such as AdamW"
+            raise refusal(ValueError, what, expected=expected, got="ties across ranks")
+        for tie in self.ties:
+            is_other = tie.options.reduction != self.true_reduction and not tie.options.relaxed
+            if is_other and not is_idle(tie.slices) and has_shared_values(tie.slices):
                 raise refusal(
                     ValueError,
-                    f"{kind.__name__} compares the loss with its gradient, which has to be that of what it trains.",
+                    f"{comparing} compares the loss with its gradient, which has to be that of what it trains.",
                     expected="reduction='mean' with compact=False, or reduction='sum' with compact=True",
-                    got=f"reduction={others[0].reduction!r}, compact={self.compact}",
+                    got=f"reduction={tie.options.reduction!r}, compact={self.compact}",
                 )
 
     def check_method(self, optimizer: Any, method: Callable[..., Any]) -> None:  # noqa: B027
@@ -206,14 +211,30 @@ class Mode(ABC):
             lost: as for :meth:`state_within`.
         """
         check_start(start, relaxed=self.relaxed and all(tie.options.relaxed for tie in self.ties))
-        # Compiled now, and not while a step is captured.
         pairs = self.parameters(optimizer.param_groups)
+        for tie, params in pairs:
+            if tie.across is not None:
+                settings = settings_across(tie, params, optimizer.param_groups)
+                action = f"tie, start={start!r}, requires_grad={params[0].requires_grad}"
+                agree(tie.across, action, {"optimizer": type(optimizer).__name__, **settings})
+        # Compiled now, and not while a step is captured.
         self.engine.prepare(pairs)
         self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear])
+        self._warn_of_idle_across(pairs)
         self.check_served(optimizer)
         changed = [self.state_within(optimizer, state, start, lost) for state in states]
         self.tie_all(optimizer, start, exactly=False)
         return changed
+
+    def _warn_of_idle_across(self, pairs: Pairs) -> None:
+        for tie, params in pairs:
+            if tie.across is None:
+                continue
+            _, members = self.engine.members_across(tie, params)
+            if len(members) and int(members.max()) == 1:
+                what = f"A tie across ranks ties nothing: {', '.join(tie.names)}."
+                expected = "labels of which some are on several ranks"
+                warnings.warn(message(what, expected=expected), stacklevel=users_level())
 
     def replace(self, other: Mode, states: Sequence[Mapping[Any, Any]]) -> None:
         """Take the place of the ties that an optimizer had.
@@ -240,6 +261,58 @@ class Mode(ABC):
             ValueError: joined parameters have come to differ in what has to be the same.
         """
         return parameters_of(self.ties, param_groups)
+
+    def taking_part(
+        self, pairs: Pairs, param_groups: ParamGroups, *, stepped: Container[BoundTie] | None = None
+    ) -> Pairs:
+        """Return the ties of parameters of which at least one has a gradient, on any rank of a tie across them.
+
+        Args:
+            pairs: ties and their parameters.
+            param_groups: of the optimizer.
+            stepped: in a step, the ties that have taken part in it before. Of others, weights that something else has
+                written on any rank are tied.
+
+        Raises:
+            RuntimeError: the ranks do something else, or have come to differ in the settings of the parameters.
+        """
+        if not self.process_groups:
+            return with_gradients(pairs)
+        chosen = {tie for tie, _ in with_gradients([pair for pair in pairs if pair[0].across is None])}
+        for pair in pairs:
+            tie, params = pair
+            if tie.across is None:
+                continue
+            action = (
+                f"{'look at gradients' if stepped is None else 'begin a step'}, requires_grad={params[0].requires_grad}"
+            )
+            # What a rank without members has is its own.
+            takes_part = bool(with_gradients([pair])) and len(tie.across.labels) > 0
+            begins = stepped is not None and tie not in stepped
+            is_trained = params[0].requires_grad and not tie.options.relaxed
+            is_written = begins and is_trained and bool(self.written([pair], param_groups))
+            settings = settings_across(tie, params, param_groups)
+            told = agree(tie.across, action, settings, (takes_part, is_written))
+            if not any(takes_part for takes_part, _ in told):
+                continue
+            chosen.add(tie)
+            if is_trained and any(is_written for _, is_written in told):
+                self.tie_weights([pair])
+                self.note([pair])
+            if len(tie.across.labels) and not tie.options.relaxed:
+                # They get gradients of zeros where they have none. No other tie joins them, see _check_across.
+                chosen |= {other for other, (param, *_) in pairs if any(param is joined for joined in params)}
+        return [pair for pair in pairs if pair[0] in chosen]
+
+    def agree_to(self, action: str) -> None:
+        """Refuse what the ranks that have ties with this one do not do as well; a collective.
+
+        Raises:
+            RuntimeError: a rank does something else.
+        """
+        across = next((tie.across for tie in self.ties if tie.across is not None), None)
+        if across is not None:
+            agree(across, action)
 
     def applied_to(self, param_groups: ParamGroups) -> Pairs:
         """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`."""
@@ -304,7 +377,11 @@ class Mode(ABC):
             (tie, params)
             for tie, params in self.applied_to(optimizer.param_groups)
             if params[0].requires_grad
-            or (any(optimizer.state.get(param) for param in params) and self._is_still_tied(tie, params))
+            or (
+                tie.across is None
+                and any(optimizer.state.get(param) for param in params)
+                and self._is_still_tied(tie, params)
+            )
         ]
 
     @untraced
@@ -399,7 +476,8 @@ class Mode(ABC):
             key = tie, numbers, param_groups[group]["params"][position].dtype
             if key not in self._fingerprints:
                 slices = [part.frozen_in(key[2]) for part in tie.slices]
-                self._fingerprints[key] = fingerprint(slices, numbers, [place.shape for place in tie.places])
+                shapes = [place.shape for place in tie.places]
+                self._fingerprints[key] = fingerprint(slices, numbers, shapes, tie.across)
             yield tie, numbers, self._fingerprints[key]
 
     def tied_since(self, saved: Mapping[str, Any] | None, param_groups: ParamGroups) -> set[BoundTie]:
@@ -469,9 +547,37 @@ def _warn_of_written(names: str, *, is_frozen: bool) -> None:
     warnings.warn(message(what, expected=expected), stacklevel=users_level())
 
 
+def _check_across(ties: Sequence[BoundTie]) -> None:
+    """Refuse ties across ranks of which a rank cannot know alone whether they take part in a step, or with whom.
+
+    Raises:
+        ValueError: they are across several process groups, or one of their parameters is joined by another tie, too; or
+            they are pulled together now and then.
+    """
+    across = [tie for tie in ties if tie.across is not None]
+    groups = dict.fromkeys(tie.across.process_group for tie in across if tie.across is not None)
+    if len(groups) > 1:
+        expected = "one process group, of all ranks; those without members tie `Tie(param, [], across=process_group)`"
+        got = f"ties across {len(groups)} process groups"
+        raise refusal(ValueError, "An optimizer has ties across several process groups.", expected=expected, got=got)
+    for tie in across:
+        names, places = ", ".join(tie.names), {place[:2] for place in tie.places}
+        if tie.options.every != 1:
+            what, got = "Ties across ranks are pulled together after each step.", f"every={tie.options.every}"
+            raise refusal(ValueError, what, parameters=names, expected="every=1", got=got)
+        for other in ties:
+            is_joined = other.across is not None or len(other.places) > 1
+            if other is not tie and is_joined and places & {place[:2] for place in other.places}:
+                what = "A parameter that is tied across ranks is joined by another tie, too."
+                expected = "one tie for all of it, with labels or Tie.join"
+                got = f"{described(tie.slices)}, and {described(other.slices)}"
+                raise refusal(ValueError, what, parameters=names, expected=expected, got=got)
+
+
 def by_strength(pairs: Pairs) -> list[tuple[float, Pairs]]:
     """Return ties by how far a projection is to move their weights."""
-    strengths = dict.fromkeys(tie.options.strength for tie, _ in pairs)
+    # In an order that is the same on all ranks.
+    strengths = sorted({tie.options.strength for tie, _ in pairs}, reverse=True)
     return [(strength, [pair for pair in pairs if pair[0].options.strength == strength]) for strength in strengths]
 
 
@@ -502,7 +608,7 @@ class Step(ABC):
         mode.captured = mode.captured or is_capturing()
 
     @abstractmethod
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Put back the gradients, and write the weights."""
 
     @between_graphs

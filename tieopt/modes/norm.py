@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from numbers import Real
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from tieopt.engine.agreement import agree
 from tieopt.engine.graphs import untraced
 from tieopt.engine.norms import by_mesh, norm_of, placed_weights
 from tieopt.errors import refusal, shown
-from tieopt.modes.gradients import prepared, with_gradients
+from tieopt.modes.gradients import prepared
 from tieopt.modes.mode import Mode
 from tieopt.numbers.reduction import Operation, project_
 from tieopt.tensors import column, local, sharding_of
@@ -26,18 +28,33 @@ _PROJECT = Operation(project_)
 
 @untraced
 @torch.no_grad()
-def grad_norm(mode: Mode, param_groups: ParamGroups, norm_type: float) -> Tensor:
-    """Return the norm of all gradients; see :meth:`tieopt.TiedOptimizer.grad_norm`."""
+def grad_norm(mode: Mode, param_groups: ParamGroups, norm_type: float, purpose: str = "grad_norm()") -> Tensor:
+    """Return the norm of all gradients; see :meth:`tieopt.TiedOptimizer.grad_norm`.
+
+    Args:
+        mode: the ties.
+        param_groups: of the optimizer.
+        norm_type: as for the method.
+        purpose: for which all ranks need it.
+    """
     _check_number("norm_type", norm_type, "a number above 0; float('inf') for the largest entry", zero=False)
     grads = {param: param.grad for param in _params_in(param_groups) if param.grad is not None}
     grads |= _counted_once(mode, param_groups)
-    return norm_of(grads.values(), norm_type)
+    norm, across = norm_of(grads.values(), norm_type), [tie.across for tie in mode.ties if tie.across is not None]
+    if not across:
+        return norm
+    # The dtype of no gradients is none.
+    told = agree(across[0], f"{purpose}, norm_type={norm_type}", payload=(norm.tolist(), norm.dtype if grads else None))
+    norms, dtypes = zip(*told, strict=True)
+    dtype = reduce(torch.promote_types, filter(None, dtypes), torch.float32)
+    total: Tensor = torch.linalg.vector_norm(torch.tensor(norms, dtype=dtype, device=norm.device), norm_type)
+    return total
 
 
 def clip_grad_norm_(mode: Mode, param_groups: ParamGroups, max_norm: float, norm_type: float) -> Tensor:
     """Scale all gradients so that their norm is no larger; see :meth:`tieopt.TiedOptimizer.clip_grad_norm_`."""
     _check_number("max_norm", max_norm, "a number from 0 on", zero=True)
-    norm = grad_norm(mode, param_groups, norm_type)
+    norm = grad_norm(mode, param_groups, norm_type, f"clip_grad_norm_({max_norm})")
     for params in by_mesh(_params_in(param_groups)):
         clip_grads_with_norm_(params, max_norm, norm)
     return norm
@@ -57,8 +74,8 @@ def _params_in(param_groups: ParamGroups) -> list[Tensor]:
 
 def _counted_once(mode: Mode, param_groups: ParamGroups) -> dict[Tensor, Tensor]:
     """Return gradients of tied parameters in which that of each shared value stands once, and zeros for the rest."""
-    pairs = [(tie, params) for tie, params in mode.parameters(param_groups) if not tie.options.relaxed]
-    pairs = with_gradients(pairs)
+    exact = [(tie, params) for tie, params in mode.parameters(param_groups) if not tie.options.relaxed]
+    pairs = mode.taking_part(exact, param_groups)
     grads: dict[Tensor, Tensor] = {}
     for tie, params in pairs:
         for param in params:
@@ -92,16 +109,23 @@ def _weights_for(mode: Mode, tie: BoundTie, params: Sequence[Tensor]) -> list[tu
     """Return what the entries of each mean gradient are multiplied by, and where that is zero; worked out once."""
     key = tie, *((param.device, param.dtype, *sharding_of(param)) for param in params)
     if key not in mode.norm_weights:
-        weights = map(placed_weights, _weights(tie, tie.options.reduction), (part.dim for part in tie.slices), params)
+        across = None if tie.across is None else mode.engine.members_across(tie, params)
+        of_slices = _weights(tie, tie.options.reduction, across)
+        weights = map(placed_weights, of_slices, (part.dim for part in tie.slices), params)
         mode.norm_weights[key] = [(factors, factors == 0) for factors in weights]
     return mode.norm_weights[key]
 
 
-def _weights(tie: BoundTie, reduction: Reduction) -> list[Tensor]:
+def _weights(tie: BoundTie, reduction: Reduction, across: tuple[Tensor, Tensor] | None) -> list[Tensor]:
     """Return for each slice what its mean gradient is multiplied by, so that each group counts once.
 
     The gradient of the shared value is counted in the place of its first member of the largest scale ``s``, where the
     mean gradient stands ``s`` times. The others, and what is pinned, count nothing.
+
+    Args:
+        tie: of the parameters.
+        reduction: of its gradients.
+        across: for each group whether a lower rank counts it, and how many members it has on all ranks.
     """
     labels, scales = flat_labels(tie.slices), torch.cat([part.scales.flatten() for part in tie.slices])
     weights, zeros = (labels == FREE).double(), scales.new_zeros(len(labels))
@@ -112,6 +136,10 @@ def _weights(tie: BoundTie, reduction: Reduction) -> list[Tensor]:
     # What is pinned in all members has none.
     counted = largest[firsts[firsts < len(largest)]]
     squares = zeros.index_add(0, groups, sizes.square())
+    if across is not None:
+        is_on_lower, members_of = across
+        squares[: len(members_of)] = members_of.double()
+        counted = counted[~is_on_lower[labels[counted]]]
     weights[counted] = (squares[labels[counted]] if reduction == "sum" else 1) / scales[counted].abs()
     parts = torch.split(weights, [part.labels.numel() for part in tie.slices])
     return [weight.view(part.labels.shape) for weight, part in zip(parts, tie.slices, strict=True)]

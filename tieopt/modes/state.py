@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tieopt.engine.agreement import agree
 from tieopt.engine.engine import Engine
 from tieopt.engine.graphs import between_graphs, untraced
 from tieopt.engine.sharded import any_negative, fill_where_, fits
+from tieopt.errors import refusal
 from tieopt.numbers.start import Start
 from tieopt.ties.places import BoundTie, ParamGroups
 from tieopt.ties.slices import FREE, Partition, Slices
@@ -166,18 +168,52 @@ def tied_state(
         states = [held_of(changed if param in changed else state, param) for param in params]
         tied_states = _states_of_untrained(tie, params, states)
         untrained = {number: params[number] for number in tied_states}
-        for key in dict.fromkeys(key for held in states for key in held):
-            values = {
-                number: held[key]
-                for number, held in enumerate(states)
-                if fits(held.get(key), params[number]) and has_entries(key, held[key])
-            }
+        keys: Iterable[str] = dict.fromkeys(key for held in states for key in held)
+        if tie.across is not None:
+            _check_trained(tie, untrained)
+            keys = _keys_on_all_ranks(tie, params, states)
+        for key in keys:
+            values = _values(key, params, states)
+            if not values and tie.across is not None:
+                # A rank without members has nothing to tie, and talks to the others.
+                _tied_values(key, tie, {0: torch.zeros_like(params[0])}, {}, start, engine)
             tie_of_key = tie if are_weights(key) else tie.linear
             for number, value in _tied_values(key, tie_of_key, values, untrained, start, engine).items():
                 _begin_pinned_(value, tie.slices[number], begins_at(key, settings(params[number]), value))
                 tied_states.setdefault(number, dict(states[number]))[key] = value
         changed |= {params[number]: held for number, held in tied_states.items()}
     return changed
+
+
+def _values(key: str, params: Sequence[Tensor], states: Sequence[State]) -> dict[int, Tensor]:
+    """Return the values under a key that have an entry for each of their parameter's, by its number."""
+    return {
+        number: held[key]
+        for number, (param, held) in enumerate(zip(params, states, strict=True))
+        if fits(held.get(key), param) and has_entries(key, held[key])
+    }
+
+
+def _check_trained(tie: BoundTie, untrained: Mapping[int, Tensor]) -> None:
+    if untrained:
+        names = ", ".join(tie.names[number] for number in untrained)
+        what, expected = (
+            "Parameters of a tie across ranks have no state yet, and others have.",
+            "state of all, or of none",
+        )
+        raise refusal(ValueError, what, expected=expected, got=f"none of {names}")
+
+
+def _keys_on_all_ranks(tie: BoundTie, params: Sequence[Tensor], states: Sequence[State]) -> list[str]:
+    """Return the keys of the state that is to be tied, in an order that is that of all ranks.
+
+    Raises:
+        RuntimeError: ranks have state under different keys.
+    """
+    assert tie.across is not None
+    keys = sorted({key for held in states for key in held if _values(key, params, states)}, key=str)
+    told = agree(tie.across, "tie the state", {"state": keys}, keys if len(tie.across.labels) else None)
+    return next((keys for keys in told if keys is not None), [])
 
 
 def _states_of_untrained(tie: Partition, params: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]:
@@ -258,7 +294,8 @@ def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
 def _pair(tie: Partition, values: _Values) -> tuple[Partition, list[Tensor]]:
     """Return the tie of some parameters alone; of all, the same object, for which there may be an index already."""
     is_whole = list(values) == list(range(len(tie.slices)))
-    part = tie if is_whole else Partition([tie.slices[number] for number in values], is_linear=tie.is_linear)
+    slices = [tie.slices[number] for number in values]
+    part = tie if is_whole else Partition(slices, is_linear=tie.is_linear, across=tie.across)
     return part, list(values.values())
 
 

@@ -7,6 +7,7 @@ the Parameter objects.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from tieopt.errors import message, refusal, shown, users_level
 from tieopt.tensors import check_sharding, local, sharing
+from tieopt.ties.across import Across
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import Held, expanded
 from tieopt.ties.options import EXACT, Options
 from tieopt.ties.part import Part, check_one_shape, check_writable, readable_again
-from tieopt.ties.slices import Partition, Slices, in_order, is_idle, numbered
-from tieopt.ties.tie import Tie
+from tieopt.ties.slices import Partition, Slices, in_order, is_idle, labels_before, numbered
+from tieopt.ties.tie import Tie, tie_of
 from tieopt.ties.union import are_alike, shared_entries
 
 ParamGroups = list[dict[str, Any]]
@@ -53,6 +55,7 @@ class BoundTie(Partition):
         names: how errors call them.
         given: the options that were given with the tie.
         options: with those of the optimizer where nothing was said.
+        across: as for :class:`~tieopt.ties.across.Across`, without the labels; None if it is of this rank alone.
 
     Attributes:
         places: of the parameters.
@@ -69,13 +72,16 @@ class BoundTie(Partition):
         names: Sequence[str] | None = None,
         given: Options | None = None,
         options: Options = EXACT,
+        across: tuple[Any, int, bool] | None = None,
     ) -> None:
         # In the order of the parameters, however they were joined: sums depend on it.
         by_place = sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
         self.places = tuple(places[number] for number in by_place)
         names = names or list(map(str, places))
-        ordered = in_order(numbered([slices[number] for number in by_place]))
-        super().__init__(ordered, [names[number] for number in by_place])
+        given_slices = [slices[number] for number in by_place]
+        ordered = in_order(numbered(given_slices))
+        ranks = None if across is None else Across(*across, labels_before(ordered, given_slices))
+        super().__init__(ordered, [names[number] for number in by_place], across=ranks)
         self.given = given or Options()
         self.options = options
         self.order = tuple(sorted(range(len(places)), key=by_place.__getitem__))
@@ -168,17 +174,22 @@ def all_places(param_groups: ParamGroups) -> list[Place]:
     ]
 
 
-def _listed(ties: Any) -> list[tuple[tuple[Part, ...], Options]]:
-    """Return the parts and the options of each tie."""
+def listed(ties: Any) -> list[Tie]:
+    """Return ties that may be a mapping, one tie, or an iterable, as a list.
+
+    Raises:
+        TypeError: they are no ties.
+    """
     if isinstance(ties, Mapping):
-        return [((Part(param, readable_again(groups), 0, None),), Options()) for param, groups in ties.items()]
-    listed = list(ties) if isinstance(ties, Iterable) and not isinstance(ties, Tensor) else [ties]
-    for tie in listed:
+        parts = [Part(param, readable_again(groups), 0, None) for param, groups in ties.items()]
+        return [tie_of([(part, None)], Options()) for part in parts]
+    several = list(ties) if isinstance(ties, Iterable) and not isinstance(ties, Tensor) else [ties]
+    for tie in several:
         if not isinstance(tie, Tie):
             got = shown(tie) if tie is ties else f"{shown(tie)} in {shown(ties)}"
             expected = "a mapping {parameter: groups}, a Tie, or an iterable of Ties"
             raise refusal(TypeError, "These are no ties.", expected=expected, got=got)
-    return [(tie.parts, tie.options) for tie in listed]
+    return several
 
 
 def bind_ties(
@@ -207,13 +218,11 @@ def bind_ties(
             repeated[given_name(param_groups, place)] = first, place
 
     named = {name: _param(param_groups, place) for name, place in places.items() if isinstance(name, str)}
-    bound, idle = [], []
-    listed = [
-        (parts, given, isinstance(written[0].param, Held))
-        for written, given in _listed(ties)
-        for parts in expanded(written, named)
-    ]
-    for parts, given, was_shared in listed:
+    bound: list[BoundTie] = []
+    idle = []
+    numbers: Counter[Any] = Counter()
+    expanded_ties = [(tie, parts) for tie in listed(ties) for parts in expanded(tie.parts, named)]
+    for tie, parts in expanded_ties:
         for part in parts:
             if not isinstance(part.param, (Tensor, str)) or part.param not in places:
                 known = {name_of(param_groups, place): _param(param_groups, place) for place in places.values()}
@@ -234,11 +243,14 @@ def bind_ties(
             check_sharding(param, name)
             check_writable(param, name)
         check_joined(param_groups, held, params, joining=True)
-        if was_shared:
+        if isinstance(tie.parts[0].param, Held):
             _warn_if_apart(params, names)
-        bound.append(BoundTie(held, slices, names, given, given.or_else(options)))
+        across = None if tie.across is None else (tie.across, numbers[tie.across], tie.is_whole)
+        numbers[tie.across] += 1
+        bound.append(BoundTie(held, slices, names, tie.options, tie.options.or_else(options), across))
         check_read_as_stored(param_groups, bound[-1], params)
-        if is_idle(bound[-1].slices):
+        # Whether it ties nothing across ranks is known to all of them together.
+        if across is None and is_idle(bound[-1].slices):
             written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
     _check_disjoint(param_groups, bound)
@@ -303,6 +315,36 @@ def check_read_as_stored(param_groups: ParamGroups, tie: BoundTie, params: Seque
             )
 
 
+def settings_across(tie: BoundTie, params: Sequence[Tensor], param_groups: ParamGroups) -> dict[str, Any]:
+    """Return what has to be alike on all ranks that have members of a tie across them, by its name."""
+    settings = {
+        key: _comparable(value)
+        for key, value in param_groups[tie.places[0].group].items()
+        if _counts(key) and isinstance(value, _PLAIN)
+    }
+    shape = {"shape": tuple(params[0].shape)} if tie.across is not None and tie.across.is_whole else {}
+    return {**settings, **shape, **tie.options._asdict(), "requires_grad": params[0].requires_grad}
+
+
+# Other objects have texts that differ from process to process.
+_PLAIN = (bool, int, float, complex, str, list, tuple, type(None), Tensor)
+
+
+def _comparable(value: Any) -> Any:
+    """Return a setting of which the text is the same where the value is."""
+    if isinstance(value, Tensor):
+        # An accelerator would have to be waited for.
+        return value.tolist() if value.device.type == "cpu" else None
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_comparable, value))
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _counts(key: str) -> bool:
+    """Whether a setting has to be the same for joined parameters."""
+    return key != "params" and "name" not in key
+
+
 # In what joined parameters have to be alike, and how to make them so.
 _WAYS_TO_JOIN = {
     "dtype": "convert one of their modules first, as with module.to({})",
@@ -319,7 +361,7 @@ def _check_settings(param_groups: ParamGroups, first: Place, second: Place, join
         f"{key}: {shown(settings[key])} and {shown(others[key])}"
         # What only one of them has is nothing that the optimizer reads, as the `initial_lr` of a scheduler.
         for key in settings.keys() & others.keys()
-        if key != "params" and "name" not in key and not _same(settings[key], others[key], joining)
+        if _counts(key) and not _same(settings[key], others[key], joining)
     ]
     if differing:
         way = "set them alike, or put the parameters into one group" if joining else "or retie or untie them first"

@@ -8,13 +8,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from tieopt.tensors import in_front, raw_bytes
 from tieopt.ties.offsets import Offset
+
+if TYPE_CHECKING:
+    from tieopt.ties.across import Across
 
 FREE = -1
 
@@ -149,18 +152,26 @@ class Partition:
         slices: of each tensor.
         names: how errors call the tensors.
         is_linear: whether offsets do not count: members are multiples of the shared value, as gradients and states are.
+        across: the ranks that have members of the same groups in tensors of their own; None if this one is alone.
 
     Attributes:
         is_of_rows: whether it is of rows of one tensor, so that sparse gradients can be tied as they are.
     """
 
     def __init__(
-        self, slices: Sequence[Slices], names: Sequence[str] | None = None, *, is_linear: bool = False
+        self,
+        slices: Sequence[Slices],
+        names: Sequence[str] | None = None,
+        *,
+        is_linear: bool = False,
+        across: Across | None = None,
     ) -> None:
         self.slices = tuple(slices)
         self.is_linear = is_linear or all(part.offset is None for part in self.slices)
         self.names = tuple(names or [f"tensor {number}" for number in range(len(self.slices))])
-        self.is_of_rows = len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
+        self.across = across
+        is_of_rows = len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
+        self.is_of_rows = is_of_rows and across is None
 
     @cached_property
     def linear(self) -> Self:
@@ -203,6 +214,14 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     rank[0] = FREE
     flat = rank.index_select(0, names)
     return with_labels(slices, torch.split(flat, [part.labels.numel() for part in slices]))
+
+
+def labels_before(slices: Sequence[Slices], before: Sequence[Slices]) -> Tensor:
+    """Return for each group the label that it had before it was numbered anew, int64."""
+    now, then = flat_labels(slices), flat_labels(before)
+    members = (now != FREE).nonzero().squeeze(1)
+    count = 1 + int(now.max()) if len(now) else 0
+    return torch.empty(count, dtype=torch.int64, device="cpu").index_copy_(0, now[members], then[members])
 
 
 def in_order(slices: Sequence[Slices]) -> tuple[Slices, ...]:
@@ -278,7 +297,9 @@ def has_shared_values(slices: Sequence[Slices]) -> bool:
     return any(bool(((part.labels != FREE) & (part.scales != 0)).any()) for part in slices)
 
 
-def fingerprint(slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequence[torch.Size]) -> str:
+def fingerprint(
+    slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequence[torch.Size], across: Across | None = None
+) -> str:
     """What a checkpoint says of a tie: readable, and the same for the same tie.
 
     A group of one member ties nothing, and counts as a free slice. All that is pinned at zero is one. It
@@ -288,12 +309,13 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequen
         slices: of each parameter.
         numbers: of the parameters in the ``state_dict``.
         shapes: of the parameters.
+        across: as for :class:`Partition`.
     """
     flat = flat_labels(slices)
     scale = torch.cat([part.scales.flatten() for part in slices])
     tied, pinned = (flat != FREE) & (scale != 0), (flat != FREE) & (scale == 0)
     _, number, sizes = torch.unique(torch.where(tied, flat, FREE), return_inverse=True, return_counts=True)
-    kept = tied & ((sizes[number] > 1) | (scale.abs() != 1))
+    kept = tied & ((sizes[number] > 1) | (scale.abs() != 1) | (across is not None))
     (canonical,) = numbered([Slices(torch.where(kept, flat, FREE))])
     labels = canonical.labels
     leads = firsts_of(labels + 1, len(flat) + 1)
@@ -303,6 +325,10 @@ def fingerprint(slices: Sequence[Slices], numbers: Sequence[int], shapes: Sequen
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         digest.update(raw_bytes(column))
     zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
+    if across is not None:
+        # Which groups of other ranks these are.
+        digest.update(raw_bytes(across.labels))
+        zeros += ", across ranks"
     present = (kept | pinned).split([part.labels.numel() for part in slices])
     for number, (part, where, shape) in enumerate(zip(slices, present, shapes, strict=True)):
         chosen = where.view(part.labels.shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ from tieopt.ties.part import (
     readable_again,
     slices_for,
 )
-from tieopt.ties.slices import FREE
+from tieopt.ties.slices import FREE, counted
 from tieopt.ties.union import united
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Tie:
@@ -66,15 +70,17 @@ class Tie:
         reduction: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
         strength: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
         every: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
+        across: a process group whose ranks have different parameters, as the stages of a pipeline have: the same label
+            is the same group on all of them, and each rank gives a tie of its own parameter, without scale and offset.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or has a dtype, layout or class that cannot be tied;
             ``groups`` or ``dim`` hold something other than integers, or ``scale`` or ``offset`` something other than
-            numbers; or ``strength`` or ``every`` is no number.
+            numbers; ``strength`` or ``every`` is no number; or ``across`` is no process group that this rank is in.
         IndexError: an index, or ``dim``, is out of range.
         ValueError: an index occurs twice, a label is below -1, ``scale`` or ``offset`` has a number that it must not
             have, or labels, scale or offset have the wrong shape; or ``reduction``, ``strength`` or ``every`` is out of
-            range, or they exclude each other.
+            range, or they exclude each other, as ``across`` does with ``scale`` and ``offset``.
 
     Example:
         >>> import torch
@@ -108,10 +114,14 @@ class Tie:
             ``offset`` is None or of the shape of the parameter, all on the CPU; for a name they are what was given.
             Frozen slices, and parameters that are tied as a whole and are not found yet, have placeholders there.
         options: a named tuple of ``reduction``, ``strength`` and ``every``, as they were given.
+        across: the process group; None if the tie is of this rank alone.
     """
 
     parts: tuple[Part, ...]
     options = Options()
+    across: ProcessGroup | None = None
+    # Whether it says that whole parameters are equal on all ranks.
+    is_whole = False
 
     def __init__(
         self,
@@ -124,9 +134,18 @@ class Tie:
         reduction: Reduction | None = None,
         strength: float | None = None,
         every: int | None = None,
+        across: ProcessGroup | None = None,
     ) -> None:
         self.options = Options(reduction, strength, every)
         check_options(self.options)
+        self.across = across
+        # What torch gives to ranks outside a process group is a number.
+        if across is not None and not (hasattr(across, "rank") and hasattr(across, "size")):
+            expected = "a process group, on the ranks that are in it"
+            raise refusal(TypeError, "This is no process group to tie across.", expected=expected, got=shown(across))
+        if across is not None and not (scale is None and offset is None):
+            what, expected = "Members on different ranks are equal.", "a tie across ranks without scale and offset"
+            raise refusal(ValueError, what, expected=expected, got=f"scale={shown(scale)}, offset={shown(offset)}")
         if not isinstance(param, (Tensor, str)):
             hint = "tie its parameters, such as its .weight" if isinstance(param, Module) else ""
             expected = "a tensor, or the name of a parameter"
@@ -163,7 +182,8 @@ class Tie:
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing.
-            ValueError: the slices have different shapes, or the ties different options; or some are frozen.
+            ValueError: the slices have different shapes, or the ties different options; or some are frozen, or across
+                other ranks.
 
         Example:
             An autoencoder whose decoder is the encoder transposed:
@@ -186,6 +206,10 @@ class Tie:
             expected = "frozen(...) as a tie of its own, beside the joined one"
             raise refusal(ValueError, "Frozen slices are in no group, and are not joined.", expected=expected, got=ties)
         joined.options = joined_options(tie.options for tie in ties)
+        joined.across = ties[0].across
+        if any(tie.across is not joined.across for tie in ties):
+            what = "Joined ties are across different ranks."
+            raise refusal(ValueError, what, expected="one process group for all of them, or none", got=ties)
         known = [(part, part.param) for part in joined.parts if isinstance(part.param, Tensor)]
         check_one_shape([(part.slices(param, "the parameter"), param) for part, param in known])
         return joined
@@ -197,6 +221,7 @@ class Tie:
         reduction: Reduction | None = None,
         strength: float | None = None,
         every: int | None = None,
+        across: ProcessGroup | None = None,
     ) -> Tie:
         """Tie whole parameters: all of them are equal.
 
@@ -216,6 +241,8 @@ class Tie:
             reduction: as for :class:`Tie`.
             strength: as for :class:`Tie`.
             every: as for :class:`Tie`.
+            across: as for :class:`Tie`: the parameters are equal to those of the other ranks, too. One is enough then,
+                and names and modules are not taken.
 
         Returns:
             One tie. A parameter that is given twice, or that modules share, counts once. What is given by name is
@@ -243,13 +270,23 @@ class Tie:
         equal = cls.__new__(cls)
         equal.options = Options(reduction, strength, every)
         check_options(equal.options)
+        equal.across = across
         equal.parts = tuple(Part(param, Whole, 0, None) for param in params)  # type: ignore[arg-type]
-        if not any(isinstance(param, str) for param in params):
+        if across is not None:
+            if not all(isinstance(param, Tensor) for param in params):
+                what, expected = "Names and modules are not tied across ranks.", "parameters, one tie for each"
+                raise refusal(TypeError, what, expected=expected, got=shown(params))
+            sets = [equal.parts]
+        elif any(isinstance(param, str) for param in params):
+            return equal
+        else:
             sets = expanded(equal.parts, {})
-            if len(sets) == 1:
-                parts = [cls(part.param, Whole, **equal.options._asdict()) for part in sets[0]]  # type: ignore[arg-type]
-                return cls.join(*parts)
-        return equal
+        if len(sets) > 1:
+            return equal
+        options = {**equal.options._asdict(), "across": across}
+        joined = cls.join(*(cls(part.param, Whole, **options) for part in sets[0]))  # type: ignore[arg-type]
+        joined.is_whole = True
+        return joined
 
     @classmethod
     def union(cls, *ties: Tie) -> list[Tie]:
@@ -268,7 +305,7 @@ class Tie:
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing, or a parameter is given by its name.
             ValueError: ties that share entries have offsets, different options, or scales that no value but zero can
-                have.
+                have; or a tie is across ranks.
 
         Example:
             The neurons of two layers, one after the other:
@@ -306,14 +343,22 @@ class Tie:
             )
         return unions
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tie:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        # Process groups cannot be copied.
+        memo[id(self.across)] = self.across
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
+
     def __repr__(self) -> str:
         if self.parts[0].groups is Whole:
             return f"Tie.equal({shown_list([repr(part) for part in self.parts])}{self.options})"
         if len(self.parts) == 1 and self.parts[0].offset is FROZEN:
             return repr(self.parts[0])
+        across = f", across {counted(self.across.size(), 'rank')}" if self.across is not None else ""
         if len(self.parts) == 1:
-            return f"{repr(self.parts[0])[:-1]}{self.options})"
-        return f"Tie.join({shown_list([repr(part) for part in self.parts])}{self.options})"
+            return f"{repr(self.parts[0])[:-1]}{self.options}{across})"
+        return f"Tie.join({shown_list([repr(part) for part in self.parts])}{self.options}{across})"
 
 
 def _check_ties(method: str, ties: Sequence[Any]) -> None:
@@ -326,6 +371,9 @@ def _check_ties(method: str, ties: Sequence[Any]) -> None:
 
 def _ties_of_tensors(tie: Tie) -> list[Tie]:
     """Return a tie of parameters, or the ties of parameters that a tie of modules stands for."""
+    if tie.across is not None:
+        expected = "ties of this rank alone"
+        raise refusal(ValueError, "Ties across ranks cannot be united.", expected=expected, got=tie)
     if any(isinstance(part.param, str) for part in tie.parts):
         hint = "give the parameters, or write what is to be equal as one group of one Tie"
         expected = "ties of parameters: which entries names share is not known without an optimizer"
@@ -335,10 +383,16 @@ def _ties_of_tensors(tie: Tie) -> list[Tie]:
     return [Tie.equal(*(part.param for part in own), **tie.options._asdict()) for own in expanded(tie.parts, {})]
 
 
-def tie_of(parts: Sequence[tuple[Part, str | None]], options: Options) -> Tie:
+def process_groups_in(ties: Any) -> list[ProcessGroup]:
+    """Return the process groups across which there are ties, of which nothing else has to be right."""
+    several = ties if isinstance(ties, (list, tuple)) else [ties]
+    return [tie.across for tie in several if isinstance(tie, Tie) and tie.across is not None]
+
+
+def tie_of(parts: Sequence[tuple[Part, str | None]], options: Options, across: ProcessGroup | None = None) -> Tie:
     """Return a tie of parts that were checked before, each shown with a name."""
     tie = Tie.__new__(Tie)
-    tie.options = options
+    tie.options, tie.across = options, across
     tie.parts = tuple(part for part, _ in parts)
     for part, name in parts:
         part._name = name
