@@ -349,10 +349,11 @@ class Lookahead(SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
-        (param,) = self.param_groups[0]["params"]
-        slow = self.state[param].setdefault("slow", param.clone())
+        trained = [param for param in self.param_groups[0]["params"] if param.grad is not None]
+        slow = [self.state[param].setdefault("slow", param.clone()) for param in trained]
         super().step()
-        param.copy_(slow.lerp_(param, 0.5))
+        for param, kept in zip(trained, slow, strict=True):
+            param.copy_(kept.lerp_(param, 0.5))
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -376,6 +377,48 @@ def test_weights_that_an_optimizer_keeps_have_their_offsets(compact, saved):
         # The slow weights are the weights.
         torch.testing.assert_close(weight.detach(), before, rtol=1e-12, atol=1e-12)
     assert slow.numel() == 3 - compact
+
+
+@given(data=st.data())
+def test_weights_that_an_optimizer_keeps_are_the_weights_whatever_becomes_of_its_state(compact, data):
+    """Without gradients a step moves nothing, as long as what is kept is what the weights are."""
+    parameters = parameters_of(data, (torch.float64,))
+    drawn = with_offsets(data, data.draw(ties(parameters, KINDS)))
+    optimizer = Lookahead(parameters, lr=0.1)
+    if data.draw(st.booleans()):
+        for param in parameters:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    optimizer = TiedOptimizer(optimizer, drawn, compact=compact)
+    for action in data.draw(st.lists(st.sampled_from(["load", "retie", "untie"]), max_size=3)):
+        if action == "load":
+            compact, old = not compact, optimizer
+            optimizer = TiedOptimizer(Lookahead(parameters, lr=0.1), drawn, compact=compact)
+            optimizer.load_state_dict(old.state_dict())
+        elif action == "retie":
+            optimizer.retie(drawn)
+        else:
+            optimizer.untie()
+        before = [param.detach().clone() for param in parameters]
+        for param in parameters:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+        torch.testing.assert_close([param.detach() for param in parameters], before, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_which_an_optimizer_keeps_none_yet_are_kept_as_they_are(compact):
+    first, second = parameters = [
+        Parameter(torch.tensor(values)) for values in ([4.0, 4.0, 8.0], [4.0, 4.0, 20.0, 20.0])
+    ]
+    optimizer = Lookahead(parameters, lr=0.1)
+    first.grad = torch.zeros(3)
+    optimizer.step()
+    tie = Tie.join(Tie(first, torch.tensor([0, 0, -1])), Tie(second, torch.tensor([0, 0, 1, 1])))
+    optimizer = TiedOptimizer(optimizer, tie, compact=compact)
+    for param in parameters:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.equal(second, torch.tensor([4.0, 4.0, 20.0, 20.0]))
 
 
 def test_averages_of_weights_have_their_offsets(compact):

@@ -222,7 +222,7 @@ def split_after_sharding() -> None:
 
 
 def split_replica() -> None:
-    split_shared_(nn.parallel.DistributedDataParallel(language()))
+    split_shared_(nn.Sequential(nn.parallel.DistributedDataParallel(language())))
 
 
 @needs_gloo

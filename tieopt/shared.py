@@ -39,7 +39,8 @@ def split_shared_(model: Module) -> list[Tie]:
         A tie for each Parameter that was shared, with ``reduction="sum"``; none if there was none.
 
     Raises:
-        TypeError: a shared Parameter has no shape yet, or the model is a ``DistributedDataParallel``.
+        TypeError: a shared Parameter has no shape yet, or the model is a ``DistributedDataParallel``, or has one in
+            it. The ``.module`` of one cannot be told from another model.
         ValueError: a shared Parameter is sharded already, or has hooks.
 
     Warns:
@@ -62,7 +63,7 @@ def split_shared_(model: Module) -> list[Tie]:
         >>> model[0].weight is model[1].weight, torch.equal(model[0].weight, model[1].weight)
         (False, True)
     """
-    if isinstance(model, DistributedDataParallel):
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         expected = "the model before it is wrapped: the copies need hooks, too"
         raise refusal(TypeError, "A replica cannot be split.", expected=expected, got=type(model).__name__)
     holders: dict[Parameter, list[Held]] = {}

@@ -67,6 +67,17 @@ class _TiedParameter(NamedTuple):
         value = self.state.get(key)
         return value if has_shape(value, self.compact_shape) else None
 
+    def offsets(self, key: str, like: Tensor) -> Tensor | None:
+        """Return what is added to the row of each slice, for a key of weights; None if there is nothing."""
+        offset, folded = self.slices.offset, self.folded
+        if offset is None or not are_weights(key):
+            return None
+        offsets = offset.at(offset.rows.flatten()).to(like.device, like.dtype)
+        offsets[self.slices.labels.flatten() == FREE] = 0
+        # Those that are alone in their groups have rows of their own, as free ones.
+        offsets[folded.kept[folded.groups :]] = 0
+        return offsets
+
     def compacted(self, state: State) -> State:
         """Return a state with an entry for each of the compact parameter's, where it has one for each of the whole."""
         kept = self.folded.kept
@@ -75,7 +86,7 @@ class _TiedParameter(NamedTuple):
         for key, value in state.items():
             if has_entries(key, value) and has_shape(value, self.shape):
                 scales = scales_for(key, [value], self.folded.scale[kept])
-                rows, offsets = _select(_rows(self.slices, value), kept), _offsets(self.slices, key, value)
+                rows, offsets = _select(_rows(self.slices, value), kept), self.offsets(key, value)
                 rows = times(rows if offsets is None else rows - offsets[kept], 1 / scales)
                 compact[key] = _tensor_of(rows, compact_slices(self.slices), like)
         return compact
@@ -234,12 +245,14 @@ def _expanded(key: str, tied: _TiedParameter, sources: _Component, component: _C
     rows = []
     for other in component:
         compact = other.compact_value(key)
+        if compact is None and are_weights(key) and not other.is_replaced:
+            compact = other.compacted({key: other.param.detach()})[key]
         compact = like.new_full(other.compact_shape, start) if compact is None else compact.to(like)
         rows.append(_rows(compact_slices(other.slices), compact))
     # Pinned slices have the row of number -1.
     rows.append(like.new_full((1, *rows[0].shape[1:]), start))
     scales = scales_for(key, values, tied.folded.scale)
-    whole, offsets = times(_select(torch.cat(rows), tied.folded.rows), scales), _offsets(tied.slices, key, like)
+    whole, offsets = times(_select(torch.cat(rows), tied.folded.rows), scales), tied.offsets(key, like)
     return _tensor_of(whole if offsets is None else whole + offsets, tied.slices, tied.param.detach())
 
 
@@ -369,15 +382,6 @@ def _rows(slices: Slices, tensor: Tensor) -> Tensor:
 
 def _select(rows: Tensor, numbers: Tensor) -> Tensor:
     return bits(rows)[numbers.to(rows.device)].view(rows.dtype)
-
-
-def _offsets(slices: Slices, key: str, like: Tensor) -> Tensor | None:
-    """Return the offset of each slice, for a key of weights; None where there is none."""
-    if slices.offset is None or not are_weights(key):
-        return None
-    offsets = slices.offset.at(slices.offset.rows.flatten()).to(like.device, like.dtype)
-    offsets[slices.labels.flatten() == FREE] = 0
-    return offsets
 
 
 def _tensor_of(rows: Tensor, slices: Slices, like: Tensor) -> Tensor:

@@ -242,7 +242,8 @@ def _tied_values(
         key: of the state.
         tie: of the parameters.
         values: those that are there.
-        untrained: parameters that get values as well; zero in groups without members in the other parameters.
+        untrained: parameters that get values as well; in groups without members in the other parameters zero, or what
+            the weights are.
         start: as for :func:`tied_state`.
         engine: for the state.
     """
@@ -260,9 +261,12 @@ def _tied_values(
     if untrained:
         dtype = next(iter(values.values())).dtype
         with torch.no_grad():
-            zeros = {number: torch.zeros_like(param, dtype=dtype) for number, param in untrained.items()}
-            # Zeros come last: a group takes them only if none of its members has a value.
-            members = {**values, **tied, **zeros}
+            begun = {number: torch.zeros_like(param, dtype=dtype) for number, param in untrained.items()}
+            if are_weights(key):
+                own = {number: param.detach().to(dtype) for number, param in untrained.items()}
+                begun = dict(zip(own, engine.projected(*_pair(tie, own)), strict=True))
+            # They come last: a group takes them only if none of its members has a value.
+            members = {**values, **tied, **begun}
             results = engine.started_from_first(*_pair(scaled, members), range(len(members)))
         tied |= dict(zip(untrained, results[len(values) :], strict=True))
     return tied
@@ -285,7 +289,7 @@ def scales_for(key: str, values: Iterable[Tensor], scale: Tensor) -> Tensor:
         values: that are kept under it.
         scale: of the weights.
     """
-    if key in _SIGNED or any_negative(values):
+    if key in _SIGNED or are_weights(key) or any_negative(values):
         return scale
     # What is pinned stays pinned, also to the power of zero.
     return torch.where(scale == 0, 0, scale.abs() ** _POWERS.get(key, 2))
