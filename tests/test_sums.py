@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from accelerators import as_on_accelerators
 from checks import check_means, times_signs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt.numbers import index as index_module
-from tieopt.numbers import reduction as reduction_module
-from tieopt.numbers import sums as sums_module
 from tieopt.numbers.folding import Folding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Workspace, add_by_group_, project_, relax_, tied
@@ -35,15 +33,6 @@ group_sizes = st.one_of(
 )
 
 
-@contextmanager
-def accelerator() -> Iterator[None]:
-    """What is compiled and run within takes the branches of accelerators."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sums_module, "scatters_in_order", lambda device: False)
-        patch.setattr(reduction_module, "can_be_asked", lambda tensor: False)
-        yield
-
-
 def shuffled(sizes: Sequence[int], seed: int) -> Tensor:
     """Labels of groups of these sizes, and of two free slices, in any order."""
     names = torch.cat([torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)), torch.full((2,), -1)])
@@ -54,6 +43,7 @@ def compiled(names: Tensor, tensor: Tensor, scale: Tensor | None = None, entries
     """The index of the rows of a tensor, of which so many entries are gathered at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "_CPU_ENTRIES", entries)
+        patch.setattr(index_module, "_ACCELERATOR_ENTRIES", entries)
         return Index.compile(numbered([Slices(names, scale)]), [tensor])
 
 
@@ -67,7 +57,7 @@ def test_every_value_is_added_to_its_group_once(sizes: list[int], width: tuple[i
     values = torch.randint(-1000, 1000, (len(groups), *width), generator=generator(seed)).float()
     before = torch.ones(len(sizes) + 1, *width, dtype=torch.float64)
     totals = before.clone()
-    with accelerator():
+    with as_on_accelerators():
         sums = Sums.of(groups, CPU)
     kept = values.clone()
     add_by_group_(totals, sums, values, Workspace())
@@ -76,7 +66,7 @@ def test_every_value_is_added_to_its_group_once(sizes: list[int], width: tuple[i
 
 
 def test_nothing_is_added_up_where_there_are_no_values() -> None:
-    with accelerator():
+    with as_on_accelerators():
         sums = Sums.of(torch.empty(0, dtype=torch.int64), CPU)
     totals = torch.full((2, 3), -0.0, dtype=torch.float64)
     add_by_group_(totals, sums, torch.empty(0, 3), Workspace())
@@ -88,7 +78,7 @@ def test_the_order_is_a_permutation_in_each_level_and_one_sum_of_each_group_is_l
     sizes: list[int], seed: int
 ) -> None:
     groups = shuffled(sizes, seed)
-    with accelerator():
+    with as_on_accelerators():
         sums = Sums.of(groups, CPU)
     count = len(groups)
     assert sums.levels is not None
@@ -102,7 +92,7 @@ def test_the_order_is_a_permutation_in_each_level_and_one_sum_of_each_group_is_l
 def test_a_huge_group_takes_few_levels_and_is_as_exact_as_a_sum_by_pairs() -> None:
     values = torch.rand(2**20 + 77, 1, dtype=torch.float64, generator=generator(0))
     totals = torch.zeros(1, 1, dtype=torch.float64)
-    with accelerator():
+    with as_on_accelerators():
         sums = Sums.of(torch.zeros(len(values), dtype=torch.int64), CPU)
     assert sums.levels is not None
     assert len(sums.levels) < 10
@@ -130,7 +120,7 @@ def test_groups_have_their_means_bit_for_bit_tied(
     before = data.draw(tensors((len(names), width), [dtype], finite=True))
     scale = torch.where(normal((len(names),), torch.float64, seed) < 0, -1.0, 1.0).double() if signed else None
     after, workspace = before.clone(), Workspace()
-    with accelerator():
+    with as_on_accelerators():
         index = compiled(names, before, scale, entries)
         project_([after], index, workspace)
         assert tied([after], index, workspace)
@@ -154,7 +144,7 @@ def test_what_is_not_finite_comes_out_as_on_the_cpu(
     names = shuffled(sizes, seed)
     before = data.draw(tensors((len(names), width), [dtype]))
     results = []
-    for branch in (accelerator(), pytest.MonkeyPatch.context()):
+    for branch in (as_on_accelerators(), pytest.MonkeyPatch.context()):
         after = before.clone()
         with branch:
             project_([after], compiled(names, before), Workspace(), reduction)
@@ -171,7 +161,7 @@ def test_groups_with_scales_are_as_on_the_cpu_but_for_the_rounding(dtype: torch.
     scales = None if scale is None else scale.double().repeat(len(names))[: len(names)]
     before = normal((len(names), 20), dtype, 1)
     results = []
-    for branch in (accelerator(), pytest.MonkeyPatch.context()):
+    for branch in (as_on_accelerators(), pytest.MonkeyPatch.context()):
         with branch:
             index, workspace = compiled(names, before, scales), Workspace()
             mean, total, near = before.clone(), before.clone(), before.clone()
@@ -196,7 +186,7 @@ def test_the_mean_of_negative_zeros_is_one_and_that_of_mixed_zeros_none(dtype: t
         start = torch.full((82, 3), -0.0).to(dtype)
     names = torch.cat([torch.zeros(41, dtype=torch.int64), torch.tensor([1, 2]).repeat(20), torch.tensor([2])])
     after = start.clone()
-    with accelerator():
+    with as_on_accelerators():
         project_([after], compiled(names, after), Workspace())
     assert same_bits(after, start)
 
@@ -250,7 +240,7 @@ def test_a_warm_operation_waits_for_nothing_and_sorts_nothing(
     scales = None if scale is None else torch.tensor([1.0, scale], dtype=torch.float64).repeat(len(names) // 2 + 1)
     slices = numbered([Slices(names, None if scales is None else scales[: len(names)])])
     tensor, workspace = normal((len(names), width), dtype, 0), Workspace()
-    with accelerator():
+    with as_on_accelerators():
         index, (kept,) = Index.compile(slices, [tensor]), compact_rows_of(slices)
         folding = Folding.compile(index, [kept])
         compact = compact_like(slices[0], tensor, len(kept.kept))
@@ -278,7 +268,7 @@ def test_the_second_call_has_the_bits_of_the_first(kind: str) -> None:
     names = KINDS[kind]()
     start, workspace = normal((len(names), 3), torch.float32, 0), Workspace()
     results = []
-    with accelerator():
+    with as_on_accelerators():
         index = compiled(names, start)
         for _ in range(2):
             after = start.clone()

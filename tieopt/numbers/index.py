@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tieopt.numbers import devices
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
@@ -376,7 +377,7 @@ def _grids(slices: Sequence[Slices], tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _run_of_tile(tile: Tile, device: torch.device) -> Run:
     size, entries, nothing = len(tile.views), math.prod(tile.shape), torch.empty(0, dtype=torch.int64, device=device)
-    sizes = torch.tensor([size], dtype=wide_dtype(device), device=device).expand(entries)
+    sizes = torch.full((1,), size, dtype=wide_dtype(device), device=device).expand(entries)
     chunk = Chunk(tile, size, nothing, None, None)
     leads = chunk._replace(pieces=tile.lead, size=1)
     counts = sizes if tile.counts is None else tile.counts
@@ -556,7 +557,7 @@ def _runs(
     sizes = torch.bincount(members.group)
     if not len(sizes):
         return
-    entries = _CPU_ENTRIES if layout.device.type == "cpu" else _ACCELERATOR_ENTRIES
+    entries = _ACCELERATOR_ENTRIES if devices.is_accelerator(layout.device) else _CPU_ENTRIES
     # At least sqrt(largest), so that the sums of no more than sqrt(largest) chunks are added up.
     capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
     if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:

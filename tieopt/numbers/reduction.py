@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tieopt.numbers import devices
 from tieopt.numbers.index import PINNED, Chunk, Index, Pieces, Run
 from tieopt.numbers.rounding import INTEGERS, clamped, multiplied, rounded, signed_
 from tieopt.numbers.sums import Level, Sums
@@ -369,7 +370,7 @@ def _is_viewable(tensor: Tensor) -> bool:
 
 def can_be_asked(tensor: Tensor) -> bool:
     """Return whether Python may depend on the entries of a tensor: an accelerator would have to be waited for."""
-    return tensor.device.type == "cpu"
+    return not devices.is_accelerator(tensor.device)
 
 
 def canonical(values: Tensor, run: Run) -> Tensor:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tieopt.numbers import devices
+
 # The longest plain running sum of float64 on the CPU. Longer sums are built from the sums of blocks.
 _BLOCK = 32
 
@@ -52,7 +54,8 @@ class Sums(NamedTuple):
             device: where the values are.
             in_blocks: whether sums are rounded; the values have to be sorted by group within each tensor.
         """
-        if not scatters_in_order(device):
+        # There scatter_reduce adds in another order on every run.
+        if devices.is_accelerator(device):
             return cls._in_levels(groups, device)
         return cls._in_blocks(groups, device) if in_blocks else cls(groups.to(device))
 
@@ -90,11 +93,6 @@ class Sums(NamedTuple):
             order, count = by_group[row.argsort(stable=True)], int(columns.sum())
             levels.append(Level(order.to(device, torch.int32), rows, count))
             groups = groups[order[: len(order) - (rows - 1) * count]]
-
-
-def scatters_in_order(device: torch.device) -> bool:
-    """Return whether ``scatter_reduce`` adds in the same order on every run."""
-    return device.type == "cpu"
 
 
 def _rows(sizes: Tensor) -> int:

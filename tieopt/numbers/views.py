@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tieopt.numbers import devices
 from tieopt.tensors import wide_dtype
 from tieopt.ties.slices import Slices
 
@@ -358,8 +359,8 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         min(range(dims), key=lambda dim: (shape[dim] == 1, grids[number].stride(move.dims[dim]), -dim))
         for number, move in moves
     }
-    on_cpu = grids[0].device.type == "cpu"
-    most, least = (_CPU_ENTRIES, _CPU_TILE) if on_cpu else (_ACCELERATOR_ENTRIES, _ACCELERATOR_TILE)
+    is_accelerator = devices.is_accelerator(grids[0].device)
+    most, least = (_ACCELERATOR_ENTRIES, _ACCELERATOR_TILE) if is_accelerator else (_CPU_ENTRIES, _CPU_TILE)
     most = max(most // len(moves), least)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
     cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
