@@ -405,6 +405,14 @@ def joins_what_is_tied(weight: Parameter, tie: Tie, optimizer: TiedOptimizer) ->
     TiedOptimizer(AdamW([weight, other]), [tie, *more])
 
 
+def has_state_of_some(weight: Parameter, tie: Tie, optimizer: TiedOptimizer) -> None:
+    other = Parameter(weight.detach().clone())
+    bare = AdamW([weight, other])
+    other.grad = weight.grad if dist.get_rank() else None
+    bare.step()
+    TiedOptimizer(bare, Tie.join(tie, Tie(other, [[0]], across=dist.group.WORLD)), start="first")
+
+
 def ties_twice(weight: Parameter, tie: Tie, optimizer: TiedOptimizer) -> None:
     other = Parameter(weight.detach().clone())
     more = [Tie(other, [[1]], across=dist.group.WORLD)] * dist.get_rank()
@@ -442,6 +450,7 @@ def went_apart(scenario: Callable[[Parameter, Tie, TiedOptimizer], None]) -> tup
         (has_another_class, "rank 0: optimizer='AdamW'", "rank 1: optimizer='SGD'"),
         (starts_otherwise, "start='mean'", "start='first'"),
         (has_state_alone, "rank 0: state=[]", "rank 1: state=['exp_avg', 'exp_avg_sq']"),
+        (has_state_of_some, "no exp_avg of", "after ValueError: Parameters of a tie across ranks have no state"),
         (unties_alone, "rank 0: retie() with 0 ties", "rank 1: begin a step"),
         (clips_by_another_norm, "clip_grad_norm_(1.0)", "clip_grad_norm_(2.0)"),
         (clips_by_no_norm, "after ValueError: max_norm is no norm", "max_norm is no norm"),

@@ -646,9 +646,7 @@ class TiedOptimizer(Optimizer):
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
-        # Other ranks may have loaded something else.
-        across = {tie for tie, _ in pairs if tie.across is not None and not tie.options.relaxed}
-        tied = mode.tied_since(saved, self.param_groups) | across
+        tied = mode.tied_since(saved, self.param_groups)
         self.state.update(tied_state(self.state, [pair for pair in pairs if pair[0] in tied], settings))
         if convert is not None:
             converted = convert(self.state)

@@ -128,6 +128,8 @@ class Shards:
             order: as for :func:`~tieopt.numbers.start.start_from_first_`.
         """
         shards, workspace = [local(tensor) for tensor in tensors], Workspace()
+        if self._across is not None:
+            agree(self._across, "start from the first member", _layout_of(self._whole, shards))
         for slices in (self._whole, self._spanning):
             start_from_first_(shards, Index.compile(slices, shards), workspace, order)
         if self._plan is not None:

@@ -170,15 +170,19 @@ def tied_state(
         untrained = {number: params[number] for number in tied_states}
         keys: Iterable[str] = dict.fromkeys(key for held in states for key in held)
         if tie.across is not None:
-            _check_trained(tie, untrained)
             keys = _keys_on_all_ranks(tie, params, states)
         for key in keys:
             values = _values(key, params, states)
-            if not values and tie.across is not None:
+            if tie.across is not None and not len(tie.across.labels):
                 # A rank without members has nothing to tie, and talks to the others.
-                _tied_values(key, tie, {0: torch.zeros_like(params[0])}, {}, start, engine)
-            tie_of_key = tie if are_weights(key) else tie.linear
-            for number, value in _tied_values(key, tie_of_key, values, untrained, start, engine).items():
+                _tied_values(key, tie, dict(enumerate(map(torch.zeros_like, params))), {}, start, engine)
+                continue
+            if are_weights(key):
+                results = _tied_weights(key, tie, values, params, start, engine)
+                results = {number: results[number] for number in (*values, *untrained) if number in results}
+            else:
+                results = _tied_values(key, tie.linear, values, untrained, start, engine)
+            for number, value in results.items():
                 _begin_pinned_(value, tie.slices[number], begins_at(key, settings(params[number]), value))
                 tied_states.setdefault(number, dict(states[number]))[key] = value
         changed |= {params[number]: held for number, held in tied_states.items()}
@@ -194,26 +198,37 @@ def _values(key: str, params: Sequence[Tensor], states: Sequence[State]) -> dict
     }
 
 
-def _check_trained(tie: BoundTie, untrained: Mapping[int, Tensor]) -> None:
-    if untrained:
-        names = ", ".join(tie.names[number] for number in untrained)
-        what, expected = (
-            "Parameters of a tie across ranks have no state yet, and others have.",
-            "state of all, or of none",
-        )
-        raise refusal(ValueError, what, expected=expected, got=f"none of {names}")
-
-
 def _keys_on_all_ranks(tie: BoundTie, params: Sequence[Tensor], states: Sequence[State]) -> list[str]:
     """Return the keys of the state that is to be tied, in an order that is that of all ranks.
 
     Raises:
+        ValueError: some parameters of the tie have a value under a key, and others not.
         RuntimeError: ranks have state under different keys.
     """
     assert tie.across is not None
     keys = sorted({key for held in states for key in held if _values(key, params, states)}, key=str)
+    for key in keys if len(tie.across.labels) else ():
+        values = _values(key, params, states)
+        lacking = [name for number, name in enumerate(tie.names) if number not in values]
+        if lacking:
+            what = "Parameters of a tie across ranks have no state yet, and others have."
+            got = f"no {key} of {', '.join(lacking)}"
+            raise refusal(ValueError, what, expected="state of all of them, or of none", got=got)
     told = agree(tie.across, "tie the state", {"state": keys}, keys if len(tie.across.labels) else None)
     return next((keys for keys in told if keys is not None), [])
+
+
+def _tied_weights(
+    key: str, tie: BoundTie, values: _Values, params: Sequence[Tensor], start: Start, engine: Engine
+) -> dict[int, Tensor]:
+    """Return the new values under a key of weights, where a parameter of which none is kept yet counts as it is."""
+    if not values:
+        return {}
+    dtype = next(iter(values.values())).dtype
+    # Copies, which a state may keep.
+    kept = {number: param.detach().to(dtype, copy=True) for number, param in enumerate(params) if number not in values}
+    every = dict(sorted({**kept, **values}.items()))
+    return {**kept, **_tied_values(key, tie, every, {}, start, engine)}
 
 
 def _states_of_untrained(tie: Partition, params: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]:
@@ -242,8 +257,7 @@ def _tied_values(
         key: of the state.
         tie: of the parameters.
         values: those that are there.
-        untrained: parameters that get values as well; in groups without members in the other parameters zero, or what
-            the weights are.
+        untrained: parameters that get values as well; zero in groups without members in the other parameters.
         start: as for :func:`tied_state`.
         engine: for the state.
     """
@@ -261,12 +275,9 @@ def _tied_values(
     if untrained:
         dtype = next(iter(values.values())).dtype
         with torch.no_grad():
-            begun = {number: torch.zeros_like(param, dtype=dtype) for number, param in untrained.items()}
-            if are_weights(key):
-                own = {number: param.detach().to(dtype) for number, param in untrained.items()}
-                begun = dict(zip(own, engine.projected(*_pair(tie, own)), strict=True))
-            # They come last: a group takes them only if none of its members has a value.
-            members = {**values, **tied, **begun}
+            zeros = {number: torch.zeros_like(param, dtype=dtype) for number, param in untrained.items()}
+            # Zeros come last: a group takes them only if none of its members has a value.
+            members = {**values, **tied, **zeros}
             results = engine.started_from_first(*_pair(scaled, members), range(len(members)))
         tied |= dict(zip(untrained, results[len(values) :], strict=True))
     return tied
