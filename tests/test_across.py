@@ -510,6 +510,10 @@ def test_a_scaler_of_all_ranks_skips_a_step_on_all(two_ranks: Ranks) -> None:
 # --- what else there is on a rank ---
 
 
+# The ranks that have gradients in a step; those in between have no members.
+TRAINED = [(2, 3), (3,), (1, 2)]
+
+
 def without_members(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
     """The ends of four ranks are tied; what is between them has no members, and counts in the norm."""
     rank = dist.get_rank()
@@ -519,8 +523,8 @@ def without_members(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
     weight.grad = weights[rank] + 1
     optimizer.step()
     optimizer = TiedOptimizer(optimizer, Tie(weight, torch.tensor(labels), across=dist.group.WORLD))
-    for _ in range(2):
-        weight.grad = None if rank in (0, 1) else weights[rank] - 1
+    for trained in TRAINED:
+        weight.grad = weights[rank] - 1 if rank in trained else None
         norm = optimizer.clip_grad_norm_(1.0)
         optimizer.step()
     return weight.detach(), optimizer.state[weight]["momentum_buffer"], float(norm)
@@ -536,9 +540,9 @@ def test_ranks_without_members_take_part_in_the_norm_alone(four_ranks: Ranks) ->
     optimizer.step()
     first, *_, last = params
     optimizer = TiedOptimizer(optimizer, Tie.join(Tie(first, [[0], [1], [2]]), Tie(last, [[2], [1], [0]])))
-    for _ in range(2):
-        for param, value in zip(params, values, strict=True):
-            param.grad = None if param is first or param is params[1] else value - 1
+    for trained in TRAINED:
+        for rank, (param, value) in enumerate(zip(params, values, strict=True)):
+            param.grad = value - 1 if rank in trained else None
         norm = optimizer.clip_grad_norm_(1.0)
         optimizer.step()
 
