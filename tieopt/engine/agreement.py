@@ -55,7 +55,7 @@ def agree(across: Across, action: str, settings: Mapping[str, Any] | None = None
 
 
 @contextmanager
-def failing_together(process_groups: Iterable[ProcessGroup | None]) -> Iterator[None]:
+def failing_together(process_groups: Iterable[ProcessGroup]) -> Iterator[None]:
     """Let no rank of the process groups wait for this one when it fails by an error, and goes no further."""
     try:
         yield
@@ -64,11 +64,11 @@ def failing_together(process_groups: Iterable[ProcessGroup | None]) -> Iterator[
         raise
 
 
-def tell_of_failure(process_groups: Iterable[ProcessGroup | None], error: Exception) -> None:
+def tell_of_failure(process_groups: Iterable[ProcessGroup], error: Exception) -> None:
     """Tell the ranks of the process groups, but those that know already, that this one has failed."""
     first_line = (str(error).splitlines() or [""])[0]
     for group in dict.fromkeys(process_groups):
-        if group is not None and group not in _told(error):
+        if group not in _told(error):
             _told(error).append(group)
             _gathered(group, (f"nothing, after {type(error).__name__}: {first_line}", {}, None))
 

@@ -184,7 +184,7 @@ class Engine:
         if tie.across is not None:
             self._shards_for(tie, tensors).start_from_first_(tensors, order)
             return
-        sharded = spans_ranks(tensors, tie)
+        sharded = spans_ranks(tensors)
         # A rank outside the mesh has nothing to write, and nothing to send.
         if sharded and tensors[0].device_mesh.get_coordinate() is None:
             return

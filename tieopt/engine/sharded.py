@@ -69,8 +69,9 @@ class Shards:
         slices: Sequence[Slices] = tie.slices
         if self._across is not None:
             slices, self.members_across = _labelled_alike(self._across, slices, tensors)
-        view = _View(slices, slices, [_labels_of_members(slices)], 0, None)
-        if self._mesh is not None:
+        if self._mesh is None:
+            view = _View(slices, slices, [_labels_of_members(slices)], 0, None)
+        else:
             view = _view_on_mesh(self._mesh, tie, slices, tensors)
         if self._across is not None:
             view = _view_across(self._across, tie, tensors, view)

@@ -153,9 +153,8 @@ class FullStep(Step):
 
     def _waiting(self) -> list[ProcessGroup]:
         """The process groups whose ranks wait for this one in the middle of a step."""
-        if not self._has_begun:
-            return self._mode.process_groups
-        return [tie.across.process_group for tie in self._took_part if tie.across is not None]
+        waits = not self._has_begun or any(tie.across is not None for tie in self._took_part)
+        return self._mode.process_groups if waits else []
 
 
 class FullMode(Mode):

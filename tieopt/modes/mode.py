@@ -67,7 +67,8 @@ class Mode(ABC):
         relaxed: whether a tie is approximate, or would be if there were one.
         steps: how many there were, for relaxed ties.
         ties: as they were given, bound to the places of their parameters.
-        process_groups: across whose ranks there are ties; one, or none.
+        across: the ranks across which there are ties, as the first of these knows them; None if there is no such tie.
+        process_groups: of these ranks; one, or none.
         applied: the ties as the mode applies them.
         engine: the numbers.
         inner_copies: of the methods of the optimizer that ``torch.compile`` gets.
@@ -98,8 +99,8 @@ class Mode(ABC):
 
     def reset(self) -> None:
         """Begin without anything that belongs to the steps of one optimizer."""
-        across = [tie.across for tie in self.ties if tie.across is not None]
-        self.process_groups = list(dict.fromkeys(ranks.process_group for ranks in across))
+        self.across = next((tie.across for tie in self.ties if tie.across is not None), None)
+        self.process_groups = [] if self.across is None else [self.across.process_group]
         self.engine = Engine()
         self.inner_copies = Copies()
         self.running = False
@@ -214,7 +215,7 @@ class Mode(ABC):
         pairs = self.parameters(optimizer.param_groups)
         for tie, params in pairs:
             if tie.across is not None:
-                settings = settings_across(tie, params, optimizer.param_groups)
+                settings = settings_across(tie, optimizer.param_groups)
                 action = f"tie, start={start!r}, requires_grad={params[0].requires_grad}"
                 agree(tie.across, action, {"optimizer": type(optimizer).__name__, **settings})
         # Compiled now, and not while a step is captured.
@@ -291,7 +292,7 @@ class Mode(ABC):
             begins = stepped is not None and tie not in stepped
             is_trained = params[0].requires_grad and not tie.options.relaxed
             is_written = begins and is_trained and bool(self.written([pair], param_groups))
-            settings = settings_across(tie, params, param_groups)
+            settings = settings_across(tie, param_groups)
             told = agree(tie.across, action, settings, (takes_part, is_written))
             if not any(takes_part for takes_part, _ in told):
                 continue
@@ -310,9 +311,8 @@ class Mode(ABC):
         Raises:
             RuntimeError: a rank does something else.
         """
-        across = next((tie.across for tie in self.ties if tie.across is not None), None)
-        if across is not None:
-            agree(across, action)
+        if self.across is not None:
+            agree(self.across, action)
 
     def applied_to(self, param_groups: ParamGroups) -> Pairs:
         """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`."""

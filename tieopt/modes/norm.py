@@ -40,11 +40,13 @@ def grad_norm(mode: Mode, param_groups: ParamGroups, norm_type: float, purpose: 
     _check_number("norm_type", norm_type, "a number above 0; float('inf') for the largest entry", zero=False)
     grads = {param: param.grad for param in _params_in(param_groups) if param.grad is not None}
     grads |= _counted_once(mode, param_groups)
-    norm, across = norm_of(grads.values(), norm_type), [tie.across for tie in mode.ties if tie.across is not None]
-    if not across:
+    norm = norm_of(grads.values(), norm_type)
+    if mode.across is None:
         return norm
     # The dtype of no gradients is none.
-    told = agree(across[0], f"{purpose}, norm_type={norm_type}", payload=(norm.tolist(), norm.dtype if grads else None))
+    told = agree(
+        mode.across, f"{purpose}, norm_type={norm_type}", payload=(norm.tolist(), norm.dtype if grads else None)
+    )
     norms, dtypes = zip(*told, strict=True)
     dtype = reduce(torch.promote_types, filter(None, dtypes), torch.float32)
     total: Tensor = torch.linalg.vector_norm(torch.tensor(norms, dtype=dtype, device=norm.device), norm_type)

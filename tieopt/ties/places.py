@@ -315,15 +315,15 @@ def check_read_as_stored(param_groups: ParamGroups, tie: BoundTie, params: Seque
             )
 
 
-def settings_across(tie: BoundTie, params: Sequence[Tensor], param_groups: ParamGroups) -> dict[str, Any]:
+def settings_across(tie: BoundTie, param_groups: ParamGroups) -> dict[str, Any]:
     """Return what has to be alike on all ranks that have members of a tie across them, by its name."""
     settings = {
         key: _comparable(value)
         for key, value in param_groups[tie.places[0].group].items()
         if _counts(key) and isinstance(value, _PLAIN)
     }
-    shape = {"shape": tuple(params[0].shape)} if tie.across is not None and tie.across.is_whole else {}
-    return {**settings, **shape, **tie.options._asdict(), "requires_grad": params[0].requires_grad}
+    shape = {"shape": tuple(tie.places[0].shape)} if tie.across is not None and tie.across.is_whole else {}
+    return {**settings, **shape, **tie.options._asdict()}
 
 
 # Other objects have texts that differ from process to process.

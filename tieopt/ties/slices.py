@@ -324,11 +324,11 @@ def fingerprint(
     digest = hashlib.sha256(repr(places).encode())
     for column in (torch.where(pinned, FREE - 1, labels), torch.where(kept, scale * signs, 1.0)):
         digest.update(raw_bytes(column))
-    zeros = f", {int(pinned.sum())} at zero" if pinned.any() else ""
+    notes = f", {int(pinned.sum())} at zero" if pinned.any() else ""
     if across is not None:
         # Which groups of other ranks these are.
         digest.update(raw_bytes(across.labels))
-        zeros += ", across ranks"
+        notes += ", across ranks"
     present = (kept | pinned).split([part.labels.numel() for part in slices])
     for number, (part, where, shape) in enumerate(zip(slices, present, shapes, strict=True)):
         chosen = where.view(part.labels.shape)
@@ -336,10 +336,10 @@ def fingerprint(
             digest.update(f"offset {number}".encode())
             for values in part.offset.written_out(chosen, part.slice_shape(shape)):
                 digest.update(raw_bytes(values))
-            zeros = zeros.replace("zero", "their offsets")
+            notes = notes.replace("zero", "their offsets")
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
-    return f"{counted(groups, 'group')} of {members} members, {free} free{zeros}, sha256 {digest.hexdigest()}"
+    return f"{counted(groups, 'group')} of {members} members, {free} free{notes}, sha256 {digest.hexdigest()}"
 
 
 def of_one_kind(

@@ -143,7 +143,7 @@ class Tie:
         if across is not None and not (hasattr(across, "rank") and hasattr(across, "size")):
             expected = "a process group, on the ranks that are in it"
             raise refusal(TypeError, "This is no process group to tie across.", expected=expected, got=shown(across))
-        if across is not None and not (scale is None and offset is None):
+        if across is not None and (scale is not None or offset is not None):
             what, expected = "Members on different ranks are equal.", "a tie across ranks without scale and offset"
             raise refusal(ValueError, what, expected=expected, got=f"scale={shown(scale)}, offset={shown(offset)}")
         if not isinstance(param, (Tensor, str)):
@@ -270,7 +270,6 @@ class Tie:
         equal = cls.__new__(cls)
         equal.options = Options(reduction, strength, every)
         check_options(equal.options)
-        equal.across = across
         equal.parts = tuple(Part(param, Whole, 0, None) for param in params)  # type: ignore[arg-type]
         if across is not None:
             if not all(isinstance(param, Tensor) for param in params):
