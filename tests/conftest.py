@@ -85,3 +85,16 @@ def two_ranks() -> Iterator[Ranks]:
     """Two processes with a process group, for all modules."""
     with Ranks(2) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four of them."""
+    with Ranks(4) as started:
+        yield started
+
+
+@pytest.fixture(scope="session", params=["two_ranks", "four_ranks"], ids=["2 ranks", "4 ranks"])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    """Two of them, and four."""
+    return request.getfixturevalue(request.param)

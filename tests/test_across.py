@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,12 +41,6 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is b
 
 WORDS, WIDTH, BATCH, PIECES = 12, 8, 8, 4
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
-        yield started
 
 
 # --- pipelines ---

@@ -243,5 +243,5 @@ def test_copies_and_pickles_know_nothing_of_what_was_merged() -> None:
     engine = optimizer._tieopt.engine
     assert any(len(work.ties) == 3 for plan in engine._plans.values() for work in plan)
     for other in (pickled(engine), copy.deepcopy(engine)):
-        assert not any(vars(other)[name] for name in ("_indices", "_folded", "_foldings", "_plans"))
+        assert not any(vars(other)[name] for name in ("_indices", "_compacts", "_foldings", "_plans"))
         assert not other._workspace._buffers

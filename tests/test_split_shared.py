@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from checks import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Ranks, refusal_of
+from ranks import refusal_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import Parameter
@@ -192,12 +192,6 @@ def trained(clipped: bool) -> dict[str, Tensor]:
     optimizer = TiedOptimizer(AdamW(model.parameters(), lr=0.01, weight_decay=0.1), ties)
     train(model, optimizer, (lambda: optimizer.clip_grad_norm_(MAX_NORM)) if clipped else lambda: None)
     return {key: value.full_tensor() for key, value in model.state_dict().items()}
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
-        yield started
 
 
 @needs_gloo

@@ -32,7 +32,7 @@ from tieopt.modes import mode_class, norm, summary
 from tieopt.modes.conversion import converter
 from tieopt.modes.gradients import tie_gradients
 from tieopt.modes.mode import Mode
-from tieopt.modes.state import Lost, settings_in, states_of, tied_state
+from tieopt.modes.state import Lost, by_number, settings_in, states_of, tied_state
 from tieopt.modes.summary import TieSummary
 from tieopt.numbers.start import Start
 from tieopt.ties.options import Options, Reduction
@@ -591,7 +591,8 @@ class TiedOptimizer(Optimizer):
         with self._tieopt.lock:
             self._tieopt.follow(self)
             state_dict = super().state_dict(*args, **kwargs)
-        saved = self._tieopt.saved(self.param_groups)
+            state_dict = self._tieopt.as_saved(self, state_dict)
+            saved = self._tieopt.saved(self._tieopt.param_groups_of(self))
         return {**state_dict, _TIEOPT: saved} if saved else state_dict
 
     @_together
@@ -636,13 +637,8 @@ class TiedOptimizer(Optimizer):
         state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
         mode.agree_to("load_state_dict()")
         if convert is not None:
-            # As load_state_dict finds them: some checkpoints have names in the places of numbers.
-            numbers, params = (
-                [param for settings in param_groups for param in settings["params"]]
-                for param_groups in (state_dict["param_groups"], self.param_groups)
-            )
-            held = dict(zip(numbers, params, strict=False))
-            convert({held[number]: state for number, state in state_dict["state"].items() if number in held})
+            params = by_number(state_dict, self.param_groups)
+            convert({params[number]: state for number, state in state_dict["state"].items() if number in params})
         super().load_state_dict(state_dict, *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
@@ -655,6 +651,7 @@ class TiedOptimizer(Optimizer):
                 if not state:
                     # Adagrad looks for a step count in all that there is.
                     del self.state[param]
+        mode.drop_states_of_nothing(self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters are free until :meth:`retie`.

@@ -189,10 +189,13 @@ def gathered(tensor: Any) -> Tensor:
     if tensor.device_mesh.get_coordinate() is None:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     # As bytes, because not every backend sends 8-bit floats.
-    shards = type(tensor).from_local(
-        bits(tensor.to_local()), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
-    )
-    return shards.full_tensor().view(tensor.dtype)  # type: ignore[no-any-return]
+    return sharded_as(tensor, bits(tensor.to_local())).full_tensor().view(tensor.dtype)  # type: ignore[no-any-return]
+
+
+def sharded_as(like: Any, shard: Tensor) -> Any:
+    """Return the tensor of which this rank has a shard, and which is sharded as another one of its shape."""
+    sharding = {"device_mesh": like.device_mesh, "placements": like.placements}
+    return type(like).from_local(shard, **sharding, shape=like.shape, stride=like.stride())
 
 
 def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from tieopt.engine.compacts import Compact, compacts_of
 from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, spans_ranks
-from tieopt.numbers.folding import CompactRows, Folding, ViewFolding, compact_rows_of, fold_gradients_, folded_sparse
+from tieopt.numbers.folding import Folding, ViewFolding, compact_rows_of, fold_gradients_, folded_sparse
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
 from tieopt.numbers.start import start_from_first_
@@ -55,7 +56,7 @@ class Engine:
         self._workspace = Workspace()
         self._indices: dict[tuple[Partition, Layout], Index] = {}
         self._shards: dict[tuple[Any, ...], Shards] = {}
-        self._folded: dict[Partition, tuple[CompactRows, ...]] = {}
+        self._compacts: dict[Partition, tuple[Compact, ...]] = {}
         self._foldings: dict[Index | Shards, Folding | ViewFolding] = {}
         self._plans: dict[tuple[Any, ...], list[Work]] = {}
 
@@ -106,6 +107,8 @@ class Engine:
             chosen = list(map(tensors.__getitem__, work.numbers))
             if compacts is not None:
                 compact = list(map(others.__getitem__, work.numbers))
+                if type(work.executor) is Shards:
+                    work, chosen, compact = self._on_this_rank(work, chosen, compact)
                 folding = self._foldings.get(work.executor) or self._folding(work)
                 operation.function(chosen, compact, folding, self._workspace, **operation.options)
             elif type(work.executor) is Shards:
@@ -210,11 +213,16 @@ class Engine:
         assert isinstance(folding, Folding)
         return folded_sparse(grad, compact, folding, reduction)
 
-    def folded(self, tie: Partition) -> tuple[CompactRows, ...]:
-        """Return which slices of each tensor a compact one has; worked out once."""
-        if tie not in self._folded:
-            self._folded[tie] = compact_rows_of(tie.slices)
-        return self._folded[tie]
+    def compacts(self, tie: Partition, tensors: Sequence[Tensor] = ()) -> tuple[Compact, ...]:
+        """Return what the compact tensors of a tie are made of; worked out once, of sharded tensors by all ranks.
+
+        Raises:
+            ValueError: they are sharded, and a group has members on several ranks.
+        """
+        if tie not in self._compacts:
+            shards = self._shards_for(tie, tensors) if spans_ranks(tensors) else None
+            self._compacts[tie] = compacts_of(tie, tensors, shards)
+        return self._compacts[tie]
 
     def index_for(self, tie: Partition, tensors: Sequence[Tensor]) -> Index:
         """Return the index of plain tensors; compiled again for those of another layout, or on another device."""
@@ -271,15 +279,27 @@ class Engine:
         index = Index.compile(_joined(ties), tensors, even=even, linear=ties[0].is_linear)
         return index.keeping([tie.slices[0] for tie in ties])
 
-    def _folding(self, work: Work) -> Folding | ViewFolding:
-        # The compact mode takes no sharded parameters.
+    def _folding(self, work: Work, compacts: Sequence[Compact] = ()) -> Folding | ViewFolding:
         index = cast(Index, work.executor)
         if index not in self._foldings:
-            rows = self.folded(work.ties[0]) if len(work.ties) == 1 else compact_rows_of(_joined(work.ties))
+            if len(work.ties) == 1:
+                rows = tuple(compact.rows for compact in compacts or self.compacts(work.ties[0]))
+            else:
+                rows = compact_rows_of(_joined(work.ties))
             self._foldings[index] = (
                 ViewFolding.compile(index, rows[0]) if isinstance(index, Views) else Folding.compile(index, rows)
             )
         return self._foldings[index]
+
+    def _on_this_rank(
+        self, work: Work, tensors: Sequence[Tensor], compacts: Sequence[Tensor]
+    ) -> tuple[Work, list[Tensor], list[Tensor]]:
+        """Return what folding is to a rank: that of its shards, by itself."""
+        (tie,), shards = work.ties, list(map(local, tensors))
+        parts = self.compacts(tie, tensors)
+        work = work._replace(executor=cast(Shards, work.executor).index_for(shards))
+        self._folding(work, parts)
+        return work, shards, list(map(Compact.shard, parts, compacts))
 
     def _shards_for(self, tie: Partition, tensors: Sequence[Any]) -> Shards:
         """The tie as this rank sees it; the first time all ranks have to ask for the same."""

@@ -85,16 +85,33 @@ class Shards:
         others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(view.here, sent, strict=True)]
         self._spanning, self._whole = with_labels(view.here, sent), numbered(with_labels(view.here, others))
 
-    def apply_(self, operation: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[Any]:
-        """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
-        shards, options = [local(tensor) for tensor in tensors], operation.options
+    @property
+    def slices(self) -> tuple[Slices, ...]:
+        """What this rank has of the tensors; members of groups that span ranks are free."""
+        return self._whole
+
+    @property
+    def spans_ranks(self) -> bool:
+        """Whether a group of this rank has members on others."""
+        return self._plan is not None
+
+    def index_for(self, shards: Sequence[Tensor]) -> Index:
+        """Return the index of the groups that are whole on this rank."""
+        return self._compiled_for(shards)[0]
+
+    def _compiled_for(self, shards: Sequence[Tensor]) -> tuple[Index, Exchange | None]:
         # As that of the slices in groups that span ranks: labels make no difference to it.
         layout = Layout.of(self._whole, shards)
         if layout not in self._compiled:
             plan = self._plan
             exchange = None if plan is None else Exchange(self._spanning, shards, plan, self._process_group)
             self._compiled[layout] = Index.compile(self._whole, shards), exchange
-        index, exchange = self._compiled[layout]
+        return self._compiled[layout]
+
+    def apply_(self, operation: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[Any]:
+        """Apply an operation to sharded tensors, and return its results for groups that are whole here, and others."""
+        shards, options = [local(tensor) for tensor in tensors], operation.options
+        index, exchange = self._compiled_for(shards)
         if self._across is not None and operation.needs_means:
             how = [f", {name}={value}" for name, value in options.items() if name != "means_of"]
             action = _ACTIONS[operation.function] + " after a step" * operation.stepped + "".join(how)
@@ -117,7 +134,8 @@ class Shards:
         """Return the answers of all ranks to whether tensors are tied, or how far they have drifted."""
         answers, device = self.apply_(question, tensors, workspace), local(tensors[0]).device
         if self._mesh is not None:
-            answers = _gathered(torch.tensor(answers, dtype=wide_dtype(device), device=device), self._mesh).tolist()
+            here = torch.tensor(answers, dtype=wide_dtype(device), device=device)
+            answers = numbers_of_ranks(here, self._mesh).tolist()
         return answers if self._across is None else list(chain(*agree(self._across, "answer", payload=answers)))
 
     @torch.no_grad()
@@ -171,7 +189,7 @@ def _view_on_mesh(mesh: DeviceMesh, tie: Partition, slices: Sequence[Slices], te
     for tensor, name in zip(tensors, tie.names, strict=True):
         check_sharding(tensor, name)
     _check_same(tie, tensors)
-    slices, dims = _cut_apart(tie.names, slices, tensors)
+    slices, dims = cut_apart(tie.names, slices, tensors)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
@@ -281,7 +299,7 @@ def _common_mesh(tie: Partition, tensors: Sequence[DTensor]) -> DeviceMesh:
     return tensors[0].device_mesh
 
 
-def _cut_apart(
+def cut_apart(
     names: Sequence[str], slices: Sequence[Slices], tensors: Sequence[DTensor]
 ) -> tuple[Sequence[Slices], list[int]]:
     """Find the dimensions of the mesh along which members of a group may be on several ranks.
@@ -290,7 +308,7 @@ def _cut_apart(
         The slices, written out entry by entry if they are sharded in different ways, and the dimensions.
     """
     cuts = [
-        {_cut(part, tensor.placements[dim]) for part, tensor in zip(slices, tensors, strict=True)}
+        {cut_by(part, tensor.placements[dim]) for part, tensor in zip(slices, tensors, strict=True)}
         for dim in range(tensors[0].device_mesh.ndim)
     ]
     for dim, ways in enumerate(cuts):
@@ -305,7 +323,7 @@ def _cut_apart(
     return by_entry, [dim for dim, ways in enumerate(cuts) if ways != {None}]
 
 
-def _cut(slices: Slices, placement: Any) -> int | None:
+def cut_by(slices: Slices, placement: Any) -> int | None:
     """Return what a placement cuts: 0 for slices from each other, from 1 on a dimension of them, None for nothing."""
     if not placement.is_shard():
         return None
@@ -316,18 +334,18 @@ def _cut(slices: Slices, placement: Any) -> int | None:
 
 def _slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Slices:
     """Return the labels and scales of the slices in the shard at a coordinate of the mesh."""
-    part = _bounds(slices, tensor, coordinate)[: slices.labels.dim()]
+    part = bounds_in_front(slices, tensor, coordinate)[: slices.labels.dim()]
     # Views would keep the labels of all shards.
     scale = None if slices.scale is None else slices.scale[part].clone()
     return Slices(slices.labels[part].clone(), scale, slices.dim)
 
 
 def _offset_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Offset | None:
-    bounds, depth = _bounds(slices, tensor, coordinate), slices.labels.dim()
+    bounds, depth = bounds_in_front(slices, tensor, coordinate), slices.labels.dim()
     return slices.offset and slices.offset.cut(bounds[:depth], bounds[depth:])
 
 
-def _bounds(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
+def bounds_in_front(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
     """Return which part of a tensor is in a shard, the dimension of the slices in front."""
     bounds = list(bounds_of(tensor, coordinate)) or [slice(1)]
     bounds.insert(0, bounds.pop(slices.dim))
@@ -349,7 +367,7 @@ def _check_same(tie: Partition, tensors: Sequence[DTensor]) -> None:
             if column is not None:
                 digest.update(raw_bytes(column.contiguous()))
     number = torch.tensor([int.from_bytes(digest.digest()[:7])], device=local(tensors[0]).device)
-    if bool((_gathered(number, tensors[0].device_mesh) != number).any()):
+    if bool((numbers_of_ranks(number, tensors[0].device_mesh) != number).any()):
         what = "This rank has other ties than some other rank."
         expected = "the same labels, scales and offsets on every rank"
         got = f"{described(tie.slices)} here"
@@ -405,7 +423,7 @@ def on_any_rank(condition: bool, tensor: Any) -> bool:
     if not is_sharded(tensor):
         return condition
     here = torch.tensor([condition], dtype=torch.uint8, device=local(tensor).device)
-    return bool(_gathered(here, tensor.device_mesh).max())
+    return bool(numbers_of_ranks(here, tensor.device_mesh).max())
 
 
 def placed_as(grad: Any, param: Any) -> Tensor:
@@ -428,7 +446,7 @@ def placed_as(grad: Any, param: Any) -> Tensor:
 # --- what ranks say to each other ---
 
 
-def _gathered(values: Tensor, mesh: DeviceMesh) -> Tensor:
+def numbers_of_ranks(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return the numbers that all ranks of a mesh have; on a rank outside it, those that it has."""
     if mesh.get_coordinate() is None:
         return values
@@ -470,7 +488,7 @@ def _process_group_of(mesh: DeviceMesh) -> Any:
     """
     world = dist.distributed_c10d._world
     count, made = len(world.pg_names), world.group_count
-    most = int(_gathered(torch.tensor([count], device=mesh.device_type), mesh).max())
+    most = int(numbers_of_ranks(torch.tensor([count], device=mesh.device_type), mesh).max())
     try:
         for number in range(count, most + 1):
             # Below zero, so that the name is none that torch has given or will give.
@@ -485,12 +503,17 @@ def _process_group_of(mesh: DeviceMesh) -> Any:
 # --- for tensors of any kind ---
 
 
+def is_dense(value: Any, shape: torch.Size, sharding: tuple[Any, Any] = (None, None)) -> bool:
+    """Return whether a value is a dense tensor of numbers of a shape that is sharded in some way, or not at all."""
+    if not is_sharded(value):
+        return sharding == (None, None) and has_shape(value, shape)
+    shard = local(value)
+    return sharding_of(value) == sharding and value.shape == shape and has_shape(shard, shard.shape)
+
+
 def fits(value: Any, param: Tensor) -> bool:
     """Return whether a value is a dense tensor of numbers that has the shape of a parameter, and lies where it does."""
-    if is_sharded(param):
-        alike = is_sharded(value) and sharding_of(value) == sharding_of(param) and value.shape == param.shape
-        return alike and fits(local(value), local(param))
-    return has_shape(value, param.shape) and value.device == param.device
+    return is_dense(value, param.shape, sharding_of(param)) and value.device == param.device
 
 
 def any_negative(tensors: Iterable[Tensor]) -> bool:

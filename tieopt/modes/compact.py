@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from operator import is_, is_not
 from typing import Any
@@ -20,18 +20,28 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from tieopt.engine.graphs import between_graphs, untraced
+from tieopt.engine.sharded import on_any_rank
 from tieopt.errors import refusal
-from tieopt.modes.conversion import begun, compacted, expanded, refolded, without_history
+from tieopt.modes.conversion import (
+    begun,
+    compacted,
+    expanded,
+    refolded,
+    states_of_nothing,
+    whole_state,
+    without_history,
+)
 from tieopt.modes.gradients import grad_of, prepare_gradients, put_back, with_gradients
 from tieopt.modes.mode import Mode, Pairs, Step
-from tieopt.modes.state import KEPT_BY_TORCH, Lost, held_optimizers, settings_in, states_of
-from tieopt.numbers.folding import compact_like, fold_, fold_gradients_, unfold_
+from tieopt.modes.state import KEPT_BY_TORCH, Lost, by_number, held_optimizers, settings_in, states_of
+from tieopt.numbers.folding import fold_, fold_gradients_, unfold_
 from tieopt.numbers.reduction import Operation, project_
 from tieopt.numbers.start import Start
-from tieopt.tensors import calculable
+from tieopt.tensors import calculable, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
+from tieopt.ties.slices import described
 
 _FOLD, _UNFOLD, _PROJECT = Operation(fold_), Operation(unfold_), Operation(project_)
 _FOLD_GRADIENTS = {reduction: Operation(fold_gradients_, reduction=reduction) for reduction in ("mean", "sum")}
@@ -96,7 +106,7 @@ class CompactStep(Step):
                 grad = compact.grad = None
             if other_kind:
                 with torch.inference_mode(False):
-                    compact.data = compact.data.to(param)
+                    compact.data = compact.data.to(param.device, param.dtype)
             if compact.requires_grad != param.requires_grad:
                 compact.requires_grad_(param.requires_grad)
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
@@ -231,11 +241,12 @@ class CompactMode(Mode):
         """Make the compact parameters once, follow replaced parameters, and return the ties with their parameters.
 
         Raises:
-            ValueError: a parameter is sharded; or with its scales, a shared value is beyond the range of the dtype.
+            ValueError: a group has members on several ranks, or a parameter was sharded since it was tied; or with its
+                scales, a shared value is beyond the range of the dtype.
         """
         pairs = self.applied_to(optimizer.param_groups)
         if pairs is not self._attached:
-            self._check_whole(pairs)
+            self._check_ranks(pairs)
             if not self._compact_at:
                 self._make(pairs)
             self.follow(optimizer)
@@ -248,9 +259,8 @@ class CompactMode(Mode):
         made: dict[tuple[int, int], Parameter] = {}
         originals: dict[int, Tensor] = {}
         for tie, params in pairs:
-            for place, slices, part, param in zip(tie.places, tie.slices, self.engine.folded(tie), params, strict=True):
-                compact = compact_like(slices, param.detach(), len(part.kept))
-                made[place[:2]] = Parameter(compact, requires_grad=param.requires_grad)
+            for place, part, param in zip(tie.places, self.engine.compacts(tie, params), params, strict=True):
+                made[place[:2]] = Parameter(part.like(param.detach()), requires_grad=param.requires_grad)
                 originals[id(made[place[:2]])] = param
         # From here on they are read from the weights before each step.
         values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
@@ -261,16 +271,19 @@ class CompactMode(Mode):
             compact.grad = self.gradient_of(compact) if compact.numel() else None
         self._compact_at, self.originals = made, originals
 
-    def _check_whole(self, pairs: Pairs) -> None:
-        for pair in pairs:
-            if not self.engine.whole([pair]):
-                param: Any = pair[1][0]
-                how = getattr(param, "placements", "a tie across ranks")
-                raise _unserved(
-                    "The compact mode has no shards of compact parameters, and none that ranks share.",
-                    "parameters that are whole on every rank, and ties of this rank alone",
-                    f"{how} of a parameter of shape {tuple(param.shape)}",
-                )
+    def _check_ranks(self, pairs: Pairs) -> None:
+        known = self._known()
+        for tie, params in pairs:
+            names = ", ".join(tie.names)
+            if tie.across is not None:
+                what, expected = "Ranks cannot share compact parameters.", "ties of this rank alone"
+                raise _unserved(what, expected, f"a tie across ranks of {described(tie.slices)}", parameters=names)
+            for place, param in zip(tie.places, params, strict=True):
+                before = known.get(place[:2], param)
+                if sharding_of(param) != sharding_of(before):
+                    what = "Parameters were sharded otherwise after they were tied."
+                    expected, got = (f"placements {sharding_of(tensor)[1]}" for tensor in (before, param))
+                    raise _unserved(what, f"{expected}, as when they were tied", got, parameters=names)
 
     @torch.inference_mode(False)
     def gradient_of(self, compact: Parameter) -> Tensor:
@@ -339,6 +352,32 @@ class CompactMode(Mode):
         whole |= begun(optimizer, lacking, settings)
         gone = set(map(id, known.values())) - held
         return {key: value for key, value in whole.items() if id(key) not in gone}
+
+    def is_saved_compact(self, param_groups: ParamGroups) -> bool:
+        """Return whether a ``state_dict`` has the state of compact parameters, which must not depend on the mesh."""
+        parts = (part for pair in self.applied_to(param_groups) for part in self.engine.compacts(*pair))
+        return all(part.placed is None or part.placed.is_canonical for part in parts)
+
+    def as_saved(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a ``state_dict`` with a state for each parameter: that of whole ones if others depend on a mesh."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            return state_dict
+        param_groups = self.param_groups_of(optimizer)
+        pairs, params = self.applied_to(param_groups), by_number(state_dict, param_groups)
+        state = {params.get(number, number): held for number, held in state_dict["state"].items()}
+        if self.is_saved_compact(param_groups):
+            state |= states_of_nothing(state, pairs, self.engine)
+        else:
+            whole = whole_state(optimizer, state, pairs, self.engine)
+            # A joined parameter may have no state yet.
+            state |= {param: held for param, held in whole.items() if held}
+        numbers = {param: number for number, param in params.items()}
+        return {**state_dict, "state": {numbers.get(key, key): held for key, held in state.items()}}
+
+    def drop_states_of_nothing(self, state: MutableMapping[Any, Any]) -> None:  # noqa: D102
+        for param, compact in zip(self.originals.values(), self.compacts.values(), strict=True):
+            if not compact.numel():
+                state.pop(param, None)
 
     def state_by_place(self, state: Mapping[Any, Any], param_groups: ParamGroups) -> dict[Any, Any]:
         """Return the state, with the entries of replaced parameters moved to those that took their places."""
@@ -425,13 +464,17 @@ def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError
 def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
     for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
         may_leave = slices.scale is not None or slices.offset is not None
-        if may_leave and bool(calculable(param).isfinite().all()) and not bool(calculable(compact).isfinite().all()):
+        if may_leave and _is_finite(param) and not _is_finite(compact):
             scale = f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
             raise _unserved(
                 "The compact mode trains shared values, and one is beyond the range of the weights.",
                 f"weights without their offsets, divided by their scales, within {param.dtype}",
                 scale if slices.offset is None else f"{scale}, and an offset",
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not on_any_rank(not bool(calculable(local(tensor)).isfinite().all()), tensor)
 
 
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:

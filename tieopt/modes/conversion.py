@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
+from tieopt.engine.compacts import Compact
 from tieopt.engine.engine import Engine
+from tieopt.engine.sharded import is_dense
 from tieopt.errors import refusal, shown
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import (
@@ -27,12 +29,15 @@ from tieopt.modes.state import (
     settings_in,
     tied_state,
 )
-from tieopt.numbers.folding import CompactRows, compact_like, compact_slices
+from tieopt.numbers.folding import CompactRows, compact_slices
 from tieopt.numbers.rounding import times
-from tieopt.tensors import bits, has_shape
+from tieopt.tensors import bits, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.places import BoundTie, parameters_of
 from tieopt.ties.slices import FREE, Slices
+
+# The shape of a tensor, and its mesh and placements.
+_Layout = tuple[torch.Size, tuple[Any, Any]]
 
 # Ties that have each parameter once, and their parameters.
 Components = Iterable[tuple[BoundTie, Sequence[Tensor]]]
@@ -44,28 +49,41 @@ class _TiedParameter(NamedTuple):
     Attributes:
         param: that stands in its place now.
         state: of the parameter.
-        slices: of the parameter.
-        folded: which row of the compact parameters each slice is a multiple of, and which multiple.
-        shape: of the parameter when it was tied.
-        compact_shape: of the compact parameter.
+        compact: what the compact parameter is made of.
+        layout: of the parameter when it was tied.
+        compact_layout: of the compact parameter.
     """
 
     param: Tensor
     state: State
-    slices: Slices
-    folded: CompactRows
-    shape: torch.Size
-    compact_shape: torch.Size
+    compact: Compact
+    layout: _Layout
+    compact_layout: _Layout
+
+    @property
+    def slices(self) -> Slices:
+        """The slices of the parameter that this rank has."""
+        return self.compact.slices
+
+    @property
+    def folded(self) -> CompactRows:
+        """Which row of the compact parameters each slice is a multiple of, and which multiple."""
+        return self.compact.rows
 
     @property
     def is_replaced(self) -> bool:
         """Whether its place was taken by a parameter of another shape."""
-        return self.param.shape != self.shape
+        return self.param.shape != self.layout[0]
 
     def compact_value(self, key: str) -> Tensor | None:
         """Return the tensor under a key if it has an entry for each of the compact parameter's."""
         value = self.state.get(key)
-        return value if has_shape(value, self.compact_shape) else None
+        return value if is_dense(value, *self.compact_layout) else None
+
+    def compact_rows(self, key: str) -> Tensor | None:
+        """Return the rows of :meth:`compact_value` that this rank has."""
+        value = self.compact_value(key)
+        return None if value is None else _rows(compact_slices(self.slices), self.compact.shard(value))
 
     def offsets(self, key: str, like: Tensor) -> Tensor | None:
         """Return what is added to the row of each slice, for a key of weights; None if there is nothing."""
@@ -81,14 +99,15 @@ class _TiedParameter(NamedTuple):
     def compacted(self, state: State) -> State:
         """Return a state with an entry for each of the compact parameter's, where it has one for each of the whole."""
         kept = self.folded.kept
-        like = compact_like(self.slices, self.param.detach(), len(kept))
         compact = dict(state)
         for key, value in state.items():
-            if has_entries(key, value) and has_shape(value, self.shape):
+            if has_entries(key, value) and is_dense(value, *self.layout):
                 scales = scales_for(key, [value], self.folded.scale[kept])
-                rows, offsets = _select(_rows(self.slices, value), kept), self.offsets(key, value)
+                rows, offsets = _select(_rows(self.slices, local(value)), kept), self.offsets(key, value)
                 rows = times(rows if offsets is None else rows - offsets[kept], 1 / scales)
-                compact[key] = _tensor_of(rows, compact_slices(self.slices), like)
+                # In the memory layout of the parameter: fused kernels walk it and its state together.
+                compact[key] = self.compact.like(self.param.detach()).to(rows.device, rows.dtype)
+                _write_rows_(self.compact.shard(compact[key]), rows, compact_slices(self.slices))
         return compact
 
 
@@ -97,9 +116,9 @@ _Component = Sequence[_TiedParameter]
 
 def _component(tie: BoundTie, params: Sequence[Tensor], state: Mapping[Tensor, State], engine: Engine) -> _Component:
     parameters = []
-    for place, slices, folded, param in zip(tie.places, tie.slices, engine.folded(tie), params, strict=True):
-        compact = compact_like(slices, torch.empty(place.shape, device="meta"), len(folded.kept))
-        parameters.append(_TiedParameter(param, held_of(state, param), slices, folded, place.shape, compact.shape))
+    for place, compact, param in zip(tie.places, engine.compacts(tie, params), params, strict=True):
+        layouts = (place.shape, sharding_of(param)), (compact.shape(place.shape), compact.sharding)
+        parameters.append(_TiedParameter(param, held_of(state, param), compact, *layouts))
     return parameters
 
 
@@ -128,11 +147,11 @@ def compacted(
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
         for tied in _component(tie, params, state, engine):
-            odd = _of_other_shapes(tied.state, tied.shape, *[tied.compact_shape] * maybe)
+            odd = _of_other_layouts(tied.state, tied.layout, *[tied.compact_layout] * maybe)
             if odd:
-                _drop(lost, tied.param, tied.state, odd, tied.shape)
+                _drop(lost, tied.param, tied.state, odd, tied.layout)
             # Where nothing of a parameter is left, there is nothing to train.
-            is_trained = not odd and len(tied.folded.kept)
+            is_trained = not odd and tied.compact_layout[0].numel()
             changed[tied.param] = tied.compacted(tied.state) if is_trained else {}
     return changed
 
@@ -162,10 +181,10 @@ def refolded(
             tied.param: {
                 key: value
                 for key, value in tied.state.items()
-                if has_entries(key, value) and has_shape(value, tied.shape)
+                if has_entries(key, value) and is_dense(value, *tied.layout)
             }
             for tied in component
-            if tied.shape != tied.compact_shape
+            if tied.layout != tied.compact_layout
         }
         if any(whole.values()):
             whole |= tied_state(whole, [(tie, list(params))], settings_in(optimizer.param_groups))
@@ -209,7 +228,7 @@ def expanded(
             sources = [component[number] for number in sorted(set(owners[rows].tolist())) if component[number].state]
             odd = _unreadable(tied, sources, lost)
             if odd:
-                _drop(lost, tied.param, tied.state, odd, tied.compact_shape)
+                _drop(lost, tied.param, tied.state, odd, tied.compact_layout)
                 changed[tied.param] = {}
             elif tied.state or (sources and not tied.is_replaced):
                 keys = tied.state or dict.fromkeys(key for other in component for key in other.state)
@@ -220,14 +239,14 @@ def expanded(
 def _unreadable(tied: _TiedParameter, sources: _Component, lost: Lost | None) -> list[str]:
     """Return the keys of values that can neither be expanded nor fit the parameter as it is now."""
     if lost is None:
-        return _of_other_shapes(tied.state, tied.compact_shape)
+        return _of_other_layouts(tied.state, tied.compact_layout)
     if tied.is_replaced:
-        return _of_other_shapes(tied.state, tied.param.shape)
+        return _of_other_layouts(tied.state, (tied.param.shape, sharding_of(tied.param)))
     # Members may have their values in the state of another parameter, where these may be unreadable.
-    return _of_other_shapes(tied.state, tied.compact_shape, tied.shape) or [
+    return _of_other_layouts(tied.state, tied.compact_layout, tied.layout) or [
         key
         for source in sources
-        for key in _of_other_shapes(source.state, source.compact_shape)
+        for key in _of_other_layouts(source.state, source.compact_layout)
         if not tied.state or tied.compact_value(key) is not None
     ]
 
@@ -235,25 +254,27 @@ def _unreadable(tied: _TiedParameter, sources: _Component, lost: Lost | None) ->
 def _expanded(key: str, tied: _TiedParameter, sources: _Component, component: _Component, settings: Settings) -> Any:
     """Return the value of a whole parameter under a key, from those of the compact parameters that have its rows."""
     value = tied.state.get(key)
-    is_whole = has_shape(value, tied.shape) and tied.shape != tied.compact_shape
+    is_whole = is_dense(value, *tied.layout) and tied.layout != tied.compact_layout
     if is_whole or tied.is_replaced or all(source.compact_value(key) is None for source in (tied, *sources)):
         return value if tied.state else copy.deepcopy(sources[0].state.get(key))
     values = [value for other in (tied, *component) if (value := other.compact_value(key)) is not None]
-    like = values[0]
+    like = next(part for other in (tied, *component) if (part := other.compact_rows(key)) is not None)
     # For what no gradient has reached yet: parameters that were not trained, and pinned slices.
     start = begins_at(key, settings(tied.param), like)
-    rows = []
+    rows: list[Tensor] = []
     for other in component:
-        compact = other.compact_value(key)
-        if compact is None and are_weights(key) and not other.is_replaced:
-            compact = other.compacted({key: other.param.detach()})[key]
-        compact = like.new_full(other.compact_shape, start) if compact is None else compact.to(like)
-        rows.append(_rows(compact_slices(other.slices), compact))
+        if other.compact_value(key) is None and are_weights(key) and not other.is_replaced:
+            other = other._replace(state=other.compacted({key: other.param.detach()}))
+        compact = other.compact_rows(key)
+        rows.append(like.new_full((len(other.folded.kept), *like.shape[1:]), start) if compact is None else compact)
     # Pinned slices have the row of number -1.
-    rows.append(like.new_full((1, *rows[0].shape[1:]), start))
+    rows.append(like.new_full((1, *like.shape[1:]), start))
     scales = scales_for(key, values, tied.folded.scale)
-    whole, offsets = times(_select(torch.cat(rows), tied.folded.rows), scales), tied.offsets(key, like)
-    return _tensor_of(whole if offsets is None else whole + offsets, tied.slices, tied.param.detach())
+    all_rows, offsets = torch.cat([part.to(like) for part in rows]), tied.offsets(key, like)
+    whole = times(_select(all_rows, tied.folded.rows), scales)
+    result = torch.empty_like(tied.param.detach(), dtype=whole.dtype, device=whole.device)
+    _write_rows_(local(result), whole if offsets is None else whole + offsets, tied.slices)
+    return result
 
 
 def without_history(
@@ -275,7 +296,7 @@ def without_history(
         held = held_of(state, param)
         history = _with_tensors(held, lambda tensor: tensor.dim() > 0 and tensor.numel() != entries)
         if history:
-            _drop(lost, param, held, history, param.shape)
+            _drop(lost, param, held, history, (param.shape, sharding_of(param)))
             state[param] = {}
     return state
 
@@ -290,28 +311,57 @@ def converter(
         optimizer: the tied one.
         was_compact: whether the state was saved in the compact mode; None where the checkpoint does not say.
     """
-    if bool(was_compact) == mode.compact:
+    # What is saved as that of whole parameters has compact ones in an order that no other checkpoint has.
+    as_saved = mode.is_saved_compact(optimizer.param_groups)
+    if bool(was_compact) == mode.compact == as_saved:
         return None
-    param_groups, engine, entries = optimizer.param_groups, mode.engine, None
+    # What is worked out for a mode that is not compact, its steps never need.
+    param_groups, engine, entries = optimizer.param_groups, mode.engine if mode.compact else Engine(), None
     ties = mode.applied if mode.compact else components(mode.ties)
     pairs = parameters_of(ties, param_groups)
     if was_compact is None:
         # The inner optimizer trains so many in the compact mode.
         shapes = {param: param.shape for settings in param_groups for param in settings["params"]}
-        shapes |= {tied.param: tied.compact_shape for pair in pairs for tied in _component(*pair, {}, engine)}
+        shapes |= {tied.param: tied.compact_layout[0] for pair in pairs for tied in _component(*pair, {}, engine)}
         entries = sum(shape.numel() for shape in shapes.values())
 
     def convert(state: Mapping[Any, Any]) -> dict[Tensor, State]:
         if pairs:
             without_history(optimizer, state, entries=entries)
-        if was_compact:
-            settings = settings_in(param_groups)
-            whole = expanded(state, pairs, engine, settings)
-            params = [param for _, params in pairs for param in params]
-            return {**whole, **begun(optimizer, (param for param in params if not whole.get(param)), settings)}
-        return compacted(state, pairs, engine, maybe=was_compact is None)
+        if not mode.compact:
+            return whole_state(optimizer, state, pairs, engine)
+        return compacted(state, pairs, engine, maybe=was_compact is None and as_saved)
 
     return convert
+
+
+def states_of_nothing(state: Mapping[Tensor, State], pairs: Components, engine: Engine) -> dict[Tensor, State]:
+    """Return states for parameters whose compact ones have no entries, and therefore none, from those of joined ones.
+
+    torch.distributed.checkpoint loads a state if every parameter has one.
+    """
+    states: dict[Tensor, State] = {}
+    for tie, params in pairs:
+        component = _component(tie, params, state, engine)
+        for source in [tied for tied in component if tied.state][:1]:
+            for tied in component:
+                if not tied.state and not tied.compact_layout[0].numel():
+                    nothing = tied.compact.like(tied.param.detach())
+                    states[tied.param] = {
+                        key: copy.deepcopy(value) if source.compact_value(key) is None else nothing.to(value.dtype)
+                        for key, value in source.state.items()
+                    }
+    return states
+
+
+def whole_state(
+    optimizer: Optimizer, state: Mapping[Tensor, State], pairs: Components, engine: Engine
+) -> dict[Tensor, State]:
+    """Return the state of all tied parameters as an optimizer without compact ones has it; see :func:`expanded`."""
+    settings = settings_in(optimizer.param_groups)
+    whole = expanded(state, pairs, engine, settings)
+    params = [param for _, params in pairs for param in params]
+    return {**whole, **begun(optimizer, (param for param in params if not whole.get(param)), settings)}
 
 
 def begun(optimizer: Optimizer, params: Iterable[Tensor], settings: Settings) -> dict[Tensor, State]:
@@ -331,9 +381,9 @@ def begun(optimizer: Optimizer, params: Iterable[Tensor], settings: Settings) ->
 # --- values that cannot be converted ---
 
 
-def _of_other_shapes(state: State, *shapes: torch.Size) -> list[str]:
-    """Return the keys of values that have none of some shapes, unless they are single numbers or no tensors at all."""
-    others = {key: value for key, value in state.items() if not any(has_shape(value, shape) for shape in shapes)}
+def _of_other_layouts(state: State, *layouts: _Layout) -> list[str]:
+    """Return the keys of values that have none of some layouts, unless they are single numbers or no tensors at all."""
+    others = {key: value for key, value in state.items() if not any(is_dense(value, *layout) for layout in layouts)}
     return _with_tensors(others, lambda tensor: tensor.numel() > 1)
 
 
@@ -341,7 +391,7 @@ def _with_tensors(state: State, condition: Callable[[Tensor], bool]) -> list[str
     return [key for key, value in state.items() if any(map(condition, _tensors_in(value)))]
 
 
-def _drop(lost: Lost | None, param: Tensor, held: State, keys: list[str], shape: torch.Size) -> None:
+def _drop(lost: Lost | None, param: Tensor, held: State, keys: list[str], layout: _Layout) -> None:
     """Note the state of a parameter as lost because of some keys; refuse to lose it where it cannot be noted."""
     if lost is not None:
         lost[param] = list(held) or keys
@@ -351,7 +401,7 @@ def _drop(lost: Lost | None, param: Tensor, held: State, keys: list[str], shape:
     raise refusal(
         ValueError,
         "This state cannot be converted between the parameter and the compact parameter of a tie.",
-        expected=f"one entry for each of shape {tuple(shape)}, or a single one",
+        expected=f"one entry for each of shape {tuple(layout[0])}, or a single one",
         got=f"{key!r}{''.join(sizes[:1])}: {shown(value)}",
     )
 
@@ -384,12 +434,6 @@ def _select(rows: Tensor, numbers: Tensor) -> Tensor:
     return bits(rows)[numbers.to(rows.device)].view(rows.dtype)
 
 
-def _tensor_of(rows: Tensor, slices: Slices, like: Tensor) -> Tensor:
-    """Return the tensor that has these rows, in the memory layout of another one.
-
-    Fused kernels walk a parameter and its state together, and take them to have one layout.
-    """
-    tensor = torch.empty_like(like, dtype=rows.dtype, device=rows.device)
+def _write_rows_(tensor: Tensor, rows: Tensor, slices: Slices) -> None:
     front = tensor.movedim(slices.dim, 0)
     front.copy_(rows.reshape(front.shape))
-    return tensor

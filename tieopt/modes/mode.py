@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import wraps
 from itertools import accumulate, chain
 from operator import attrgetter, itemgetter
@@ -455,9 +455,20 @@ class Mode(ABC):
             said["steps"] = self.steps
             if any(not tie.options.relaxed for tie in self.ties):
                 said["relaxed"] = [text for tie, _, text in self._said_of_ties(param_groups) if tie.options.relaxed]
-        if self.compact:
+        if self.is_saved_compact(param_groups):
             said["compact"] = True
         return said
+
+    def is_saved_compact(self, param_groups: ParamGroups) -> bool:
+        """Return whether a ``state_dict`` has the state of compact parameters."""
+        return False
+
+    def as_saved(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a ``state_dict`` of the optimizer as it is to be saved."""
+        return state_dict
+
+    def drop_states_of_nothing(self, state: MutableMapping[Any, Any]) -> None:  # noqa: B027
+        """Drop the states of parameters of which the optimizer trains no entry, and which :meth:`as_saved` adds."""
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """Return the fingerprints of the ties, for each parameter by the number that it has in a ``state_dict``."""

@@ -75,6 +75,15 @@ def settings_in(param_groups: ParamGroups) -> Settings:
     return lambda param: groups.get(id(param), {})
 
 
+def by_number(state_dict: Mapping[str, Any], param_groups: ParamGroups) -> dict[Any, Tensor]:
+    """Return the parameters by their numbers in a state; some checkpoints have names in the places of numbers."""
+    numbers, params = (
+        [param for settings in groups for param in settings["params"]]
+        for groups in (state_dict["param_groups"], param_groups)
+    )
+    return dict(zip(numbers, params, strict=False))
+
+
 def held_of(state: Mapping[Any, Any], param: Tensor) -> State:
     """Return the state of a parameter; none if it is not a dictionary."""
     held = state.get(param)
