@@ -27,6 +27,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
+from tieopt.engine import exchange
 from tieopt.engine.exchange import plan_exchange
 from tieopt.ties.slices import Slices, numbered
 
@@ -132,6 +133,22 @@ def test_special_values_have_the_mean_that_they_have_on_one_rank(ranks, dtype):
 
     for once, *_ in answers:
         assert same_bits(once, tie_(full.clone(), labels))
+
+
+def tied_in_blocks(entries: int, full: Tensor, labels: Tensor) -> Tensor:
+    with unittest.mock.patch.object(exchange, "_CPU_ENTRIES", entries):
+        return tied_twice(full, (dist.get_world_size(),), [Shard(0)], labels, 0, None)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_means_have_the_same_bits_in_blocks_of_any_size(ranks, dtype):
+    # Ranks have several members of some groups, one of others, and none of the last ones.
+    labels = torch.cat([torch.arange(30) % 11, torch.tensor([11, 12, 11, 12, 0, 0])])
+    full = randn(36, 3, dtype=dtype)
+    expected = ranks.run(tied_in_blocks, 2**17, full, labels)[0]
+
+    for entries in (1, 30):
+        assert all(same_bits(tied, expected) for tied in ranks.run(tied_in_blocks, entries, full, labels))
 
 
 def tied_beside_nan(full: Tensor, labels: Tensor) -> bool:

@@ -8,7 +8,7 @@ all-reduce of ``[spanning groups, D]`` does, and less where not every rank has m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tieopt.numbers import devices
 from tieopt.numbers.index import Index, Run, memory_order, sorted_members
 from tieopt.numbers.reduction import (
     ValuesOf,
@@ -25,6 +26,7 @@ from tieopt.numbers.reduction import (
     group_means,
     is_narrow,
     means_after_step,
+    stored_leads,
     towards_leads_,
 )
 from tieopt.numbers.rounding import rounded
@@ -34,6 +36,10 @@ from tieopt.ties.slices import Slices, flat_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# Entries whose means are computed at a time: what the caches hold, or what fills an accelerator.
+_CPU_ENTRIES = 2**17
+_ACCELERATOR_ENTRIES = 2**22
 
 
 class Exchange:
@@ -70,8 +76,8 @@ class Exchange:
             signs = None if bool((sign == 1).all()) else sign.to(run.counts)
             self._sent[id(runs[-1])] = row.to(device), signs
         self.index = replace(index, runs=tuple(runs))
-        self._plan = Plan._make(value.to(device) if isinstance(value, Tensor) else value for value in plan)
-        self._sums = Sums.of(plan.slots, device)
+        self._plan = plan
+        self._blocks = list(_blocks(plan, slices[0].slice_shape(shards[0].shape).numel(), device))
         self._process_group = process_group
 
     @torch.no_grad()
@@ -101,25 +107,26 @@ class Exchange:
             values = workspace[name, (len(plan.groups), *shape), wire, device]
             for run in self.index.runs:
                 sent, signs = self._sent[id(run)]
-                values.index_copy_(0, sent, _signed(values_of(rows, run, workspace), signs).permute(order).to(wire))
+                # The mean of one member is that member.
+                of_run = (stored_leads if run.chunks[0].size == 1 else values_of)(rows, run, workspace)
+                values.index_copy_(0, sent, _signed(of_run.permute(order).to(wire), signs))
             return values
 
         means = to_be_sent(group_means, "sent")
         received = workspace["received", (len(plan.slots), *shape), wire, device]
         dist.all_to_all_single(received, means, plan.received, plan.sent, group=self._process_group)
-        if of_first:
-            # What is received is sorted by rank.
-            owned = received.to(wide_dtype(device)).index_select(0, plan.firsts)
-        else:
-            owned = _weighted_means(received, plan, self._sums, workspace)
+        leads = None
         if stepped and is_narrow(stored):
             # An owner has members of its groups: what these make of their own mean stands for the lead, on every rank.
-            first = sum(plan.sent[: plan.rank])
-            leads = to_be_sent(means_after_step, "settled")[first : first + len(owned)].to(stored)
-            towards_leads_(owned, leads.to(owned.dtype), stored, workspace)
+            leads = to_be_sent(means_after_step, "settled").split_with_sizes(plan.sent)[plan.rank]
         replies = workspace["replies", received.shape, stored, device]
+        for block in self._blocks:
+            sent = received.index_select(0, block.rows)
+            owned = block.firsts_of(sent) if of_first else _weighted_means(sent, block, workspace)
+            if leads is not None:
+                towards_leads_(owned, leads[block.groups].to(stored).to(owned.dtype), stored, workspace)
+            bits(replies).index_copy_(0, block.rows, bits(rounded(owned, stored)).index_select(0, block.slots))
         shared = workspace["shared", means.shape, stored, device]
-        torch.index_select(bits(rounded(owned, stored)), 0, plan.slots, out=bits(replies))
         dist.all_to_all_single(bits(shared), bits(replies), plan.sent, plan.received, group=self._process_group)
 
         def values_of(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
@@ -134,18 +141,62 @@ def _signed(values: Tensor, signs: Tensor | None) -> Tensor:
     return values if signs is None else values * column(signs.to(values.dtype), values)
 
 
-def _weighted_means(received: Tensor, plan: Plan, sums: Sums, workspace: Workspace) -> Tensor:
-    """Return the mean of each owned group, rows counted by their weights; of equal rows the row itself, bit for bit."""
-    wide = received.to(wide_dtype(received.device))
-    weights = column(plan.weights.to(wide.dtype), wide)
-    means = wide.index_select(0, plan.firsts)
+class _Block(NamedTuple):
+    """Consecutive groups that a rank owns, whose means are computed at once.
+
+    Attributes:
+        groups: the numbers of these groups.
+        rows: the numbers of the received rows of these groups, ascending, int64, shape ``[b]``.
+        slots: the group of each row, counted from the first of the block, int64, shape ``[b]``.
+        firsts: where in the block the first row of each group is, int64.
+        weights: the share of its group that each row stands for, in the wide dtype, shape ``[b]``.
+        sums: how the rows are added up.
+    """
+
+    groups: slice
+    rows: Tensor
+    slots: Tensor
+    firsts: Tensor
+    weights: Tensor
+    sums: Sums
+
+    def firsts_of(self, rows: Tensor) -> Tensor:
+        """Return what the lowest rank has sent for each group, in the wide dtype; rows are sorted by rank."""
+        return rows.index_select(0, self.firsts).to(self.weights.dtype)
+
+
+def _blocks(plan: Plan, slice_entries: int, device: torch.device) -> Iterator[_Block]:
+    """Cut the groups that a rank owns into blocks; each has at most one row from every rank for a group."""
+    entries = _ACCELERATOR_ENTRIES if devices.is_accelerator(device) else _CPU_ENTRIES
+    count = max(entries // (len(plan.sent) * max(slice_entries, 1)), 1)
+    block_of = plan.slots // count
+    for number, rows in enumerate(block_of.argsort(stable=True).split_with_sizes(torch.bincount(block_of).tolist())):
+        groups = slice(number * count, (number + 1) * count)
+        slots, weights = plan.slots[rows] - groups.start, plan.weights[rows].to(device, wide_dtype(device))
+        firsts = torch.searchsorted(rows, plan.firsts[groups]).to(device)
+        yield _Block(groups, rows.to(device), slots.to(device), firsts, weights, Sums.of(slots, device))
+
+
+def _weighted_means(rows: Tensor, block: _Block, workspace: Workspace) -> Tensor:
+    """Return the mean of each group of a block, rows counted by their weights.
+
+    The mean of equal rows, rounded to their dtype, is the row itself, bit for bit.
+    """
+    weights = column(block.weights, rows)
+    if rows.dtype != weights.dtype:
+        # No correction is needed: each row adds an error of 2**-53 or so, and was itself rounded by up to 2**-24.
+        terms = workspace["wide", rows.shape, weights.dtype, rows.device].copy_(rows).mul_(weights)
+        means = workspace["means", (len(block.firsts), *rows.shape[1:]), terms.dtype, rows.device].fill_(-0.0)
+        add_by_group_(means, block.sums, terms, workspace)
+        return means
+    means = block.firsts_of(rows)
     # As in tieopt.numbers.reduction: an estimate far from the mean costs digits; the mean around it is near.
     for _ in range(2):
         pivots = torch.nan_to_num(means, nan=0.0, posinf=0.0, neginf=0.0)
         # In halves, because the distance of two large numbers may overflow.
-        differences = wide.mul(0.5).sub_(pivots.index_select(0, plan.slots), alpha=0.5).mul_(weights)
+        differences = rows.mul(0.5).sub_(pivots.index_select(0, block.slots), alpha=0.5).mul_(weights)
         halves = torch.zeros_like(means)
-        add_by_group_(halves, sums, differences, workspace)
+        add_by_group_(halves, block.sums, differences, workspace)
         corrected = halves.add(pivots, alpha=0.5).mul_(2)
         largest = torch.finfo(means.dtype).max
         corrected = torch.where(halves.isfinite(), corrected.clamp(-largest, largest), corrected)
