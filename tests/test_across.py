@@ -36,6 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from tieopt import Tie, TiedOptimizer
+from tieopt.engine.agreement import agree
+from tieopt.ties.across import Across
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 
@@ -468,6 +470,16 @@ def test_ranks_that_go_apart_are_all_told_and_can_go_on(
     assert first in answers[0][0]
     assert second in answers[1][0]
     assert torch.equal(answers[0][1][0], answers[1][1][0])
+
+
+def told(lengths: Sequence[int]) -> list[int]:
+    across = Across(dist.group.WORLD, 0, False, torch.arange(1))
+    return [len(text) for text in agree(across, "tell", payload="x" * lengths[dist.get_rank()])]
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [1, 10_000], [10_000, 1], [5_000, 10_000]])
+def test_ranks_tell_each_other_what_is_long_as_well_as_what_is_short(two_ranks: Ranks, lengths: list[int]) -> None:
+    assert two_ranks.run(told, lengths) == [lengths] * 2
 
 
 def waits_for_a_dead_rank() -> None:
