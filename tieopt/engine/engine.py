@@ -125,7 +125,10 @@ class Engine:
 
     def is_regular(self, tie: Partition, tensors: Sequence[Tensor]) -> bool:
         """Return whether the members of a tie are views of whole tensors, so that it has no index."""
-        return not spans_ranks(tensors, tie) and isinstance(self.index_for(tie, tensors), Views)
+        if not spans_ranks(tensors, tie):
+            return isinstance(self.index_for(tie, tensors), Views)
+        shards = self._shards_for(tie, tensors)
+        return not shards.spans_ranks and isinstance(shards.index_for(list(map(local, tensors))), Views)
 
     @torch.no_grad()
     def is_tied(self, pairs: Pairs[Partition]) -> bool:

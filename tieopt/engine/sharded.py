@@ -23,7 +23,7 @@ from torch import Tensor
 from tieopt.engine.agreement import agree
 from tieopt.engine.exchange import Exchange, Plan, plan_exchange
 from tieopt.errors import refusal
-from tieopt.numbers.index import Index, Layout
+from tieopt.numbers.index import Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, relax_, tied
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import (
@@ -105,7 +105,8 @@ class Shards:
         if layout not in self._compiled:
             plan = self._plan
             exchange = None if plan is None else Exchange(self._spanning, shards, plan, self._process_group)
-            self._compiled[layout] = Index.compile(self._whole, shards), exchange
+            index = Views.of(self._whole, shards) or Index.compile(self._whole, shards)
+            self._compiled[layout] = index, exchange
         return self._compiled[layout]
 
     def apply_(self, operation: Operation, tensors: Sequence[Tensor], workspace: Workspace) -> list[Any]:
