@@ -11,11 +11,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tieopt.numbers import devices
+from tieopt.numbers.folding import Folding
+from tieopt.numbers.index import Index
+from tieopt.numbers.sparse import TiedRows
 from tieopt.ties import part
 
 # A build of torch without CUDA does not know how to enter a device, which Python's indexing and autograd do.
@@ -30,6 +34,69 @@ def as_on_accelerators() -> Iterator[None]:
     """What is compiled and run within takes the branches of accelerators."""
     with patch.object(devices, "is_accelerator", lambda device: True):
         yield
+
+
+# What has to know numbers on the device, and what copies numbers to it.
+WAITING = {
+    "_coalesce",
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "lift_fresh",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Records what waits for an accelerator, of steps on the CPU: fake tensors have no sparse layout.
+
+    Args:
+        compiles: whether ties may be compiled.
+
+    Attributes:
+        operators: the names of those that wait.
+    """
+
+    def __init__(self, *, compiles: bool) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self._compiles = compiles
+
+    def __enter__(self) -> Any:
+        self._patches = [patch.object(Tensor, name, self._recording(name)) for name in ("cpu", "numpy", "tolist")]
+        if not self._compiles:
+            self._patches += [patch.object(kind, "compile", None) for kind in (Folding, Index, TiedRows)]
+        for started in self._patches:
+            started.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for started in self._patches:
+            started.stop()
+
+    def _recording(self, name: str) -> Any:
+        method = getattr(Tensor, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            self.operators.append(name)
+            return method(*args, **kwargs)
+
+        return recorded
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.__name__.partition(".")[0], kwargs or {}
+        has_unknown_size = name == "repeat_interleave" and kwargs.get("output_size") is None
+        has_mask = name.startswith("index") and any(
+            leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)
+        )
+        if name in WAITING or has_unknown_size or has_mask:
+            self.operators.append(name)
+        return function(*args, **kwargs)
 
 
 def enter_devices() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerators import FakeAccelerator, as_on_accelerators, enter_devices
+from accelerators import FakeAccelerator, Waits, as_on_accelerators, enter_devices
 from cases import every_pair
 from checks import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
-from torch.optim import SGD
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from tieopt import Tie, TiedOptimizer, frozen
 from tieopt.patterns import symmetric
@@ -61,15 +61,19 @@ def accelerator() -> Iterator[FakeAccelerator]:
         yield entered
 
 
-def warm_step(accelerator: FakeAccelerator, kind: str, dtype: torch.dtype, **options: Any) -> list[str]:
-    """The operators of a warm step, which neither reads numbers nor copies between devices."""
+def last_step(accelerator: FakeAccelerator, kind: str, dtype: torch.dtype, **options: Any) -> list[str]:
+    """The operators of the last of three steps, all of which neither read numbers nor copy between devices."""
     params = [Parameter(torch.empty(10, width, dtype=dtype, device="cuda")) for width in (10, 4, 4)]
     optimizer = TiedOptimizer(SGD(params, lr=0.1, momentum=0.9, foreach=False), KINDS[kind](params), **options)
     for step in range(3):
         for param in params:
             param.grad = torch.empty_like(param)
-        # The first step compiles what it needs.
-        accelerator.begin(warm=step > 0)
+        if step == 1 and kind != "many small ones":
+            # Ties that are worked on as one are compiled for every choice of them.
+            params[2].grad = None
+        # Where offsets count for weights, and not for gradients, the first step compiles how to fold the latter.
+        compiles = step == 0 and kind == "offsets" and options.get("compact")
+        accelerator.begin(warm=not compiles)
         optimizer.step()
     accelerator.is_warm = False
     return accelerator.operators
@@ -79,11 +83,11 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.com
 
 
 @every_pair(kind=KINDS, compact=[False, True], dtype=DTYPES, reduction=["mean", "sum"])
-def test_a_warm_step_neither_waits_for_an_accelerator_nor_copies_to_it(
+def test_no_step_waits_for_an_accelerator_or_copies_to_it(
     accelerator: FakeAccelerator, kind: str, compact: bool, dtype: torch.dtype, reduction: Any
 ) -> None:
     # The compact mode has no relaxed ties.
-    warm_step(accelerator, kind, dtype, compact=compact and kind != "relaxed", reduction=reduction)
+    last_step(accelerator, kind, dtype, compact=compact and kind != "relaxed", reduction=reduction)
 
 
 # What makes another view of memory, and starts nothing on the device.
@@ -102,9 +106,67 @@ OPERATORS = {
 @pytest.mark.parametrize(("kind", "compact"), OPERATORS)
 def test_a_warm_step_starts_these_operators(accelerator: FakeAccelerator, kind: str, compact: bool) -> None:
     """With the nine of SGD with momentum for three parameters; a change is to be seen, and may be for the better."""
-    operators = Counter(warm_step(accelerator, kind, torch.float32, compact=compact))
+    operators = Counter(last_step(accelerator, kind, torch.float32, compact=compact))
     counted = {f"{name} {count}" for name, count in operators.items() if name not in VIEWS}
     assert counted == set(OPERATORS[kind, compact].split(", "))
+
+
+# --- sparse gradients ---
+
+# Thirty rows in groups of two, three, four and six.
+ROWS = torch.cat([torch.arange(10).repeat(2), torch.arange(5), torch.arange(3), torch.zeros(2, dtype=torch.int64)])
+SCALES = {
+    "rows": None,
+    "signs": torch.tensor([1.0, -1.0]).repeat(20),
+    "multiples": torch.tensor([1.0, 2.0, 0.5, 0.0]).repeat(10),
+}
+SPARSE: dict[str, Callable[[Params], Optimizer]] = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9),
+    "Adagrad": lambda params: Adagrad(params, lr=0.1),
+    "SparseAdam": lambda params: SparseAdam(params, lr=0.1),
+}
+
+
+def sparse_steps(inner: str, *, coalesced: bool = False, scale: str | None = None, **options: Any) -> Any:
+    """The weight after three steps, and what waits for an accelerator in the third one.
+
+    Args:
+        inner: the name of an optimizer.
+        coalesced: whether the gradients are.
+        scale: the name of the scales of the ties; None for no ties.
+        options: of :class:`TiedOptimizer`.
+    """
+    weight = Parameter(randn(40, 3))
+    optimizer: Any = SPARSE[inner]([weight])
+    if scale is not None:
+        labels = torch.cat([ROWS, torch.full((10,), -1)])
+        optimizer = TiedOptimizer(optimizer, Tie(weight, labels, scale=SCALES[scale]), **options)
+    for step in range(3):
+        # Every step touches other groups than the one before, and other numbers of them.
+        rows = torch.arange(step, 40, 2 + step).repeat(2)
+        weight.grad = torch.sparse_coo_tensor(rows[None], randn(len(rows), 3, seed=step), weight.shape)
+        if coalesced:
+            weight.grad = weight.grad.coalesce()
+        with Waits(compiles=step == 0) as waits:
+            optimizer.step()
+    return weight.detach(), waits.operators
+
+
+@every_pair(inner=SPARSE, scale=SCALES, compact=[False, True], coalesced=[False, True], reduction=["mean", "sum"])
+def test_a_warm_sparse_step_waits_for_an_accelerator_once_for_each_reduction(
+    inner: str, scale: str, compact: bool, coalesced: bool, reduction: Any
+) -> None:
+    """To learn how many groups are touched; and where the optimizer waits without ties, too."""
+    options: Any = {"coalesced": coalesced, "scale": scale, "compact": compact, "reduction": reduction}
+    expected, _ = sparse_steps(inner, **options)
+    with as_on_accelerators():
+        _, untied = sparse_steps(inner, coalesced=coalesced)
+        weight, waits = sparse_steps(inner, **options)
+    # The rows of a compact gradient are in another order.
+    is_coalesced_by_optimizer = compact and coalesced and inner != "SGD"
+    count = 2 if reduction == "sum" and not compact else 1
+    assert Counter(waits) == Counter([*untied, *["tolist"] * count, *["_coalesce"] * is_coalesced_by_optimizer])
+    torch.testing.assert_close(weight, expected)
 
 
 # --- what the branches of accelerators compute ---

@@ -23,11 +23,11 @@ from tieopt.numbers.folding import (
     compact_rows_of,
     fold_,
     fold_gradients_,
-    folded_sparse,
     unfold_,
 )
 from tieopt.numbers.index import Index
 from tieopt.numbers.reduction import Workspace, project_, tied
+from tieopt.numbers.sparse import TiedRows, folded_sparse
 from tieopt.testing import scales, ties
 from tieopt.ties.components import components
 from tieopt.ties.options import Reduction
@@ -231,7 +231,9 @@ def test_sparse_gradients_are_folded_as_dense_ones(
     sparse = torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, tensor.shape)
     (dense,), (compact,) = case.compacts(), case.compacts()
     fold_gradients_([sparse.to_dense()], [dense], case.folding, Workspace(), reduction)
-    result = folded_sparse(sparse, compact, case.folding, reduction)
+    slices = case.component.slices
+    rows_of_tie = TiedRows.compile(slices[0], tensor.device, compact_rows_of(slices)[0])
+    result = folded_sparse(sparse, compact, rows_of_tie, reduction)
     assert result.shape == compact.shape
     torch.testing.assert_close(result.to_dense(), dense, rtol=1e-12, atol=1e-12)
     # Groups without a row in the batch have none in the result.

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tieopt import TiedOptimizer, tie_
 from tieopt.numbers.reduction import projected
+from tieopt.numbers.sparse import TiedRows, projected_sparse
+from tieopt.ties.slices import Slices, numbered
 
 ROWS, COLUMNS = 12, 4
 GROUPS = [[0, 3, 5], [1, 7], [2, 8, 9, 11]]
@@ -386,19 +388,20 @@ def test_free_rows_that_occur_several_times_are_trained_as_by_the_bare_optimizer
     assert not same_bits(weight[[3]], alone[[3]])  # tied to row 0
 
 
-def test_the_graph_of_a_sparse_gradient_is_kept():
+@reductions
+def test_the_graph_of_a_sparse_gradient_is_kept(reduction):
     rows = torch.tensor([[4, 0, 4, 7]])
     values = randn(4, COLUMNS, seed=5, dtype=torch.float64).requires_grad_()
     weights = randn(ROWS, COLUMNS, seed=6, dtype=torch.float64)
     index = index_of(labels_of(GROUPS), torch.zeros(ROWS, COLUMNS))
 
-    def gradient_through(function, *, dense):
-        gradient = torch.sparse_coo_tensor(rows, values, (ROWS, COLUMNS))
-        result = function(gradient.to_dense() if dense else gradient).to_dense()
+    def gradient_through(function):
+        result = function(torch.sparse_coo_tensor(rows, values, (ROWS, COLUMNS))).to_dense()
         return torch.autograd.grad((result * weights).sum(), values)[0]
 
-    for function in (lambda g: projected([g], lambda _: index)[0], lambda g: projected([g], lambda _: index, "sum")[0]):
-        torch.testing.assert_close(gradient_through(function, dense=False), gradient_through(function, dense=True))
+    sparse = gradient_through(lambda grad: projected_sparse(grad, TIED_ROWS, reduction))
+    dense = gradient_through(lambda grad: projected([grad.to_dense()], lambda _: index, reduction)[0])
+    torch.testing.assert_close(sparse, dense)
 
 
 def test_entries_in_three_sparse_dimensions_are_tied_where_they_stand():
@@ -406,10 +409,13 @@ def test_entries_in_three_sparse_dimensions_are_tied_where_they_stand():
     gradient[:, 1] = 0
     gradient[randn(ROWS, 3, 5, seed=8) < 0] = 0
     index = index_of(labels_of(GROUPS), gradient)
-    found = projected([gradient.to_sparse(3)], lambda _: index)[0]
+    found = projected_sparse(gradient.to_sparse(3), TIED_ROWS)
     assert found.is_coalesced()
     torch.testing.assert_close(found.to_dense(), projected([gradient], lambda _: index)[0])
 
 
 def labels_of(groups):
     return torch.tensor([next((i for i, group in enumerate(groups) if row in group), -1) for row in range(ROWS)])
+
+
+TIED_ROWS = TiedRows.compile(numbered([Slices(labels_of(GROUPS))])[0], torch.device("cpu"))

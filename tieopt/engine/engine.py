@@ -21,9 +21,10 @@ from tieopt.engine.compacts import Compact, compacts_of
 from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, spans_ranks
-from tieopt.numbers.folding import Folding, ViewFolding, compact_rows_of, fold_gradients_, folded_sparse
+from tieopt.numbers.folding import Folding, ViewFolding, compact_rows_of, fold_gradients_
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
+from tieopt.numbers.sparse import TiedRows, folded_sparse, projected_sparse
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import gathered, local, shard_of, sharding_of, wide_dtype
 from tieopt.ties.options import Reduction
@@ -58,6 +59,7 @@ class Engine:
         self._shards: dict[tuple[Any, ...], Shards] = {}
         self._compacts: dict[Partition, tuple[Compact, ...]] = {}
         self._foldings: dict[Index | Shards, Folding | ViewFolding] = {}
+        self._rows: dict[tuple[Partition, torch.device, bool], TiedRows] = {}
         self._plans: dict[tuple[Any, ...], list[Work]] = {}
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
@@ -174,6 +176,8 @@ class Engine:
                 twice.
             reduction: ``"mean"`` or ``"sum"``.
         """
+        if tensors[0].layout is torch.sparse_coo:
+            return [projected_sparse(tensors[0], self._tied_rows(tie, tensors[0]), reduction)]
         if not spans_ranks(tensors, tie):
             index_for, linear = (partial(self.index_for, part) for part in (tie, tie.linear))
             return list(projected(tensors, index_for, reduction, linear))
@@ -211,10 +215,15 @@ class Engine:
     def folded_sparse(
         self, tie: Partition, grad: Tensor, param: Tensor, compact: Tensor, reduction: Reduction
     ) -> Tensor:
-        """Return the sparse gradient of a compact tensor; see :func:`~tieopt.numbers.folding.folded_sparse`."""
-        folding = self._folding(Work((tie,), self.index_for(tie, [param]), [0]))
-        assert isinstance(folding, Folding)
-        return folded_sparse(grad, compact, folding, reduction)
+        """Return the sparse gradient of a compact tensor; see :func:`~tieopt.numbers.sparse.folded_sparse`."""
+        return folded_sparse(grad, compact, self._tied_rows(tie, param, compact=True), reduction)
+
+    def _tied_rows(self, tie: Partition, tensor: Tensor, *, compact: bool = False) -> TiedRows:
+        key = tie, tensor.device, compact
+        if key not in self._rows:
+            rows = self.compacts(tie)[0].rows if compact else None
+            self._rows[key] = TiedRows.compile(tie.slices[0], tensor.device, rows)
+        return self._rows[key]
 
     def compacts(self, tie: Partition, tensors: Sequence[Tensor] = ()) -> tuple[Compact, ...]:
         """Return what the compact tensors of a tie are made of; worked out once, of sharded tensors by all ranks.

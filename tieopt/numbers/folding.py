@@ -21,7 +21,6 @@ from tieopt.numbers.reduction import (
     Workspace,
     group_means,
     pin_,
-    projected,
     stored_leads,
     write_values,
 )
@@ -383,26 +382,6 @@ def _fold_free_(rows: list[Tensor], compact_rows: list[Tensor], folding: Folding
             torch.index_select(source, 0, free, out=compact[groups:])
         elif free.shape[0]:
             compact[groups:].copy_(source.index_select(0, free))
-
-
-def folded_sparse(grad: Tensor, compact: Tensor, folding: Folding, reduction: Reduction) -> Tensor:
-    """Return the sparse gradient of a compact tensor, from a sparse COO gradient of a tensor that is tied by rows."""
-    (tied,) = projected([grad.detach()], lambda _: folding.index, reduction)
-    kept = folding.kept[0]
-    row_of = torch.full((len(grad),), FREE, device=kept.device)
-    row_of[kept] = torch.arange(len(kept), device=kept.device)
-    indices, values = tied._indices(), tied._values()
-    rows = row_of[indices[0]]
-    chosen = rows >= 0
-    rows, values = rows[chosen], values[chosen]
-    scale = torch.ones(len(kept), dtype=wide_dtype(kept.device), device=kept.device)
-    for shared, scales in zip(folding.shared, folding.scales, strict=True):
-        if scales is not None:
-            for _, groups, rows_of_groups in shared:
-                scale[rows_of_groups] = scales[groups]
-    values = rounded(values / column(scale[rows], values), values.dtype)
-    indices = torch.cat([rows[None], indices[1:, chosen]])
-    return torch.sparse_coo_tensor(indices, values, compact.shape, check_invariants=False)
 
 
 def unfold_(

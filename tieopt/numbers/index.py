@@ -37,9 +37,6 @@ EVEN_ENTRIES = 2**15
 # A member of a larger scale leads its group even where there is one of scale 1.
 _MUCH_LARGER = 256.0
 
-# Stands for a pinned row where a member has a number.
-PINNED = FREE - 1
-
 
 class Members(NamedTuple):
     """Members of groups: which slices are multiples of which shared value.
@@ -251,17 +248,6 @@ class Index:
         """Whether members are more than multiples of shared values, or pinned at something other than zero."""
         return bool(self.pinned_at) or any(run.offsets is not None for run in self.runs)
 
-    @classmethod
-    @torch.inference_mode(False)
-    def of_groups(cls, members: Members, tensors: Sequence[Tensor]) -> Index:
-        """Return the index of one tensor whose rows are all members, in the order of their groups."""
-        # Copied at once, because to compile waits for an accelerator again and again.
-        members = Members(*(column.cpu() for column in members))
-        slices = (Slices(members.group),)
-        layout = Layout.of(slices, tensors)
-        runs = _runs(members, tensors[0].shape[1:].numel(), layout)
-        return cls(slices, layout, tuple(runs), Pieces((), (), ()), ())
-
     def keeping(self, slices: Sequence[Slices]) -> Index:
         """Return the same index with other slices of the same shapes, to keep these instead in memory."""
         return replace(self, slices=tuple(slices))
@@ -277,31 +263,6 @@ class Index:
         """The rows of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
         size = self.runs[0].chunks[0].size
         return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.chunks[0].by_tensor()])
-
-    @cached_property
-    @torch.inference_mode(False)
-    def members(self) -> Members:
-        """All members of a single tensor but the pinned ones, sorted by group; for sparse gradients."""
-        device = self.layout.device
-        members, _ = sorted_members(self.slices, self.layout.steps)
-        tensor, position, group = (column.to(device) for column in members[:3])
-        return Members(tensor, position, group, members.scale.to(device, wide_dtype(device)))
-
-    @cached_property
-    @torch.inference_mode(False)
-    def starts(self) -> Tensor:
-        """Where in ``members`` each group begins, and where the last one ends, int64, shape ``[g + 1]``."""
-        return torch.nn.functional.pad(torch.bincount(self.members.group).cumsum(0), (1, 0))
-
-    @cached_property
-    @torch.inference_mode(False)
-    def member_of(self) -> Tensor:
-        """Which of ``members`` each row is, -1 for a free one, -2 for a pinned one, int64, shape ``[n]``."""
-        member_of = torch.full((self.slices[0].labels.numel(),), FREE, device=self.layout.device)
-        member_of[self.members.position] = torch.arange(len(self.members.position), device=member_of.device)
-        for rows in self.pinned.rows:
-            member_of[rows] = PINNED
-        return member_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -557,11 +518,8 @@ def _runs(
     sizes = torch.bincount(members.group)
     if not len(sizes):
         return
-    entries = _ACCELERATOR_ENTRIES if devices.is_accelerator(layout.device) else _CPU_ENTRIES
-    # At least sqrt(largest), so that the sums of no more than sqrt(largest) chunks are added up.
-    capacity = max(entries // max(slice_entries, 1), math.isqrt(int(sizes.max())), 1)
-    if slice_entries < _NARROW and len(sizes) * slice_entries <= TOTALS and not layout.double:
-        # To gather single entries takes longer than to add them up where they are.
+    capacity = capacity_for(layout.device, slice_entries, int(sizes.max()))
+    if are_one_run(len(sizes), slice_entries, layout):
         in_order = narrow(members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
         yield _run(members, in_order, 0, capacity, layout, offsets)
         return
@@ -575,16 +533,42 @@ def _runs(
             first = end
 
 
+def capacity_for(device: torch.device, slice_entries: int, largest: int) -> int:
+    """Return how many members are gathered at once, where the largest group has so many."""
+    entries = _ACCELERATOR_ENTRIES if devices.is_accelerator(device) else _CPU_ENTRIES
+    # At least sqrt(largest), so that the sums of no more than sqrt(largest) chunks are added up.
+    return max(entries // max(slice_entries, 1), math.isqrt(largest), 1)
+
+
+def are_one_run(groups: int, slice_entries: int, layout: Layout) -> bool:
+    """Return whether so many groups are one run: to gather single entries takes longer than to add them up."""
+    return slice_entries < _NARROW and groups * slice_entries <= TOTALS and not layout.double
+
+
 def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: int) -> Iterator[tuple[int, int, int]]:
-    """Yield groups that are cut into runs together: the first, the end, and the size of all, 0 if sizes are mixed."""
+    """Return the stretches of groups that are sorted by their sizes; see :func:`stretches_of`."""
     values, counts = (column.tolist() for column in torch.unique_consecutive(sizes, return_counts=True))
     # A group that is in several tensors has a neighbour that is in another.
     same_group = members.group[1:] == members.group[:-1]
     whole = not bool((same_group & (members.tensor[1:] != members.tensor[:-1])).any())
+    return stretches_of(values, counts, capacity if whole else 0, slice_entries)
+
+
+def stretches_of(
+    sizes: Sequence[int], counts: Sequence[int], capacity: int, slice_entries: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield groups that are cut into runs together: the first, the end, and the size of all, 0 if sizes are mixed.
+
+    Args:
+        sizes: of groups, from the smallest on.
+        counts: how many groups are of each size.
+        capacity: how many members are gathered at once; larger groups count as mixed.
+        slice_entries: of a member.
+    """
     first = mixed = 0
-    for size, count in zip(values, counts, strict=True):
-        enough = len(values) == 1 or size * count * slice_entries >= EVEN_ENTRIES
-        if whole and enough and size <= capacity:
+    for size, count in zip(sizes, counts, strict=True):
+        enough = len(sizes) == 1 or size * count * slice_entries >= EVEN_ENTRIES
+        if enough and size <= capacity:
             if mixed < first:
                 yield mixed, first, 0
             yield first, first + count, size

@@ -1,4 +1,4 @@
-r"""The numbers: group means, in place, dense and sparse, in any precision.
+r"""The numbers: group means, in place, in any precision.
 
 All members of a group are replaced by their mean: the orthogonal projection :math:`P` onto the tied
 tensors. If they are equal, they must come out as they went in, bit for bit, so that tying what is tied
@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tieopt.numbers import devices
-from tieopt.numbers.index import PINNED, Chunk, Index, Pieces, Run
+from tieopt.numbers.index import Chunk, Index, Pieces, Run
 from tieopt.numbers.rounding import INTEGERS, clamped, multiplied, rounded, signed_
 from tieopt.numbers.sums import Level, Sums
 from tieopt.numbers.views import Tile
@@ -186,7 +185,7 @@ class _Projection(torch.autograd.Function):
 def projected(
     tensors: Sequence[Tensor], index_for: IndexFor, reduction: Reduction = "mean", linear: IndexFor | None = None
 ) -> tuple[Tensor, ...]:
-    """Return the projection of dense tensors, or of a sparse COO tensor by rows, out of place and differentiable.
+    """Return the projection of dense tensors, out of place and differentiable.
 
     Args:
         tensors: as for :func:`project_`; a tensor that occurs twice has one result, twice.
@@ -194,65 +193,10 @@ def projected(
         reduction: as for :func:`project_`.
         linear: returns the index for gradients, where offsets make that another one.
     """
-    if tensors[0].layout == torch.sparse_coo:
-        return (_projected_sparse(tensors[0], index_for(tensors), reduction),)
     distinct = {id(tensor): tensor for tensor in tensors}
     which = tuple(list(distinct).index(id(tensor)) for tensor in tensors)
     results = _Projection.apply(index_for, linear or index_for, reduction, which, *distinct.values())  # type: ignore[no-untyped-call]
     return tuple(results[number] for number in which)
-
-
-def _projected_sparse(tensor: Tensor, index: Index, reduction: Reduction) -> Tensor:
-    """Project a sparse tensor: where a member is stored, the whole group is afterwards, and no other groups are.
-
-    All members of these groups are laid out densely, group by group. The stored ones are added up in their places,
-    the others are zero, and the dense projection does the arithmetic. Free entries stay as they are, not even
-    coalesced, because an optimizer may add them up in another order.
-    """
-    indices, values = _entries(tensor)
-    number = index.member_of[indices[0]]
-    if index.pinned.tensors:
-        values = torch.where(column(number == PINNED, values), 0, values)
-    # As numbers, because an accelerator is waited for wherever a tensor is indexed with a mask.
-    free, tied = (where.nonzero().squeeze(1) for where in (number < 0, number >= 0))
-    number = number[tied]
-
-    # Sparse dimensions after the first say where in its slice an entry stands.
-    widths = tensor.shape[1 : tensor.sparse_dim()]
-    inner = indices.new_zeros(indices.shape[1])
-    for position, width in zip(indices[1:], widths, strict=True):
-        inner = inner * width + position
-    group = index.members.group[number]
-    touched, owner = torch.unique(torch.stack([group, inner[tied]]), dim=1, return_inverse=True)
-    sizes = index.starts.diff()[touched[0]]
-    starts = sizes.cumsum(0) - sizes
-
-    labels = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-    ranks = torch.arange(len(labels), device=sizes.device)
-    members = index.members.at(index.starts[touched[0][labels]] + ranks - starts[labels])
-    columns = [touched[1][labels]]
-    for width in reversed(widths):
-        columns[:1] = [columns[0] // width, columns[0] % width]
-    columns[0] = members.position
-
-    places = starts[owner] + number - index.starts[group]
-    dense = values.new_zeros(len(labels), *values.shape[1:]).index_put((places,), values[tied], accumulate=True)
-    laid_out = members._replace(position=ranks, group=labels)
-    (dense,) = projected([dense], partial(Index.of_groups, laid_out), reduction)
-    return _sparse(torch.cat([indices[:, free], torch.stack(columns)], dim=1), torch.cat([values[free], dense]), tensor)
-
-
-def _entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return indices and values of a sparse tensor; with a graph, only those of a coalesced one are part of it."""
-    if tensor.requires_grad:
-        tensor = tensor.coalesce()
-        return tensor.indices(), tensor.values()
-    return tensor._indices(), tensor._values()
-
-
-def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    result = torch.sparse_coo_tensor(indices, values, like.shape, check_invariants=False)
-    return result.coalesce() if like.is_coalesced() or like.requires_grad else result
 
 
 def drift(tensors: Sequence[Tensor], index: Index, workspace: Workspace, means_of: ValuesOf | None = None) -> float:
