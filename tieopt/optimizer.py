@@ -248,7 +248,9 @@ class TiedOptimizer(Optimizer):
             for number in tie.order:
                 param, slices = params[number], tie.slices[number]
                 # Copies, so that a user who writes to them changes no tie.
-                labels, scale, dim, _ = copy.deepcopy(slices._replace(offset=None))
+                labels, scale, dim, *_ = copy.deepcopy(slices._replace(offset=None, sharding=None))
+                if tie.labels_are_sharded:
+                    labels = slices.labels_for(param)
                 if tie.across is not None:
                     labels[labels != FREE] = tie.across.labels[labels[labels != FREE]]
                 part = Part(param, labels, dim, scale, FROZEN if slices.is_frozen else slices.offset_of(param))

@@ -198,6 +198,24 @@ def sharded_as(like: Any, shard: Tensor) -> Any:
     return type(like).from_local(shard, **sharding, shape=like.shape, stride=like.stride())
 
 
+def sharding_of_slices(tensor: Any, dim: int) -> tuple[Any, Any]:
+    """Return the mesh and the placements of what has one entry for each slice of a tensor along a dimension."""
+    if not is_sharded(tensor):
+        return None, None
+    from torch.distributed.tensor import Replicate, Shard
+
+    return tensor.device_mesh, tuple(Shard(0) if cut.is_shard(dim) else Replicate() for cut in tensor.placements)
+
+
+def of_shards(shard: Tensor, mesh: Any, placements: Any, shape: Sequence[int]) -> Tensor:
+    """Return a contiguous sharded tensor of a shape, of which this rank has a shard."""
+    from torch.distributed.tensor import DTensor
+
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(shard, mesh, placements, shape=size, stride=stride)
+
+
 def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:
     """Return which part of a sharded tensor the rank at a coordinate of the mesh has.
 

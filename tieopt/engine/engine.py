@@ -28,7 +28,7 @@ from tieopt.numbers.sparse import TiedRows, folded_sparse, projected_sparse
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import gathered, local, shard_of, sharding_of, wide_dtype
 from tieopt.ties.options import Reduction
-from tieopt.ties.slices import FREE, Partition, Slices, told_apart
+from tieopt.ties.slices import FREE, Partition, Slices, Totals, told_apart
 
 P = TypeVar("P", bound=Partition)
 Pairs = Sequence[tuple[P, list[Tensor]]]
@@ -149,6 +149,10 @@ class Engine:
         """Return for each group whether a lower rank counts it, and its number of members on all ranks."""
         return self._shards_for(tie, tensors).members_across
 
+    def totals(self, tie: Partition, tensors: Sequence[Any]) -> Totals:
+        """Return the counts of a tie whose labels are sharded, over all ranks."""
+        return self._shards_for(tie, tensors).totals
+
     @torch.no_grad()
     def drift(self, pairs: Pairs[Partition]) -> float:
         """Return the largest distance of a member from its group's mean, on any rank; NaN if there is one."""
@@ -191,7 +195,7 @@ class Engine:
 
         Of sharded tensors every rank gathers the whole for the time of this call.
         """
-        if tie.across is not None:
+        if tie.across is not None or tie.labels_are_sharded:
             self._shards_for(tie, tensors).start_from_first_(tensors, order)
             return
         sharded = spans_ranks(tensors)

@@ -31,13 +31,14 @@ def by_mesh(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     return meshes.values()
 
 
-def placed_weights(weights: Tensor, dim: int, tensor: Any) -> Tensor:
+def placed_weights(weights: Tensor, dim: int, tensor: Any, are_sharded: bool) -> Tensor:
     """Return weights of slices so that they broadcast against a tensor, or against the shard that this rank has.
 
     Args:
         weights: one for each slice, the shape of the labels.
         dim: the dimension along which the slices lie.
         tensor: what has these slices.
+        are_sharded: whether they are the weights of the slices that this rank has.
     """
     weights = weights.to(torch.promote_types(tensor.dtype.to_real(), torch.float32)).to(tensor.device)
     # The one label of a single number has no dimension there.
@@ -46,8 +47,9 @@ def placed_weights(weights: Tensor, dim: int, tensor: Any) -> Tensor:
     if not is_sharded(tensor):
         return weights
     # A rank outside the mesh has nothing to multiply.
-    is_outside = tensor.device_mesh.get_coordinate() is None
-    return weights.new_ones(()) if is_outside else shard_of(weights.expand(tensor.shape), tensor)
+    if tensor.device_mesh.get_coordinate() is None:
+        return weights.new_ones(())
+    return weights if are_sharded else shard_of(weights.expand(tensor.shape), tensor)
 
 
 def _entries(tensor: Any, norm_type: float) -> Tensor:

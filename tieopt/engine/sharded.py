@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tieopt.engine.agreement import agree
 from tieopt.engine.exchange import Exchange, Plan, plan_exchange
+from tieopt.engine.planning import Peers, plan_together
 from tieopt.errors import refusal
 from tieopt.numbers.index import Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, relax_, tied
@@ -37,10 +38,11 @@ from tieopt.tensors import (
     real,
     shard_of,
     sharding_of,
+    sharding_of_slices,
     wide_dtype,
 )
 from tieopt.ties.offsets import Offset
-from tieopt.ties.slices import FREE, Partition, Slices, described, numbered, with_labels
+from tieopt.ties.slices import FREE, Partition, Slices, Totals, described, numbered, with_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,6 +68,7 @@ class Shards:
         self._across = tie.across
         self._mesh = _common_mesh(tie, tensors) if any(map(is_sharded, tensors)) else None
         self._compiled: dict[Layout, tuple[Index, Exchange | None]] = {}
+        _check_still_sharded(tie, tensors)
         slices: Sequence[Slices] = tie.slices
         if self._across is not None:
             slices, self.members_across = _labelled_alike(self._across, slices, tensors)
@@ -75,11 +78,16 @@ class Shards:
             view = _view_on_mesh(self._mesh, tie, slices, tensors)
         if self._across is not None:
             view = _view_across(self._across, tie, tensors, view)
-        plan, spanning = plan_exchange(view.members, view.rank)
-        _check_scales(view.slices, spanning, tie.names)
-        if not tie.is_linear:
-            _check_offsets(view.slices, spanning, tie.names)
-        self._plan = plan if len(spanning) else None
+        if view.peers is not None:
+            plan, count, self.members_across, self.totals = plan_together(view.here[0].labels, view.peers)
+            _check_replicas(tie, tensors[0], self.totals)
+        else:
+            plan, spanning = plan_exchange(view.members, view.rank)
+            _check_scales(view.slices, spanning, tie.names)
+            if not tie.is_linear:
+                _check_offsets(view.slices, spanning, tie.names)
+            count = len(spanning)
+        self._plan = plan if count else None
         self._process_group = view.process_group
         sent = [rows_sent(part, plan) for part in view.here]
         others = [part.labels.masked_fill(rows != FREE, FREE) for part, rows in zip(view.here, sent, strict=True)]
@@ -176,6 +184,7 @@ class _View(NamedTuple):
         members: the labels of the members of each rank that it exchanges with, from 0 on.
         rank: which of these ranks this one is.
         process_group: of these ranks; None if this one is alone.
+        peers: those of these ranks that have the other slices, if labels are sharded.
     """
 
     slices: Sequence[Slices]
@@ -183,6 +192,7 @@ class _View(NamedTuple):
     members: list[Tensor]
     rank: int
     process_group: ProcessGroup | None
+    peers: Peers | None = None
 
 
 def _view_on_mesh(mesh: DeviceMesh, tie: Partition, slices: Sequence[Slices], tensors: Sequence[DTensor]) -> _View:
@@ -195,24 +205,30 @@ def _view_on_mesh(mesh: DeviceMesh, tie: Partition, slices: Sequence[Slices], te
     if coordinate is None:
         # A rank outside the mesh has no entries, and torch gives it tensors of one dimension.
         nothing = [Slices(torch.empty(0, dtype=torch.int64, device="cpu")) for _ in tensors]
-        return _View(nothing, nothing, [nothing[0].labels], 0, None)
+        peers = Peers.alone() if tie.labels_are_sharded else None
+        return _View(nothing, nothing, [nothing[0].labels], 0, None, peers)
     here = list(coordinate)
     _check_chunks(tie, tensors, here)
     process_group, coordinates = _ranks_along(mesh, dims, here)
+    # Ranks that differ in other dimensions have the same groups, and exchange them among themselves.
+    peers_at = [all(dim in dims or at[dim] == here[dim] for dim in range(len(here))) for at in coordinates]
+    rank = coordinates.index(here)
+    if tie.labels_are_sharded:
+        slices = [part._replace(sharding=None) for part in slices]
+        ranks = torch.tensor(peers_at, device="cpu").nonzero().squeeze(1)
+        peers = Peers(process_group, ranks, rank, len(coordinates), local(tensors[0]).device)
+        return _View(slices, slices, [], rank, process_group, peers)
 
     def shard_at(coordinate: list[int]) -> list[Slices]:
         return [_slices_of_shard(*cut, coordinate) for cut in zip(slices, tensors, strict=True)]
 
-    members = []
-    for at in coordinates:
-        # Ranks that differ in other dimensions have the same groups, and exchange them among themselves.
-        takes_part = all(dim in dims or at[dim] == here[dim] for dim in range(len(here)))
-        members.append(_labels_of_members(shard_at(at) if takes_part else ()))
+    cuts = zip(coordinates, peers_at, strict=True)
+    members = [_labels_of_members(shard_at(at) if takes_part else ()) for at, takes_part in cuts]
     shard = shard_at(here)
     if not tie.is_linear:
-        cuts = zip(shard, slices, tensors, strict=True)
-        shard = [part._replace(offset=_offset_of_shard(whole, tensor, here)) for part, whole, tensor in cuts]
-    return _View(slices, shard, members, coordinates.index(here), process_group)
+        parts = zip(shard, slices, tensors, strict=True)
+        shard = [part._replace(offset=_offset_of_shard(whole, tensor, here)) for part, whole, tensor in parts]
+    return _View(slices, shard, members, rank, process_group)
 
 
 def _labelled_alike(
@@ -356,13 +372,25 @@ def bounds_in_front(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) 
 # --- what cannot be tied ---
 
 
+def _check_still_sharded(tie: Partition, tensors: Sequence[Any]) -> None:
+    """Refuse tensors that are not sharded as the labels of their slices are."""
+    for part, tensor, name in zip(tie.slices, tensors, tie.names, strict=True):
+        got = sharding_of_slices(tensor, part.dim)
+        if part.sharding is not None and part.sharding != got:
+            what = "A parameter is not sharded as its labels any more."
+            expected = f"slices with placements {part.sharding[1]} on {part.sharding[0]}"
+            raise refusal(ValueError, what, parameter=name, expected=expected, got=f"{got[1]} on {got[0]}")
+
+
 def _check_same(tie: Partition, tensors: Sequence[DTensor]) -> None:
     """Refuse ties that differ between ranks: each would take what the others send for that of other groups."""
+    # Of sharded labels each rank has its own.
+    compared = [part if part.sharding is None else part._replace(labels=part.labels[:0]) for part in tie.slices]
     known = [
-        (slices.dim, tuple(slices.labels.shape), slices.scale is None, slices.offset is None) for slices in tie.slices
+        (slices.dim, tuple(slices.labels.shape), slices.scale is None, slices.offset is None) for slices in compared
     ]
     digest = hashlib.sha256(repr(known).encode())
-    for slices in tie.slices:
+    for slices in compared:
         offset = slices.offset and slices.offset[:2]
         for column in (slices.labels, slices.scale, *(offset or ())):
             if column is not None:
@@ -384,6 +412,24 @@ def _check_chunks(tie: Partition, tensors: Sequence[DTensor], here: Sequence[int
             wanted = f"a shard of shape {expected} at {tuple(here)} in {tensor.device_mesh}"
             got = f"{tuple(shape)}{', and another on some rank' * (shape == expected)}"
             raise refusal(ValueError, what, expected=wanted, got=got)
+    for part, tensor, name in zip(tie.slices, tensors, tie.names, strict=True):
+        if part.sharding is None:
+            continue
+        rows = _bounds(part, tensor, here)[0]
+        count, wanted = len(part.labels), rows.stop - rows.start
+        if on_any_rank(count != wanted, tensor):
+            what = f"Sharded labels for {name} of shape {tuple(tensor.shape)} are not cut as it is."
+            got = f"{count}{', and others on some rank' * (count == wanted)}"
+            raise refusal(ValueError, what, expected=f"{wanted} labels at {tuple(here)}", got=got)
+
+
+def _check_replicas(tie: Partition, tensor: DTensor, totals: Totals) -> None:
+    """Refuse sharded labels that differ between ranks that have the same slices."""
+    here = torch.tensor([totals], device=local(tensor).device)
+    if bool((_gathered(here, tensor.device_mesh) != here).any()):
+        what = "Ranks that have the same slices have other labels for them."
+        expected = "the same labels on all ranks along the dimensions of the mesh where the labels are replicated"
+        raise refusal(ValueError, what, parameter=tie.names[0], expected=expected, got=f"{tie.slices[0]}")
 
 
 def _check_scales(slices: Sequence[Slices], spanning: Tensor, names: Sequence[str]) -> None:
@@ -416,7 +462,7 @@ def _check_offsets(slices: Sequence[Slices], spanning: Tensor, names: Sequence[s
 
 def spans_ranks(tensors: Sequence[Any], tie: Partition | None = None) -> bool:
     """Return whether what is done to tensors, or to a tie of them, may take other ranks."""
-    return any(map(is_sharded, tensors)) or (tie is not None and tie.across is not None)
+    return any(map(is_sharded, tensors)) or (tie is not None and (tie.across is not None or tie.labels_are_sharded))
 
 
 def on_any_rank(condition: bool, tensor: Any) -> bool:

@@ -37,7 +37,7 @@ from tieopt.ties.places import (
     settings_across,
     still_there,
 )
-from tieopt.ties.slices import described, fingerprint, has_shared_values, is_idle
+from tieopt.ties.slices import Totals, described, fingerprint, groups_of_members, has_shared_values, is_idle
 
 Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 
@@ -46,7 +46,7 @@ Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 _COMPARES_LOSS = {"LBFGS", "AliG"}
 
 # Attributes that copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
-_COPIED = ("options", "relaxed", "steps", "ties", "applied")
+_COPIED = ("options", "relaxed", "steps", "ties", "applied", "totals")
 
 # Without a Python call for each of many parameters.
 _graph_of = attrgetter("grad_fn")
@@ -70,6 +70,7 @@ class Mode(ABC):
         across: the ranks across which there are ties, as the first of these knows them; None if there is no such tie.
         process_groups: of these ranks; one, or none.
         applied: the ties as the mode applies them.
+        totals: the counts of ties whose labels are sharded, over all ranks.
         engine: the numbers.
         inner_copies: of the methods of the optimizer that ``torch.compile`` gets.
         running: whether a step, or another method of the optimizer, is running.
@@ -93,6 +94,10 @@ class Mode(ABC):
         self.steps = 0
         self.ties = bind_ties(param_groups, ties, options=options)
         _check_across(self.ties)
+        if self.compact and any(tie.labels_are_sharded for tie in self.ties):
+            what, expected = "The compact mode takes no sharded labels.", "compact=False, or labels of all slices"
+            raise refusal(ValueError, what, expected=expected, got="labels that are a DTensor")
+        self.totals: dict[BoundTie, Totals] = {}
         self.relaxed = any(tie.options.relaxed for tie in self.ties) if self.ties else options.relaxed
         self.applied: Sequence[BoundTie] = self.ties
         self.reset()
@@ -169,7 +174,9 @@ class Mode(ABC):
             raise refusal(ValueError, what, expected=expected, got="ties across ranks")
         for tie in self.ties:
             is_other = tie.options.reduction != self.true_reduction and not tie.options.relaxed
-            if is_other and not is_idle(tie.slices) and has_shared_values(tie.slices):
+            # What this rank has of sharded labels, others do not know.
+            ties_values = not is_idle(tie.slices) and has_shared_values(tie.slices)
+            if is_other and (tie.labels_are_sharded or ties_values):
                 raise refusal(
                     ValueError,
                     f"{comparing} compares the loss with its gradient, which has to be that of what it trains.",
@@ -221,6 +228,7 @@ class Mode(ABC):
         # Compiled now, and not while a step is captured.
         self.engine.prepare(pairs)
         self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear])
+        self.totals = {tie: self.engine.totals(tie, params) for tie, params in pairs if tie.labels_are_sharded}
         self._warn_of_idle_across(pairs)
         self.check_served(optimizer)
         changed = [self.state_within(optimizer, state, start, lost) for state in states]
@@ -236,6 +244,12 @@ class Mode(ABC):
                 what = f"A tie across ranks ties nothing: {', '.join(tie.names)}."
                 expected = "labels of which some are on several ranks"
                 warnings.warn(message(what, expected=expected), stacklevel=users_level())
+        for tie, totals in self.totals.items():
+            if 0 < totals.members == totals.groups:
+                what = f"A tie of sharded labels ties nothing: {', '.join(tie.names)}."
+                got = groups_of_members(totals.groups, totals.members)
+                expected = "a label that occurs twice, on whatever rank"
+                warnings.warn(message(what, expected=expected, got=got), stacklevel=users_level())
 
     def replace(self, other: Mode, states: Sequence[Mapping[Any, Any]]) -> None:
         """Take the place of the ties that an optimizer had.
@@ -488,7 +502,12 @@ class Mode(ABC):
             if key not in self._fingerprints:
                 slices = [part.frozen_in(key[2]) for part in tie.slices]
                 shapes = [place.shape for place in tie.places]
-                self._fingerprints[key] = fingerprint(slices, numbers, shapes, tie.across)
+                totals = self.totals.get(tie)
+                self._fingerprints[key] = (
+                    fingerprint(slices, numbers, shapes, tie.across)
+                    if totals is None
+                    else totals.fingerprint(numbers[0], slices[0].dim)
+                )
             yield tie, numbers, self._fingerprints[key]
 
     def tied_since(self, saved: Mapping[str, Any] | None, param_groups: ParamGroups) -> set[BoundTie]:

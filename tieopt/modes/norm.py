@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import repeat
 from numbers import Real
 from typing import Any
 
@@ -21,7 +22,7 @@ from tieopt.numbers.reduction import Operation, project_
 from tieopt.tensors import column, local, sharding_of
 from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, ParamGroups
-from tieopt.ties.slices import FREE, firsts_of, flat_labels
+from tieopt.ties.slices import FREE, firsts_of, flat_labels, numbered
 
 _PROJECT = Operation(project_)
 
@@ -111,9 +112,11 @@ def _weights_for(mode: Mode, tie: BoundTie, params: Sequence[Tensor]) -> list[tu
     """Return what the entries of each mean gradient are multiplied by, and where that is zero; worked out once."""
     key = tie, *((param.device, param.dtype, *sharding_of(param)) for param in params)
     if key not in mode.norm_weights:
-        across = None if tie.across is None else mode.engine.members_across(tie, params)
+        is_whole = tie.across is None and not tie.labels_are_sharded
+        across = None if is_whole else mode.engine.members_across(tie, params)
         of_slices = _weights(tie, tie.options.reduction, across)
-        weights = map(placed_weights, of_slices, (part.dim for part in tie.slices), params)
+        dims = [part.dim for part in tie.slices]
+        weights = map(placed_weights, of_slices, dims, params, repeat(tie.labels_are_sharded))
         mode.norm_weights[key] = [(factors, factors == 0) for factors in weights]
     return mode.norm_weights[key]
 
@@ -129,7 +132,8 @@ def _weights(tie: BoundTie, reduction: Reduction, across: tuple[Tensor, Tensor] 
         reduction: of its gradients.
         across: for each group whether a lower rank counts it, and how many members it has on all ranks.
     """
-    labels, scales = flat_labels(tie.slices), torch.cat([part.scales.flatten() for part in tie.slices])
+    slices = numbered([part._replace(sharding=None) for part in tie.slices])
+    labels, scales = flat_labels(slices), torch.cat([part.scales.flatten() for part in tie.slices])
     weights, zeros = (labels == FREE).double(), scales.new_zeros(len(labels))
     members = ((labels != FREE) & (scales != 0)).nonzero().squeeze(1)
     groups, sizes = labels[members], scales[members].abs()

@@ -13,7 +13,7 @@ from tieopt.modes.mode import Mode
 from tieopt.modes.state import states_of
 from tieopt.ties.options import Options
 from tieopt.ties.places import all_places, name_of
-from tieopt.ties.slices import FREE, Slices, counted, groups_of_members
+from tieopt.ties.slices import FREE, Slices, Totals, counted, groups_of_members
 
 
 class SummaryRow(NamedTuple):
@@ -86,9 +86,9 @@ def summarized(mode: Mode, optimizer: Any) -> TieSummary:
         # Slices of joined parameters have one shape.
         width = tie.slices[0].slice_shape(tie.places[0].shape).numel()
         for name, place, slices in zip(names, tie.places, tie.slices, strict=True):
-            number, groups, members, free, left = _counts([slices])
+            number, groups, members, free, left = _counts([slices], mode.totals.get(tie))
             rows.append(SummaryRow(name, tuple(place.shape), number, groups, members, free, left * width, drift))
-        number, *_, left = _counts(tie.slices)
+        number, *_, left = _counts(tie.slices, mode.totals.get(tie))
         distinct -= (number - left) * width
         if len(names) > 1:
             notes.append(f"Joined: {', '.join(names)}, {left * width} distinct in all")
@@ -126,15 +126,24 @@ def line(mode: Mode) -> str:
     """Return how much is tied, and how. It looks at no parameter, so that it can be asked for at any time."""
     if not mode.ties:
         return "no ties"
-    _, groups, members, *_ = map(sum, zip(*(_counts(tie.slices) for tie in mode.ties), strict=True))
+    _, groups, members, *_ = map(
+        sum, zip(*(_counts(tie.slices, mode.totals.get(tie)) for tie in mode.ties), strict=True)
+    )
     parameters = len({place for tie in mode.ties for place in tie.places})
     how = " and ".join(dict.fromkeys(_how(tie.options) for tie in mode.ties))
     counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"
     return f"{counts}, {how}{', compact=True' * mode.compact}"
 
 
-def _counts(slices: Sequence[Slices]) -> tuple[int, int, int, int, int]:
-    """Return how many slices, groups, members, free and distinct slices there are; those pinned at zero are not."""
+def _counts(slices: Sequence[Slices], totals: Totals | None) -> tuple[int, int, int, int, int]:
+    """Return how many slices, groups, members, free and distinct slices there are; those pinned at zero are not.
+
+    Args:
+        slices: that are counted.
+        totals: over all ranks, if the labels of the slices are sharded.
+    """
+    if totals is not None:
+        return totals.slices, totals.groups, totals.members, totals.free, totals.groups + totals.free
     labels = torch.cat([labelled.labels.flatten() for labelled in slices])
     scales = torch.cat([labelled.scales.flatten() for labelled in slices])
     members, trained = labels[labels != FREE], labels[(labels != FREE) & (scales != 0)]

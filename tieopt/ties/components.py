@@ -42,7 +42,7 @@ def _common_options(ties: Sequence[BoundTie]) -> Options:
 
 def _overlaid(layers: Sequence[Slices]) -> Slices:
     """Return several labellings of the same slices, of which each has at most one label, as one."""
-    (labels, _, dim, _), scale = layers[0], layers[0].scales
+    labels, scale, dim = layers[0].labels, layers[0].scales, layers[0].dim
     for layer in layers[1:]:
         above = layer.labels != FREE
         labels, scale = torch.maximum(labels, layer.labels), torch.where(above, layer.scales, scale)

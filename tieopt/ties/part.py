@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry
-from tieopt.tensors import calculable, in_front, overlaps, real
+from tieopt.tensors import calculable, in_front, local, overlaps, real, sharding_of, sharding_of_slices
 from tieopt.ties.offsets import Offset, not_repeated
 from tieopt.ties.slices import FREE, Slices
 
@@ -90,7 +90,9 @@ class Part(_Fields):
         if isinstance(self.param, Tensor):
             name = "parameter" if self._name is None else repr(self._name)
             is_frozen = self.offset is FROZEN
-            slices = Slices(self.groups, None if is_frozen else self.scale, self.dim)
+            slices = Slices(local(self.groups), None if is_frozen else self.scale, self.dim)
+            if are_sharded(self.groups):
+                slices = slices._replace(sharding=sharding_of(self.groups))
             more = ", frozen" if is_frozen else ", with an offset" * (self.offset is not None)
             return f"Tie({name} of shape {tuple(self.param.shape)}, {slices}{more})"
         dim = f", dim={self.dim!r}" if self.dim != 0 else ""
@@ -98,6 +100,11 @@ class Part(_Fields):
         offset = f", offset={shown(self.offset)}" if self.offset is not None else ""
         offset = ", frozen" if self.offset is FROZEN else offset
         return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale}{offset})"
+
+
+def are_sharded(groups: Any) -> bool:
+    """Return whether groups are labels of which each rank has those of its own slices."""
+    return sharding_of(groups)[0] is not None
 
 
 # --- one tie of one tensor, read and checked ---
@@ -128,7 +135,8 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
         offset: as in :class:`Tie`; or ``FROZEN``, which pins slices, at zero as long as they are not bound.
 
     Returns:
-        The slices, with labels as they were given; lists are numbered from 0 on.
+        The slices, with labels as they were given; lists are numbered from 0 on. Of sharded labels they are the slices
+        that this rank has.
 
     Raises:
         TypeError, IndexError, ValueError: as :class:`Tie`.
@@ -143,6 +151,11 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
     labels = read(groups, dim, tensor, name)
     if offset is FROZEN:
         return Slices(labels, torch.zeros(labels.shape, dtype=torch.float64, device="cpu"), dim)
+    if are_sharded(groups):
+        if scale is not None or offset is not None:
+            what, got = f"The tie of {name} has sharded labels.", f"scale={shown(scale)}, offset={shown(offset)}"
+            raise refusal(ValueError, what, expected="no scale and no offset; or labels of all slices", got=got)
+        return Slices(labels, dim=dim, sharding=sharding_of(groups))
     scale, entries = _read_scale(scale, labels, tensor, name), _read_offset(offset, tensor, name)
     return Slices(labels, scale, dim, None if entries is None else Offset.of_entries(entries, labels, dim))
 
@@ -194,7 +207,8 @@ def _writes_through_views(tensor: Tensor) -> bool:
 
 
 def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
-    labels = as_tensor(values, "Labels", "an integer dtype", name)
+    is_shard = are_sharded(values) and values.dim() == 1
+    labels = values if is_shard else as_tensor(values, "Labels", "an integer dtype", name)
     if not torch.can_cast(labels.dtype, torch.int64) or labels.dtype in (torch.bool, torch.uint64):
         expected = "an integer dtype that fits into int64"
         raise refusal(TypeError, f"Labels for {name} have the wrong dtype.", expected=expected, got=labels.dtype)
@@ -206,7 +220,13 @@ def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
         expected = f"{tuple(shape[:1])}, one label for each slice along dimension {dim}{more}"
         lines = {"parameter": tuple(tensor.shape), "expected": expected, "got": tuple(labels.shape)}
         raise refusal(ValueError, f"Labels for {name} have the wrong shape.", hint, **lines)
-    labels = labels.detach().to("cpu", torch.int64, copy=True)
+    if is_shard:
+        (mesh, placements), (its_mesh, its_placements) = sharding_of_slices(tensor, dim), sharding_of(labels)
+        if (mesh, placements) != (its_mesh, its_placements):
+            expected = f"{placements} on {mesh}" if mesh is not None else "labels of all slices, in a plain tensor"
+            got = f"{its_placements} on {its_mesh}"
+            raise refusal(ValueError, f"Labels for {name} are not sharded as its slices.", expected=expected, got=got)
+    labels = local(labels).detach().to("cpu", torch.int64, copy=True)
     wrong = labels < FREE
     if wrong.any():
         expected, got = f"group numbers from 0 on, or {FREE} for a free slice", shown_entry(labels, wrong)
@@ -332,6 +352,7 @@ def as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
         raise refusal(TypeError, f"{what} for {name} cannot be read.", expected=expected, got=got)
     if hasattr(values, "placements"):
         expected = "those of the whole parameter on every rank, as full_tensor() returns them"
+        expected += "; or labels of one dimension, sharded as the slices are" * (what == "Labels")
         got = f"{type(values).__name__} with placements {values.placements}"
         raise refusal(TypeError, f"{what} for {name} are sharded.", expected=expected, got=got)
     return values

@@ -250,7 +250,7 @@ def bind_ties(
         bound.append(BoundTie(held, slices, names, tie.options, tie.options.or_else(options), across))
         check_read_as_stored(param_groups, bound[-1], params)
         # Whether it ties nothing across ranks is known to all of them together.
-        if across is None and is_idle(bound[-1].slices):
+        if across is None and not bound[-1].labels_are_sharded and is_idle(bound[-1].slices):
             written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
             idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
     _check_disjoint(param_groups, bound)
@@ -395,6 +395,14 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
         for place, slices in zip(tie.places, tie.slices, strict=True):
             parts.setdefault(place, []).append(slices)
     for place, several in parts.items():
+        if len(several) == 1:
+            continue
+        if any(slices.sharding is not None for slices in several):
+            what, expected = (
+                f"{name_of(param_groups, place)} is tied twice.",
+                "sharded labels for all of it, in one tie",
+            )
+            raise refusal(ValueError, what, expected=expected, got="; ".join(map(str, several)))
         for first, second, entry in shared_entries(several, place.shape):
             what = f"{name_of(param_groups, place)} is tied twice."
             labels = "" if are_alike(several) else f", with a label for each entry, of shape {tuple(place.shape)}"

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from tieopt.tensors import in_front, raw_bytes
+from tieopt.tensors import in_front, of_shards, raw_bytes
 from tieopt.ties.offsets import Offset
 
 if TYPE_CHECKING:
@@ -34,16 +34,20 @@ class Slices(NamedTuple):
             ``labels``; None if all are 1.
         dim: the dimension along which the slices lie.
         offset: what is added to the multiples; None if it is 0 everywhere.
+        sharding: the mesh and the placements of the labels, if these are of the slices that this rank has, and other
+            ranks have the others; else None.
     """
 
     labels: Tensor
     scale: Tensor | None = None
     dim: int = 0
     offset: Offset | None = None
+    sharding: tuple[Any, Any] | None = None
 
     def __str__(self) -> str:
         dim, scaled = f", dim={self.dim}" * (self.dim != 0), ", scaled" * (self.scale is not None)
-        return f"{described([self])}{dim}{scaled}{', with an offset' * (self.offset is not None)}"
+        here = " on this rank" * (self.sharding is not None)
+        return f"{described([self])}{here}{dim}{scaled}{', with an offset' * (self.offset is not None)}"
 
     @property
     def scales(self) -> Tensor:
@@ -51,6 +55,12 @@ class Slices(NamedTuple):
         if self.scale is not None:
             return self.scale
         return torch.ones((), dtype=torch.float64, device="cpu").expand(self.labels.shape)
+
+    def labels_for(self, tensor: Tensor) -> Tensor:
+        """Return one label for each slice of a tensor that has these slices; a ``DTensor`` if they are sharded."""
+        if self.sharding is None:
+            return self.labels
+        return of_shards(self.labels.clone(), *self.sharding, shape=tensor.shape[self.dim : self.dim + 1])
 
     def slice_shape(self, shape: torch.Size) -> torch.Size:
         """Return the shape of one slice of a tensor of a shape."""
@@ -156,6 +166,7 @@ class Partition:
 
     Attributes:
         is_of_rows: whether it is of rows of one tensor, so that sparse gradients can be tied as they are.
+        labels_are_sharded: whether labels are of the slices that this rank has, and other ranks have the others.
     """
 
     def __init__(
@@ -170,6 +181,7 @@ class Partition:
         self.is_linear = is_linear or all(part.offset is None for part in self.slices)
         self.names = tuple(names or [f"tensor {number}" for number in range(len(self.slices))])
         self.across = across
+        self.labels_are_sharded = any(part.sharding is not None for part in self.slices)
         is_of_rows = len(self.slices) == 1 and self.slices[0].dim == 0 and self.slices[0].labels.dim() == 1
         self.is_of_rows = is_of_rows and across is None
 
@@ -197,10 +209,11 @@ def with_labels(slices: Sequence[Slices], labels: Iterable[Tensor]) -> tuple[Sli
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     """Groups numbered 0, 1, ... in the order of their first members.
 
-    Two ways to write one partition give equal labels then.
+    Two ways to write one partition give equal labels then. Sharded labels stay, because other ranks know the groups by
+    them.
     """
     flat = flat_labels(slices)
-    if not len(flat):
+    if not len(flat) or any(part.sharding is not None for part in slices):
         return tuple(slices)
     # Free slices are group 0 here.
     if int(flat.max()) < 4 * len(flat):
@@ -340,6 +353,41 @@ def fingerprint(
     groups, members, free = _counts([canonical])
     # Checkpoints are compared by these words: they stay as they are, whatever other messages say.
     return f"{counted(groups, 'group')} of {members} members, {free} free{notes}, sha256 {digest.hexdigest()}"
+
+
+class Totals(NamedTuple):
+    """Counts of a tie whose labels are sharded, over all ranks.
+
+    Attributes:
+        slices: how many slices there are.
+        groups: how many groups they are in.
+        members: how many members these have.
+        alone: how many groups have one member.
+        digest: a number that depends on which slices are tied to each other, and not on who has them.
+    """
+
+    slices: int
+    groups: int
+    members: int
+    alone: int
+    digest: int
+
+    @property
+    def free(self) -> int:
+        """How many slices are in no group."""
+        return self.slices - self.members
+
+    def fingerprint(self, number: int, dim: int) -> str:
+        """Return what a checkpoint says of the tie, as :func:`fingerprint` does of labels that are not sharded.
+
+        Args:
+            number: of the parameter in the ``state_dict``.
+            dim: along which the slices lie.
+        """
+        digest = hashlib.sha256(repr((number, dim, self.slices, self.digest)).encode()).hexdigest()
+        # A group of one member ties nothing, and counts as a free slice.
+        groups, members = counted(self.groups - self.alone, "group"), self.members - self.alone
+        return f"{groups} of {members} members, {self.free + self.alone} free, sharded labels, sha256 {digest}"
 
 
 def of_one_kind(

@@ -20,6 +20,7 @@ from tieopt.ties.part import (
     Part,
     SupportsArray,
     Whole,
+    are_sharded,
     as_tensor,
     check_one_shape,
     readable_again,
@@ -58,7 +59,8 @@ class Tie:
             array) of labels, any integer dtype but uint64: slices with the same label are tied, -1 is free.
             The shape of the labels is that of the parameter or of its first dimensions: for a convolution's weight
             ``[out, in, k, k]``, ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single
-            elements.
+            elements. Of a sharded parameter, labels of shape ``[n]`` may be a ``DTensor`` that is sharded as its slices
+            are, so that no rank has all of them: then without ``scale`` and ``offset``, and not in the compact mode.
         dim: the dimension along which the slices lie; 1 ties the columns of a matrix, and negative ones
             count from the end. The shape of the labels is then that of ``param.movedim(dim, 0)``, or of its first
             dimensions.
@@ -146,13 +148,16 @@ class Tie:
         if across is not None and (scale is not None or offset is not None):
             what, expected = "Members on different ranks are equal.", "a tie across ranks without scale and offset"
             raise refusal(ValueError, what, expected=expected, got=f"scale={shown(scale)}, offset={shown(offset)}")
+        if across is not None and are_sharded(groups):
+            expected, got = "labels of the slices of this rank, in a plain tensor", f"a DTensor, {shown(groups)}"
+            raise refusal(ValueError, "A tie across ranks has sharded labels.", expected=expected, got=got)
         if not isinstance(param, (Tensor, str)):
             hint = "tie its parameters, such as its .weight" if isinstance(param, Module) else ""
             expected = "a tensor, or the name of a parameter"
             raise refusal(TypeError, "A tie needs a parameter.", hint, expected=expected, got=shown(param))
         if isinstance(param, Tensor):
             slices = slices_for(param, groups, dim, scale, "the parameter", offset)
-            groups, dim, scale = slices.labels, slices.dim, slices.scale
+            groups, dim, scale = slices.labels_for(param), slices.dim, slices.scale
             offset = offset if isinstance(offset, Frozen) else slices.offset_of(param)
         else:
             # A tie may be given to several optimizers.
@@ -205,6 +210,7 @@ class Tie:
         if len({part.offset is FROZEN for part in joined.parts}) > 1:
             expected = "frozen(...) as a tie of its own, beside the joined one"
             raise refusal(ValueError, "Frozen slices are in no group, and are not joined.", expected=expected, got=ties)
+        _check_whole_labels("joined", ties)
         joined.options = joined_options(tie.options for tie in ties)
         joined.across = ties[0].across
         if any(tie.across is not joined.across for tie in ties):
@@ -321,6 +327,7 @@ class Tie:
             (True, True)
         """
         _check_ties("union", ties)
+        _check_whole_labels("united", ties)
         plain = [tie for given in ties for tie in _ties_of_tensors(given)]
         joined = [
             [
@@ -366,6 +373,13 @@ def _check_ties(method: str, ties: Sequence[Any]) -> None:
             hint = f"Tie.{method}(*ties) takes those of a list" if isinstance(tie, (list, tuple)) else ""
             what = f"Tie.{method} {'joins' if method == 'join' else 'unites'} ties."
             raise refusal(TypeError, what, hint, expected="Ties, at least one", got=shown(tie))
+
+
+def _check_whole_labels(done: str, ties: Sequence[Tie]) -> None:
+    if len(ties) > 1 and any(are_sharded(part.groups) for tie in ties for part in tie.parts):
+        what = f"Ties with sharded labels cannot be {done}."
+        got = shown_list([*map(repr, ties)])
+        raise refusal(ValueError, what, expected="labels of all slices on every rank", got=got)
 
 
 def _ties_of_tensors(tie: Tie) -> list[Tie]:
