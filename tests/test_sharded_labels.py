@@ -125,7 +125,8 @@ def trained(course: Course, *, shards_labels: bool) -> list[Any]:
     optimizer.tie_gradients()
     answers.append(param.grad.full_tensor())
     optimizer.tie_weights()
-    answers += [optimizer.tie_drift(), str(optimizer.tie_summary()), repr(optimizer)]
+    summary = optimizer.tie_summary()
+    answers += [optimizer.tie_drift(), str(summary), summary.rows, summary.distinct, summary.ratio, repr(optimizer)]
     answers.append(is_tied(param, labels, dim=course.dim))
     answers += [value.full_tensor() for value in optimizer.state[param].values() if isinstance(value, DTensor)]
     (given,) = optimizer.ties
@@ -464,6 +465,11 @@ def united() -> None:
     Tie.union(Tie(param, sharded_as(EIGHT, param)), Tie(param, EIGHT))
 
 
+def united_alone() -> None:
+    param = line_of(placement=Shard(1), shape=(4, 8))
+    Tie.union(Tie(param, sharded_as(EIGHT, param, 1), dim=1))
+
+
 def tied_twice() -> None:
     param = line_of()
     wrapped(param, [Tie(param, sharded_as(EIGHT, param)), Tie(param, EIGHT[:4], dim=1)])
@@ -539,6 +545,7 @@ REFUSED = {
     across_ranks: "labels of the slices of this rank, in a plain tensor",
     joined: "Ties with sharded labels cannot be joined",
     joined_by_names: "Ties with sharded labels cannot be joined",
+    united_alone: "Ties with sharded labels cannot be united",
     united: "Ties with sharded labels cannot be united",
     tied_twice: "sharded labels for all of it, in one tie",
     compact: "compact=False, or labels of all slices",

@@ -193,7 +193,7 @@ class Engine:
     def start_from_first_(self, tie: Partition, tensors: Sequence[Any], order: Sequence[int]) -> None:
         """Give every group the value of its first member; see :func:`~tieopt.numbers.start.start_from_first_`.
 
-        Of sharded tensors every rank gathers the whole for the time of this call.
+        Of sharded tensors every rank gathers the whole for the time of this call, unless their labels are sharded.
         """
         if tie.across is not None or tie.labels_are_sharded:
             self._shards_for(tie, tensors).start_from_first_(tensors, order)

@@ -376,7 +376,7 @@ def _check_ties(method: str, ties: Sequence[Any]) -> None:
 
 
 def _check_whole_labels(done: str, ties: Sequence[Tie]) -> None:
-    if len(ties) > 1 and any(are_sharded(part.groups) for tie in ties for part in tie.parts):
+    if any(are_sharded(part.groups) for tie in ties for part in tie.parts):
         what = f"Ties with sharded labels cannot be {done}."
         got = shown_list([*map(repr, ties)])
         raise refusal(ValueError, what, expected="labels of all slices on every rank", got=got)
