@@ -163,8 +163,10 @@ ROW_LABELS = torch.tensor([0, 1, 1, 0, 2, 2, -1, -1, 5, 0, -1, 5])
 def trained_model(how: str, inner: str, reduction: str, *, shards_labels: bool) -> list[Tensor]:
     model = mlp()
     SHARDED[how](model, dist.get_world_size())
-    params = {"0.weight": model[0].weight, "0.bias": model[0].bias}
-    ties = {name: sharded_as(ROW_LABELS, param) if shards_labels else ROW_LABELS for name, param in params.items()}
+    # Of nine rows the last of four ranks has none.
+    labels = {"0.weight": ROW_LABELS, "0.bias": ROW_LABELS, "2.weight": ROW_LABELS[:9]}
+    params = dict(model.named_parameters())
+    ties = {name: sharded_as(own, params[name]) if shards_labels else own for name, own in labels.items()}
     optimizer = TiedOptimizer(INNER[inner](model.named_parameters()), ties, reduction=reduction)
     train(model, optimizer, range(3), share_of(how))
     assert optimizer.tie_drift() == 0
@@ -183,6 +185,23 @@ def test_models_train_as_with_whole_labels(ranks: Ranks, how: str, inner: str, r
     for by_shards, by_all in answers:
         assert same_tree(by_shards, by_all)
         assert same_tree(by_shards, answers[0][0])
+
+
+def tied_in_halves(labels: Tensor) -> Tensor:
+    """A tensor of which each half of the ranks has all rows, in a process group of all."""
+    mesh = DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(2, -1, 1))
+    param = Parameter(distribute_tensor(randn(8, 3), mesh, [Replicate(), Shard(0), Shard(0)]))
+    optimizer = TiedOptimizer(SGD([param]), Tie(param, sharded_as(labels, param)))
+    assert optimizer.tie_summary().rows[0][2:6] == (8, 3, 7, 1)
+    return param.full_tensor().detach()
+
+
+def test_replicas_in_one_process_group_tie_apart(ranks: Ranks) -> None:
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, -1, 2])
+    answers = ranks.run(tied_in_halves, labels)
+
+    torch.testing.assert_close(answers[0], tie_(randn(8, 3), labels))
+    assert all(same_bits(answer, answers[0]) for answer in answers)
 
 
 def trained_on_some(numbers: tuple[int, ...], labels: Tensor, dim: int) -> Tensor | None:
@@ -535,7 +554,7 @@ REFUSED = {
     labels_on_another_mesh: "not sharded as its slices",
     labels_of_a_whole_parameter: "labels of all slices, in a plain tensor",
     labels_of_a_name: "Labels for weight are not sharded as its slices",
-    labels_of_kernels: "or labels of one dimension, sharded as the slices are",
+    labels_of_kernels: "those of the whole parameter on every rank",
     labels_too_few: "(8,), one label for each slice",
     labels_of_floats: "an integer dtype that fits into int64",
     labels_below: "group numbers from 0 on, or -1 for a free slice",

@@ -225,8 +225,8 @@ class TiedOptimizer(Optimizer):
     def ties(self) -> tuple[Tie, ...]:
         """What is tied, one :class:`Tie` for each that was given, with the parameters that the optimizer has now.
 
-        Labels are numbered anew, in the order of first members, but for those of ties across ranks. The ties can be
-        given to another optimizer of these parameters, or to :meth:`retie`.
+        Labels are numbered anew, in the order of first members, but for sharded ones and those of ties across ranks.
+        The ties can be given to another optimizer of these parameters, or to :meth:`retie`.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.

@@ -31,14 +31,14 @@ def by_mesh(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     return meshes.values()
 
 
-def placed_weights(weights: Tensor, dim: int, tensor: Any, are_sharded: bool) -> Tensor:
+def placed_weights(weights: Tensor, dim: int, tensor: Any, of_shard: bool) -> Tensor:
     """Return weights of slices so that they broadcast against a tensor, or against the shard that this rank has.
 
     Args:
         weights: one for each slice, the shape of the labels.
         dim: the dimension along which the slices lie.
         tensor: what has these slices.
-        are_sharded: whether they are the weights of the slices that this rank has.
+        of_shard: whether they are weights of the slices that this rank has alone.
     """
     weights = weights.to(torch.promote_types(tensor.dtype.to_real(), torch.float32)).to(tensor.device)
     # The one label of a single number has no dimension there.
@@ -49,7 +49,7 @@ def placed_weights(weights: Tensor, dim: int, tensor: Any, are_sharded: bool) ->
     # A rank outside the mesh has nothing to multiply.
     if tensor.device_mesh.get_coordinate() is None:
         return weights.new_ones(())
-    return weights if are_sharded else shard_of(weights.expand(tensor.shape), tensor)
+    return weights if of_shard else shard_of(weights.expand(tensor.shape), tensor)
 
 
 def _entries(tensor: Any, norm_type: float) -> Tensor:

@@ -174,9 +174,8 @@ class Mode(ABC):
             raise refusal(ValueError, what, expected=expected, got="ties across ranks")
         for tie in self.ties:
             is_other = tie.options.reduction != self.true_reduction and not tie.options.relaxed
-            # What this rank has of sharded labels, others do not know.
-            ties_values = not is_idle(tie.slices) and has_shared_values(tie.slices)
-            if is_other and (tie.labels_are_sharded or ties_values):
+            # A rank knows its own of sharded labels, and all ranks have to refuse them.
+            if is_other and (tie.labels_are_sharded or (not is_idle(tie.slices) and has_shared_values(tie.slices))):
                 raise refusal(
                     ValueError,
                     f"{comparing} compares the loss with its gradient, which has to be that of what it trains.",
@@ -502,12 +501,10 @@ class Mode(ABC):
             if key not in self._fingerprints:
                 slices = [part.frozen_in(key[2]) for part in tie.slices]
                 shapes = [place.shape for place in tie.places]
-                totals = self.totals.get(tie)
-                self._fingerprints[key] = (
-                    fingerprint(slices, numbers, shapes, tie.across)
-                    if totals is None
-                    else totals.fingerprint(numbers[0], slices[0].dim)
-                )
+                if tie.labels_are_sharded:
+                    self._fingerprints[key] = self.totals[tie].fingerprint(numbers[0], slices[0].dim)
+                else:
+                    self._fingerprints[key] = fingerprint(slices, numbers, shapes, tie.across)
             yield tie, numbers, self._fingerprints[key]
 
     def tied_since(self, saved: Mapping[str, Any] | None, param_groups: ParamGroups) -> set[BoundTie]:

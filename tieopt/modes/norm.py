@@ -112,8 +112,8 @@ def _weights_for(mode: Mode, tie: BoundTie, params: Sequence[Tensor]) -> list[tu
     """Return what the entries of each mean gradient are multiplied by, and where that is zero; worked out once."""
     key = tie, *((param.device, param.dtype, *sharding_of(param)) for param in params)
     if key not in mode.norm_weights:
-        is_whole = tie.across is None and not tie.labels_are_sharded
-        across = None if is_whole else mode.engine.members_across(tie, params)
+        has_others = tie.across is not None or tie.labels_are_sharded
+        across = mode.engine.members_across(tie, params) if has_others else None
         of_slices = _weights(tie, tie.options.reduction, across)
         dims = [part.dim for part in tie.slices]
         weights = map(placed_weights, of_slices, dims, params, repeat(tie.labels_are_sharded))

@@ -126,9 +126,8 @@ def line(mode: Mode) -> str:
     """Return how much is tied, and how. It looks at no parameter, so that it can be asked for at any time."""
     if not mode.ties:
         return "no ties"
-    _, groups, members, *_ = map(
-        sum, zip(*(_counts(tie.slices, mode.totals.get(tie)) for tie in mode.ties), strict=True)
-    )
+    counts_of_ties = [_counts(tie.slices, mode.totals.get(tie)) for tie in mode.ties]
+    _, groups, members, *_ = map(sum, zip(*counts_of_ties, strict=True))
     parameters = len({place for tie in mode.ties for place in tie.places})
     how = " and ".join(dict.fromkeys(_how(tie.options) for tie in mode.ties))
     counts = f"{groups_of_members(groups, members)}, in {counted(parameters, 'parameter')}"

@@ -90,9 +90,8 @@ class Part(_Fields):
         if isinstance(self.param, Tensor):
             name = "parameter" if self._name is None else repr(self._name)
             is_frozen = self.offset is FROZEN
-            slices = Slices(local(self.groups), None if is_frozen else self.scale, self.dim)
-            if are_sharded(self.groups):
-                slices = slices._replace(sharding=sharding_of(self.groups))
+            sharding = sharding_of(self.groups) if are_sharded(self.groups) else None
+            slices = Slices(local(self.groups), None if is_frozen else self.scale, self.dim, sharding=sharding)
             more = ", frozen" if is_frozen else ", with an offset" * (self.offset is not None)
             return f"Tie({name} of shape {tuple(self.param.shape)}, {slices}{more})"
         dim = f", dim={self.dim!r}" if self.dim != 0 else ""
@@ -352,7 +351,6 @@ def as_tensor(values: Any, what: str, dtype: str, name: str) -> Tensor:
         raise refusal(TypeError, f"{what} for {name} cannot be read.", expected=expected, got=got)
     if hasattr(values, "placements"):
         expected = "those of the whole parameter on every rank, as full_tensor() returns them"
-        expected += "; or labels of one dimension, sharded as the slices are" * (what == "Labels")
         got = f"{type(values).__name__} with placements {values.placements}"
         raise refusal(TypeError, f"{what} for {name} are sharded.", expected=expected, got=got)
     return values

@@ -114,6 +114,7 @@ class Tie:
         parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim``, ``scale`` and
             ``offset``. If ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, and
             ``offset`` is None or of the shape of the parameter, all on the CPU; for a name they are what was given.
+            Sharded labels are a ``DTensor``.
             Frozen slices, and parameters that are tied as a whole and are not found yet, have placeholders there.
         options: a named tuple of ``reduction``, ``strength`` and ``every``, as they were given.
         across: the process group; None if the tie is of this rank alone.
