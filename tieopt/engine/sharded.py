@@ -415,7 +415,7 @@ def _check_chunks(tie: Partition, tensors: Sequence[DTensor], here: Sequence[int
     for part, tensor, name in zip(tie.slices, tensors, tie.names, strict=True):
         if part.sharding is None:
             continue
-        rows = _bounds(part, tensor, here)[0]
+        rows = bounds_in_front(part, tensor, here)[0]
         count, wanted = len(part.labels), rows.stop - rows.start
         if on_any_rank(count != wanted, tensor):
             what = f"Sharded labels for {name} of shape {tuple(tensor.shape)} are not cut as it is."
@@ -426,7 +426,7 @@ def _check_chunks(tie: Partition, tensors: Sequence[DTensor], here: Sequence[int
 def _check_replicas(tie: Partition, tensor: DTensor, totals: Totals) -> None:
     """Refuse sharded labels that differ between ranks that have the same slices."""
     here = torch.tensor([totals], device=local(tensor).device)
-    if bool((_gathered(here, tensor.device_mesh) != here).any()):
+    if bool((numbers_of_ranks(here, tensor.device_mesh) != here).any()):
         what = "Ranks that have the same slices have other labels for them."
         expected = "the same labels on all ranks along the dimensions of the mesh where the labels are replicated"
         raise refusal(ValueError, what, parameter=tie.names[0], expected=expected, got=f"{tie.slices[0]}")
