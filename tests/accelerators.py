@@ -148,9 +148,9 @@ class FakeAccelerator(TorchDispatchMode):
         for started in self._patches:
             started.stop()
 
-    def begin(self, *, warm: bool) -> None:
+    def begin(self) -> None:
         """Begin a step, and record what it does."""
-        self.is_warm, self.operators = warm, []
+        self.is_warm, self.operators = True, []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -71,9 +71,7 @@ def last_step(accelerator: FakeAccelerator, kind: str, dtype: torch.dtype, **opt
         if step == 1 and kind != "many small ones":
             # Ties that are worked on as one are compiled for every choice of them.
             params[2].grad = None
-        # Where offsets count for weights, and not for gradients, the first step compiles how to fold the latter.
-        compiles = step == 0 and kind == "offsets" and options.get("compact")
-        accelerator.begin(warm=not compiles)
+        accelerator.begin()
         optimizer.step()
     accelerator.is_warm = False
     return accelerator.operators

@@ -248,9 +248,15 @@ class Engine:
             self._indices[key] = index
         return self._indices[key]
 
-    def prepare(self, pairs: Pairs[Partition]) -> None:
-        """Compile what the tensors of ties need, now and not while a step is captured."""
-        self._plan(pairs)
+    def prepare(self, pairs: Pairs[Partition], *, folded: bool = False) -> None:
+        """Compile what the tensors of ties need, and if they are to be folded that, too: now, and not in a step."""
+        plan = self._plan(pairs)
+        if folded:
+            for tie, tensors in pairs:
+                self.compacts(tie, tensors)
+            for work in plan:
+                if type(work.executor) is not Shards:
+                    self._folding(work)
 
     def _plan(self, pairs: Pairs[Partition]) -> list[Work]:
         """Return what is worked on together; planned once for ties and the layouts of their tensors."""

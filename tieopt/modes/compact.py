@@ -265,6 +265,7 @@ class CompactMode(Mode):
         # From here on they are read from the weights before each step.
         values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
         self.engine.apply_(_FOLD, pairs, values)
+        self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear], folded=True)
         for (tie, params), compacts in zip(pairs, values, strict=True):
             _check_range(tie, params, compacts)
         for compact in made.values():
