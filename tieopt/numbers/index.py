@@ -619,8 +619,8 @@ def _run(
     in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
     return Run(
         lead_members=_chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout),
-        norms=norms.to(device, wide),
-        counts=counts.to(device, wide),
+        norms=_stored_once(norms.to(device, wide)),
+        counts=_stored_once(counts.to(device, wide)),
         signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
         chunks=tuple(
@@ -631,6 +631,11 @@ def _run(
         ),
         offsets=None if lead_offsets is None else lead_offsets.to(device),
     )
+
+
+def _stored_once(column: Tensor) -> Tensor:
+    """Return a vector that is the same number everywhere as one number, expanded."""
+    return column[:1].clone().expand(len(column)) if bool((column == column[0]).all()) else column
 
 
 def _by_tensor(members: Members, layout: Layout) -> Tensor | None:
