@@ -306,3 +306,92 @@ def test_what_is_saved_is_what_one_process_saves_and_loads(ranks, kind, rows):
             continue
         for _, resumed, _ in ranks.run(interrupted, kind, rows, True, state, True):
             torch.testing.assert_close(resumed, weights)
+
+
+# --- what depends on the rank ---
+
+
+def with_few_rows(pinned: bool) -> list[float]:
+    """The steps that two joined weights have made, where the last rank has no rows of one or both to train."""
+    count = dist.get_world_size()
+    shape = (2 * count if pinned else count - 1, 4)
+    params = [Parameter(sharded(randn(*shape, seed=seed), (count,), [Shard(0)])) for seed in (1, 2)]
+    scale = torch.ones(shape[0])
+    scale[-2:] = 0
+    labels, scales = torch.arange(shape[0]), (None, scale if pinned else None)
+    ties = Tie.join(*(Tie(param, labels, scale=scale) for param, scale in zip(params, scales, strict=True)))
+    optimizer = TiedOptimizer(AdamW(params, lr=0.1), ties, compact=True)
+    for _ in range(2):
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.retie(ties)
+    optimizer.untie()
+    assert all(sorted(optimizer.state[param]) == ["exp_avg", "exp_avg_sq", "step"] for param in params)
+    return [float(optimizer.state[param]["step"]) for param in params]
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_ranks_without_rows_convert_the_state_with_the_others(ranks, pinned):
+    assert ranks.run(with_few_rows, pinned) == [[2.0, 2.0]] * ranks.count
+
+
+def saved_alone(labels: list[int], copied: bool) -> list[bool]:
+    mesh = mesh_of((dist.get_world_size(),))
+    params = [Parameter(distribute_tensor(randn(8, 4, seed=seed), mesh, [Shard(0)])) for seed in (1, 2)]
+    optimizer = TiedOptimizer(
+        AdamW(params, lr=0.1), Tie.join(*(Tie(param, torch.tensor(labels)) for param in params)), compact=True
+    )
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    if copied:
+        optimizer = copy.deepcopy(optimizer)
+    # The other ranks would not answer.
+    saved = optimizer.state_dict() if dist.get_rank() == 0 else None
+    dist.barrier()
+    return [] if saved is None else [number in saved["state"] for number in (0, 1)]
+
+
+@pytest.mark.parametrize("labels", [range(8), [0, -1, 1, 1, 2, 2, 3, 3]], ids=["regular", "irregular"])
+def test_the_state_is_saved_without_the_other_ranks(ranks, labels):
+    assert ranks.run(saved_alone, list(labels), False)[0] == [True, True]
+
+
+def test_that_of_a_copy_is_as_well(ranks):
+    assert ranks.run(saved_alone, list(range(8)), True)[0] == [True, True]
+
+
+def untied_after_sharding() -> bool:
+    params = [Parameter(randn(8, 4, seed=seed)) for seed in (1, 2)]
+    labels = torch.arange(8) // 2
+    ties = Tie.join(*(Tie(param, labels) for param in params))
+    optimizer = TiedOptimizer(AdamW(params, lr=0.1), ties, compact=True)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    mesh = mesh_of((dist.get_world_size(),))
+    optimizer.param_groups[0]["params"][:] = [
+        Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)])) for param in params
+    ]
+    with pytest.warns(UserWarning, match="begins"):
+        optimizer.untie()
+    return not optimizer.ties
+
+
+def test_parameters_that_were_sharded_since_can_be_untied(ranks):
+    assert ranks.run(untied_after_sharding) == [True] * ranks.count
+
+
+def irregular(kind: str) -> str:
+    mesh = mesh_of((dist.get_world_size(),))
+    weight = Parameter(distribute_tensor(randn(8, 4), mesh, [Shard(0)]))
+    inner = getattr(torch.optim, kind)([weight])
+    ties = Tie(weight, LABELS["irregular"])
+    return refusal_of(ValueError, lambda: TiedOptimizer(inner, ties, compact=True, reduction="sum"))
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Muon"])
+def test_optimizers_that_couple_rows_are_refused_where_the_rows_depend_on_the_mesh(ranks, kind):
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"this torch has no {kind}")
+    for message in ranks.run(irregular, kind):
+        assert f"{kind} couples rows" in message

@@ -593,8 +593,8 @@ class TiedOptimizer(Optimizer):
         with self._tieopt.lock:
             self._tieopt.follow(self)
             state_dict = super().state_dict(*args, **kwargs)
-            state_dict = self._tieopt.as_saved(self, state_dict)
             saved = self._tieopt.saved(self._tieopt.param_groups_of(self))
+            state_dict = self._tieopt.to_save(self, state_dict)
         return {**state_dict, _TIEOPT: saved} if saved else state_dict
 
     @_together
@@ -636,7 +636,7 @@ class TiedOptimizer(Optimizer):
         if _TIEOPT in state_dict:
             mode.check_saved(saved, self.param_groups)
         convert = converter(mode, self, None if saved is None else saved.get("compact", False))
-        state_dict = {key: value for key, value in state_dict.items() if key != _TIEOPT}
+        state_dict = mode.to_load({key: value for key, value in state_dict.items() if key != _TIEOPT})
         mode.agree_to("load_state_dict()")
         if convert is not None:
             params = by_number(state_dict, self.param_groups)
@@ -653,7 +653,6 @@ class TiedOptimizer(Optimizer):
                 if not state:
                     # Adagrad looks for a step count in all that there is.
                     del self.state[param]
-        mode.drop_states_of_nothing(self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters are free until :meth:`retie`.

@@ -189,13 +189,10 @@ def gathered(tensor: Any) -> Tensor:
     if tensor.device_mesh.get_coordinate() is None:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     # As bytes, because not every backend sends 8-bit floats.
-    return sharded_as(tensor, bits(tensor.to_local())).full_tensor().view(tensor.dtype)  # type: ignore[no-any-return]
-
-
-def sharded_as(like: Any, shard: Tensor) -> Any:
-    """Return the tensor of which this rank has a shard, and which is sharded as another one of its shape."""
-    sharding = {"device_mesh": like.device_mesh, "placements": like.placements}
-    return type(like).from_local(shard, **sharding, shape=like.shape, stride=like.stride())
+    shards = type(tensor).from_local(
+        bits(tensor.to_local()), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+    return shards.full_tensor().view(tensor.dtype)  # type: ignore[no-any-return]
 
 
 def sharding_of_slices(tensor: Any, dim: int) -> tuple[Any, Any]:
@@ -207,28 +204,26 @@ def sharding_of_slices(tensor: Any, dim: int) -> tuple[Any, Any]:
     return tensor.device_mesh, tuple(Shard(0) if cut.is_shard(dim) else Replicate() for cut in tensor.placements)
 
 
-def of_shards(shard: Tensor, mesh: Any, placements: Any, shape: Sequence[int]) -> Tensor:
-    """Return a contiguous sharded tensor of a shape, of which this rank has a shard."""
-    from torch.distributed.tensor import DTensor
-
-    size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(shard, mesh, placements, shape=size, stride=stride)
-
-
-def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:
-    """Return which part of a sharded tensor the rank at a coordinate of the mesh has.
+def bounds_in(
+    shape: Sequence[int], placements: Sequence[Any], mesh_shape: Sequence[int], coordinate: Sequence[int]
+) -> tuple[slice, ...]:
+    """Return which part of a tensor of a shape the rank at a coordinate of a mesh has.
 
     The tensor is cut as ``torch.chunk`` does, along one dimension of the mesh after the other.
     """
-    bounds = [slice(0, size) for size in tensor.shape]
-    for placement, count, number in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
+    bounds = [slice(0, size) for size in shape]
+    for placement, count, number in zip(placements, mesh_shape, coordinate, strict=True):
         if placement.is_shard():
             start, stop = bounds[placement.dim].start, bounds[placement.dim].stop
             chunk = -((start - stop) // count)
             start = min(start + number * chunk, stop)
             bounds[placement.dim] = slice(start, min(start + chunk, stop))
     return tuple(bounds)
+
+
+def bounds_of(tensor: Any, coordinate: Sequence[int]) -> tuple[slice, ...]:
+    """Return which part of a sharded tensor the rank at a coordinate of the mesh has; see :func:`bounds_in`."""
+    return bounds_in(tensor.shape, tensor.placements, tensor.device_mesh.shape, coordinate)
 
 
 def shard_of(full: Tensor, like: Any) -> Tensor:

@@ -21,6 +21,7 @@ from tieopt.engine.engine import Engine
 from tieopt.errors import refusal, shown
 from tieopt.numbers.reduction import Operation, lead_
 from tieopt.optimizer import TiedOptimizer
+from tieopt.tensors import is_sharded
 from tieopt.ties.options import Reduction
 from tieopt.ties.part import Groups
 from tieopt.ties.places import bind_ties
@@ -51,7 +52,8 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
 
     Raises:
         AssertionError: a member differs from the others of its group; the message says which, and its value.
-        TypeError: ``model_or_tensor`` is neither a model nor a tensor, or ``ties`` are not ties.
+        TypeError: ``model_or_tensor`` is neither a model nor a tensor, or a tied one is sharded, or ``ties`` are not
+            ties.
         IndexError: an index, or a dimension, is out of range.
         ValueError: ``ties`` do not fit, or are of frozen slices, which equal nothing here but themselves; or a tensor
             was given a joined tie.
@@ -94,6 +96,9 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
             what, expected = "Frozen slices have no other members.", "ties without them; compare them with a copy"
             raise refusal(ValueError, what, expected=expected, got=f"frozen slices of {', '.join(tie.names)}")
         params = [param_groups[0]["params"][place.position] for place in tie.places]
+        if any(map(is_sharded, params)):
+            what, expected = "Sharded parameters are not compared here.", "is_tied(), or what full_tensor() returns"
+            raise refusal(TypeError, what, parameters=", ".join(tie.names), expected=expected, got="a DTensor")
         tied = [param.detach().clone() for param in params]
         Engine().apply_(Operation(lead_), [(tie, tied)])
         for name, slices, expected, param in zip(tie.names, tie.slices, tied, params, strict=True):

@@ -2,33 +2,33 @@
 
 Of sharded tensors every rank folds its own shard, so no group may have members on several ranks. The compact tensor is
 a :class:`~torch.distributed.tensor.DTensor`: cut along its rows where slices are on different ranks, and otherwise as
-the tensor is.
+the tensor is. How it is cut is worked out by every rank alone, because all of them have all labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tieopt.engine.sharded import Shards, bounds_in_front, cut_apart, cut_by, numbers_of_ranks, on_any_rank
-from tieopt.errors import refusal
+from tieopt.engine.sharded import Shards, bounds_in_front, cut_apart, cut_by, slices_of_shard
 from tieopt.numbers.folding import CompactRows, compact_like, compact_rows_of, compact_slices
-from tieopt.tensors import bounds_of, local
-from tieopt.ties.slices import Partition, Slices, described
+from tieopt.tensors import bounds_in, local, sharding_of
+from tieopt.ties.slices import FREE, Partition, Slices, numbered
 
 
-class Placed(NamedTuple):
+class Placement(NamedTuple):
     """How a compact tensor is sharded.
 
     Attributes:
         mesh: of the ranks.
         placements: along the dimensions of the mesh.
-        rows: of each shard: those that the rank folds, and zeros that fill it up.
+        rows: of the shard of this rank, padding included.
         all_rows: of all shards together.
-        is_canonical: whether it does not depend on the mesh what the compact tensor is as a whole.
+        is_canonical: whether the gathered compact tensor is the same on any mesh.
     """
 
     mesh: Any
@@ -44,98 +44,116 @@ class Compact(NamedTuple):
     Attributes:
         slices: of the tensor.
         rows: of the compact tensor.
-        placed: how the compact tensor is sharded; None if it is not.
+        sources: the numbers of the tensors of the tie whose compact tensors have a row of this one, on any rank.
+        is_scaled: whether the tie has scales.
+        sharding: of the tensor, see :func:`~tieopt.tensors.sharding_of`.
+        placement: how the compact tensor is sharded; None if it is not.
     """
 
     slices: Slices
     rows: CompactRows
-    placed: Placed | None = None
+    sources: tuple[int, ...]
+    is_scaled: bool
+    sharding: tuple[Any, Any]
+    placement: Placement | None = None
 
     @property
-    def sharding(self) -> tuple[Any, Any]:
-        """The mesh and the placements, as :func:`~tieopt.tensors.sharding_of` returns them."""
-        return (None, None) if self.placed is None else self.placed[:2]
+    def compact_sharding(self) -> tuple[Any, Any]:
+        """As ``sharding``, of the compact tensor."""
+        return (None, None) if self.placement is None else self.placement[:2]
 
-    def shape(self, of: torch.Size) -> torch.Size:
+    def shape_for(self, shape: torch.Size) -> torch.Size:
         """Return the shape of the compact tensor of a tensor of a shape, on all ranks together."""
-        count = len(self.rows.kept) if self.placed is None else self.placed.all_rows
-        return compact_like(self.slices, torch.empty(of, device="meta"), count).shape
+        count = len(self.rows.kept) if self.placement is None else self.placement.all_rows
+        return compact_like(self.slices, torch.empty(shape, device="meta"), count).shape
 
-    def like(self, tensor: Any) -> Tensor:
+    def new_like(self, tensor: Any) -> Tensor:
         """Return a compact tensor of the dtype and on the device of a tensor, with nothing written to its rows."""
-        if self.placed is None:
+        if self.placement is None:
             return compact_like(self.slices, tensor, len(self.rows.kept))
-        mesh, placements, rows, all_rows, _ = self.placed
-        whole = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
-        whole = compact_like(self.slices, whole, all_rows)
+        mesh, placements, rows, all_rows, _ = self.placement
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
+        whole = compact_like(self.slices, meta, all_rows)
         shard = compact_like(self.slices, local(tensor), rows).zero_()
-        placed = type(tensor).from_local(shard, mesh, placements, shape=whole.shape, stride=whole.stride())
+        compact = type(tensor).from_local(shard, mesh, placements, shape=whole.shape, stride=whole.stride())
         # Shards may wait in another memory than that of the mesh.
-        return placed.to(shard.device)  # type: ignore[no-any-return]
+        return compact.to(shard.device)  # type: ignore[no-any-return]
 
     def shard(self, compact: Tensor) -> Tensor:
         """View the rows of a compact tensor that this rank folds."""
-        if self.placed is None:
+        if self.placement is None:
             return compact
         return local(compact).narrow(compact_slices(self.slices).dim, 0, len(self.rows.kept))
 
 
 def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -> tuple[Compact, ...]:
-    """Return what the compact tensors of the tensors of a tie are made of; a collective where they are sharded.
+    """Return what the compact tensors of the tensors of a tie are made of.
 
     Args:
         tie: of the tensors.
-        tensors: which say how they are sharded.
-        shards: of the tie, if the tensors are sharded.
-
-    Raises:
-        ValueError: a group has members on several ranks.
+        tensors: which say how they are sharded; all of them, if they are.
+        shards: of the tie, if the tensors are sharded; no group has members on several ranks.
     """
+    is_scaled = any(part.scale is not None for part in tie.slices)
     if shards is None:
-        return tuple(map(Compact, tie.slices, compact_rows_of(tie.slices)))
-    if on_any_rank(shards.spans_ranks, tensors[0]):
-        what = "The compact mode has no shared values of members on several ranks."
-        expected = "groups whose members are on one rank, as rows of a parameter that is cut along its columns; or\n"
-        expected += "            compact=False"
-        got = f"{described(tie.slices)}, {tensors[0].placements} of a parameter of shape {tuple(tensors[0].shape)}"
-        raise refusal(ValueError, what, parameters=", ".join(tie.names), expected=expected, got=got)
-    slices, _ = cut_apart(tie.names, tie.slices, tensors)
-    # Slices that are written out entry by entry make other compact tensors than without a mesh.
-    whole = compact_rows_of(tie.slices) if slices is tie.slices else [None] * len(slices)
-    parts = zip(shards.slices, compact_rows_of(shards.slices), slices, tensors, whole, strict=True)
-    return tuple(_sharded(*part) for part in parts)
+        whole = compact_rows_of(tie.slices)
+        parts = zip(tie.slices, whole, _sources(whole), strict=True)
+        return tuple(Compact(*part, is_scaled, (None, None)) for part in parts)
+    slices, dims = cut_apart(tie.names, tie.slices, tensors)
+    mesh, whole = tensors[0].device_mesh, compact_rows_of(slices)
+    sharding = [(mesh, _placements(*part)) for part in zip(slices, tensors, strict=True)]
+    # Along the other dimensions of the mesh, ranks have the same slices, or other parts of them.
+    coordinates = list(product(*(range(size) if dim in dims else (0,) for dim, size in enumerate(mesh.shape))))
+    rows_at = [
+        compact_rows_of(numbered([slices_of_shard(*part, at) for part in zip(slices, tensors, strict=True)]))
+        for at in coordinates
+    ]
+    # Slices that are written out entry by entry make another compact tensor than without a mesh.
+    is_canonical = slices is tie.slices and all(
+        torch.equal(_numbers(part, tensor, at)[rows.kept], rows_of_all.kept[_chunk(part, tensor, of, rows_of_all, at)])
+        for at, rows_of_tensors in zip(coordinates, rows_at, strict=True)
+        for part, tensor, (_, of), rows, rows_of_all in zip(
+            slices, tensors, sharding, rows_of_tensors, whole, strict=True
+        )
+    )
+    compacts = []
+    rows_here = compact_rows_of(shards.slices)
+    for number, (part, rows, sources) in enumerate(zip(shards.slices, rows_here, _sources(whole), strict=True)):
+        most = max(len(rows_of_tensors[number].kept) for rows_of_tensors in rows_at)
+        counts = (len(rows.kept), len(whole[number].kept)) if is_canonical else (most, most * len(coordinates))
+        placement = Placement(*sharding[number], *counts, is_canonical)
+        compacts.append(Compact(part, rows, sources, is_scaled, sharding_of(tensors[number]), placement))
+    return tuple(compacts)
 
 
-def _sharded(here: Slices, rows: CompactRows, slices: Slices, tensor: Any, whole: CompactRows | None) -> Compact:
-    mesh, dim, count = tensor.device_mesh, compact_slices(slices).dim, len(rows.kept)
-    placements = []
-    shards = 1
-    for placement, size in zip(tensor.placements, mesh.shape, strict=True):
+def _sources(rows: Sequence[CompactRows]) -> list[tuple[int, ...]]:
+    """Return for each tensor the numbers of those whose compact tensors have its rows."""
+    owners = torch.repeat_interleave(torch.tensor([len(part.kept) for part in rows], device="cpu"))
+    return [tuple(sorted(set(owners[part.rows[part.rows != FREE]].tolist()))) for part in rows]
+
+
+def _placements(slices: Slices, tensor: Any) -> tuple[Any, ...]:
+    """Return the placements of the compact tensor of a tensor."""
+    dim, placements = compact_slices(slices).dim, []
+    for placement in tensor.placements:
         cut = cut_by(slices, placement)
         if cut == 0:
-            placements.append(type(placement)(dim))
-            shards *= size
-        elif cut is None:
-            placements.append(placement)
-        else:
-            # Counted among the dimensions of a slice, before which or after which the rows are.
-            placements.append(type(placement)(cut - (cut <= dim)))
-    most = int(numbers_of_ranks(torch.tensor([count], device=local(tensor).device), mesh).max())
-    compact = Compact(here, rows, Placed(mesh, tuple(placements), most, most * shards, False))
-    if whole is not None:
-        placed = Placed(mesh, tuple(placements), count, len(whole.kept), True)
-        canonical = compact._replace(placed=placed)
-        if not on_any_rank(not _is_canonical(canonical, slices, tensor, whole), tensor):
-            return canonical
-    return compact
+            placement = type(placement)(dim)
+        elif cut is not None:
+            # Dimensions of a slice before that of the rows move down by one.
+            placement = type(placement)(cut - (cut <= dim))
+        placements.append(placement)
+    return tuple(placements)
 
 
-def _is_canonical(compact: Compact, slices: Slices, tensor: Any, whole: CompactRows) -> bool:
-    """Return whether the rows of this rank are those that it has once the whole compact tensor is sharded."""
-    here = tensor.device_mesh.get_coordinate()
-    if here is None:
-        return True
-    dim, depth = compact_slices(slices).dim, slices.labels.dim()
+def _numbers(slices: Slices, tensor: Any, coordinate: Sequence[int]) -> Tensor:
+    """Return the numbers that the slices in the shard at a coordinate have among those of the whole tensor."""
     numbers = torch.arange(slices.labels.numel(), device="cpu").view(slices.labels.shape)
-    numbers = numbers[bounds_in_front(slices, tensor, here)[:depth]].flatten()
-    return torch.equal(numbers[compact.rows.kept], whole.kept[bounds_of(compact.like(tensor), here)[dim]])
+    return numbers[bounds_in_front(slices, tensor, coordinate)[: slices.labels.dim()]].flatten()
+
+
+def _chunk(slices: Slices, tensor: Any, placements: Any, rows: CompactRows, coordinate: Sequence[int]) -> slice:
+    """Return which rows of a compact tensor are at a coordinate once the whole of it is sharded."""
+    dim = compact_slices(slices).dim
+    shape = [len(rows.kept) if number == dim else 0 for number in range(tensor.dim() or 1)]
+    return bounds_in(shape, placements, tensor.device_mesh.shape, coordinate)[dim]

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from tieopt.engine.compacts import Compact, compacts_of
 from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
-from tieopt.engine.sharded import Shards, spans_ranks
+from tieopt.engine.sharded import Shards, on_any_rank, spans_ranks
 from tieopt.numbers.folding import Folding, ViewFolding, compact_rows_of, fold_gradients_
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
@@ -124,6 +124,10 @@ class Engine:
     def whole(self, pairs: Sequence[tuple[P, list[Tensor]]]) -> list[tuple[P, list[Tensor]]]:
         """Return the ties that are of this rank alone, and whose tensors are not sharded."""
         return [(tie, tensors) for tie, tensors in pairs if not spans_ranks(tensors, tie)]
+
+    def groups_span_ranks(self, tie: Partition, tensors: Sequence[Any]) -> bool:
+        """Return whether a group of a tie has members on several ranks; of sharded tensors all ranks have to ask."""
+        return spans_ranks(tensors) and on_any_rank(self._shards_for(tie, tensors).spans_ranks, tensors[0])
 
     def is_regular(self, tie: Partition, tensors: Sequence[Tensor]) -> bool:
         """Return whether the members of a tie are views of whole tensors, so that it has no index."""
@@ -230,10 +234,9 @@ class Engine:
         return self._rows[key]
 
     def compacts(self, tie: Partition, tensors: Sequence[Tensor] = ()) -> tuple[Compact, ...]:
-        """Return what the compact tensors of a tie are made of; worked out once, of sharded tensors by all ranks.
+        """Return what the compact tensors of a tie are made of; worked out once, of the first tensors that are given.
 
-        Raises:
-            ValueError: they are sharded, and a group has members on several ranks.
+        Sharded ones have no group with members on several ranks, and all ranks have to ask for them.
         """
         if tie not in self._compacts:
             shards = self._shards_for(tie, tensors) if spans_ranks(tensors) else None
@@ -301,11 +304,11 @@ class Engine:
         index = Index.compile(_joined(ties), tensors, even=even, linear=ties[0].is_linear)
         return index.keeping([tie.slices[0] for tie in ties])
 
-    def _folding(self, work: Work, compacts: Sequence[Compact] = ()) -> Folding | ViewFolding:
+    def _folding(self, work: Work) -> Folding | ViewFolding:
         index = cast(Index, work.executor)
         if index not in self._foldings:
             if len(work.ties) == 1:
-                rows = tuple(compact.rows for compact in compacts or self.compacts(work.ties[0]))
+                rows = tuple(compact.rows for compact in self.compacts(work.ties[0]))
             else:
                 rows = compact_rows_of(_joined(work.ties))
             self._foldings[index] = (
@@ -317,11 +320,9 @@ class Engine:
         self, work: Work, tensors: Sequence[Tensor], compacts: Sequence[Tensor]
     ) -> tuple[Work, list[Tensor], list[Tensor]]:
         """Return what folding is to a rank: that of its shards, by itself."""
-        (tie,), shards = work.ties, list(map(local, tensors))
-        parts = self.compacts(tie, tensors)
-        work = work._replace(executor=cast(Shards, work.executor).index_for(shards))
-        self._folding(work, parts)
-        return work, shards, list(map(Compact.shard, parts, compacts))
+        parts, shards = self.compacts(work.ties[0], tensors), list(map(local, tensors))
+        index = cast(Shards, work.executor).index_for(shards)
+        return work._replace(executor=index), shards, list(map(Compact.shard, parts, compacts))
 
     def _shards_for(self, tie: Partition, tensors: Sequence[Any]) -> Shards:
         """The tie as this rank sees it; the first time all ranks have to ask for the same."""

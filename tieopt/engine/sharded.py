@@ -100,7 +100,7 @@ class Shards:
 
     @property
     def spans_ranks(self) -> bool:
-        """Whether a group of this rank has members on others."""
+        """Whether a group has members on several of the ranks that this one exchanges with."""
         return self._plan is not None
 
     def index_for(self, shards: Sequence[Tensor]) -> Index:
@@ -220,7 +220,7 @@ def _view_on_mesh(mesh: DeviceMesh, tie: Partition, slices: Sequence[Slices], te
         return _View(slices, slices, [], rank, process_group, peers)
 
     def shard_at(coordinate: list[int]) -> list[Slices]:
-        return [_slices_of_shard(*cut, coordinate) for cut in zip(slices, tensors, strict=True)]
+        return [slices_of_shard(*cut, coordinate) for cut in zip(slices, tensors, strict=True)]
 
     cuts = zip(coordinates, peers_at, strict=True)
     members = [_labels_of_members(shard_at(at) if takes_part else ()) for at, takes_part in cuts]
@@ -349,7 +349,7 @@ def cut_by(slices: Slices, placement: Any) -> int | None:
     return max(dim - slices.labels.dim() + 1, 0)
 
 
-def _slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Slices:
+def slices_of_shard(slices: Slices, tensor: DTensor, coordinate: Sequence[int]) -> Slices:
     """Return the labels and scales of the slices in the shard at a coordinate of the mesh."""
     part = bounds_in_front(slices, tensor, coordinate)[: slices.labels.dim()]
     # Views would keep the labels of all shards.
@@ -418,7 +418,7 @@ def _check_chunks(tie: Partition, tensors: Sequence[DTensor], here: Sequence[int
         rows = bounds_in_front(part, tensor, here)[0]
         count, wanted = len(part.labels), rows.stop - rows.start
         if on_any_rank(count != wanted, tensor):
-            what = f"Sharded labels for {name} of shape {tuple(tensor.shape)} are not cut as it is."
+            what = f"Sharded labels for {name} of shape {tuple(tensor.shape)} are not cut as the parameter is."
             got = f"{count}{', and others on some rank' * (count == wanted)}"
             raise refusal(ValueError, what, expected=f"{wanted} labels at {tuple(here)}", got=got)
 

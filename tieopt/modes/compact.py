@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Number
 from operator import is_, is_not
 from typing import Any
 
@@ -27,7 +28,6 @@ from tieopt.modes.conversion import (
     compacted,
     expanded,
     refolded,
-    states_of_nothing,
     whole_state,
     without_history,
 )
@@ -42,6 +42,9 @@ from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
 from tieopt.ties.slices import described
+
+# Optimizers to which it matters which rows a rank has, or whether there is padding.
+_COUPLES_ROWS = {"Adafactor", "LBFGS", "Muon"}
 
 _FOLD, _UNFOLD, _PROJECT = Operation(fold_), Operation(unfold_), Operation(project_)
 _FOLD_GRADIENTS = {reduction: Operation(fold_gradients_, reduction=reduction) for reduction in ("mean", "sum")}
@@ -258,10 +261,14 @@ class CompactMode(Mode):
     def _make(self, pairs: Pairs) -> None:
         made: dict[tuple[int, int], Parameter] = {}
         originals: dict[int, Tensor] = {}
+        is_canonical = True
         for tie, params in pairs:
             for place, part, param in zip(tie.places, self.engine.compacts(tie, params), params, strict=True):
-                made[place[:2]] = Parameter(part.like(param.detach()), requires_grad=param.requires_grad)
+                made[place[:2]] = Parameter(part.new_like(param.detach()), requires_grad=param.requires_grad)
                 originals[id(made[place[:2]])] = param
+                is_canonical &= part.placement is None or part.placement.is_canonical
+        self.saves_compact = is_canonical
+        self.without_rows = frozenset(place for place, compact in made.items() if not compact.numel())
         # From here on they are read from the weights before each step.
         values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
         self.engine.apply_(_FOLD, pairs, values)
@@ -280,11 +287,15 @@ class CompactMode(Mode):
                 what, expected = "Ranks cannot share compact parameters.", "ties of this rank alone"
                 raise _unserved(what, expected, f"a tie across ranks of {described(tie.slices)}", parameters=names)
             for place, param in zip(tie.places, params, strict=True):
-                before = known.get(place[:2], param)
-                if sharding_of(param) != sharding_of(before):
-                    what = "Parameters were sharded otherwise after they were tied."
-                    expected, got = (f"placements {sharding_of(tensor)[1]}" for tensor in (before, param))
-                    raise _unserved(what, f"{expected}, as when they were tied", got, parameters=names)
+                before, now = sharding_of(known.get(place[:2], param)), sharding_of(param)
+                if now != before:
+                    what = "Parameters were resharded after they were tied."
+                    raise _unserved(what, _sharding(*before), _sharding(*now), parameters=names)
+            if self.engine.groups_span_ranks(tie, params):
+                what = "A shared value of members on several ranks would have its state on none of them."
+                expected = "groups whose members are on one rank, as rows of a parameter that is cut along its columns"
+                got = f"{described(tie.slices)}, {_sharding(*now)}"
+                raise _unserved(what, expected, got, parameters=names)
 
     @torch.inference_mode(False)
     def gradient_of(self, compact: Parameter) -> Tensor:
@@ -301,13 +312,20 @@ class CompactMode(Mode):
 
         Raises:
             ValueError: the optimizer is differentiable; or it holds another one, and only hands it gradients, keeps
-                parameters outside its groups or runs the model; or it takes matrices where a compact parameter is none,
+                parameters outside its groups or runs the model; or it couples rows that the ranks have in an order of
+                their own; or it takes matrices where a compact parameter is none,
                 or a parameter is lazily negated or conjugated; or as for :class:`~tieopt.modes.mode.Mode`.
         """
         super().check_served(optimizer)
         if self.ties:
             _check_served(optimizer, self.applied)
         self.attach(optimizer)
+        kinds = [kind.__name__ for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__]
+        coupling = next((kind for kind in kinds if kind in _COUPLES_ROWS), None)
+        if coupling is not None and not self.saves_compact:
+            what = f"{coupling} couples rows, and ranks have different numbers of them, or have them in another order."
+            expected = "shards that torch.chunk makes of the compact parameter of one process"
+            raise _unserved(what, expected, "groups that are distributed otherwise")
 
     def check_method(self, optimizer: Any, method: Callable[..., Any]) -> None:
         """Refuse a method that goes on after it has returned.
@@ -354,31 +372,43 @@ class CompactMode(Mode):
         gone = set(map(id, known.values())) - held
         return {key: value for key, value in whole.items() if id(key) not in gone}
 
-    def is_saved_compact(self, param_groups: ParamGroups) -> bool:
-        """Return whether a ``state_dict`` has the state of compact parameters, which must not depend on the mesh."""
-        parts = (part for pair in self.applied_to(param_groups) for part in self.engine.compacts(*pair))
-        return all(part.placed is None or part.placed.is_canonical for part in parts)
+    def to_save(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a ``state_dict`` with the state of whole parameters where that of compact ones depends on the mesh.
 
-    def as_saved(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a ``state_dict`` with a state for each parameter: that of whole ones if others depend on a mesh."""
+        Otherwise joined parameters whose compact ones have no entries get a state with none, because
+        torch.distributed.checkpoint loads a state if every parameter has one.
+        """
         if not {"state", "param_groups"} <= state_dict.keys():
             return state_dict
-        param_groups = self.param_groups_of(optimizer)
-        pairs, params = self.applied_to(param_groups), by_number(state_dict, param_groups)
-        state = {params.get(number, number): held for number, held in state_dict["state"].items()}
-        if self.is_saved_compact(param_groups):
-            state |= states_of_nothing(state, pairs, self.engine)
-        else:
-            whole = whole_state(optimizer, state, pairs, self.engine)
+        state = dict(state_dict["state"])
+        if not self.saves_compact:
+            param_groups = self.param_groups_of(optimizer)
+            params = by_number(state_dict, param_groups)
+            held = {param: state[number] for number, param in params.items() if number in state}
+            whole = whole_state(optimizer, held, self.applied_to(param_groups), self.engine)
             # A joined parameter may have no state yet.
-            state |= {param: held for param, held in whole.items() if held}
-        numbers = {param: number for number, param in params.items()}
-        return {**state_dict, "state": {numbers.get(key, key): held for key, held in state.items()}}
+            state |= {number: whole[param] for number, param in params.items() if whole.get(param)}
+        elif self.without_rows and not isinstance(optimizer, torch.optim.LBFGS):
+            for tie in self.applied:
+                numbers = {
+                    place[:2]: number for place in tie.places if (number := _number_at(state_dict, place)) is not None
+                }
+                known: dict[str, Any] = next((state[number] for number in numbers.values() if state.get(number)), {})
+                for place in numbers.keys() & self.without_rows if known else ():
+                    state[numbers[place]] = _without_entries(known)
+        return {**state_dict, "state": state}
 
-    def drop_states_of_nothing(self, state: MutableMapping[Any, Any]) -> None:  # noqa: D102
-        for param, compact in zip(self.originals.values(), self.compacts.values(), strict=True):
-            if not compact.numel():
-                state.pop(param, None)
+    def to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a ``state_dict`` without the states without entries that :meth:`to_save` has added."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            return state_dict
+        maybe_empty = {_number_at(state_dict, place) for place in self.without_rows}
+        state = {
+            number: held
+            for number, held in state_dict["state"].items()
+            if number not in maybe_empty or any(map(_has_entries, held.values()))
+        }
+        return {**state_dict, "state": state}
 
     def state_by_place(self, state: Mapping[Any, Any], param_groups: ParamGroups) -> dict[Any, Any]:
         """Return the state, with the entries of replaced parameters moved to those that took their places."""
@@ -407,6 +437,32 @@ class CompactMode(Mode):
     def _known(self) -> dict[tuple[int, int], Tensor]:
         """The parameters that stood in the places of the tied ones when they were last seen."""
         return {place: self.originals[id(compact)] for place, compact in self._compact_at.items()}
+
+
+def _sharding(mesh: Any, placements: Any) -> str:
+    return "parameters that are not sharded" if mesh is None else f"placements {placements} on {mesh}"
+
+
+def _number_at(state_dict: Mapping[str, Any], place: Sequence[Any]) -> Any:
+    """Return the number that the parameter at a place has in a ``state_dict``; None if it has none."""
+    group, position, *_ = place
+    numbers = [settings["params"] for settings in state_dict["param_groups"]][group : group + 1]
+    return next(iter(numbers[0][position : position + 1]), None) if numbers else None
+
+
+def _without_entries(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of the state of a parameter, and tensors without entries in the places of larger ones."""
+    state: dict[str, Any] = {}
+    for key, value in held.items():
+        if isinstance(value, Tensor):
+            state[key] = torch.empty(0, dtype=value.dtype, device=value.device) if value.dim() else value.clone()
+        elif isinstance(value, Number):
+            state[key] = value
+    return state
+
+
+def _has_entries(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0
 
 
 def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:

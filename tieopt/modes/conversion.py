@@ -34,7 +34,7 @@ from tieopt.numbers.rounding import times
 from tieopt.tensors import bits, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.places import BoundTie, parameters_of
-from tieopt.ties.slices import FREE, Slices
+from tieopt.ties.slices import FREE, Slices, described
 
 # The shape of a tensor, and its mesh and placements.
 _Layout = tuple[torch.Size, tuple[Any, Any]]
@@ -72,8 +72,8 @@ class _TiedParameter(NamedTuple):
 
     @property
     def is_replaced(self) -> bool:
-        """Whether its place was taken by a parameter of another shape."""
-        return self.param.shape != self.layout[0]
+        """Whether its place was taken by a parameter that has another shape, or is sharded otherwise."""
+        return (self.param.shape, sharding_of(self.param)) != self.layout
 
     def compact_value(self, key: str) -> Tensor | None:
         """Return the tensor under a key if it has an entry for each of the compact parameter's."""
@@ -102,11 +102,12 @@ class _TiedParameter(NamedTuple):
         compact = dict(state)
         for key, value in state.items():
             if has_entries(key, value) and is_dense(value, *self.layout):
-                scales = scales_for(key, [value], self.folded.scale[kept])
                 rows, offsets = _select(_rows(self.slices, local(value)), kept), self.offsets(key, value)
-                rows = times(rows if offsets is None else rows - offsets[kept], 1 / scales)
+                rows = rows if offsets is None else rows - offsets[kept]
+                if self.compact.is_scaled:
+                    rows = times(rows, 1 / scales_for(key, [value], self.folded.scale[kept]))
                 # In the memory layout of the parameter: fused kernels walk it and its state together.
-                compact[key] = self.compact.like(self.param.detach()).to(rows.device, rows.dtype)
+                compact[key] = self.compact.new_like(self.param.detach()).to(rows.device, rows.dtype)
                 _write_rows_(self.compact.shard(compact[key]), rows, compact_slices(self.slices))
         return compact
 
@@ -117,7 +118,7 @@ _Component = Sequence[_TiedParameter]
 def _component(tie: BoundTie, params: Sequence[Tensor], state: Mapping[Tensor, State], engine: Engine) -> _Component:
     parameters = []
     for place, compact, param in zip(tie.places, engine.compacts(tie, params), params, strict=True):
-        layouts = (place.shape, sharding_of(param)), (compact.shape(place.shape), compact.sharding)
+        layouts = (place.shape, compact.sharding), (compact.shape_for(place.shape), compact.compact_sharding)
         parameters.append(_TiedParameter(param, held_of(state, param), compact, *layouts))
     return parameters
 
@@ -147,12 +148,14 @@ def compacted(
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
         for tied in _component(tie, params, state, engine):
-            odd = _of_other_layouts(tied.state, tied.layout, *[tied.compact_layout] * maybe)
-            if odd:
-                _drop(lost, tied.param, tied.state, odd, tied.layout)
+            changed[tied.param] = {}
             # Where nothing of a parameter is left, there is nothing to train.
-            is_trained = not odd and tied.compact_layout[0].numel()
-            changed[tied.param] = tied.compacted(tied.state) if is_trained else {}
+            if tied.compact_layout[0].numel():
+                odd = _of_other_layouts(tied.state, tied.layout, *[tied.compact_layout] * maybe)
+                if odd:
+                    _drop(lost, tied.param, tied.state, odd, tied.layout)
+                else:
+                    changed[tied.param] = tied.compacted(tied.state)
     return changed
 
 
@@ -220,12 +223,9 @@ def expanded(
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
         component = _component(tie, params, state, engine)
-        # For each row of all compact parameters, the number of the parameter.
-        owners = torch.repeat_interleave(torch.tensor([len(tied.folded.kept) for tied in component], device="cpu"))
         for tied in component:
-            rows = tied.folded.rows[tied.folded.rows != FREE]
             # Its values are in their states.
-            sources = [component[number] for number in sorted(set(owners[rows].tolist())) if component[number].state]
+            sources = [component[number] for number in tied.compact.sources if component[number].state]
             odd = _unreadable(tied, sources, lost)
             if odd:
                 _drop(lost, tied.param, tied.state, odd, tied.compact_layout)
@@ -269,9 +269,10 @@ def _expanded(key: str, tied: _TiedParameter, sources: _Component, component: _C
         rows.append(like.new_full((len(other.folded.kept), *like.shape[1:]), start) if compact is None else compact)
     # Pinned slices have the row of number -1.
     rows.append(like.new_full((1, *like.shape[1:]), start))
-    scales = scales_for(key, values, tied.folded.scale)
     all_rows, offsets = torch.cat([part.to(like) for part in rows]), tied.offsets(key, like)
-    whole = times(_select(all_rows, tied.folded.rows), scales)
+    whole = _select(all_rows, tied.folded.rows)
+    if tied.compact.is_scaled:
+        whole = times(whole, scales_for(key, values, tied.folded.scale))
     result = torch.empty_like(tied.param.detach(), dtype=whole.dtype, device=whole.device)
     _write_rows_(local(result), whole if offsets is None else whole + offsets, tied.slices)
     return result
@@ -311,14 +312,20 @@ def converter(
         optimizer: the tied one.
         was_compact: whether the state was saved in the compact mode; None where the checkpoint does not say.
     """
-    # What is saved as that of whole parameters has compact ones in an order that no other checkpoint has.
-    as_saved = mode.is_saved_compact(optimizer.param_groups)
-    if bool(was_compact) == mode.compact == as_saved:
+    # Irregular shards save whole states, because the order of their compact rows depends on the mesh.
+    saves_compact = mode.saves_compact
+    if mode.compact == bool(was_compact) and mode.compact == saves_compact:
         return None
-    # What is worked out for a mode that is not compact, its steps never need.
+    # The steps of the full mode never use what is worked out here.
     param_groups, engine, entries = optimizer.param_groups, mode.engine if mode.compact else Engine(), None
     ties = mode.applied if mode.compact else components(mode.ties)
     pairs = parameters_of(ties, param_groups)
+    if not mode.compact:
+        for tie, params in pairs:
+            if engine.groups_span_ranks(tie, params):
+                what = "The state is that of compact parameters, and groups have members on several ranks."
+                expected, names = "a state that was saved with compact=False", ", ".join(tie.names)
+                raise refusal(ValueError, what, parameters=names, expected=expected, got=described(tie.slices))
     if was_compact is None:
         # The inner optimizer trains so many in the compact mode.
         shapes = {param: param.shape for settings in param_groups for param in settings["params"]}
@@ -330,28 +337,9 @@ def converter(
             without_history(optimizer, state, entries=entries)
         if not mode.compact:
             return whole_state(optimizer, state, pairs, engine)
-        return compacted(state, pairs, engine, maybe=was_compact is None and as_saved)
+        return compacted(state, pairs, engine, maybe=was_compact is None and saves_compact)
 
     return convert
-
-
-def states_of_nothing(state: Mapping[Tensor, State], pairs: Components, engine: Engine) -> dict[Tensor, State]:
-    """Return states for parameters whose compact ones have no entries, and therefore none, from those of joined ones.
-
-    torch.distributed.checkpoint loads a state if every parameter has one.
-    """
-    states: dict[Tensor, State] = {}
-    for tie, params in pairs:
-        component = _component(tie, params, state, engine)
-        for source in [tied for tied in component if tied.state][:1]:
-            for tied in component:
-                if not tied.state and not tied.compact_layout[0].numel():
-                    nothing = tied.compact.like(tied.param.detach())
-                    states[tied.param] = {
-                        key: copy.deepcopy(value) if source.compact_value(key) is None else nothing.to(value.dtype)
-                        for key, value in source.state.items()
-                    }
-    return states
 
 
 def whole_state(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import accumulate, chain
 from operator import attrgetter, itemgetter
@@ -46,7 +46,7 @@ Pairs = Sequence[tuple[BoundTie, list[Tensor]]]
 _COMPARES_LOSS = {"LBFGS", "AliG"}
 
 # Attributes that copies and pickles of a mode have; the rest belongs to the steps of one optimizer.
-_COPIED = ("options", "relaxed", "steps", "ties", "applied", "totals")
+_COPIED = ("options", "relaxed", "steps", "ties", "applied", "totals", "saves_compact", "without_rows")
 
 # Without a Python call for each of many parameters.
 _graph_of = attrgetter("grad_fn")
@@ -69,6 +69,8 @@ class Mode(ABC):
         ties: as they were given, bound to the places of their parameters.
         across: the ranks across which there are ties, as the first of these knows them; None if there is no such tie.
         process_groups: of these ranks; one, or none.
+        saves_compact: whether a ``state_dict`` has the state of compact parameters.
+        without_rows: the places of parameters whose compact ones have no entries.
         applied: the ties as the mode applies them.
         totals: the counts of ties whose labels are sharded, over all ranks.
         engine: the numbers.
@@ -98,6 +100,8 @@ class Mode(ABC):
             what, expected = "The compact mode takes no sharded labels.", "compact=False, or labels of all slices"
             raise refusal(ValueError, what, expected=expected, got="labels that are a DTensor")
         self.totals: dict[BoundTie, Totals] = {}
+        self.saves_compact = self.compact
+        self.without_rows: frozenset[tuple[int, int]] = frozenset()
         self.relaxed = any(tie.options.relaxed for tie in self.ties) if self.ties else options.relaxed
         self.applied: Sequence[BoundTie] = self.ties
         self.reset()
@@ -468,20 +472,17 @@ class Mode(ABC):
             said["steps"] = self.steps
             if any(not tie.options.relaxed for tie in self.ties):
                 said["relaxed"] = [text for tie, _, text in self._said_of_ties(param_groups) if tie.options.relaxed]
-        if self.is_saved_compact(param_groups):
+        if self.saves_compact:
             said["compact"] = True
         return said
 
-    def is_saved_compact(self, param_groups: ParamGroups) -> bool:
-        """Return whether a ``state_dict`` has the state of compact parameters."""
-        return False
-
-    def as_saved(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def to_save(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a ``state_dict`` of the optimizer as it is to be saved."""
         return state_dict
 
-    def drop_states_of_nothing(self, state: MutableMapping[Any, Any]) -> None:  # noqa: B027
-        """Drop the states of parameters of which the optimizer trains no entry, and which :meth:`as_saved` adds."""
+    def to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a ``state_dict`` without what :meth:`to_save` has added."""
+        return state_dict
 
     def fingerprints(self, param_groups: ParamGroups) -> dict[int, str]:
         """Return the fingerprints of the ties, for each parameter by the number that it has in a ``state_dict``."""

@@ -395,13 +395,11 @@ def _check_disjoint(param_groups: ParamGroups, ties: Sequence[BoundTie]) -> None
         for place, slices in zip(tie.places, tie.slices, strict=True):
             parts.setdefault(place, []).append(slices)
     for place, several in parts.items():
-        if len(several) == 1:
-            continue
         if any(slices.sharding is not None for slices in several):
-            what, expected = (
-                f"{name_of(param_groups, place)} is tied twice.",
-                "sharded labels for all of it, in one tie",
-            )
+            # A rank does not know where the labels of others are.
+            if len(several) == 1:
+                continue
+            what, expected = f"{name_of(param_groups, place)} is tied twice.", "one tie, because its labels are sharded"
             raise refusal(ValueError, what, expected=expected, got="; ".join(map(str, several)))
         for first, second, entry in shared_entries(several, place.shape):
             what = f"{name_of(param_groups, place)} is tied twice."
