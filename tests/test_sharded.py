@@ -1021,7 +1021,7 @@ def other_parameter_pinned():
         (flattened, "flattened by FullyShardedDataParallel"),
         (flattened_with_original_parameters, "flattened by FullyShardedDataParallel"),
         (rounded, "multiples that are rounded"),
-        (compact_across_ranks, "no shared values of members on several ranks"),
+        (compact_across_ranks, "members on several ranks"),
         (one_sharded_only, "not sharded over one mesh"),
         (one_replicated, "not sharded over the same dimensions of the mesh"),
         (cut_otherwise, "not cut as torch.chunk cuts"),
