@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import Embedding, Linear, Parameter, Sequential
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
-from tieopt import Tie, TiedOptimizer, is_tied, split_shared_
+from tieopt import Tie, TiedOptimizer, frozen, is_tied, split_shared_
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo"),
@@ -169,6 +169,29 @@ def test_ranks_outside_the_mesh_have_nothing_to_train(ranks, placement, labels):
 
     assert [rank for rank, weights in enumerate(answers) if weights is not None] == [1]
     torch.testing.assert_close(answers[1], everywhere[0], rtol=1e-12, atol=1e-12)
+
+
+def trained_with_offsets(is_sharded: bool) -> list[Tensor]:
+    full = randn(16, 3, dtype=torch.float64)
+    weight = Parameter(sharded(full, (dist.get_world_size(),), [Shard(0)]) if is_sharded else full)
+    offset = torch.arange(16.0)[:, None]
+    ties = [frozen(weight, [0, 5]), Tie(weight, [[2, 3], [8, 9, 10], [12, 13]], offset=offset)]
+    optimizer = TiedOptimizer(AdamW([weight], lr=0.1), ties, compact=True)
+    weights = []
+    for step in range(3):
+        grad = randn(16, 3, seed=step, dtype=torch.float64)
+        weight.grad = sharded(grad, (dist.get_world_size(),), [Shard(0)]) if is_sharded else grad
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.tie_drift() == 0
+        weights.append(gathered(weight.detach()).clone())
+    return weights
+
+
+def test_offsets_and_frozen_rows_of_shards_are_those_of_one_process(ranks):
+    expected = trained_with_offsets(False)
+    for weights in ranks.run(trained_with_offsets, True):
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
 
 
 # Along which dimensions the weights of both layers are cut.

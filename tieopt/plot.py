@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from tieopt.errors import imported, message, refusal, shown
 from tieopt.optimizer import TiedOptimizer
-from tieopt.tensors import in_front, is_sharded
-from tieopt.ties.part import Part
+from tieopt.tensors import in_front
+from tieopt.ties.part import Part, are_sharded
 from tieopt.ties.places import all_places, name_of, parameter_at
 from tieopt.ties.slices import FREE, Slices, numbered, told_apart
 from tieopt.ties.tie import Tie
@@ -230,7 +230,7 @@ def _listed(ties: Any) -> list[Tie]:
     for tie in listed:
         if not isinstance(tie, Tie) or not all(isinstance(part.param, Tensor) for part in tie.parts):
             raise refusal(TypeError, "These ties cannot be drawn.", expected=expected, got=shown(tie))
-        if any(is_sharded(part.groups) for part in tie.parts):
+        if any(are_sharded(part.groups) for part in tie.parts):
             whole = "labels of all slices, in a plain tensor"
             raise refusal(TypeError, "These ties cannot be drawn.", expected=whole, got=shown(tie))
     if not listed:

@@ -204,6 +204,13 @@ def sharding_of_slices(tensor: Any, dim: int) -> tuple[Any, Any]:
     return tensor.device_mesh, tuple(Shard(0) if cut.is_shard(dim) else Replicate() for cut in tensor.placements)
 
 
+def of_shards(shard: Tensor, mesh: Any, placements: Any, length: int) -> Tensor:
+    """Return a sharded vector of a length, of which this rank has a shard."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(shard, mesh, placements, shape=torch.Size([length]), stride=(1,))
+
+
 def bounds_in(
     shape: Sequence[int], placements: Sequence[Any], mesh_shape: Sequence[int], coordinate: Sequence[int]
 ) -> tuple[slice, ...]:

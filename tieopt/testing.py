@@ -18,10 +18,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tieopt.engine.engine import Engine
+from tieopt.engine.sharded import spans_ranks
 from tieopt.errors import refusal, shown
 from tieopt.numbers.reduction import Operation, lead_
 from tieopt.optimizer import TiedOptimizer
-from tieopt.tensors import is_sharded
 from tieopt.ties.options import Reduction
 from tieopt.ties.part import Groups
 from tieopt.ties.places import bind_ties
@@ -96,9 +96,12 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
             what, expected = "Frozen slices have no other members.", "ties without them; compare them with a copy"
             raise refusal(ValueError, what, expected=expected, got=f"frozen slices of {', '.join(tie.names)}")
         params = [param_groups[0]["params"][place.position] for place in tie.places]
-        if any(map(is_sharded, params)):
-            what, expected = "Sharded parameters are not compared here.", "is_tied(), or what full_tensor() returns"
-            raise refusal(TypeError, what, parameters=", ".join(tie.names), expected=expected, got="a DTensor")
+        if spans_ranks(params, tie):
+            what, expected = (
+                "Members on several ranks are not compared here.",
+                "is_tied(), or what full_tensor() returns",
+            )
+            raise refusal(TypeError, what, parameters=", ".join(tie.names), expected=expected, got="sharded parameters")
         tied = [param.detach().clone() for param in params]
         Engine().apply_(Operation(lead_), [(tie, tied)])
         for name, slices, expected, param in zip(tie.names, tie.slices, tied, params, strict=True):

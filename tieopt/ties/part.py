@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tieopt.errors import as_integer, integer_between, refusal, shown, shown_entry
-from tieopt.tensors import calculable, in_front, is_sharded, local, overlaps, real, sharding_of, sharding_of_slices
+from tieopt.tensors import calculable, in_front, local, overlaps, real, sharding_of, sharding_of_slices
 from tieopt.ties.offsets import Offset, not_repeated
 from tieopt.ties.slices import FREE, Slices
 
@@ -90,7 +90,7 @@ class Part(_Fields):
         if isinstance(self.param, Tensor):
             name = "parameter" if self._name is None else repr(self._name)
             is_frozen = self.offset is FROZEN
-            sharding = sharding_of(self.groups) if is_sharded(self.groups) else None
+            sharding = sharding_of(self.groups) if are_sharded(self.groups) else None
             slices = Slices(local(self.groups), None if is_frozen else self.scale, self.dim, sharding=sharding)
             more = ", frozen" if is_frozen else ", with an offset" * (self.offset is not None)
             return f"Tie({name} of shape {tuple(self.param.shape)}, {slices}{more})"
@@ -99,6 +99,11 @@ class Part(_Fields):
         offset = f", offset={shown(self.offset)}" if self.offset is not None else ""
         offset = ", frozen" if self.offset is FROZEN else offset
         return f"Tie({self.param!r}, {shown(self.groups)}{dim}{scale}{offset})"
+
+
+def are_sharded(groups: Any) -> bool:
+    """Return whether groups are labels of which each rank has those of its own slices."""
+    return sharding_of(groups)[0] is not None
 
 
 # --- one tie of one tensor, read and checked ---
@@ -145,7 +150,7 @@ def slices_for(tensor: Tensor, groups: Any, dim: Any, scale: Any, name: str, off
     labels = read(groups, dim, tensor, name)
     if offset is FROZEN:
         return Slices(labels, torch.zeros(labels.shape, dtype=torch.float64, device="cpu"), dim)
-    if is_sharded(groups):
+    if are_sharded(groups):
         if scale is not None or offset is not None:
             what, got = f"The tie of {name} has sharded labels.", f"scale={shown(scale)}, offset={shown(offset)}"
             raise refusal(ValueError, what, expected="no scale and no offset; or labels of all slices", got=got)
@@ -201,7 +206,7 @@ def _writes_through_views(tensor: Tensor) -> bool:
 
 
 def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
-    is_shard = is_sharded(values) and values.dim() == 1
+    is_shard = are_sharded(values) and values.dim() == 1
     labels = values if is_shard else as_tensor(values, "Labels", "an integer dtype", name)
     if not torch.can_cast(labels.dtype, torch.int64) or labels.dtype in (torch.bool, torch.uint64):
         expected = "an integer dtype that fits into int64"

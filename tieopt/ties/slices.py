@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.tensors import in_front, raw_bytes
+from tieopt.tensors import in_front, of_shards, raw_bytes
 from tieopt.ties.offsets import Offset
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ class Slices(NamedTuple):
         """Return one label for each slice of a tensor that has these slices; a ``DTensor`` if they are sharded."""
         if self.sharding is None:
             return self.labels
-        from torch.distributed.tensor import DTensor
-
-        shape = tensor.shape[self.dim : self.dim + 1]
-        return DTensor.from_local(self.labels.clone(), *self.sharding, shape=shape, stride=(1,))
+        return of_shards(self.labels.clone(), *self.sharding, tensor.shape[self.dim])
 
     def slice_shape(self, shape: torch.Size) -> torch.Size:
         """Return the shape of one slice of a tensor of a shape."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from tieopt.errors import as_integer, refusal, shown, shown_list
-from tieopt.tensors import is_sharded
 from tieopt.ties.names import expanded
 from tieopt.ties.options import Options, Reduction, check_options, joined_options
 from tieopt.ties.part import (
@@ -21,6 +20,7 @@ from tieopt.ties.part import (
     Part,
     SupportsArray,
     Whole,
+    are_sharded,
     as_tensor,
     check_one_shape,
     readable_again,
@@ -149,7 +149,7 @@ class Tie:
         if across is not None and (scale is not None or offset is not None):
             what, expected = "Members on different ranks are equal.", "a tie across ranks without scale and offset"
             raise refusal(ValueError, what, expected=expected, got=f"scale={shown(scale)}, offset={shown(offset)}")
-        if across is not None and is_sharded(groups):
+        if across is not None and are_sharded(groups):
             expected, got = "labels of the slices of this rank, in a plain tensor", f"a DTensor, {shown(groups)}"
             raise refusal(ValueError, "A tie across ranks has sharded labels.", expected=expected, got=got)
         if not isinstance(param, (Tensor, str)):
@@ -377,7 +377,7 @@ def _check_ties(method: str, ties: Sequence[Any]) -> None:
 
 
 def _check_whole_labels(done: str, ties: Sequence[Tie]) -> None:
-    if any(is_sharded(part.groups) for tie in ties for part in tie.parts):
+    if any(are_sharded(part.groups) for tie in ties for part in tie.parts):
         what = f"Ties with sharded labels cannot be {done}."
         got = shown_list([*map(repr, ties)])
         raise refusal(ValueError, what, expected="labels of all slices on every rank", got=got)
