@@ -8,7 +8,7 @@ the tensor is. How it is cut is worked out by every rank alone, because all of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import chain, islice, product
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tieopt.engine.sharded import Shards, bounds_in_front, cut_apart, cut_by, slices_of_shard
 from tieopt.numbers.folding import CompactRows, compact_like, compact_rows_of, compact_slices
 from tieopt.tensors import bounds_in, local, sharding_of
-from tieopt.ties.slices import FREE, Partition, Slices, numbered
+from tieopt.ties.slices import FREE, Partition, Slices, numbered, told_apart
 
 
 class Placement(NamedTuple):
@@ -94,11 +94,9 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
         tensors: which say how they are sharded; all of them, if they are.
         shards: of the tie, if the tensors are sharded; no group has members on several ranks.
     """
-    is_scaled = any(part.scale is not None for part in tie.slices)
     if shards is None:
-        whole = compact_rows_of(tie.slices)
-        parts = zip(tie.slices, whole, _sources(whole), strict=True)
-        return tuple(Compact(*part, is_scaled, (None, None)) for part in parts)
+        return whole_compacts_of([tie])[0]
+    is_scaled = any(part.scale is not None for part in tie.slices)
     slices, dims = cut_apart(tie.names, tie.slices, tensors)
     mesh, whole = tensors[0].device_mesh, compact_rows_of(slices)
     sharding = [(mesh, _placements(*part)) for part in zip(slices, tensors, strict=True)]
@@ -126,8 +124,22 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
     return tuple(compacts)
 
 
+def whole_compacts_of(ties: Sequence[Partition]) -> list[tuple[Compact, ...]]:
+    """Return what the compact tensors of ties are made of whose tensors are not sharded; of many ties at once."""
+    slices = list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
+    all_rows, compacts = iter(compact_rows_of(slices, [len(tie.slices) for tie in ties])), []
+    for tie in ties:
+        rows = list(islice(all_rows, len(tie.slices)))
+        is_scaled = any(part.scale is not None for part in tie.slices)
+        parts = zip(tie.slices, rows, _sources(rows), strict=True)
+        compacts.append(tuple(Compact(*part, is_scaled, (None, None)) for part in parts))
+    return compacts
+
+
 def _sources(rows: Sequence[CompactRows]) -> list[tuple[int, ...]]:
     """Return for each tensor the numbers of those whose compact tensors have its rows."""
+    if len(rows) == 1:
+        return [(0,)]
     owners = torch.repeat_interleave(torch.tensor([len(part.kept) for part in rows], device="cpu"))
     return [tuple(sorted(set(owners[part.rows[part.rows != FREE]].tolist()))) for part in rows]
 

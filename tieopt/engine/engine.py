@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tieopt.engine.compacts import Compact, compacts_of
+from tieopt.engine.compacts import Compact, compacts_of, whole_compacts_of
 from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, on_any_rank, spans_ranks
@@ -242,6 +242,12 @@ class Engine:
             shards = self._shards_for(tie, tensors) if spans_ranks(tensors) else None
             self._compacts[tie] = compacts_of(tie, tensors, shards)
         return self._compacts[tie]
+
+    def prepare_compacts(self, pairs: Pairs[Partition]) -> None:
+        """Work out :meth:`compacts` of many ties, together where their tensors are not sharded."""
+        ties = [tie for tie, tensors in pairs if tie not in self._compacts and not spans_ranks(tensors)]
+        if ties:
+            self._compacts.update(zip(ties, whole_compacts_of(ties), strict=True))
 
     def index_for(self, tie: Partition, tensors: Sequence[Tensor]) -> Index:
         """Return the index of plain tensors; compiled again for those of another layout, or on another device."""

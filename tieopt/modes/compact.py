@@ -262,6 +262,7 @@ class CompactMode(Mode):
         made: dict[tuple[int, int], Parameter] = {}
         originals: dict[int, Tensor] = {}
         is_canonical = True
+        self.engine.prepare_compacts(pairs)
         for tie, params in pairs:
             for place, part, param in zip(tie.places, self.engine.compacts(tie, params), params, strict=True):
                 made[place[:2]] = Parameter(part.new_like(param.detach()), requires_grad=param.requires_grad)

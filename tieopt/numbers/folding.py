@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -49,11 +50,13 @@ class CompactRows(NamedTuple):
     scale: Tensor
 
 
-def compact_rows_of(slices: Sequence[Slices]) -> tuple[CompactRows, ...]:
+def compact_rows_of(slices: Sequence[Slices], ties: Sequence[int] = ()) -> tuple[CompactRows, ...]:
     """Return the rows of the compact tensors of several tensors; on the CPU.
 
     Args:
         slices: of each tensor. The same label is the same shared value, whichever tensor it is in.
+        ties: how many of the tensors are of one tie, and then of the next one, through whose compact tensors alone rows
+            are counted then.
     """
     members, pinned = numbered_members(slices)
     sizes = [labelled.labels.numel() for labelled in slices]
@@ -77,6 +80,14 @@ def compact_rows_of(slices: Sequence[Slices]) -> tuple[CompactRows, ...]:
     rows = torch.full((count,), FREE, dtype=torch.int64, device="cpu")
     rows.index_copy_(0, kept, torch.arange(len(kept), device="cpu"))
     rows.index_copy_(0, numbers, rows.index_select(0, leads).index_select(0, members.group))
+    if len(ties) > 1:
+        before, firsts_of_ties = [0, *accumulate(lengths)], [0, *accumulate(ties)][:-1]
+        starts_of_ties = [before[first] for first in firsts_of_ties]
+        sizes_of_ties = [sum(sizes[first : first + count]) for first, count in zip(firsts_of_ties, ties, strict=True)]
+        starts_of_rows = torch.tensor(starts_of_ties, device="cpu").repeat_interleave(
+            torch.tensor(sizes_of_ties, device="cpu")
+        )
+        rows = torch.where(rows == FREE, FREE, rows - starts_of_rows)
     scale = torch.ones((), dtype=torch.float64, device="cpu").expand(count)
     if any(labelled.scale is not None for labelled in slices):
         # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
