@@ -99,34 +99,31 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
     is_scaled = any(part.scale is not None for part in tie.slices)
     slices, dims = cut_apart(tie.names, tie.slices, tensors)
     mesh, whole = tensors[0].device_mesh, compact_rows_of(slices)
-    sharding = [(mesh, _placements(*part)) for part in zip(slices, tensors, strict=True)]
     # Along the other dimensions of the mesh, ranks have the same slices, or other parts of them.
     coordinates = list(product(*(range(size) if dim in dims else (0,) for dim, size in enumerate(mesh.shape))))
     rows_at = [
         compact_rows_of(numbered([slices_of_shard(*part, at) for part in zip(slices, tensors, strict=True)]))
         for at in coordinates
     ]
-    # Slices that are written out entry by entry make another compact tensor than without a mesh.
-    is_canonical = slices is tie.slices and all(
-        torch.equal(_numbers(part, tensor, at)[rows.kept], rows_of_all.kept[_chunk(part, tensor, of, rows_of_all, at)])
-        for at, rows_of_tensors in zip(coordinates, rows_at, strict=True)
-        for part, tensor, (_, of), rows, rows_of_all in zip(
-            slices, tensors, sharding, rows_of_tensors, whole, strict=True
-        )
-    )
     compacts = []
-    rows_here = compact_rows_of(shards.slices)
-    for number, (part, rows, sources) in enumerate(zip(shards.slices, rows_here, _sources(whole), strict=True)):
-        most = max(len(rows_of_tensors[number].kept) for rows_of_tensors in rows_at)
-        counts = (len(rows.kept), len(whole[number].kept)) if is_canonical else (most, most * len(coordinates))
-        placement = Placement(*sharding[number], *counts, is_canonical)
-        compacts.append(Compact(part, rows, sources, is_scaled, sharding_of(tensors[number]), placement))
+    parts = zip(slices, tensors, whole, shards.slices, compact_rows_of(shards.slices), _sources(whole), strict=True)
+    for number, (part, tensor, rows, here, rows_here, sources) in enumerate(parts):
+        placements, kept = _placements(part, tensor), [rows_of_all[number].kept for rows_of_all in rows_at]
+        # Slices that are written out entry by entry make another compact tensor than without a mesh.
+        is_canonical = slices is tie.slices and all(
+            torch.equal(_numbers(part, tensor, at)[own], rows.kept[_chunk(part, tensor, placements, rows, at)])
+            for own, at in zip(kept, coordinates, strict=True)
+        )
+        most = max(map(len, kept))
+        counts = (len(rows_here.kept), len(rows.kept)) if is_canonical else (most, most * len(kept))
+        placement = Placement(mesh, placements, *counts, is_canonical)
+        compacts.append(Compact(here, rows_here, sources, is_scaled, sharding_of(tensor), placement))
     return tuple(compacts)
 
 
 def whole_compacts_of(ties: Sequence[Partition]) -> list[tuple[Compact, ...]]:
     """Return what the compact tensors of ties are made of whose tensors are not sharded; of many ties at once."""
-    slices = list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
+    slices = ties[0].slices if len(ties) == 1 else list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
     all_rows, compacts = iter(compact_rows_of(slices, [len(tie.slices) for tie in ties])), []
     for tie in ties:
         rows = list(islice(all_rows, len(tie.slices)))
