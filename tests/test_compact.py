@@ -1412,3 +1412,18 @@ def test_without_ties_the_state_is_not_touched() -> None:
     weight.grad = torch.ones(SHAPE)
     optimizer.step()
     assert Counted.cleared == 0
+
+
+def test_a_joined_parameter_counts_the_steps_of_the_others_whatever_was_loaded_before() -> None:
+    first, second = parameter(4, 3), parameter(4, 3)
+    optimizer = tied_of(AdamW([first, second]), Tie.equal(first, second))
+    for _ in range(3):
+        first.grad = randn(4, 3)
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    first.grad = randn(4, 3)
+    optimizer.step()
+    optimizer.untie()
+
+    assert [float(optimizer.state[param]["step"]) for param in (first, second)] == [4.0, 4.0]
+    assert same_tree(optimizer.state[first], optimizer.state[second])
