@@ -26,6 +26,7 @@ from torch.nn import Embedding, Linear, Parameter, Sequential
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from tieopt import Tie, TiedOptimizer, frozen, is_tied, split_shared_
+from tieopt.tensors import bounds_of
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo"),
@@ -45,6 +46,14 @@ def placed(full: Tensor, mesh_shape: tuple[int, ...] | None, placements: list) -
     return full.clone() if mesh_shape is None else sharded(full, mesh_shape, placements)
 
 
+def is_cut_as_torch_cuts(value: Any) -> bool:
+    """Whether a tensor of the state has the shard that others expect on this rank; also one that is not sharded."""
+    if not isinstance(value, DTensor):
+        return True
+    bounds = bounds_of(value, value.device_mesh.get_coordinate())
+    return value.to_local().shape == tuple(part.stop - part.start for part in bounds)
+
+
 def gathered(value: Any) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -58,8 +67,8 @@ def trained(
     placements: list,
     inner: str,
     reduction: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights, and the state that they have once they are untied, gathered."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+    """Weights, the state that they have once they are untied, and that of the compact mode if it is saved, gathered."""
     params = [Parameter(placed(weight, mesh_shape, placements)) for weight in weights]
 
     def step(number: int) -> None:
@@ -76,13 +85,22 @@ def trained(
     assert optimizer.tie_drift() == 0
     optimizer.load_state_dict(optimizer.state_dict())
     step(3)
+    for state in optimizer.state.values():
+        assert all(map(is_cut_as_torch_cuts, state.values()))
+    saved = optimizer.state_dict()
+    held = [saved["state"].get(number, {}) for number in range(len(params))]
+    compact_state = [gathered(value).clone() for own in held for _, value in sorted(own.items())]
     optimizer.retie(ties)
     step(4)
     weights = [gathered(param.detach()).clone() for param in params]
     optimizer.untie()
     state = [gathered(value).clone() for param in params for _, value in sorted(optimizer.state[param].items())]
     step(5)
-    return [*weights, *(gathered(param.detach()) for param in params)], state
+    return (
+        [*weights, *(gathered(param.detach()) for param in params)],
+        state,
+        compact_state if "compact" in saved["tieopt"] else None,
+    )
 
 
 @st.composite
@@ -139,7 +157,9 @@ def test_shards_are_trained_as_in_one_process(ranks, data, inner, reduction):
     expected = trained(weights, labels, scales, dim, None, [], inner, reduction)
 
     for answer in ranks.run(trained, weights, labels, scales, dim, mesh_shape, placements, inner, reduction):
-        torch.testing.assert_close(answer, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(answer[:2], expected[:2], rtol=1e-12, atol=1e-12)
+        if answer[2] is not None:
+            torch.testing.assert_close(answer[2], expected[2], rtol=1e-12, atol=1e-12)
 
 
 def trained_on_some(ranks: tuple[int, ...], labels: Tensor, placement: Any) -> list[Tensor] | None:
