@@ -51,7 +51,31 @@ WAITING = {
 }
 
 
-class Waits(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """Records operators, with parts of torch or of the library replaced meanwhile.
+
+    Attributes:
+        operators: the names of those that were recorded.
+        patches: what is replaced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.patches: list[Any] = []
+
+    def __enter__(self) -> Any:
+        for started in self.patches:
+            started.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for started in self.patches:
+            started.stop()
+
+
+class Waits(Recorder):
     """Records what waits for an accelerator, of steps on the CPU: fake tensors have no sparse layout.
 
     Args:
@@ -63,21 +87,9 @@ class Waits(TorchDispatchMode):
 
     def __init__(self, *, compiles: bool) -> None:
         super().__init__()
-        self.operators: list[str] = []
-        self._compiles = compiles
-
-    def __enter__(self) -> Any:
-        self._patches = [patch.object(Tensor, name, self._recording(name)) for name in ("cpu", "numpy", "tolist")]
-        if not self._compiles:
-            self._patches += [patch.object(kind, "compile", None) for kind in (Folding, Index, TiedRows)]
-        for started in self._patches:
-            started.start()
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        for started in self._patches:
-            started.stop()
+        self.patches = [patch.object(Tensor, name, self._recording(name)) for name in ("cpu", "numpy", "tolist")]
+        if not compiles:
+            self.patches += [patch.object(kind, "compile", None) for kind in (Folding, Index, TiedRows)]
 
     def _recording(self, name: str) -> Any:
         method = getattr(Tensor, name)
@@ -117,7 +129,7 @@ def enter_devices() -> None:
         torch.ops.load_library(library)
 
 
-class FakeAccelerator(TorchDispatchMode):
+class FakeAccelerator(Recorder):
     """Runs what is done with tensors on "cuda" without their numbers, and records it.
 
     Indices of ties are made of labels on the CPU, and copied. What can be known from those is known here, too, so that
@@ -130,23 +142,12 @@ class FakeAccelerator(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.is_warm = False
-        self.operators: list[str] = []
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def __enter__(self) -> Any:
-        self._patches = [
+        self.patches = [
             patch.object(torch.cuda, "_lazy_init", lambda: None),
             # Fake tensors are a class of their own.
             patch.object(part, "_check_can_be_tied", lambda *_: None),
         ]
-        for started in self._patches:
-            started.start()
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        for started in self._patches:
-            started.stop()
 
     def begin(self) -> None:
         """Begin a step, and record what it does."""

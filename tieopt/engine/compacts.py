@@ -8,7 +8,7 @@ the tensor is. How it is cut is worked out by every rank alone, because all of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, islice, product
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tieopt.engine.sharded import Shards, bounds_in_front, cut_apart, cut_by, slices_of_shard
 from tieopt.numbers.folding import CompactRows, compact_like, compact_rows_of, compact_slices
 from tieopt.tensors import bounds_in, local, sharding_of
-from tieopt.ties.slices import FREE, Partition, Slices, numbered, told_apart
+from tieopt.ties.slices import FREE, Partition, Slices, are_scaled, joined, numbered
 
 
 class Placement(NamedTuple):
@@ -96,7 +96,7 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
     """
     if shards is None:
         return whole_compacts_of([tie])[0]
-    is_scaled = any(part.scale is not None for part in tie.slices)
+    is_scaled = are_scaled(tie.slices)
     slices, dims = cut_apart(tie.names, tie.slices, tensors)
     mesh, whole = tensors[0].device_mesh, compact_rows_of(slices)
     # Along the other dimensions of the mesh, ranks have the same slices, or other parts of them.
@@ -123,11 +123,10 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
 
 def whole_compacts_of(ties: Sequence[Partition]) -> list[tuple[Compact, ...]]:
     """Return what the compact tensors of ties are made of whose tensors are not sharded; of many ties at once."""
-    slices = ties[0].slices if len(ties) == 1 else list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
-    all_rows, compacts = iter(compact_rows_of(slices, [len(tie.slices) for tie in ties])), []
+    all_rows, compacts = iter(compact_rows_of(joined(ties), [len(tie.slices) for tie in ties])), []
     for tie in ties:
         rows = list(islice(all_rows, len(tie.slices)))
-        is_scaled = any(part.scale is not None for part in tie.slices)
+        is_scaled = are_scaled(tie.slices)
         parts = zip(tie.slices, rows, _sources(rows), strict=True)
         compacts.append(tuple(Compact(*part, is_scaled, (None, None)) for part in parts))
     return compacts

@@ -28,7 +28,7 @@ from tieopt.numbers.sparse import TiedRows, folded_sparse, projected_sparse
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import gathered, local, shard_of, sharding_of, wide_dtype
 from tieopt.ties.options import Reduction
-from tieopt.ties.slices import FREE, Partition, Slices, Totals, told_apart
+from tieopt.ties.slices import FREE, Partition, Totals, joined
 
 P = TypeVar("P", bound=Partition)
 Pairs = Sequence[tuple[P, list[Tensor]]]
@@ -248,6 +248,8 @@ class Engine:
         ties = [tie for tie, tensors in pairs if tie not in self._compacts and not spans_ranks(tensors)]
         if ties:
             self._compacts.update(zip(ties, whole_compacts_of(ties), strict=True))
+        for tie, tensors in pairs:
+            self.compacts(tie, tensors)
 
     def index_for(self, tie: Partition, tensors: Sequence[Tensor]) -> Index:
         """Return the index of plain tensors; compiled again for those of another layout, or on another device."""
@@ -261,8 +263,7 @@ class Engine:
         """Compile what the tensors of ties need, and if they are to be folded that, too: now, and not in a step."""
         plan = self._plan(pairs)
         if folded:
-            for tie, tensors in pairs:
-                self.compacts(tie, tensors)
+            self.prepare_compacts(pairs)
             for work in plan:
                 if type(work.executor) is not Shards:
                     self._folding(work)
@@ -307,7 +308,7 @@ class Engine:
         if len(ties) == 1:
             return (self._shards_for if spans_ranks(tensors, ties[0]) else self.index_for)(ties[0], tensors)
         # The labels that are told apart go: of many ties of a large parameter they take much memory.
-        index = Index.compile(_joined(ties), tensors, even=even, linear=ties[0].is_linear)
+        index = Index.compile(joined(ties), tensors, even=even, linear=ties[0].is_linear)
         return index.keeping([tie.slices[0] for tie in ties])
 
     def _folding(self, work: Work) -> Folding | ViewFolding:
@@ -316,7 +317,7 @@ class Engine:
             if len(work.ties) == 1:
                 rows = tuple(compact.rows for compact in self.compacts(work.ties[0]))
             else:
-                rows = compact_rows_of(_joined(work.ties))
+                rows = compact_rows_of(joined(work.ties))
             self._foldings[index] = (
                 ViewFolding.compile(index, rows[0]) if isinstance(index, Views) else Folding.compile(index, rows)
             )
@@ -342,11 +343,6 @@ def _once(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> li
     """Return the results for tensors; for one that occurs twice the same result, twice."""
     results = {id(tensor): function(tensor) for tensor in tensors}
     return [results[id(tensor)] for tensor in tensors]
-
-
-def _joined(ties: Sequence[Partition]) -> list[Slices]:
-    """Return the slices of all ties, with labels that no two of the ties share."""
-    return list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
 
 
 def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:

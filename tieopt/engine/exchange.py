@@ -32,7 +32,7 @@ from tieopt.numbers.reduction import (
 from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums
 from tieopt.tensors import bits, column, in_memory, wide_dtype
-from tieopt.ties.slices import Slices, flat_labels
+from tieopt.ties.slices import Slices, firsts_of, flat_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -265,7 +265,6 @@ def plan_exchange(labels: Sequence[Tensor], rank: int) -> tuple[Plan, Tensor]:
     received = (owners[number] == rank).nonzero().squeeze(1)
     received = received[holder[received].argsort(stable=True)]
     owned, slots = torch.unique(number[received], return_inverse=True)
-    arrived = torch.arange(len(slots), device="cpu")
     plan = Plan(
         rank=rank,
         groups=groups[sent],
@@ -274,6 +273,6 @@ def plan_exchange(labels: Sequence[Tensor], rank: int) -> tuple[Plan, Tensor]:
         received=torch.bincount(holder[received], minlength=ranks).tolist(),
         slots=slots,
         weights=members[received].double() / sizes[number[received]],
-        firsts=torch.full_like(owned, len(slots)).scatter_reduce_(0, slots, arrived, "amin"),
+        firsts=firsts_of(slots, len(owned)),
     )
     return plan, groups

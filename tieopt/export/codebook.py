@@ -17,7 +17,7 @@ from tieopt.errors import refusal
 from tieopt.export.tensor_file import checked_dense, plain
 from tieopt.tensors import bits, in_front
 from tieopt.ties.part import Groups, SupportsArray, slices_for
-from tieopt.ties.slices import FREE, Slices, numbered
+from tieopt.ties.slices import FREE, Slices, are_scaled, numbered
 
 # The entries of a tensor, or the indices, that are processed at a time; a multiple of 8.
 _CHUNK = 2**16
@@ -90,7 +90,7 @@ def codebook_of(
     labels = torch.cat([labelled.labels.flatten() for labelled in slices])
     scales = torch.cat([labelled.scales.flatten() for labelled in slices])
     pairs = labels
-    if any(labelled.scale is not None for labelled in slices):
+    if are_scaled(slices):
         multiples, which = torch.unique(scales, return_inverse=True)
         pairs = numbered([Slices(torch.where(labels == FREE, FREE, labels * len(multiples) + which))])[0].labels
     # Pairs of a group and a scale are numbered as they occur, so that each new pair is a new maximum.

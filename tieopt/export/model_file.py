@@ -23,7 +23,7 @@ from tieopt.export.tensor_file import Reader, Writer, checked_dense, plain
 from tieopt.optimizer import TiedOptimizer
 from tieopt.tensors import bits, in_front
 from tieopt.ties.places import BoundTie, bind_ties, parameters_of
-from tieopt.ties.slices import FREE, Slices, numbered
+from tieopt.ties.slices import FREE, Slices, are_scaled, numbered
 from tieopt.ties.tie import Tie, Ties
 
 # The format of files without blocks, which version 1.0.0 reads, and of files with blocks.
@@ -259,7 +259,7 @@ def _write_tie(writer: Writer, tie: BoundTie, params: list[Tensor], names: list[
         parts.append(_Part(name, key, labelled.dim, labelled.labels.shape, width, block))
         tied[name].append(labelled)
     writer.add(f"{parts[0].key}.codebook", entries)
-    if any(labelled.scale is not None for labelled in tie.slices):
+    if are_scaled(tie.slices):
         writer.add(f"{parts[0].key}.groups", _narrow(groups, _GROUPS))
         writer.add(f"{parts[0].key}.scales", _narrow(scales, _SCALES))
     return [{key: value for key, value in part._asdict().items() if (key, value) != ("block", 1)} for part in parts]

@@ -32,7 +32,7 @@ from tieopt.modes.conversion import (
     without_history,
 )
 from tieopt.modes.gradients import grad_of, prepare_gradients, put_back, with_gradients
-from tieopt.modes.mode import Mode, Pairs, Step
+from tieopt.modes.mode import Mode, Pairs, Step, class_among
 from tieopt.modes.state import KEPT_BY_TORCH, Lost, by_number, held_optimizers, settings_in, states_of
 from tieopt.numbers.folding import fold_, fold_gradients_, unfold_
 from tieopt.numbers.reduction import Operation, project_
@@ -321,8 +321,7 @@ class CompactMode(Mode):
         if self.ties:
             _check_served(optimizer, self.applied)
         self.attach(optimizer)
-        kinds = [kind.__name__ for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__]
-        coupling = next((kind for kind in kinds if kind in _COUPLES_ROWS), None)
+        coupling = class_among(optimizer, _COUPLES_ROWS)
         if coupling is not None and not self.saves_compact:
             what = f"{coupling} couples rows, and ranks have different numbers of them, or have them in another order."
             expected = "shards that torch.chunk makes of the compact parameter of one process"
@@ -390,24 +389,25 @@ class CompactMode(Mode):
             # A joined parameter may have no state yet.
             state |= {number: whole[param] for number, param in params.items() if whole.get(param)}
         elif self.without_rows and not isinstance(optimizer, torch.optim.LBFGS):
+            numbers = _numbers_by_place(state_dict)
             for tie in self.applied:
-                numbers = {
-                    place[:2]: number for place in tie.places if (number := _number_at(state_dict, place)) is not None
-                }
-                known: dict[str, Any] = next((state[number] for number in numbers.values() if state.get(number)), {})
-                for place in numbers.keys() & self.without_rows if known else ():
-                    state[numbers[place]] = _without_entries(known)
+                places = [place[:2] for place in tie.places if place[:2] in numbers]
+                known = next(filter(None, (state.get(numbers[place]) for place in places)), None)
+                for place in self.without_rows.intersection(places):
+                    if known is not None:
+                        state[numbers[place]] = _without_entries(known)
         return {**state_dict, "state": state}
 
     def to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a ``state_dict`` without the states without entries that :meth:`to_save` has added."""
         if not {"state", "param_groups"} <= state_dict.keys():
             return state_dict
-        maybe_empty = {_number_at(state_dict, place) for place in self.without_rows}
+        numbers = _numbers_by_place(state_dict)
+        maybe_empty = {numbers.get(place) for place in self.without_rows}
         state = {
             number: held
             for number, held in state_dict["state"].items()
-            if number not in maybe_empty or any(map(_has_entries, held.values()))
+            if number not in maybe_empty or any(map(_is_filled, held.values()))
         }
         return {**state_dict, "state": state}
 
@@ -444,11 +444,13 @@ def _sharding(mesh: Any, placements: Any) -> str:
     return "parameters that are not sharded" if mesh is None else f"placements {placements} on {mesh}"
 
 
-def _number_at(state_dict: Mapping[str, Any], place: Sequence[Any]) -> Any:
-    """Return the number that the parameter at a place has in a ``state_dict``; None if it has none."""
-    group, position, *_ = place
-    numbers = [settings["params"] for settings in state_dict["param_groups"]][group : group + 1]
-    return next(iter(numbers[0][position : position + 1]), None) if numbers else None
+def _numbers_by_place(state_dict: Mapping[str, Any]) -> dict[tuple[int, int], Any]:
+    """Return the numbers that parameters have in a ``state_dict``, by their groups and their positions in these."""
+    return {
+        (group, position): number
+        for group, settings in enumerate(state_dict["param_groups"])
+        for position, number in enumerate(settings["params"])
+    }
 
 
 def _without_entries(held: Mapping[str, Any]) -> dict[str, Any]:
@@ -462,7 +464,8 @@ def _without_entries(held: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _has_entries(value: Any) -> bool:
+def _is_filled(value: Any) -> bool:
+    """Whether a value of a state is a tensor with entries, and not one number."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0
 
 

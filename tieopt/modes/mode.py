@@ -168,8 +168,7 @@ class Mode(ABC):
         Raises:
             ValueError: it compares the loss with gradients that would not be of what it trains, or across ranks.
         """
-        kinds = [kind.__name__ for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__]
-        comparing = next((kind for kind in kinds if kind in _COMPARES_LOSS), None)
+        comparing = class_among(optimizer, _COMPARES_LOSS)
         if comparing is None:
             return
         if self.process_groups:
@@ -600,6 +599,12 @@ def _check_across(ties: Sequence[BoundTie]) -> None:
                 expected = "one tie for all of it, with labels or Tie.join"
                 got = f"{described(tie.slices)}, and {described(other.slices)}"
                 raise refusal(ValueError, what, parameters=names, expected=expected, got=got)
+
+
+def class_among(optimizer: Any, names: Container[str]) -> str | None:
+    """Return the name of a class that an optimizer, or one that it holds, is of, if it is one of these."""
+    kinds = (kind.__name__ for held in [optimizer, *held_optimizers(optimizer)] for kind in type(held).__mro__)
+    return next((kind for kind in kinds if kind in names), None)
 
 
 def by_strength(pairs: Pairs) -> list[tuple[float, Pairs]]:

@@ -17,7 +17,7 @@ from tieopt.engine.sharded import any_negative, fill_where_, fits
 from tieopt.errors import refusal
 from tieopt.numbers.start import Start
 from tieopt.ties.places import BoundTie, ParamGroups
-from tieopt.ties.slices import FREE, Partition, Slices
+from tieopt.ties.slices import FREE, Partition, Slices, are_scaled
 
 # Keys of torch's optimizers for values with the sign of a gradient or a weight; their scales are those of the weights.
 _SIGNED = {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"}
@@ -294,7 +294,7 @@ def _tied_values(
 
 def _scaled_for(key: str, tie: Partition, values: _Values, engine: Engine) -> Partition:
     """Return the tie with the scales for a key of the state: those of the weights, if values are tied so already."""
-    if not tie.is_linear or all(part.scale is None for part in tie.slices) or engine.is_tied([_pair(tie, values)]):
+    if not tie.is_linear or not are_scaled(tie.slices) or engine.is_tied([_pair(tie, values)]):
         return tie
     scales = [scales_for(key, values.values(), slices.scales) for slices in tie.slices]
     scaled = [slices._replace(scale=scale) for slices, scale in zip(tie.slices, scales, strict=True)]

@@ -28,7 +28,7 @@ from tieopt.numbers.reduction import (
 from tieopt.numbers.rounding import rounded, signed_
 from tieopt.tensors import bits, column, in_front, movable, real, wide_dtype
 from tieopt.ties.options import Reduction
-from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
+from tieopt.ties.slices import FREE, Slices, are_scaled, firsts_of, narrow
 
 
 class CompactRows(NamedTuple):
@@ -81,15 +81,13 @@ def compact_rows_of(slices: Sequence[Slices], ties: Sequence[int] = ()) -> tuple
     rows.index_copy_(0, kept, torch.arange(len(kept), device="cpu"))
     rows.index_copy_(0, numbers, rows.index_select(0, leads).index_select(0, members.group))
     if len(ties) > 1:
-        before, firsts_of_ties = [0, *accumulate(lengths)], [0, *accumulate(ties)][:-1]
-        starts_of_ties = [before[first] for first in firsts_of_ties]
-        sizes_of_ties = [sum(sizes[first : first + count]) for first, count in zip(firsts_of_ties, ties, strict=True)]
-        starts_of_rows = torch.tensor(starts_of_ties, device="cpu").repeat_interleave(
-            torch.tensor(sizes_of_ties, device="cpu")
-        )
-        rows = torch.where(rows == FREE, FREE, rows - starts_of_rows)
+        before, firsts_of_ties = list(accumulate(lengths, initial=0)), accumulate(ties, initial=0)
+        # For each tensor, how many rows the compact tensors of the ties before have.
+        rows_before = [before[first] for first, count in zip(firsts_of_ties, ties, strict=False) for _ in range(count)]
+        of_slices, counts = (torch.tensor(numbers_of, device="cpu") for numbers_of in (rows_before, sizes))
+        rows = torch.where(rows == FREE, FREE, rows - of_slices.repeat_interleave(counts))
     scale = torch.ones((), dtype=torch.float64, device="cpu").expand(count)
-    if any(labelled.scale is not None for labelled in slices):
+    if are_scaled(slices):
         # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
         signs = members.scale[firsts].sign()
         scale = scale.index_copy(0, numbers, members.scale * signs[members.group])

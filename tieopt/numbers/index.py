@@ -19,7 +19,7 @@ from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
 from tieopt.ties.offsets import Offset
-from tieopt.ties.slices import FREE, Slices, firsts_of, narrow
+from tieopt.ties.slices import FREE, Slices, are_scaled, firsts_of, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES = 2**19
@@ -405,7 +405,7 @@ def numbered_members(
     members = columns[0] if len(columns) == 1 else Members(*map(torch.cat, zip(*columns, strict=True)))
     labelled_ones = (members.group != FREE).nonzero().squeeze(1)
     members = members.at(labelled_ones)
-    pinned, is_scaled = members.at(slice(0)), any(labelled.scale is not None for labelled in slices)
+    pinned, is_scaled = members.at(slice(0)), are_scaled(slices)
     is_trained = members.scale != 0 if is_scaled else None
     if is_trained is not None:
         pinned, members = members.where(~is_trained), members.where(is_trained)
@@ -578,6 +578,19 @@ def stretches_of(
         yield mixed, first, 0
 
 
+def norms_of(group: Tensor, multiples: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``norms`` and the ``counts`` of a :class:`Run`, and what its ``headroom`` has to hold, by group.
+
+    Args:
+        group: of each member.
+        multiples: of its group's lead, for each member.
+        scale: of each member.
+    """
+    norms, counts = (torch.bincount(group, values.square()) for values in (multiples, scale))
+    # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
+    return norms, counts, norms + torch.bincount(group, multiples.abs())
+
+
 def _run(
     members: Members, order: Tensor | None, size: int, capacity: int, layout: Layout, offsets: _Offsets | None
 ) -> Run:
@@ -591,7 +604,7 @@ def _run(
         layout: of the tensors.
         offsets: of the tensors; None if they do not count.
     """
-    device, wide, scale = layout.device, wide_dtype(layout.device), members.scale
+    device, scale = layout.device, members.scale
     own_offsets = None if offsets is None else offsets.at(members)
     members = members._replace(group=members.group - members.group[0])
     leads = members.leads
@@ -601,10 +614,8 @@ def _run(
     else:
         multiples = scale / leads.scale[members.group]
         members, leads = members._replace(scale=multiples), leads._replace(scale=torch.ones_like(leads.scale))
-        norms, counts = (torch.bincount(members.group, values.square()) for values in (multiples, scale))
-        signed = bool((multiples.abs() == 1).all())
-        # |sum_i r_i (w_i - r_i w)| <= sum_i (|r_i| + r_i^2) max |w|
-        bound = float((norms + torch.bincount(members.group, multiples.abs())).max())
+        norms, counts, bounds = norms_of(members.group, multiples, scale)
+        signed, bound = bool((multiples.abs() == 1).all()), float(bounds.max())
     lead_offsets = shifts = None
     if own_offsets is not None and bool(own_offsets.any()):
         starts = torch.nn.functional.pad(torch.bincount(members.group).cumsum(0), (1, 0))[:-1]
@@ -619,8 +630,8 @@ def _run(
     in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
     return Run(
         lead_members=_chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout),
-        norms=_stored_once(norms.to(device, wide)),
-        counts=_stored_once(counts.to(device, wide)),
+        norms=_stored_once(norms, device),
+        counts=_stored_once(counts, device),
         signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
         chunks=tuple(
@@ -633,9 +644,10 @@ def _run(
     )
 
 
-def _stored_once(column: Tensor) -> Tensor:
-    """Return a vector that is the same number everywhere as one number, expanded."""
-    return column[:1].clone().expand(len(column)) if bool((column == column[0]).all()) else column
+def _stored_once(column: Tensor, device: torch.device) -> Tensor:
+    """Return a vector on a device, in the wide dtype; what is the same number everywhere as one number, expanded."""
+    stored = column[:1].clone() if bool((column == column[0]).all()) else column
+    return stored.to(device, wide_dtype(device)).expand(len(column))
 
 
 def _by_tensor(members: Members, layout: Layout) -> Tensor | None:

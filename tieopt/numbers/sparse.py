@@ -25,6 +25,7 @@ from tieopt.numbers.index import (
     Run,
     are_one_run,
     capacity_for,
+    norms_of,
     sorted_members,
     stretches_of,
 )
@@ -97,8 +98,7 @@ class TiedRows:
 
         leads = members.position[starts[:-1]]
         multiples = members.scale / members.scale[starts[:-1]][members.group]
-        norms, squares = (torch.bincount(members.group, of.square()) for of in (multiples, members.scale))
-        bound = norms + torch.bincount(members.group, multiples.abs())
+        norms, squares, bounds = norms_of(members.group, multiples, members.scale)
         is_signed = bool((multiples.abs() == 1).all())
         scales = None if compact is None else compact.scale[compact.kept[compact.rows[leads].long()]]
         return cls(
@@ -110,7 +110,7 @@ class TiedRows:
             torch.tensor([FREE, *accumulate(counts, initial=0)], device=device),
             norms.to(device, wide),
             squares.to(device, wide),
-            0.5 ** math.ceil(math.log2(bound.max())) if len(bound) else 1.0,
+            0.5 ** math.ceil(math.log2(bounds.max())) if len(bounds) else 1.0,
             None if bool((multiples == 1).all()) else multiples.to(device, torch.int8 if is_signed else wide),
             None if compact is None else compact.rows.to(device, torch.int64),
             None if scales is None or bool((scales == 1).all()) else scales.to(device, wide),

@@ -9,7 +9,7 @@ import torch
 from tieopt.ties.offsets import Offset
 from tieopt.ties.options import Options
 from tieopt.ties.places import BoundTie, Place
-from tieopt.ties.slices import FREE, Slices, has_shared_values, of_one_kind
+from tieopt.ties.slices import FREE, Slices, are_scaled, has_shared_values, of_one_kind
 
 
 def components(ties: Sequence[BoundTie]) -> list[BoundTie]:
@@ -46,6 +46,6 @@ def _overlaid(layers: Sequence[Slices]) -> Slices:
     for layer in layers[1:]:
         above = layer.labels != FREE
         labels, scale = torch.maximum(labels, layer.labels), torch.where(above, layer.scales, scale)
-    scaled = any(layer.scale is not None for layer in layers)
+    scaled = are_scaled(layers)
     offset = Offset.overlaid([(layer.labels != FREE, layer.offset) for layer in layers])
     return Slices(labels, torch.where(labels == FREE, 1.0, scale) if scaled else None, dim, offset)

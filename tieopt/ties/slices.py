@@ -195,6 +195,11 @@ class Partition:
         return linear
 
 
+def are_scaled(slices: Iterable[Slices]) -> bool:
+    """Return whether slices of a tensor have scales."""
+    return any(part.scale is not None for part in slices)
+
+
 def flat_labels(slices: Sequence[Slices]) -> Tensor:
     """Return the labels of all slices, tensor by tensor."""
     labels = [part.labels.flatten() for part in slices]
@@ -418,3 +423,10 @@ def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
         results.append(with_labels(slices, labels))
         count += 1 + max(int(part.labels.max()) if part.labels.numel() else FREE for part in slices)
     return results
+
+
+def joined(ties: Sequence[Partition]) -> Sequence[Slices]:
+    """Return the slices of all ties, with labels that no two of the ties share."""
+    if len(ties) == 1:
+        return ties[0].slices
+    return list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
