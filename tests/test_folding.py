@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tieopt import Tie, TiedOptimizer
+from tieopt.numbers import index as index_module
 from tieopt.numbers.folding import (
     Folding,
     compact_like,
@@ -117,7 +118,10 @@ def cases(
     shapes = draw(st.sampled_from(SHAPES))
     plain = [draw(tensors(shape, [dtype])) if any_bits else normal(shape, dtype, draw(seeds)) for shape in shapes]
     stored = [laid_out(one, draw(layouts(one))) for one in plain]
-    (first, *_) = case_of(stored, draw(ties(stored, kinds)))
+    with pytest.MonkeyPatch.context() as patch:
+        # Numbers are kept as those of many members are, or of few.
+        patch.setattr(index_module, "_MANY", draw(st.sampled_from([0, 2**14])))
+        (first, *_) = case_of(stored, draw(ties(stored, kinds)))
     return first
 
 

@@ -29,6 +29,7 @@ CONSTANTS = {
     "_NARROW": [1, 16, 64],
     "TOTALS": [0, 20, 2**20],
     "EVEN_ENTRIES": [1, 100, 2**15],
+    "_MANY": [0, 2**14],
     "_BLOCK": [2, 32],
 }
 
@@ -238,6 +239,36 @@ def test_members_that_follow_each_other_have_the_bits_of_those_that_do_not(
         project_([tensor], index, Workspace())
     assert kinds == [True, False]
     assert same_bits(spread[::2], start)
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "most"), [({}, 2, 8), ({}, 64, 8), ({}, 10**4, 8), ({"TOTALS": 0}, 2, 8), ({"TOTALS": 0}, 3, 12)]
+)
+@pytest.mark.parametrize("even", [True, False])
+def test_an_index_of_single_entries_takes_few_bytes(
+    values: dict[str, int], size: int, most: int, *, even: bool
+) -> None:
+    """Of which a group with members at random takes more for what it keeps for each group."""
+    count = 10**5
+    labels = torch.arange(count) // size if even else torch.randint(0, count // size, (count,), generator=generator(0))
+    labels = labels[torch.randperm(count, generator=generator(1))]
+    index = compiled([labels], [torch.zeros(count, 1)], [None], **values)
+    assert _bytes_of(index.runs) <= (most if even else most + 48 / size) * count
+
+
+def _bytes_of(kept: object) -> int:
+    """How many bytes tensors have in memory, without those of views of others."""
+    storages: dict[int, int] = {}
+
+    def add(part: object) -> None:
+        if isinstance(part, Tensor):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        elif isinstance(part, tuple):
+            for field in part:
+                add(field)
+
+    add(kept)
+    return sum(storages.values())
 
 
 def test_a_million_groups_are_tied() -> None:

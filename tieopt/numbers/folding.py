@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Run, Views, consecutive, numbered_members, rows_of
+from tieopt.numbers.index import Index, Run, Views, compressed, consecutive, numbered_members, rows_of
 from tieopt.numbers.reduction import (
     Workspace,
     group_means,
     pin_,
     stored_leads,
+    widened_numbers,
     write_values,
 )
 from tieopt.numbers.rounding import rounded, signed_
@@ -107,7 +108,7 @@ class Folding:
     Attributes:
         index: the members of all groups.
         slices: of the tensors, and then of the compact tensors.
-        kept: for each compact tensor the rows of the tensor that it is made of, int64, shape ``[n]``.
+        kept: for each compact tensor the rows of the tensor that it is made of, int32 or int64, shape ``[n]``.
         free: the last of these, which are free slices.
         groups: how many the others are, which are leads of groups.
         shared: for each run of the index its shared values, compact tensor by compact tensor.
@@ -153,7 +154,7 @@ class Folding:
             labelled.positions(steps).flatten()
             for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
         ]
-        kept = tuple(rows[result.kept].to(device) for rows, result in zip(positions, compact, strict=True))
+        kept = tuple(compressed(rows[result.kept]).to(device) for rows, result in zip(positions, compact, strict=True))
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),
@@ -179,8 +180,8 @@ class ViewFolding:
 
     Attributes:
         index: the members of all groups.
-        kept: the slices of the first tensor that the compact one is made of, int64, shape ``[n]``; None if it has all
-            of them.
+        kept: the slices of the first tensor that the compact one is made of, int32 or int64, shape ``[n]``; None if it
+            has all of them.
         sources: for each slice of the first tensor the row of the compact one that it is a multiple of, shape
             ``[labels]``; nothing if the compact one has all slices.
         signs: of these slices, int8; None if all are 1.
@@ -208,7 +209,7 @@ class ViewFolding:
         pinned = compact.rows == FREE
         sources = compact.rows.masked_fill(pinned, 0).to(device)
         signs = None if bool((compact.scale == 1).all()) else compact.scale.to(device, torch.int8)
-        leads = index.leads_of(compact.kept).to(device)
+        leads = compressed(index.leads_of(compact.kept)).to(device)
         return cls(index, leads, sources, signs, pinned.nonzero().squeeze(1).to(device))
 
     def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
@@ -426,9 +427,9 @@ def unfold_(
                 values[groups] = leads
             write_values(rows, run, values, workspace)
         for target, free, count, compact in zip(moved, folding.free, folding.groups, moved_compacts, strict=True):
-            target.index_copy_(0, free, compact[count:])
+            target.index_copy_(0, widened_numbers(free, workspace), compact[count:])
     if folding.index.pinned.tensors:
-        pin_(rows, folding.index)
+        pin_(rows, folding.index, workspace)
 
 
 def _shared_values(leads: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:

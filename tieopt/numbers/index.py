@@ -34,6 +34,9 @@ _NARROW = 16
 # The fewest entries for which groups of one size are worth a run of their own.
 EVEN_ENTRIES = 2**15
 
+# The fewest numbers that are kept in half of the memory: an operator more in each step, which fewer are not worth.
+_MANY = 2**14
+
 # A member of a larger scale leads its group even where there is one of scale 1.
 _MUCH_LARGER = 256.0
 
@@ -83,7 +86,7 @@ class Pieces(NamedTuple):
 
     Attributes:
         tensors: the number of each tensor.
-        rows: which of its rows the members are, int64, shape ``[m]``; a slice where they follow each other.
+        rows: which of its rows the members are, int32 or int64, shape ``[m]``; a slice where they follow each other.
         lengths: how many they are.
     """
 
@@ -96,7 +99,7 @@ class Pieces(NamedTuple):
         """Return members that are sorted by tensor."""
         tensors, lengths = (column.tolist() for column in torch.unique_consecutive(members.tensor, return_counts=True))
         positions = map(consecutive, members.position.split_with_sizes(lengths))
-        rows = tuple(rows if isinstance(rows, slice) else rows.to(device) for rows in positions)
+        rows = tuple(rows if isinstance(rows, slice) else compressed(rows).to(device) for rows in positions)
         return cls(tuple(tensors), rows, tuple(lengths))
 
 
@@ -106,8 +109,8 @@ class Chunk(NamedTuple):
     Attributes:
         pieces: the members, tensor by tensor, or a tile.
         size: of every group, if all are of one size and the members are sorted by group, or are tiles; else 0.
-        groups: the group of each member, counted from the first group of the run, int64, shape ``[m]``; nothing if all
-            groups are of one size.
+        groups: the group of each member, counted from the first group of the run, int32 or int64, shape ``[m]``;
+            nothing if all groups are of one size.
         multiples: of its group's lead, for each member, shape ``[m]``; None if all are 1, and int8 if some are -1.
         sums: how the members are added up; None if all groups are of one size.
         shifts: what is added to the multiples, in the wide dtype, of a shape that broadcasts to ``[m, ...]``; None if
@@ -122,16 +125,16 @@ class Chunk(NamedTuple):
     shifts: Tensor | None = None
 
     def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the number of each tensor, and the rows and the groups of its members."""
+        """Yield the number of each tensor, and the rows and the groups of its members, int64."""
         assert isinstance(self.pieces, Pieces)
-        groups = self.groups
+        groups = self.groups.long()
         if self.size:
             groups = torch.arange(sum(self.pieces.lengths), device=groups.device) // self.size
         groups_of_tensor = groups.split_with_sizes(self.pieces.lengths)
         for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups_of_tensor, strict=True):
             if isinstance(rows, slice):
                 rows = torch.arange(rows.start, rows.stop, device=own_groups.device)
-            yield number, rows, own_groups
+            yield number, rows.long(), own_groups
 
 
 class Run(NamedTuple):
@@ -627,21 +630,34 @@ def _run(
         signed, bound = False, max(bound, 2 * float(torch.bincount(members.group, members.scale.abs()).max()))
     gathered = members if order is None else members.at(order)
     shifts = shifts if order is None or shifts is None else shifts[order]
+    chunks = tuple(
+        _chunk(gathered.at(slice(start, start + capacity)), size, layout)._replace(
+            shifts=None if shifts is None else shifts[start : start + capacity].to(device)
+        )
+        for start in range(0, len(scale), capacity)
+    )
     in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
+    lead_members = _chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout)
     return Run(
-        lead_members=_chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout),
+        lead_members=lead_members if not size else _viewed(lead_members, chunks[0]),
         norms=_stored_once(norms, device),
         counts=_stored_once(counts, device),
         signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
-        chunks=tuple(
-            _chunk(gathered.at(slice(start, start + capacity)), size, layout)._replace(
-                shifts=None if shifts is None else shifts[start : start + capacity].to(device)
-            )
-            for start in range(0, len(scale), capacity)
-        ),
+        chunks=chunks,
         offsets=None if lead_offsets is None else lead_offsets.to(device),
     )
+
+
+def _viewed(leads: Chunk, members: Chunk) -> Chunk:
+    """Return leads that take no memory of their own where each is the first of its group among the members."""
+    pieces, of_members = leads.pieces, members.pieces
+    assert isinstance(pieces, Pieces)
+    assert isinstance(of_members, Pieces)
+    (chosen, *others) = of_members.rows
+    if others or isinstance(chosen, slice) or isinstance(pieces.rows[0], slice):
+        return leads
+    return leads._replace(pieces=pieces._replace(rows=(chosen[:: members.size],)))
 
 
 def _stored_once(column: Tensor, device: torch.device) -> Tensor:
@@ -653,6 +669,11 @@ def _stored_once(column: Tensor, device: torch.device) -> Tensor:
 def _by_tensor(members: Members, layout: Layout) -> Tensor | None:
     """Return the order in which members of one tensor stand together; None if there is only one."""
     return members.tensor.argsort(stable=True) if len(layout.steps) > 1 else None
+
+
+def compressed(numbers: Tensor) -> Tensor:
+    """Return numbers of rows or groups as an index keeps them: many of them in int32."""
+    return narrow(numbers) if len(numbers) >= _MANY else numbers
 
 
 def consecutive(positions: Tensor) -> Tensor | slice:
@@ -673,4 +694,5 @@ def _chunk(members: Members, size: int, layout: Layout) -> Chunk:
     pieces = Pieces.of(members, device)
     if size:
         return Chunk(pieces, size, torch.empty(0, dtype=torch.int64, device=device), multiples, None)
+    groups = compressed(groups)
     return Chunk(pieces, 0, groups.to(device), multiples, Sums.of(groups, device, in_blocks=layout.double))

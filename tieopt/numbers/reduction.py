@@ -130,7 +130,7 @@ def project_(
             values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
         write_values(rows, run, values, workspace)
     if index.pinned.tensors:
-        pin_(rows, index)
+        pin_(rows, index, workspace)
 
 
 def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
@@ -160,7 +160,7 @@ def relax_(
     for pieces, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
-        _put(rows, pieces, rounded(torch.where(members == expected, members, moved), rows[0].dtype))
+        _put(rows, pieces, rounded(torch.where(members == expected, members, moved), rows[0].dtype), workspace)
 
 
 class _Projection(torch.autograd.Function):
@@ -499,7 +499,7 @@ def stored_leads(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     if run.lead_members.size:
         return leads
     in_order = workspace["leads in order", leads.shape, leads.dtype, leads.device]
-    bits(in_order).index_copy_(0, run.lead_members.groups, bits(leads))
+    bits(in_order).index_copy_(0, widened_numbers(run.lead_members.groups, workspace), bits(leads))
     return in_order
 
 
@@ -526,13 +526,14 @@ def add_by_group_(totals: Tensor, sums: Sums, values: Tensor, workspace: Workspa
     if sums.levels is not None:
         for level in sums.levels:
             values = _reduced(values, level, totals.dtype, workspace)
-        totals.index_copy_(0, sums.groups, totals.index_select(0, sums.groups).add_(values))
+        groups = widened_numbers(sums.groups, workspace)
+        totals.index_copy_(0, groups, totals.index_select(0, groups).add_(values))
         return
     if sums.blocks is not None:
         partial = values.new_full((sums.groups.shape[0], *values.shape[1:]), -0.0)
-        _scatter_add_(partial, sums.blocks, values)
+        _scatter_add_(partial, widened_numbers(sums.blocks, workspace), values)
         values = partial
-    _scatter_add_(totals, sums.groups, values)
+    _scatter_add_(totals, widened_numbers(sums.groups, workspace), values)
 
 
 def _scatter_add_(totals: Tensor, groups: Tensor, values: Tensor) -> None:
@@ -605,7 +606,14 @@ def _gathered(rows: list[Tensor], pieces: Pieces | Tile, workspace: Workspace, n
     return members
 
 
-def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor) -> None:
+def widened_numbers(kept: Tensor, workspace: Workspace) -> Tensor:
+    """Return the numbers of an index in int64: torch reads by those of int32, and writes by these alone."""
+    if kept.dtype == torch.int64:
+        return kept
+    return workspace["numbers", kept.shape, torch.int64, kept.device].copy_(kept)
+
+
+def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor, workspace: Workspace) -> None:
     """Write members to their rows."""
     if isinstance(pieces, Tile):
         pieces.write_members(rows, members)
@@ -619,7 +627,7 @@ def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor) -> None:
             slices.append(rows[number][chosen])
             values.append(source)
         else:
-            rows[number].index_copy_(0, chosen, source)
+            rows[number].index_copy_(0, widened_numbers(chosen, workspace), source)
     if slices:
         torch._foreach_copy_(slices, values)
 
@@ -639,14 +647,14 @@ def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Worksp
         (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
         is_copied = chunk.multiples is None and chunk.shifts is None
         if others or not is_copied or not (chunk.size or isinstance(chosen, slice)):
-            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace))
+            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace), workspace)
         elif isinstance(chosen, slice):
             _expected(values, chunk, values.dtype, workspace, rows[target][chosen])
         else:
-            bits(rows[target])[chosen.view(-1, chunk.size)] = bits(values).unsqueeze(1)
+            bits(rows[target])[widened_numbers(chosen, workspace).view(-1, chunk.size)] = bits(values).unsqueeze(1)
 
 
-def pin_(rows: list[Tensor], index: Index) -> None:
+def pin_(rows: list[Tensor], index: Index, workspace: Workspace) -> None:
     """Write their offsets, or zeros, to what is pinned."""
     offsets = index.pinned_at or (None,) * len(index.pinned.tensors)
     for number, pinned, offset in zip(index.pinned.tensors, index.pinned.rows, offsets, strict=True):
@@ -654,6 +662,6 @@ def pin_(rows: list[Tensor], index: Index) -> None:
         if isinstance(pinned, slice):
             target[pinned] = 0 if offset is None else bits(offset)
         elif offset is None:
-            target.index_fill_(0, pinned, 0)
+            target.index_fill_(0, widened_numbers(pinned, workspace), 0)
         else:
-            target.index_copy_(0, pinned, bits(offset).expand(-1, *target.shape[1:]))
+            target.index_copy_(0, widened_numbers(pinned, workspace), bits(offset).expand(-1, *target.shape[1:]))
