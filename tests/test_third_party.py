@@ -960,21 +960,22 @@ HEAD = """\
 
 <!-- Written by `pytest tests/test_third_party.py --write-page`; do not edit. -->
 
-`TiedOptimizer` wraps any `torch.optim.Optimizer`. This page shows what was seen with every optimizer of some packages,
-with torch {torch} on the CPU, in {steps} steps on parameters of shapes {shapes} in float32, not compiled.
+`TiedOptimizer` wraps any `torch.optim.Optimizer`. This page lists the optimizers of six packages, and which of them
+work in which mode. Each was run with torch {torch} on the CPU, in {steps} steps on parameters of shapes {shapes} in
+float32, not compiled.
 
 {summary}
-An optimizer counts as served if
+The columns of the modes count the optimizers that work. An optimizer works if
 
 - tied rows were equal to the last bit after every step, and after `train()` and `eval()` if it has these methods;
-- a parameter without ties was trained bit for bit as by the bare optimizer, provided that it trains parameters
-  independently of each other;
+- a parameter without ties was trained bit for bit as by the bare optimizer, unless the optimizer couples parameters;
 - in the default mode, rows without ties were trained bit for bit as by the bare optimizer, and tied rows as by the bare
-  optimizer with one row for each group, provided that it trains each row by the gradients of this row alone;
+  optimizer with one row for each group, unless the optimizer couples rows;
 - in the compact mode, everything was trained bit for bit as by the bare optimizer with one row for each group;
 - a run that was saved and loaded continued bit for bit.
 
-All but the first are required only if the bare optimizer is reproducible, and the last only if it resumes bit for bit.
+The first is required of all optimizers, the others only if the bare optimizer is reproducible, and the last only if it
+resumes bit for bit.
 
 ## What no wrapper can serve
 
@@ -988,23 +989,22 @@ All but the first are required only if the bare optimizer is reproducible, and t
 ## bfloat16
 
 Equal rows were trained with equal gradients, in steps of about {pace:g} units in the last place. In the default mode,
-tied rows moved as far as the same rows of the bare optimizer, or by a distance between theirs if it treats equal rows
-differently, as SOAP does. In the compact mode, they moved bit for bit like those of the bare optimizer with one row for
-each group. Most optimizers round to nearest: steps this small leave all rows where they are, tied or not.
+tied rows moved as far as the same rows of the bare optimizer. (If it treats equal rows differently, as SOAP does, they
+moved by a distance between theirs.) In the compact mode, they moved bit for bit like those of the bare optimizer with
+one row for each group. Most optimizers round to nearest: steps this small leave all rows where they are, tied or not.
 
 {bfloat16}
 ## Methods other than `step()`
 
-These methods of the optimizers were seen to write to weights or gradients; each class is listed once. In both modes,
-tied rows were equal to the last bit after each call, and in the compact mode, all rows were bit for bit those of the
-bare optimizer with one row for each group. Methods with arguments that only their own `step()` can provide were not
-called.
+These methods write to weights or gradients; each class is listed once. In both modes, tied rows were equal to the last
+bit after each call, and in the compact mode, all rows were bit for bit those of the bare optimizer with one row for
+each group. Methods with arguments that only the `step()` of the optimizer can provide were not called.
 
 {methods}
 ## Every optimizer
 
-An optimizer that reads the loss compares it with the gradient. For these optimizers, `TiedOptimizer` requires
-`reduction="mean"` in the default mode and `reduction="sum"` in the compact mode.
+The last column has notes on the bare optimizer. If it reads the loss, it compares it with the gradient, and
+`TiedOptimizer` requires `reduction="mean"` in the default mode and `reduction="sum"` in the compact mode.
 
 | package | optimizer | default mode | compact mode | the bare optimizer |
 | --- | --- | --- | --- | --- |
