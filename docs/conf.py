@@ -11,9 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
 
+from docutils import nodes
+from math_core import LatexToMathML
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
 
 import tieopt
 
@@ -28,7 +31,6 @@ version = release = tieopt.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -55,6 +57,7 @@ toc_object_entries_show_parents = "hide"
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"tieopt {version}"
 html_static_path = ["_static"]
@@ -101,6 +104,14 @@ def adapt_page(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = text
 
 
+def write_formula(page: HTML5Translator, formula: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, which browsers show without a script and without a network."""
+    block = isinstance(formula, nodes.math_block)
+    mathml = LatexToMathML(fancy_error=False).convert_with_local_state(formula.astext(), displaystyle=block)
+    page.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
+    raise nodes.SkipNode
+
+
 def public_names(module: ModuleType) -> Iterator[str]:
     """Yield the public names of a module, and the methods and properties of its classes."""
     for name in module.__all__:
@@ -124,3 +135,5 @@ def setup(app: Sphinx) -> None:
     """Connect the functions above; Sphinx calls this."""
     app.connect("source-read", adapt_page)
     app.connect("env-check-consistency", check_reference)
+    renderers = (write_formula, None)
+    app.add_html_math_renderer("mathml", inline_renderers=renderers, block_renderers=renderers)

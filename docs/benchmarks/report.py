@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jobs import FORMULA, INDEX, ONE, SELECT
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 UNTIED, FULL, COMPACT, UNTIED_FUSED = "untied", "tieopt", "tieopt compact", "untied fused"
 COPY, TIE_WEIGHTS = "copy", "tie_weights()"
@@ -40,12 +40,18 @@ def compare(rounds: Rounds, name: str, base: str) -> Quartiles:
     return Quartiles(*statistics.quantiles(ratios, n=4, method="inclusive"))
 
 
-def ratio(rounds: Rounds, *names: str) -> float | None:
-    """Return the median ratio to the untied step, the lowest of the contenders of these names that were measured."""
-    return min((compare(rounds, name, UNTIED).median for name in names if name in rounds), default=None)
+def fastest(rounds: Rounds, ways: Sequence[str]) -> tuple[float, str] | None:
+    """Return the lowest median ratio to the untied step of these ways to tie, and the way, if one was measured."""
+    return min(((compare(rounds, way, UNTIED).median, way) for way in ways if way in rounds), default=None)
 
 
-# --- The first table ------------------------------------------------------------------------------
+def fastest_steps(jobs: Sequence[Job], ways: Sequence[str]) -> list[tuple[float, str]]:
+    """Return the fastest of these ways for each job and optimizer."""
+    found = [fastest(rounds, ways) for job in jobs for rounds in job["steps"].values()]
+    return [pair for pair in found if pair]
+
+
+# --- The first tables -----------------------------------------------------------------------------
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
@@ -54,36 +60,73 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = Tr
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows))
 
 
-COLUMNS = {
-    FULL: (FULL,),
-    COMPACT: (COMPACT,),
-    "one Parameter, or a formula": (ONE, FORMULA),
-    "an indexed parameter": (SELECT, INDEX),
+KINDS = {
+    "a whole weight, in several places or transposed": ("joined", "transposed"),
+    "a symmetric matrix": ("pattern",),
+    "single elements": ("elements",),
+    "rows of a large weight": ("rows",),
+    "rows of small weights": ("small",),
 }
 
+WITHOUT = "without tieopt"
 
-def front_row(job: Job) -> list[str]:
-    """Return the row of a job, with the fastest tied step in bold for each optimizer."""
-    steps = job["steps"].values()
-    ways = {name for names in COLUMNS.values() for name in names}
-
-    def shown(names: Sequence[str]) -> str:
-        values = [ratio(rounds, *names) for rounds in steps]
-        fastest = [ratio(rounds, *ways) for rounds in steps]
-        texts = [f"**{a:.2f}**" if a == b else f"{a:.2f}" for a, b in zip(values, fastest, strict=True) if a]
-        return " / ".join(texts)
-
-    untied = " / ".join(f"{1000 * statistics.median(rounds[UNTIED]):.3g}" for rounds in steps)
-    return [job["title"], untied, *map(shown, COLUMNS.values())]
+COLUMNS = {"tieopt": (FULL,), "compact": (COMPACT,), WITHOUT: (ONE, FORMULA, SELECT, INDEX)}
 
 
-def median_row(jobs: Sequence[Job], optimizers: Sequence[str]) -> list[str]:
-    """Return the row of the medians over all jobs, for the two modes of tieopt."""
-    medians = [
-        " / ".join(f"{statistics.median(ratio(job['steps'][o], name) for job in jobs):.2f}" for o in optimizers)
-        for name in (FULL, COMPACT)
-    ]
-    return ["*median of these jobs*", "", *medians, "", ""]
+def by_kind(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """Return the jobs by what they tie, the kinds that have any."""
+    found = {text: [job for job in jobs if job["kind"] in kinds] for text, kinds in KINDS.items()}
+    return {text: some for text, some in found.items() if some}
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def summarize(jobs: Sequence[Job]) -> dict[str, tuple[float, str]]:
+    """Return for each column the median over jobs and optimizers, and the way to tie that is most often its fastest."""
+    pairs = {column: fastest_steps(jobs, ways) for column, ways in COLUMNS.items()}
+    return {
+        column: (statistics.median(value for value, _ in some), statistics.mode(way for _, way in some))
+        for column, some in pairs.items()
+        if some
+    }
+
+
+def kind_row(text: str, jobs: Sequence[Job]) -> list[str]:
+    """Return the row of a kind of tie: medians over its jobs and all optimizers, the lowest in bold."""
+    return [text, *cells(summarize(jobs))]
+
+
+def fastest_ways(jobs: Sequence[Job]) -> str:
+    """Return for a sentence which way is the fastest for each kind of tie."""
+    ways: dict[str, list[str]] = {}
+    for text, some in by_kind(jobs).items():
+        medians = summarize(some)
+        column = min(medians, key=medians.__getitem__)
+        way = medians[column][1] if column == WITHOUT else column
+        ways.setdefault("tieopt with `compact=True`" if way == "compact" else way, []).append(text)
+    return "; ".join(f"{way} for {listing(texts)}" for way, texts in ways.items())
+
+
+def cells(found: dict[str, tuple[float, str]]) -> list[str]:
+    """Return the cells of a row, the lowest in bold, with the way that is the fastest without tieopt."""
+    lowest = min(value for value, _ in found.values())
+    texts = []
+    for column in COLUMNS:
+        value, way = found.get(column, (0, ""))
+        text = f"{value:.2f}" if way else ""
+        bold = f"**{text}**" if value == lowest else text
+        texts.append(f"{bold} {way}" if column == WITHOUT else bold)
+    return texts
+
+
+def job_row(job: Job, optimizer: str) -> list[str]:
+    """Return the row of a job for one optimizer, with the fastest way in bold."""
+    rounds = job["steps"][optimizer]
+    found = {column: pair for column, ways in COLUMNS.items() if (pair := fastest(rounds, ways))}
+    return [job["title"], f"{1000 * statistics.median(rounds[UNTIED]):.3g}", *cells(found)]
 
 
 # --- Details --------------------------------------------------------------------------------------
@@ -191,23 +234,42 @@ QUICK = (
     "> single job can be off by a third."
 )
 
-FRONT = """\
-Each number says how many times as long a training step takes as the step of the same model without ties: 1.10 is a
-tenth more, 0.90 a tenth less. The fastest way to tie is **bold**. The numbers of a cell are, in this order, for
-{optimizers}."""
+ANSWER = """\
+**A training step takes {full:.1f} times as long with ties as without, and {compact:.1f} times with `compact=True`**, in
+the middle of {jobs} jobs with small batches and {optimizers}. From job to job it is {full_range} times, and
+{compact_range} times with `compact=True`. tieopt works in `optimizer.step()` alone, so what it adds does not grow with
+the batch: the larger the batch, the nearer to 1 is the ratio."""
+
+FASTEST = """\
+Which way to tie is the fastest depends on what is tied: {ways}. tieopt leaves the model as it is; the other ways change
+it."""
+
+DOTS = """\
+*A dot is a job with one optimizer; a bar, and the number on the right, is the median.*"""
+
+KIND = """\
+Each number is the time of a training step divided by that of the same model without ties: 1.10 is a tenth more, 0.90 a
+tenth less. It is the median over the jobs and the optimizers. The fastest way is **bold**. The last column has the
+fastest of several ways in each job, and names the one that is it most often."""
+
+CHOICE = """\
+**Which way to choose.** If nothing but the time of a step matters, take the fastest for what you tie:
+
+- *tieopt* is `TiedOptimizer(optimizer, ties)`, and *compact* the same with `compact=True`. The model stays as it is.
+  Any entries can be tied, at any time, in a model that somebody else wrote as well.
+- *one Parameter* is used in several places, `b.weight = a.weight`, or transposed. It can share whole weights only.
+- a *formula* computes the weight in each forward pass from a parameter of its own size, such as
+  `w.triu() + w.triu(1).T`.
+- `index_select` and `w[idx]` make the weight in each forward pass from a parameter with only the distinct entries."""
+
+JOBS = """\
+The same for each job, with {optimizer}. The other optimizers, and each way with its quartiles, are in the
+[details](#details)."""
 
 OWN_MODEL = """\
 **Your own model.** Find the job that is tied most like it. The batches here are small, so ties weigh more than in most
-models. tieopt works in `optimizer.step()` alone, so what it adds does not depend on the batch: take the milliseconds,
-(ratio - 1) times the untied step, scale them with the number of tied entries, and add them to your own step.
-
-- *tieopt* is `TiedOptimizer(optimizer, ties)`, and *compact* the same with `compact=True`. The model is unchanged.
-- *One Parameter* is used in several places, `b.weight = a.weight`, or transposed in the decoder of the autoencoder. It
-  can share only whole parameters, and is the cheapest way to do so.
-- *A formula* computes the weight in each forward pass from a parameter of its own size, such as
-  `w.triu() + w.triu(1).T`.
-- *An indexed parameter* has only the distinct entries, and `w[idx]` or `w.index_select(0, idx)` makes the weight from
-  them in each forward pass; the faster of the two is shown."""
+models. Take the milliseconds that tieopt adds, (ratio - 1) times the untied step, scale them with the number of tied
+entries, and add them to your own step."""
 
 HOW = """\
 Written by `python docs/benchmarks/benchmark.py`.
@@ -236,6 +298,15 @@ def page(results: dict[str, Any]) -> str:
     machine, jobs = results["machine"], results["jobs"]
     optimizers = list(jobs[0]["steps"])
     front = [job for job in jobs if job["in_front"]]
+    full, compact = ([value for value, _ in fastest_steps(front, ways)] for ways in ((FULL,), (COMPACT,)))
+    answer = ANSWER.format(
+        full=statistics.median(full),
+        compact=statistics.median(compact),
+        jobs=len(front),
+        optimizers=listing(optimizers),
+        full_range=f"{min(full):.1f} to {max(full):.1f}",
+        compact_range=f"{min(compact):.1f} to {max(compact):.1f}",
+    )
     measured = (
         f"Measured with **tieopt {machine['tieopt']}** and **torch {machine['torch']}** on {machine['device']}, "
         f"{machine['threads']} of {machine['cores']} cores, {machine['date']}."
@@ -243,11 +314,19 @@ def page(results: dict[str, Any]) -> str:
     compiled = [job for job in jobs if "compiled" in job]
     parts = [
         "# Benchmark: what a step costs",
-        measured,
         QUICK if results["quick"] else "",
-        "![Time of a training step as a ratio to the untied one](results.png)",
-        FRONT.format(optimizers=", ".join(optimizers)),
-        table(["job", "untied, ms", *COLUMNS], [*map(front_row, front), median_row(front, optimizers)]),
+        textwrap.fill(answer, 120),
+        textwrap.fill(FASTEST.format(ways=fastest_ways(front)), 120),
+        "![Time of a training step, divided by that without ties](results.png)",
+        DOTS,
+        measured,
+        "## By what is tied",
+        KIND,
+        table(["what is tied", *COLUMNS], (kind_row(text, some) for text, some in by_kind(front).items())),
+        CHOICE,
+        "## Each job",
+        JOBS.format(optimizer=optimizers[0]),
+        table(["job", "untied, ms", *COLUMNS], (job_row(job, optimizers[0]) for job in front)),
         OWN_MODEL,
         "## Details",
         "Whole training steps as ratios to the untied one: the median, and the quartiles in brackets.",
@@ -278,61 +357,51 @@ def page(results: dict[str, Any]) -> str:
 
 # --- The figure -----------------------------------------------------------------------------------
 
-# Colour and marker. The markers of tieopt are filled, the others open.
+# The colour of each column, and what the legend says of it.
 STYLES = {
-    ONE: ("#777777", "v"),
-    FORMULA: ("#CC79A7", "^"),
-    INDEX: ("#E69F00", "s"),
-    SELECT: ("#009E73", "D"),
-    FULL: ("#0072B2", "o"),
-    COMPACT: ("#D55E00", "o"),
+    "tieopt": ("#0072B2", "tieopt"),
+    "compact": ("#D55E00", "tieopt, compact=True"),
+    WITHOUT: ("#777777", "the fastest way without tieopt"),
 }
 
 
-def draw_marker(axes: Axes, name: str, x: Sequence[float], y: Sequence[float], **options: Any) -> list[Any]:
-    """Draw a contender in its style."""
-    color, marker = STYLES[name]
-    face = color if "tieopt" in name else "white"
-    return axes.plot(x, y, marker, color=color, markerfacecolor=face, markersize=6, **options)
+MEDIAN = {"marker": "|", "linestyle": "none", "markersize": 13, "markeredgewidth": 3.5}
 
 
-def draw_ratios(axes: Axes, jobs: Sequence[Job], optimizer: str) -> None:
-    """Draw the median of each contender in the line of its job."""
-    for y, job in enumerate(jobs):
-        rounds = job["steps"][optimizer]
-        axes.axhline(y, color="#e4e4e4", linewidth=0.8, zorder=0)
-        for name in STYLES:
-            if name in rounds:
-                draw_marker(axes, name, [compare(rounds, name, UNTIED).median], [y])
-    axes.axvline(1, color="black", linewidth=1, zorder=0)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(optimizer, loc="left", fontsize=10)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+def draw_kind(axes: Axes, y: float, jobs: Sequence[Job]) -> None:
+    """Draw a line for each column: a dot for each job and optimizer, and their median."""
+    for column, (median, _) in summarize(jobs).items():
+        color, _ = STYLES[column]
+        at = y + 0.27 * (list(COLUMNS).index(column) - 1)
+        ratios = [value for value, _ in fastest_steps(jobs, COLUMNS[column])]
+        axes.plot(ratios, [at] * len(ratios), "o", color=color, markersize=5, alpha=0.35, markeredgewidth=0)
+        axes.plot(median, at, color=color, **MEDIAN)
+        axes.annotate(
+            f"{median:.2f}", (1.02, at), xycoords=("axes fraction", "data"), color=color, fontsize=10, va="center"
+        )
 
 
 def figure(results: dict[str, Any]) -> Figure:
-    """Draw a panel for each optimizer, with a line for each job of the first table."""
-    jobs = [job for job in results["jobs"] if job["in_front"]]
-    optimizers = list(jobs[0]["steps"])
-    drawn = Figure(figsize=(3.4 + 2.8 * len(optimizers), 1.4 + 0.42 * len(jobs)), layout="constrained")
-    panels = drawn.subplots(1, len(optimizers), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, optimizer in zip(panels, optimizers, strict=True):
-        draw_ratios(axes, jobs, optimizer)
-    panels[0].set_yticks(range(len(jobs)), [textwrap.fill(job["title"], 36) for job in jobs], fontsize=8.5)
-    panels[0].set_ylim(len(jobs) - 0.5, -0.5)
-    left, right = panels[0].get_xlim()
-    panels[0].set_xlim(min(0.5, left), 1.15 * right)
-    version = f"tieopt {results['machine']['tieopt']}, torch {results['machine']['torch']}"
-    rough = ", a rough quick run" if results["quick"] else ""
-    drawn.supxlabel(f"time of a training step as a ratio to the untied one, log scale ({version}{rough})", fontsize=10)
-
-    shown = [name for name in STYLES if any(name in rounds for job in jobs for rounds in job["steps"].values())]
-    handles = [handle for name in shown for handle in draw_marker(panels[0], name, [], [], label=name)]
-    drawn.legend(handles=handles, loc="outside upper center", ncols=len(shown), frameon=False)
+    """Draw how much longer a step takes with ties, for each kind of tie."""
+    kinds = by_kind([job for job in results["jobs"] if job["in_front"]])
+    drawn = Figure(figsize=(6.4, 1.7 + 0.75 * len(kinds)), layout="constrained")
+    axes = drawn.subplots()
+    for y, jobs in enumerate(kinds.values()):
+        draw_kind(axes, y, jobs)
+    axes.set_yticks(range(len(kinds)), [textwrap.fill(text, 22) for text in kinds], fontsize=11)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    for y in range(1, len(kinds)):
+        axes.axhline(y - 0.5, color="#e4e4e4", linewidth=0.8, zorder=0)
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("time of a step, divided by that without ties\n(left of 1: faster than without ties)", fontsize=11)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    handles = [axes.plot([], [], color=color, label=text, **MEDIAN)[0] for color, text in STYLES.values()]
+    drawn.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=11)
     return drawn
 
 
