@@ -961,8 +961,8 @@ HEAD = """\
 <!-- Written by `pytest tests/test_third_party.py --write-page`; do not edit. -->
 
 `TiedOptimizer` wraps any `torch.optim.Optimizer`. This page lists the optimizers of six packages, and which of them
-work in which mode. Each was run with torch {torch} on the CPU, in {steps} steps on parameters of shapes {shapes} in
-float32, not compiled.
+work in which mode. Each was run with torch {torch} on the CPU, in {steps} steps on parameters
+of shapes {shapes} in float32, not compiled.
 
 {summary}
 The columns of the modes count the optimizers that work. An optimizer works if
