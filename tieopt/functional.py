@@ -18,18 +18,14 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
 
     .. math:: w_i \leftarrow s_i w_0, \qquad w_0 = \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
-    where the sums are over its group. It is idempotent bit for bit, and free slices are not touched. As with
-    the functions of ``torch.nn.init``, autograd does not record it.
-
-    It does what the helper in a `forum question
-    <https://discuss.pytorch.org/t/tying-weights-from-different-neurons-and-averaging-the-gradients/20934>`_
-    does, without a loop over rows.
+    where the sums are over its group. Tying again changes no bit, and free slices are not touched. As with the
+    functions of ``torch.nn.init``, autograd does not record it.
 
     Args:
-        tensor: dense, any dtype that :class:`~tieopt.Tie` takes, any memory layout in which no two entries share
-            memory.
-        groups: a list of lists of indices along ``dim``, or integer labels with -1 for free slices, of shape
-            ``[n]`` for slices along ``dim`` or more dimensions for smaller ones, as for :class:`~tieopt.Tie`.
+        tensor: a dense tensor of any dtype that :class:`~tieopt.Tie` takes, in any memory layout in which no two
+            entries share memory.
+        groups: as for :class:`~tieopt.Tie`: a list of lists of indices along ``dim``; or integer labels with -1 for
+            free slices, of shape ``[n]`` for slices along ``dim``, or of more dimensions for smaller slices.
         dim: the dimension along which the slices lie.
         scale: the factor :math:`s_i` of each slice, in the shape of the labels, as for :class:`~tieopt.Tie`.
 
@@ -54,7 +50,7 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
         >>> is_tied(weight, [[1, 2]])
         True
 
-        With scales, each group is its shared value times them:
+        With scales, each member is its scale times the shared value:
 
         >>> scale = torch.tensor([1.0, -1.0, 0.0])
         >>> tie_(torch.tensor([1.0, -3.0, 5.0]), [[0, 1, 2]], scale=scale)
@@ -67,12 +63,12 @@ def tie_(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Suppor
 
 
 def is_tied(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | SupportsArray | None = None) -> bool:
-    r"""Return whether all the members of each group are exactly equal; with scales, exact multiples of one value.
+    r"""Return whether all members of each group are exactly equal or, with scales, exact multiples of one value.
 
     .. math:: w_i = s_i w_0 \quad \text{for every member } i \text{ of a group, and some } w_0
 
-    as the dtype rounds it. Equal means ``==``, as in :func:`torch.equal`: 0.0 and -0.0 are equal, and a group
-    that holds a NaN is not tied. Nothing is written, and nothing is compared with a tolerance.
+    as the dtype rounds it. Equal means ``==``, as in :func:`torch.equal`: 0.0 and -0.0 are equal, a group that holds a
+    NaN is not tied, and there is no tolerance. Nothing is written.
 
     Args:
         tensor: as for :func:`tie_`; entries may share memory.
@@ -81,7 +77,7 @@ def is_tied(tensor: Tensor, groups: Groups, *, dim: int = 0, scale: Tensor | Sup
         scale: as for :func:`tie_`.
 
     Returns:
-        True if every group is tied, and if there is none.
+        True if every group is tied, also if there are no groups.
 
     Raises:
         TypeError: ``tensor``, ``groups``, ``dim`` or ``scale`` is of a type or dtype that :class:`~tieopt.Tie`

@@ -50,56 +50,50 @@ def neurons(
 ) -> list[Tie]:
     r"""Return ties of whole units of a layer: of the slices of its weight, and of the entries of its bias.
 
-    A unit is a row of a linear layer, an output channel of a convolution, or the vector of an embedding's
-    entry. With ``following``, the weights of a unit in the next layers are tied, too: its entries in the norms that
-    come next, and the weights by which a layer then reads it. These are its input columns or, after flattening, the
-    columns of a channel, position by position. For linear layers :math:`h = W x + b` and :math:`y = V h + c`, units
-    :math:`i` and :math:`j` of one group have
+    A unit is a neuron of a linear layer, an output channel of a convolution, or the vector of an embedding's entry.
+    With ``following``, the weights of the units in the next layers are tied, too: their entries in norms, and the
+    columns of the layer that reads them or, after flattening, the columns of a channel, position by position. For
+    linear layers :math:`h = W x + b` and :math:`y = V h + c`, units :math:`i` and :math:`j` of one group have
 
     .. math:: W_{i,:} = W_{j,:}, \qquad b_i = b_j, \qquad V_{:,i} = V_{:,j}
 
-    The weights of tied units are exactly equal, bit for bit. Their outputs for one input are equal up
-    to the order in which a kernel adds, and stay so through pointwise functions, pooling over positions, flattening,
-    dropout in ``eval()`` mode, and the norms in ``following``, in either mode. After dropout in ``train()`` mode, or
-    after a norm that is not in ``following``, they may differ.
+    The weights of tied units are equal bit for bit. Their outputs are equal up to the order in which a kernel adds,
+    also after pointwise functions, pooling over positions, flattening, dropout in ``eval()`` mode, and the norms in
+    ``following``. After dropout in ``train()`` mode, or after a norm that is not in ``following``, they may differ.
 
-    Running statistics of the norms are buffers, which no optimizer holds. ``neurons`` itself replaces them by the
-    mean of each group: at once, in place, and before the optimizer ties the weights. Forward passes in ``train()`` mode
-    then update them by the statistics of tied units, which are equal up to the order in which a kernel adds;
-    :func:`~tieopt.tie_` makes them equal to the bit again. They are the mean even if the optimizer is then given
-    ``start="first"``, and fit the first units only after some training.
+    Running statistics of the norms are buffers, which no optimizer holds. ``neurons`` itself replaces them by the mean
+    of each group, in place. Forward passes in ``train()`` mode then keep them equal up to the order in which a kernel
+    adds; :func:`~tieopt.tie_` makes them equal bit for bit again. With ``start="first"`` they are the mean, too, and
+    fit the first units only after some training.
 
-    Ties of layers that follow each other share the weight between them; :meth:`Tie.union() <tieopt.Tie.union>` makes
-    one tie of those.
-
-    A :class:`~tieopt.TiedOptimizer` starts from the mean of each group. For :math:`n` independent random units, as in a
-    freshly initialised layer, the mean is about :math:`\sqrt n` times smaller than each of them; ``start="first"``
-    keeps the size.
+    The ties of consecutive layers share the weight between them; make one tie of these with :meth:`Tie.union()
+    <tieopt.Tie.union>`. For freshly initialised layers, use ``start="first"`` of :class:`~tieopt.TiedOptimizer`: the
+    mean of :math:`n` independent random units is about :math:`\sqrt n` times smaller than each of them.
 
     Args:
         module: ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Embedding``, whose weight has
             shape ``[units, ...]``; any dtype that :class:`~tieopt.Tie` takes.
-        groups: of units, as for :class:`~tieopt.Tie`: lists of indices, or labels of shape ``[units]``.
-        following: the layers that come next, one or several in their order; not for an embedding. None leaves them
-            untied. ``nn.Sequential`` and ``nn.ModuleList`` stand for the layers in them, so a part of a model,
-            ``model[1:4]``, can be given as it is.
+        groups: groups of units, as for :class:`~tieopt.Tie`: lists of indices, or labels of shape ``[units]``.
+        following: one or several layers that come next, in their order; not for an embedding. None leaves them untied.
+            ``nn.Sequential`` and ``nn.ModuleList`` stand for the layers in them, so a part of a model, ``model[1:4]``,
+            can be given as it is.
 
             - Batch, instance, group, layer and RMS norms, and ``nn.PReLU``, with an entry for each unit or, after
-              flattening, for each of its positions. A ``GroupNorm`` has to normalise the units of one group by
-              equal statistics. The shape of a ``LayerNorm`` or ``RMSNorm`` ends in the units after a linear
-              layer; after a convolution it is ``(units, height, width)``, or ``(units,)`` where channels were moved
-              last. A depthwise convolution, with one kernel for each unit, counts as a norm.
+              flattening, for each of its positions. A ``GroupNorm`` has to normalise the units of one group by equal
+              statistics. The shape of a ``LayerNorm`` or ``RMSNorm`` ends in the units after a linear layer; after a
+              convolution it is ``(units, height, width)``, or ``(units,)`` if channels were moved last. A depthwise
+              convolution, with one kernel for each unit, counts as a norm.
             - Then at most one layer that reads the units: a linear layer, or a convolution without groups, with a
               weight of shape ``[out, units, ...]`` or, after flattening, ``[out, units * positions]``.
-            - The pointwise functions, pooling, dropout and flattening of ``torch.nn`` are passed over.
+            - The pointwise functions, pooling, dropout and flattening of ``torch.nn`` are skipped.
 
     Returns:
-        One tie for each parameter, to be given to :class:`~tieopt.TiedOptimizer`. The weight comes first, then the
-        bias, if there is one, and then the parameters of the layers in ``following``, in the same order.
+        A tie for each parameter, in the order of the weight, the bias, if there is one, and the parameters of the
+        layers in ``following``.
 
     Raises:
         TypeError: ``module`` or a layer in ``following`` is another kind of layer, or is lazy and has no weight yet;
-            ``following`` holds nothing but layers that are passed over; or ``groups`` are no groups.
+            all layers in ``following`` are skipped; or ``groups`` are no groups.
         IndexError: an index is out of range.
         ValueError: an index occurs twice, labels are not of shape ``[units]``, a layer in ``following`` does not
             fit the outputs of ``module`` or comes after the one that reads them, or a ``GroupNorm`` normalises
@@ -120,7 +114,7 @@ def neurons(
         >>> is_tied(head.weight, [[0, 2]], dim=1)
         True
 
-        With a norm between:
+        With a norm between the layers:
 
         >>> model = torch.nn.Sequential(hidden, torch.nn.BatchNorm1d(4), torch.nn.ReLU(), head)
         >>> inner = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -75,85 +75,81 @@ def _together(method: F) -> F:
 class TiedOptimizer(Optimizer):
     r"""Keep entries of the parameters of any optimizer equal.
 
-    Before a step the gradients of each group are replaced by their mean (or sum), and after it the
-    members by their mean:
+    Before a step, the gradients of each group are replaced by their mean (or sum), and after it the members by their
+    mean:
 
     .. math::
 
         g \leftarrow P g, \qquad w \leftarrow \operatorname{step}(w, g), \qquad w \leftarrow P w,
         \qquad (P w)_i = s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
-    where the sums are over the group of entry :math:`i`, :math:`s_i` is its scale, 1 unless a :class:`Tie`
-    says otherwise, and free entries stay as they are. Offsets of a :class:`Tie` are subtracted from the weights
-    before, and added again. :math:`P` is the orthogonal projection onto tied weights. For an optimizer that works entry
-    by entry this is exactly training the one value that the members share.
+    where the sums are over the group of entry :math:`i`, and :math:`s_i` is its scale, 1 by default. Free entries stay
+    as they are. Offsets of a :class:`Tie` are subtracted from the weights before, and added again. :math:`P` is the
+    orthogonal projection onto tied weights. For an optimizer that works entry by entry, this is exactly training the
+    one value that the members share.
 
-    The wrapped optimizer becomes the tied one, as ``torch.nn.utils.parametrize`` does it with modules:
-    ``TiedOptimizer(optimizer, ties) is optimizer``, still an instance of its own class. The weights are tied
-    at once, but for frozen parameters (``requires_grad`` is False), which are not written.
+    The wrapped optimizer becomes the tied one: ``TiedOptimizer(optimizer, ties) is optimizer``, which is still an
+    instance of its own class, as modules are with ``torch.nn.utils.parametrize``. The weights are tied at once, except
+    for frozen parameters (``requires_grad`` is False), which are not written.
 
     The idea is from a `forum question
     <https://discuss.pytorch.org/t/tying-weights-from-different-neurons-and-averaging-the-gradients/20934>`_:
     rows that stay equal, and whose gradients are averaged.
 
     Args:
-        optimizer: any :class:`torch.optim.Optimizer`. What is tied may have any dtype, layout and device that
-            :class:`Tie` says; parameters without ties, any.
+        optimizer: any :class:`torch.optim.Optimizer`. Tied parameters may have any dtype, layout and device that
+            :class:`Tie` takes; other parameters, any.
         ties: a mapping from parameters to groups (lists of lists of indices, or labels; see :class:`Tie`), or a
             :class:`Tie`, or an iterable of them. Names may stand for parameters if the optimizer was built from
-            ``named_parameters()``; with wildcards, as ``"layers.*.weight"``, for each that matches. No entry may be in
-            two ties.
-        reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which
-            is the gradient that autograd gives to one parameter used in several places. After the
-            step ``.grad`` holds the mean in either case (but for the rounding of multiplying and
-            dividing by the size), so that gradients accumulate; in the compact mode it is left alone. With
-            scales the sum is :math:`\sum_i s_i g_i`, the gradient of the shared value, times the scale of each
-            member. LBFGS and other optimizers that compare the loss with its gradient take ``"mean"`` by default, and
-            ``"sum"`` with ``compact=True``.
-        strength: how far a projection moves the weights towards the mean, from 0, not at all, to 1.
-        every: after every how many steps the weights are projected; 1 or more. Steps with a learning rate of zero,
-            in which nothing moves, do not count.
-        compact: trains one entry for each group instead of all its members: the optimizer has state, and does
-            arithmetic, for what is distinct alone. See below.
+            ``named_parameters()``; names with wildcards, such as ``"layers.*.weight"``, stand for each parameter that
+            matches. No entry may be in two ties.
+        reduction: ``"mean"`` steps on the mean of the members' gradients, ``"sum"`` on their sum, which is the gradient
+            that autograd gives to one parameter used in several places. After the step, ``.grad`` holds the mean in
+            either case (up to the rounding of multiplying and dividing by the size), so that gradients accumulate; in
+            the compact mode it is left alone. With scales, the sum is :math:`\sum_i s_i g_i`, the gradient of the
+            shared value, times the scale of each member. LBFGS and other optimizers that compare the loss with its
+            gradient need ``"mean"`` by default, and ``"sum"`` with ``compact=True``.
+        strength: how far a projection moves the weights towards the mean, from 0 (not at all) to 1.
+        every: the number of steps from one projection of the weights to the next, 1 or more. Steps with a learning rate
+            of zero, in which nothing moves, do not count.
+        compact: whether to train one entry for each group instead of all its members, with state and arithmetic of this
+            size. See below.
         start: what the shared values start from: ``"mean"`` is the mean of the members, ``"first"`` the first member,
-            as it is where modules share a Parameter. It is the slice with the lowest index or, of parameters
-            that are joined, that in the one which was given first to :meth:`Tie.join`; with scales the first one that
-            is not pinned. Take it for weights that were just initialised: the mean of K independent random numbers has
-            their standard deviation divided by the square root of K.
+            as if modules shared a Parameter. The first member is the slice with the lowest index, in the parameter that
+            was given first to :meth:`Tie.join`; with scales, the first one that is not pinned. Use it for freshly
+            initialised weights: the mean of K independent random numbers has their standard deviation divided by the
+            square root of K.
 
-    With ``compact=True`` the inner optimizer steps on compact parameters, which have the shared value of each
-    group once, and after these the free slices. To everything else it looks the same: ``param_groups`` has the
-    parameters of the model, whose gradients are read and not written. The state is that of
-    the compact parameters. So every optimizer trains the shared values exactly, those that couple entries
-    (Adafactor, Muon, LAMB, and LBFGS with ``reduction="sum"``) as well. What is written to the weights between steps
-    counts; where it was written through ``.data`` and is not tied, call :meth:`tie_weights` first.
+    With ``compact=True``, the inner optimizer steps on compact parameters, which have the shared value of each group
+    once, followed by the free slices. The state is that of the compact parameters. So every optimizer trains the shared
+    values exactly, including those that couple entries (Adafactor, Muon, LAMB, and LBFGS with ``reduction="sum"``).
+    Between steps, ``param_groups`` has the parameters of the model; their gradients are read and not written. Call
+    :meth:`tie_weights` after a write through ``.data`` that leaves members unequal.
 
-    With another ``strength`` or ``every`` than 1 the ties are *relaxed*: the members are trained by their own
-    gradients, which are left alone, and at once and after every ``every`` steps they are pulled together:
+    With a ``strength`` or ``every`` other than 1, the ties are *relaxed*: the members are trained by their own
+    gradients, which are left alone. They are pulled together at once and after every ``every`` steps:
 
     .. math:: w \leftarrow w + \mathtt{strength} \, (P w - w)
 
     as in locally connected layers that share weights now and then (`Pogodin et al., 2021
-    <https://arxiv.org/abs/2106.13031>`_). They are approximate then, and :meth:`tie_drift` says by how much;
+    <https://arxiv.org/abs/2106.13031>`_). :meth:`tie_drift` returns how far members are from their mean, and
     :meth:`tie_weights` ties them exactly.
 
-    An optimizer that has state already is made to look as if its weights had been tied all along: what it
-    keeps of each entry is averaged per group, too, or is that of the first member with ``start="first"``, unless the
-    ties are relaxed.
+    If the optimizer already has state, the state of each entry is averaged per group, or taken from the first member
+    with ``start="first"``, unless the ties are relaxed.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, is tied already, or its ``step`` was replaced on the instance;
             ``ties`` are not ties; groups hold something other than integers; a parameter has a dtype, layout or class
             that cannot be tied; or ``strength``, ``every`` or ``compact`` is of the wrong type.
         IndexError: an index, or a dimension, is out of range.
-        ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties
-            share an entry; joined parameters differ in dtype, device or settings, or only some of them
-            are frozen; ``reduction``, ``strength``, ``every`` or ``start`` is out of range, or they exclude each other,
-            or do not fit the optimizer; entries of a parameter share memory, or it is sharded in a way that cannot be
-            tied; the compact mode cannot serve the ties, the optimizer, or what it has in its state. Nothing was
-            written in any of these cases.
-        RuntimeError: ranks that are tied to each other do different things, or have different ties or settings; this
-            and all methods that tie, or ask whether something is tied, raise it on all of these ranks.
+        ValueError: a tie is for a parameter that the optimizer does not hold, or does not fit it; two ties share an
+            entry; joined parameters differ in dtype, device or settings, or only some of them are frozen;
+            ``reduction``, ``strength``, ``every`` or ``start`` is out of range, or they exclude each other, or do not
+            fit the optimizer; entries of a parameter share memory, or it is sharded in a way that cannot be tied; the
+            compact mode cannot serve the ties, the optimizer, or its state. Nothing was written in any of these cases.
+        RuntimeError: ranks that are tied to each other do different things, or have different ties or settings. All
+            methods that make or check ties raise this, on all of these ranks.
 
     Warns:
         UserWarning: a tie has groups, but ties nothing, because each has one member; it shows what was probably meant.
@@ -223,10 +219,10 @@ class TiedOptimizer(Optimizer):
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """What is tied, one :class:`Tie` for each that was given, with the parameters that the optimizer has now.
+        """The ties, one :class:`Tie` for each that was given, with the parameters that the optimizer has now.
 
-        Labels are numbered anew, in the order of first members, but for sharded ones and those of ties across ranks.
-        The ties can be given to another optimizer of these parameters, or to :meth:`retie`.
+        Labels are renumbered in the order of first members, except sharded ones and those of ties across ranks. The
+        ties can be given to another optimizer of these parameters, or to :meth:`retie`.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -266,11 +262,11 @@ class TiedOptimizer(Optimizer):
 
         .. math:: g_i \leftarrow s_i \frac{\sum_j s_j g_j}{\sum_j s_j^2}
 
-        ``step()`` does so itself; call this to read or to clip the tied gradients before. Idempotent
-        bit for bit. A gradient that is None stays None, unless a joined parameter has one: then it counts as
-        zero. It is the mean for ``reduction="sum"`` too: the sum stands in ``.grad`` only while the inner
-        optimizer reads it. Dense gradients are written in place, in their own dtype; sparse ones are replaced,
-        and stay sparse where rows of one parameter are tied.
+        ``step()`` does this itself; call it to read or change the tied gradients before a step. A second call changes
+        no bit. A gradient that is None stays None, unless a joined parameter has one: then it counts as zero. ``.grad``
+        holds the mean with ``reduction="sum"`` as well, and the sum only while the inner optimizer reads it. Dense
+        gradients are written in place, in their own dtype. Sparse ones are replaced, and stay sparse if rows of one
+        parameter are tied.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone; or the gradient of a
@@ -299,21 +295,21 @@ class TiedOptimizer(Optimizer):
 
         .. math:: \Big( \sum_k |g_k|^p \Big)^{1/p}
 
-        over the entries of all parameters of the optimizer. A shared value counts with the gradient that it is trained
-        with, :math:`\sum_i s_i g_i` for ``reduction="sum"`` and that divided by :math:`\sum_i s_i^2` for ``"mean"``;
-        pinned entries count nothing, free ones as usual. So it is the norm that ``torch.nn.utils.get_total_norm`` has
-        where the shared values are the parameters. Members of relaxed ties, which are trained by their own gradients,
-        count as free entries do.
+        over the shared values and free entries of all parameters. The gradient of a shared value is the one that it is
+        trained with: :math:`\sum_i s_i g_i` for ``reduction="sum"``, and this divided by :math:`\sum_i s_i^2` for
+        ``"mean"``. So this is the norm that ``torch.nn.utils.get_total_norm`` would return if the shared values were
+        the parameters. Pinned entries do not count. Members of relaxed ties count as free entries, because they are
+        trained by their own gradients.
 
-        Gradients may be tied or not, and are not written. Call it after ``scaler.unscale_(optimizer)``. An optimizer
-        that has a method of this name keeps it; ``TiedOptimizer.grad_norm(optimizer)`` is this one then.
+        Gradients may be tied or not, and are not written. Call it after ``scaler.unscale_(optimizer)``. If the
+        optimizer has a method of this name, it keeps its own; ``TiedOptimizer.grad_norm(optimizer)`` is this one.
 
         Args:
             norm_type: p, a number above 0; ``float("inf")`` for the largest modulus.
 
         Returns:
-            The norm, of no dimension; 0 without any gradients. Of sharded parameters, and with ties across ranks, it
-            is that of the parameters of all ranks, each of which has to call this.
+            The norm, a tensor without dimensions; 0 if there are no gradients. With sharded parameters, and with ties
+            across ranks, it is that of the parameters of all ranks, and each of them has to call this.
 
         Raises:
             TypeError: ``norm_type`` is no number.
@@ -338,18 +334,17 @@ class TiedOptimizer(Optimizer):
 
         .. math:: g \leftarrow g \cdot \min \Big( 1, \frac{\mathtt{max\_norm}}{\mathtt{norm} + 10^{-6}} \Big)
 
-        as ``torch.nn.utils.clip_grad_norm_`` does it. With it a step is that of the shared values with their
-        gradients clipped, for optimizers that work entry by entry. Call it before ``step()``, with
-        :class:`torch.amp.GradScaler` after ``scaler.unscale_(optimizer)``, and once all gradients are accumulated. The
-        gradients are not tied by it, and need not be. What is clipped is not clipped again by a second call, except for
-        the :math:`10^{-6}`.
+        as ``torch.nn.utils.clip_grad_norm_`` does. For optimizers that work entry by entry, the step is then that of
+        the shared values with their gradients clipped. Call it when all gradients are accumulated, after
+        ``scaler.unscale_(optimizer)`` and before ``step()``. It does not tie gradients, and they need not be tied. A
+        second call clips no further, except for the :math:`10^{-6}`.
 
         Args:
-            max_norm: a number from 0 on.
+            max_norm: a number, 0 or more.
             norm_type: as for :meth:`grad_norm`.
 
         Returns:
-            The norm before, as :meth:`grad_norm` returns it.
+            The norm before clipping, as :meth:`grad_norm` returns it.
 
         Raises:
             TypeError: ``max_norm`` or ``norm_type`` is no number.
@@ -373,7 +368,7 @@ class TiedOptimizer(Optimizer):
     @between_graphs
     @_together
     def tie_weights(self) -> None:
-        r"""Replace the members of each group by their mean; for when anything else wrote to the weights.
+        r"""Replace the members of each group by their mean, after something else has written to the weights.
 
         .. math:: w_i \leftarrow s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
@@ -405,33 +400,30 @@ class TiedOptimizer(Optimizer):
         strength: float | None = None,
         every: int | None = None,
     ) -> None:
-        """Replace all ties by others, in the middle of a training.
+        """Replace all ties by others, also during training.
 
-        The weights are tied at once, and the state of the optimizer is made to look as if they had been
-        tied all along: what it keeps of each entry is averaged per group or, with ``start="first"``, is that of the
-        first member. What has not the shape of its parameter is left alone: joined parameters that were trained for
-        different numbers of steps keep their step counts.
+        The weights are tied at once. The state of each entry is averaged per group or, with ``start="first"``, taken
+        from the first member. State of another shape than its parameter is left alone: joined parameters that were
+        trained for different numbers of steps keep their step counts.
 
-        It binds to the parameters that are in the parameter groups now, whatever has become of those that were tied.
-        In the compact mode, state that cannot be converted, as the history of LBFGS, is dropped with a warning, and the
-        optimizer begins it anew; what has the shape of its parameter as it is now is kept.
+        The ties are for the parameters that are in the parameter groups now, even if tied ones were replaced or
+        removed. In the compact mode, state that cannot be converted, such as the history of LBFGS, is dropped with a
+        warning, and starts anew; state that has the shape of its parameter as it is now is kept.
 
         Args:
-            ties: as for :class:`TiedOptimizer`, all that there are to be. Parameters that were added since may be
-                among them.
-            start: as for :class:`TiedOptimizer`, for this change of the ties alone. Groups that are tied already, and
+            ties: all new ties, as for :class:`TiedOptimizer`. They may include parameters that were added since.
+            start: as for :class:`TiedOptimizer`, for this change of the ties only. Groups that are tied already, and
                 get no other members, stay as they are.
-            reduction: as for :class:`TiedOptimizer`, from now on; None leaves it.
-            strength: as for :class:`TiedOptimizer`, from now on; None leaves it. So the pull can follow a schedule:
+            reduction: as for :class:`TiedOptimizer`, from now on; None keeps it.
+            strength: as for :class:`TiedOptimizer`, from now on; None keeps it. So the pull can follow a schedule:
                 ``optimizer.retie(optimizer.ties, strength=0.1 * epoch)``.
-            every: as for :class:`TiedOptimizer`, from now on; None leaves it.
+            every: as for :class:`TiedOptimizer`, from now on; None keeps it.
 
         Raises:
-            TypeError: as for :class:`TiedOptimizer`; or it is called on what a framework has put in the place of the
-                optimizer.
+            TypeError: as for :class:`TiedOptimizer`; or this is called on a framework's wrapper of the optimizer.
             IndexError: an index, or a dimension, is out of range.
             ValueError: as for :class:`TiedOptimizer`, except for state that cannot be converted.
-            RuntimeError: a step is running, as it is in a closure. Everything stays as it is in any of these cases.
+            RuntimeError: a step is running, for example in a closure. Everything stays as it is in any of these cases.
 
         Warns:
             UserWarning: as for :class:`TiedOptimizer`.
@@ -473,16 +465,16 @@ class TiedOptimizer(Optimizer):
             kept.update(state)
 
     def untie(self) -> None:
-        """End all ties: from here on every entry is trained for itself.
+        """Remove all ties: from now on, every entry is trained separately.
 
-        The weights stay as they are, and so does the state; after the compact mode each member gets that of its group.
-        It works whatever has become of the parameters that were tied. In the compact mode, state that cannot be
-        converted, as the history of LBFGS or that of a parameter which was replaced by one of another shape, is dropped
-        with a warning, and the optimizer begins it anew.
+        The weights stay as they are, and so does the state; after the compact mode, each member gets the state of its
+        group. This works even if tied parameters were replaced or removed. In the compact mode, state that cannot be
+        converted is dropped with a warning, and starts anew: the history of LBFGS, or the state of a parameter that was
+        replaced by one of another shape.
 
         Raises:
-            TypeError: it is called on what a framework has put in the optimizer's place.
-            RuntimeError: a step is running, as it is in a closure.
+            TypeError: this is called on a framework's wrapper of the optimizer.
+            RuntimeError: a step is running, for example in a closure.
 
         Example:
             >>> import torch
@@ -501,15 +493,15 @@ class TiedOptimizer(Optimizer):
 
     @_together
     def tie_drift(self) -> float:
-        r"""The largest distance of a member from its group's mean, over all ties; 0.0 if all are tied.
+        r"""Return the largest distance of a member from its group's mean, over all ties; 0.0 if all are tied.
 
         .. math:: \max_i \left| w_i - (P w)_i \right|
 
-        over single entries, with :math:`P` as for :class:`TiedOptimizer`; of complex entries the modulus counts.
+        over single entries, with :math:`P` as for :class:`TiedOptimizer`, and the modulus of complex entries.
 
         Returns:
-            The drift, in the unit of the weights; NaN if a tied entry is NaN. Of sharded parameters it is that of
-            all ranks, each of which has to call this.
+            The drift, in the unit of the weights; NaN if a tied entry is NaN. For sharded parameters it is that of all
+            ranks, and each of them has to call this.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, or is gone.
@@ -531,18 +523,20 @@ class TiedOptimizer(Optimizer):
 
     @_together
     def tie_summary(self) -> TieSummary:
-        """A table of the ties, a line for each tied parameter, to be printed; and what it says as numbers.
+        """Return a table of the ties, to be printed or read as numbers, with a line for each tied parameter.
 
-        It counts the slices: ``members`` are in one of the ``groups``, and ``free`` ones in none. ``distinct`` counts
-        values, not slices: the entries of the shared values and of the free slices, those that are pinned left out.
+        The table counts slices: ``members`` are in one of the ``groups``, and ``free`` ones in none. ``distinct``
+        counts values, not slices: the entries of the shared values and of the free slices, without pinned ones.
         ``drift`` is as for :meth:`tie_drift`, over all parameters of a tie. A parameter with several ties has a line
-        for each. Lines below the table say which parameters are joined, as these have distinct values in common, and
-        which ties are regular: joined parameters, transposed or flipped perhaps, and matrices with symmetries are
-        computed as views, without an index.
+        for each.
+
+        Lines below the table list joined parameters, which have distinct values in common, and regular ties, which are
+        computed as views, without an index: joined parameters, perhaps transposed or flipped, and matrices with
+        symmetries.
 
         Returns:
-            The lines of the table as a string, without a line break at the end. It has the numbers, too, as ``rows``
-            for the lines and ``entries``, ``distinct``, ``ratio`` and ``state_bytes`` for the whole optimizer; see
+            The table as a string, without a line break at the end. It has the numbers as ``rows`` for the lines, and as
+            ``entries``, ``distinct``, ``ratio`` and ``state_bytes`` for the whole optimizer; see
             :class:`~tieopt.modes.summary.TieSummary`.
 
         Raises:
@@ -565,20 +559,20 @@ class TiedOptimizer(Optimizer):
         return summary.summarized(self._tieopt, self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The state of the wrapped optimizer, and beside it the fingerprints of the ties.
+        """Return the state of the optimizer, with the fingerprints of the ties.
 
-        As :meth:`torch.optim.Optimizer.state_dict`, with one more key. A bare optimizer goes on with it, unless the
-        mode is compact: then it is the state of compact parameters. :meth:`load_state_dict` loads a bare
-        optimizer's, too. ``torch.load`` reads it with ``weights_only=True``.
+        This is :meth:`torch.optim.Optimizer.state_dict` with one more key. An optimizer without ties can load it,
+        unless the mode is compact: then it is the state of compact parameters. ``torch.load`` reads it with
+        ``weights_only=True``.
 
         Args:
             *args: as for the wrapped optimizer.
             **kwargs: as for the wrapped optimizer.
 
         Returns:
-            ``"state"`` and ``"param_groups"`` as the wrapped optimizer has them; and, if anything is tied,
-            ``"tieopt"``: the fingerprints by the numbers of the parameters, for relaxed ties how many steps there
-            were, and whether the mode is compact.
+            ``"state"`` and ``"param_groups"`` of the optimizer and, if anything is tied, ``"tieopt"``, which has the
+            fingerprints by the numbers of the parameters, the number of steps of relaxed ties, and whether the mode is
+            compact.
 
         Example:
             >>> import torch
@@ -599,22 +593,22 @@ class TiedOptimizer(Optimizer):
 
     @_together
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Load a state that was saved with the same ties, in either mode, or without any.
+        """Load a state that was saved with the same ties, in either mode, or without ties.
 
-        One without any, or with relaxed ones, is averaged per group, as if the weights had been tied all along.
-        With the weights, which ``model.load_state_dict`` loads, training goes on bit for bit as if never stopped.
+        A state that was saved without ties, or with relaxed ones, is averaged per group. Load the weights with
+        ``model.load_state_dict``. Training then continues bit for bit as if it had not stopped.
 
         Args:
-            state_dict: what :meth:`state_dict` returned, or that of a bare optimizer of the same parameters. It is
+            state_dict: a result of :meth:`state_dict`, or of an optimizer without ties for the same parameters. It is
                 not written to.
             *args: as for the wrapped optimizer.
             **kwargs: as for the wrapped optimizer.
 
         Raises:
-            ValueError: it was saved with other ties, or it is of the other mode and has something that cannot be
-                converted, as the history of LBFGS; or it does not fit the parameter groups, as torch says.
-            RuntimeError: a parameter has another shape than when it was tied, or is gone. Nothing is loaded in any
-                of these cases.
+            ValueError: it was saved with other ties; it was saved in the other mode and cannot be converted, such as
+                the history of LBFGS; or it does not fit the parameter groups.
+            RuntimeError: a parameter has another shape than when it was tied, or is gone. Nothing is loaded in any of
+                these cases.
 
         Example:
             >>> import torch
@@ -655,7 +649,7 @@ class TiedOptimizer(Optimizer):
                     del self.state[param]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its parameters are free until :meth:`retie`.
+        """Add a parameter group, whose parameters are free until :meth:`retie`.
 
         Args:
             param_group: parameters and their settings, as for :meth:`torch.optim.Optimizer.add_param_group`.

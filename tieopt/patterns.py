@@ -1,8 +1,8 @@
 r"""Patterns: functions that return labels, and scales where a pattern has signs or zeros.
 
-Entries with the same label share one value :math:`w_0`, and :math:`w_i = s_i w_0` where :math:`s_i` is the
-scale: 1, -1 for the opposite, 0 for an entry pinned at zero. Where a pattern returns labels alone, every
-scale is 1. Labels are int64 and scales float32, both on the CPU.
+Entries with the same label share one value :math:`w_0`, and :math:`w_i = s_i w_0` with the scale :math:`s_i`: 1, -1 for
+the opposite, or 0 for an entry pinned at zero. If a pattern returns only labels, every scale is 1. Labels are int64 and
+scales float32, both on the CPU.
 
 The matrix patterns label the first two dimensions of a shape, so that the entries of the weight of a linear
 layer and whole kernels of the weight of a convolution are tied::
@@ -12,9 +12,9 @@ layer and whole kernels of the weight of a convolution are tied::
     labels, scale = patterns.antisymmetric(layer.weight.shape)
     ties = Tie(layer.weight, labels, scale=scale)
 
-Random patterns depend on a seed alone, and no argument is written to. A pattern depends on a shape and not on
-weights; only :func:`clusters` and :func:`similar` read them. :func:`orbits`, :func:`equivariant` and :func:`similar`
-need scipy, and :func:`hashed` and :func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
+Patterns with a seed are the same on every run, and no argument is written to. Only :func:`clusters` and :func:`similar`
+read the values of weights. :func:`orbits`, :func:`equivariant` and :func:`similar` need scipy, and :func:`hashed` and
+:func:`clusters` need scikit-learn: ``pip install 'tieopt[patterns]'``.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def block_circulant(shape: Sequence[int], block: int) -> Tensor:
 
     .. math:: W_{bI+i,\,bJ+j} = W_{bI,\,bJ + (j-i) \bmod b}, \qquad 0 \le i, j < b
 
-    for blocks of size :math:`b`. It is the structure of CirCNN (`Ding et al., 2017
+    for blocks of size :math:`b`. This is the structure of CirCNN (`Ding et al., 2017
     <https://arxiv.org/abs/1708.08917>`_), which has :math:`b` times fewer values.
 
     Args:
@@ -331,13 +331,13 @@ def mirrored(shape: Sequence[int], dims: Sequence[int] = (-1,)) -> Tensor:
     where dimension :math:`d` has size :math:`n_d`.
 
     Args:
-        shape: one dimension or more. By default the last one is mirrored: of a convolution's weight
-            ``[out, in, height, width]`` the width, so that its kernels are the same from left and right.
-        dims: which dimensions, each once; negative ones count from the end.
+        shape: one dimension or more.
+        dims: the mirrored dimensions, each once; negative ones count from the end. By default the last: the width of a
+            convolution's weight ``[out, in, height, width]``.
 
     Returns:
-        Labels of shape ``shape``, int64. The number of groups is the product of the sizes, where those of
-        ``dims`` are halved and rounded up.
+        Labels of shape ``shape``, int64. The number of groups is the product of the sizes, with those of ``dims``
+        halved and rounded up.
 
     Raises:
         TypeError: ``shape`` or ``dims`` is not a sequence of integers.
@@ -373,11 +373,11 @@ def rotated(shape: Sequence[int], *, mirrored: bool = False) -> Tensor:
         W_{\dots,i,j} = W_{\dots,i,\,k-1-j}
 
     The rotations form the group :math:`C_4`; with the reflections, ``W = W.flip(-1)``, it is :math:`D_4`, the
-    symmetries of the square. Each kernel ``[k, k]`` is tied within itself, and to no other. A convolution with such
-    kernels turns its output with its input.
+    symmetries of the square. Entries are tied within each kernel ``[k, k]``, not across kernels. A convolution with
+    such kernels rotates its output with its input.
 
     Args:
-        shape: ``[..., k, k]``, as the weight of a convolution.
+        shape: ``[..., k, k]``, such as that of a convolution's weight.
         mirrored: whether a kernel also equals its mirror images.
 
     Returns:
@@ -428,26 +428,26 @@ def orbits(*permutations: _Permutation) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def orbits(*permutations: _Permutation) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Entries that permutations map to each other, alone or one after the other; with signs, perhaps to the opposite.
+    r"""Entries that permutations map to each other or, with signs, to the opposite of each other.
 
     .. math:: W_i = \sigma_i W_{\pi(i)} \quad \text{for every permutation } \pi \text{ and its signs } \sigma
 
-    Use it for any symmetry without a function of its own here. Layers are made equivariant by sharing their parameters
-    in this way (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_). Number the entries, and put in the
-    place of each entry the number of the entry that it equals. ``W[i, j, a, b] = W[j, i, k - 1 - a, k - 1 - b]``, for
-    instance, says that swapping input and output mirrors a kernel of ``k x k`` entries about its center::
+    Use this function for any symmetry that has no function here. Layers are made equivariant by sharing their
+    parameters in this way (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_). Number the entries, and put
+    in the place of each entry the number of the entry that it equals. For example, ``W[i, j, a, b] = W[j, i, k - 1 - a,
+    k - 1 - b]`` says that swapping input and output mirrors a kernel of ``k x k`` entries about its center::
 
         entries = torch.arange(weight.numel()).view(weight.shape)
         labels = patterns.orbits(entries.transpose(0, 1).flip(2, 3))
 
-    An entry that is the opposite of another one has the sign -1. An entry that would be its own opposite is zero. The
-    inverses need not be given: some power of each permutation is its inverse. scipy finds the orbits, as the
-    connected components of a graph.
+    An entry that is the opposite of another one has the sign -1. An entry that would be its own opposite is zero.
+    Inverses and products of the permutations need not be given. scipy finds the orbits, as the connected components of
+    a graph.
 
     Args:
-        *permutations: one or more, each a tensor of any integer dtype but uint64, a rearrangement of
-            ``torch.arange(n).view(shape)``, with the same shape for all; or with signs a pair
-            ``(permutation, signs)``, where ``signs`` is a tensor of that shape and any real dtype, 1 or -1.
+        *permutations: one or more permutations, all of one shape: a tensor of any integer dtype but uint64, a
+            rearrangement of ``torch.arange(n).view(shape)``; or with signs a pair ``(permutation, signs)``, where
+            ``signs`` is a tensor of that shape and any real dtype, 1 or -1.
 
     Returns:
         Labels of that shape, int64, one group for each orbit. If a permutation has signs, also the scales, float32,
@@ -498,30 +498,28 @@ def equivariant(inputs: Sequence[_Permutation] | None, outputs: Sequence[_Permut
 
     .. math:: W \rho_\text{in}(g) = \rho_\text{out}(g)\, W, \qquad (\rho(g)\, x)_i = \sigma_i\, x_{\pi(i)}
 
-    for each :math:`g` of the group, which permutes the entries of the input and of the output and turns the sign of
-    some. Then :math:`W_{o,i} = \sigma_o \sigma_i W_{\pi(o), \pi(i)}`: all such layers are found by tying entries
+    for each :math:`g` of the group, which permutes the entries of the input and of the output and flips the signs of
+    some. Then :math:`W_{o,i} = \sigma_o \sigma_i W_{\pi(o), \pi(i)}`, so all such layers are found by tying entries
     (`Ravanbakhsh et al., 2017 <https://arxiv.org/abs/1702.08389>`_; `Finzi et al., 2021
     <https://arxiv.org/abs/2104.09459>`_, for any matrices). An entry that would be its own opposite is zero.
 
-    A group is given by generators; their products and inverses follow. If the outputs of one layer are the inputs of
-    the next, and a function between them acts entry by entry (an odd one, as ``tanh``, where there are signs), the
-    network commutes with the group.
+    A group is given by generators. A network of such layers commutes with the group if the functions between them act
+    entry by entry, and are odd, such as ``tanh``, where there are signs.
 
     The weights are exact: applying a generator to both sides of a tied weight changes no bit. Outputs for transformed
     inputs are transformed up to rounding, because a kernel adds in another order.
 
     Args:
         inputs: how each generator acts on the entries of the input: a list of permutations, each a tensor of any
-            integer dtype but uint64, so that the generator turns ``x`` into ``x[permutation]``; or with signs a pair
-            ``(permutation, signs)`` of tensors of one shape, so that it is ``x[permutation] * signs``, where signs are
-            1 or -1 of any real dtype. A permutation may have any shape, as a rearrangement of
-            ``torch.arange(n).view(shape)``, the same for all; the layer sees the input flattened. None gives the bias,
-            as of one input that every generator leaves as it is.
-        outputs: how each generator acts on the entries of the output, likewise, in the order of ``inputs``.
+            integer dtype but uint64, so that the generator turns ``x`` into ``x[permutation]``; or, with signs, pairs
+            ``(permutation, signs)`` of tensors of one shape, for ``x[permutation] * signs``, where signs are 1 or -1 of
+            any real dtype. Permutations may have any shape, the same for all, as rearrangements of
+            ``torch.arange(n).view(shape)``; the layer sees the input flattened. None gives the bias.
+        outputs: how each generator acts on the entries of the output, in the same form, in the order of ``inputs``.
 
     Returns:
         Labels of shape ``[out, in]``, or for the bias ``[out]``, int64, one group for each orbit of entries; and their
-        scales as of :func:`orbits`.
+        scales, as for :func:`orbits`.
 
     Raises:
         TypeError: ``inputs`` or ``outputs`` is not a list, a permutation is not an integer tensor, or signs are not a
@@ -531,8 +529,8 @@ def equivariant(inputs: Sequence[_Permutation] | None, outputs: Sequence[_Permut
         ImportError: scipy is not installed.
 
     Example:
-        A controller of a left and a right leg. In a mirror the legs are swapped, and the third input, how far the body
-        leans to one side, turns its sign:
+        A controller of a left and a right leg. In a mirror, the legs are swapped, and the third input, how far the body
+        leans to one side, changes its sign:
 
         >>> import torch
         >>> from tieopt import Tie, TiedOptimizer, patterns
@@ -590,13 +588,13 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
             0 & \text{if there is no such } t
         \end{cases}
 
-    and likewise for each of two dimensions. With groups, :math:`c` counts the channels in the group of :math:`o`, and
-    the entries between groups are 0. The convolution as a dense layer with shared weights is from LeCun,
+    and in the same way for each of two dimensions. With groups, :math:`c` counts the channels in the group of
+    :math:`o`, and the entries between groups are 0. The convolution as a dense layer with shared weights is from LeCun,
     "Generalization and network design strategies", 1989.
 
-    The label of an entry is the position of its value in ``conv.weight.flatten()``. Entries out of the
-    kernel's reach are pinned at zero by scale 0, and their label is the number after the last position,
-    ``conv.weight.numel()``. So padding the weight with one zero gives the dense layer::
+    The label of an entry is the position of its value in ``conv.weight.flatten()``. Entries out of the kernel's reach
+    are pinned at zero by scale 0, and have the label ``conv.weight.numel()``. So padding the weight with one zero gives
+    the dense layer::
 
         dense.weight = nn.functional.pad(conv.weight.flatten(), (0, 1))[labels]
 
@@ -607,9 +605,8 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
 
     Returns:
         Labels of shape ``[out_channels * out_positions, in_channels * in_positions]``, int64, in the order of
-        :class:`torch.nn.Flatten`, at most ``conv.weight.numel()`` groups and one for the zeros (positions
-        that only see padding do not occur); and their scales, float32, 1 within the kernel's reach and 0
-        elsewhere.
+        :class:`torch.nn.Flatten`, with a group for each entry of the kernels that does not only see padding, and one
+        for the zeros; and their scales, float32, 1 within the kernel's reach and 0 elsewhere.
 
     Raises:
         TypeError: ``conv`` is not such a layer, or ``input_size`` not one or more integers.
@@ -641,7 +638,7 @@ def convolution(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) ->
 
 
 def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int]) -> Tensor:
-    r"""The bias of the dense layer of :func:`convolution`: that of each channel, at all its positions.
+    r"""The bias of the dense layer of :func:`convolution`, which repeats that of a channel at all its positions.
 
     .. math:: b_{(o,y)} = b_o
 
@@ -682,13 +679,13 @@ def convolution_bias(conv: nn.Conv1d | nn.Conv2d, input_size: int | Sequence[int
 def hashed(shape: Sequence[int], buckets: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     r"""Entries that a hash function sorts into buckets, each with a sign.
 
-    It is the layer of HashedNets (`Chen et al., 2015 <https://arxiv.org/abs/1504.04788>`_):
+    This is the layer of HashedNets (`Chen et al., 2015 <https://arxiv.org/abs/1504.04788>`_):
 
     .. math:: W_i = \xi(i)\, w_{h(i)}, \qquad h(i) \in \{0, \dots, B - 1\}, \quad \xi(i) \in \{-1, 1\}
 
-    The signs make the products of inputs that meet in a bucket cancel on average. Both hashes are the 32-bit
+    With the signs, the products of inputs that meet in a bucket cancel on average. Both hashes are the 32-bit
     MurmurHash3 of the position :math:`i` in the flattened weight, from scikit-learn, with different seeds. They are the
-    same on every machine. Give every layer its own seed.
+    same on every machine. Give each layer another seed.
 
     Args:
         shape: one dimension or more, of fewer than ``2^31`` entries.
@@ -769,46 +766,46 @@ def clusters(
     weights: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Rows, values or subvectors that k-means puts into one cluster; tied, they become their cluster's mean.
+    r"""Rows, values or subvectors, in clusters that k-means finds.
 
     .. math:: \min_{c, \mu} \sum_i h_i \left\| w_i - \mu_{c(i)} \right\|^2
 
     The labels :math:`c` are near a local minimum of this sum, where :math:`w_i` are the rows, values or subvectors, and
-    the weights :math:`h_i` are 1 if not given. Clusters of values are the shared weights of Deep Compression (`Han et
-    al., 2016 <https://arxiv.org/abs/1510.00149>`_), and clusters of subvectors are product quantization (`Jégou et al.,
-    2011 <https://doi.org/10.1109/TPAMI.2010.57>`_), as `Gong et al., 2014 <https://arxiv.org/abs/1412.6115>`_ applied
-    it to weights. The second derivatives of the loss as weights are from `Choi et al., 2017
-    <https://arxiv.org/abs/1612.01543>`_.
+    :math:`h_i` are the ``weights``, 1 by default. Tying replaces the members of a cluster by their mean. Clusters of
+    values are the shared weights of Deep Compression (`Han et al., 2016 <https://arxiv.org/abs/1510.00149>`_). Clusters
+    of subvectors are product quantization (`Jégou et al., 2011 <https://doi.org/10.1109/TPAMI.2010.57>`_), which `Gong
+    et al., 2014 <https://arxiv.org/abs/1412.6115>`_ applied to weights. The second derivatives of the loss as weights
+    are from `Choi et al., 2017 <https://arxiv.org/abs/1612.01543>`_.
 
-    Equal rows, values or subvectors are in one cluster, and the clusters do not depend on the order of the rows. If
-    there are no more distinct ones than clusters, each has its own. scikit-learn runs k-means in float64, from one
-    start by k-means++; another version of it may find other clusters. More than a few thousand distinct values are
-    clustered by a fine histogram of them, and then each value goes to the nearest center.
+    Equal rows, values or subvectors are in one cluster, and the clusters do not depend on the order of the rows.
+    scikit-learn runs k-means in float64, from one start by k-means++; another version of it may find other clusters.
+    More than a few thousand distinct values are clustered by a fine histogram, and then each value goes to the nearest
+    center.
 
     Args:
         tensor: the parameter now, shape ``[n, ...]``, dense, any real floating dtype. It is not written to.
         count: the number of clusters, at most the number of rows, values or subvectors; in each channel if
             ``per="channel"``.
-        of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries, or a number for
-            subvectors of so many consecutive entries of a row, flattened; it divides the entries of a row. For the
-            weight ``[out, in, k, k]`` of a convolution, ``of=k * k`` stands for its kernels.
-        per: ``"tensor"`` for clusters of the whole tensor, or ``"channel"`` for clusters of values or subvectors in
-            each slice along dimension 0 by itself.
+        of: ``"rows"`` for the slices along dimension 0, ``"values"`` for the single entries, or a number for subvectors
+            of so many consecutive entries of a flattened row; it divides the entries of a row. For the weight ``[out,
+            in, k, k]`` of a convolution, ``of=k * k`` stands for its kernels.
+        per: ``"tensor"`` for clusters of the whole tensor, or ``"channel"`` for separate clusters of values or
+            subvectors in each slice along dimension 0.
         keep_zeros: whether entries that are zero, as in a pruned weight, stay zero: they are pinned by scale 0. Rows
-            and subvectors of zeros alone are in no cluster. In others, k-means counts zeros as any number, but the
-            mean that a tie starts from is that of the other entries.
-        weights: how sensitive the loss is to a change of an entry, a tensor of any real dtype, finite and not negative:
-            of the shape of ``tensor``, or one for each row, shape ``[n]``. The weight of a row or a subvector is the
-            sum over its entries. Weights decide which cluster an entry is in; the mean that a tie starts from is
-            without weights.
+            and subvectors of zeros are in no cluster. In others, k-means counts zeros as any number, but the mean that
+            a tie starts from is that of the other entries.
+        weights: the sensitivity of the loss to each entry, of the shape of ``tensor``, or to each row, of shape
+            ``[n]``: a tensor of any real dtype, finite and not negative. The weight of a row or a subvector is the sum
+            over its entries. Weights decide which cluster an entry is in; the mean that a tie starts from is without
+            weights.
         seed: the seed of the start, from 0 to ``2^32 - 1``.
 
     Returns:
-        Int64 labels of at most ``count`` groups, in each channel if ``per="channel"``; for rows of shape ``[n]``, for
-        values of the shape of ``tensor``. Labels of values are larger for larger values of a channel. For subvectors,
-        labels of the shape of ``tensor`` and so many groups for each position in them. With ``keep_zeros``, labels of
-        the shape of ``tensor`` also for rows, in which all zeros have the largest label; and their scales, float32, 0
-        for zeros and 1 for others.
+        Int64 labels, of shape ``[n]`` for rows and of the shape of ``tensor`` for values, with at most ``count``
+        groups, for each channel if ``per="channel"``. Larger values of a channel have larger labels. For subvectors,
+        labels have the shape of ``tensor``, and there are so many groups for each position in a subvector. With
+        ``keep_zeros``, labels have the shape of ``tensor`` for rows, too, and all zeros have the largest label; scales
+        are returned as well, float32, 0 for zeros and 1 for others.
 
     Raises:
         TypeError: ``tensor`` is not a dense floating tensor, ``weights`` is not a dense real tensor, or ``count``,
@@ -873,27 +870,26 @@ def clusters(
 
 
 def similar(tensor: Tensor, distance: float, *, dim: int = 0) -> Tensor:
-    r"""Slices that resemble each other, in groups in which no two are farther apart than a distance.
+    r"""Slices in groups in which no two are farther apart than a distance.
 
     .. math:: \| w_i - w_j \|_2 \le d \quad \text{for all } i, j \text{ in one group}
 
-    Neurons that have become similar are tied in this way, without a number of clusters to choose. The groups are those
-    of agglomerative clustering with complete linkage, which merges the two groups whose farthest members are nearest,
-    as long as these are within the distance. Single linkage would chain slices that resemble their neighbours, although
-    the first and the last of them do not resemble each other.
+    Use it to tie neurons that have become similar, without a number of clusters to choose. The groups are those of
+    agglomerative clustering with complete linkage, which merges the two groups whose farthest members are nearest, as
+    long as these are within the distance.
 
     scipy compares all pairs of slices: ``n`` slices need about ``8 n^2`` bytes for a moment, 0.8 GB for 10 000, and
     time that grows with ``n^2``.
 
     Args:
-        tensor: the parameter now, one dimension or more, dense, any real floating dtype. It is not written to.
+        tensor: the parameter now, dense, with one dimension or more, of any real floating dtype. It is not written to.
         distance: the largest Euclidean distance of two slices in a group, finite and not negative; 0 finds equal ones.
-        dim: the dimension along which the slices lie; 1 compares the columns of a matrix, and negative ones count from
+        dim: the dimension in which slices are counted; 1 compares the columns of a matrix, and negative ones count from
             the end.
 
     Returns:
-        Labels of shape ``[n]`` for ``n`` slices, int64, -1 for a slice that is in no group with another one. Groups are
-        numbered in the order of their first slices.
+        Labels of shape ``[n]`` for ``n`` slices, int64, -1 for a slice that is in no group. Groups are numbered in the
+        order of their first slices.
 
     Raises:
         TypeError: ``tensor`` is not a dense floating tensor, ``distance`` is not a number, or ``dim`` not an integer.

@@ -1,7 +1,7 @@
 """Figures of ties: which entries are equal, how large the groups are, how far relaxed members drift apart.
 
-They need matplotlib: ``pip install 'tieopt[plot]'``. Figures are made with pyplot, so that ``plt.show()`` and notebooks
-show them, and use the colours of the current style. Only labels are drawn; the values of a parameter do not matter.
+These functions need matplotlib: ``pip install 'tieopt[plot]'``. Figures are made with pyplot, so that ``plt.show()``
+and notebooks show them, and use the colours of the current style.
 """
 
 from __future__ import annotations
@@ -79,19 +79,20 @@ def draw_groups(
     """Draw the entries of each tied parameter, with one colour for each group.
 
     A matrix is drawn as it is printed, a vector as one line, and a convolution's weight ``[out, in, height, width]`` as
-    the matrix of its kernels. Entries with the same colour in two panels are joined. Members with a negative scale are
-    faded; free entries, and pinned ones, have the colours of the legend. The colours of many groups look
-    alike: small panels show the numbers of groups, and the scales, as well, where there is room for them. Of large
-    dimensions evenly spaced indices are drawn, as the axes say, so that large parameters take no longer; a pattern that
-    repeats within a few indices cannot be seen then.
+    the matrix of its kernels. Only labels are drawn, not values. Entries with the same colour in two panels are joined.
+    Members with a negative scale are faded; free entries and pinned ones have the colours of the legend. Because the
+    colours of many groups look alike, small panels also show the numbers of groups, and scales, if there is room.
+
+    In large dimensions, only evenly spaced indices are drawn, as the axes show. A pattern that repeats within a few
+    indices is not visible then.
 
     Args:
         ties: an optimizer, for all of its ties; or one or more ties.
-        figure: the figure to draw in, preferably one of ``layout="constrained"``, which has room for the legend; a new
+        figure: the figure to draw in, preferably with ``layout="constrained"``, which has room for the legend; a new
             figure if None.
 
     Returns:
-        The figure, with one of its ``axes`` for each tied parameter.
+        The figure, with ``axes`` for each tied parameter.
 
     Raises:
         TypeError: ``ties`` are not ties, or are ties of names instead of parameters.
@@ -138,8 +139,8 @@ def draw_group_sizes(ties: TiedOptimizer | Tie | Iterable[Tie], *, axes: Axes | 
     """Draw a histogram of the sizes of groups, on a logarithmic axis if they differ much.
 
     Args:
-        ties: an optimizer, for all of its ties; or one or more ties. A group of joined parameters has its members in
-            all of them.
+        ties: an optimizer, for all of its ties; or one or more ties. The size of a group in joined parameters is the
+            number of its members in all of them.
         axes: the axes to draw in; those of a new figure if None.
 
     Returns:
@@ -186,7 +187,7 @@ def draw_drift(drifts: Sequence[float] | Tensor, *, axes: Axes | None = None) ->
 
     Args:
         drifts: values of :meth:`~tieopt.TiedOptimizer.tie_drift`, for example of every step; shape ``[n]``.
-        axes: the axes to draw in, where other curves may be already; those of a new figure if None.
+        axes: the axes to draw in, which may have other curves; those of a new figure if None.
 
     Returns:
         The axes.

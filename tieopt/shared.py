@@ -18,33 +18,33 @@ from tieopt.ties.tie import Tie, tie_of
 
 
 def split_shared_(model: Module) -> list[Tie]:
-    """Give every module a Parameter of its own where several share one, and return the ties that keep them equal.
+    """Give each module that shares a Parameter its own copy, and return the ties that keep the copies equal.
 
-    Parameters that modules share cannot be sharded apart: ``fully_shard`` refuses them in modules that it is applied to
-    one by one. With one Parameter for each module and these ties, training is that of the shared one: the gradient of
-    each is the sum over all. Call this before the model is sharded, replicated or copied for averages, and before the
-    optimizer is made; and clip by :meth:`~tieopt.TiedOptimizer.clip_grad_norm_`, which counts what they share once.
+    Modules that share a Parameter cannot be sharded separately: ``fully_shard`` refuses them. After this function they
+    can be, and with the returned ties, training is that of the shared Parameter. Call it before the model is sharded,
+    replicated or copied for averages, and before the optimizer is made. Clip by
+    :meth:`~tieopt.TiedOptimizer.clip_grad_norm_`, which counts a shared Parameter once.
 
-    All copies have to be loaded and initialised alike. A checkpoint in which one name stands for all, as those of
-    ``safetensors``, is loaded before the split.
+    Load a checkpoint in which one name stands for all copies, such as those of ``safetensors``, before this call.
+    Later, load or initialise all copies alike. The ``state_dict`` has the same keys as before.
 
-    The ties find the Parameters in their modules when an optimizer is wrapped, so that these may be replaced until
-    then, as ``fully_shard`` does. The ``state_dict`` has the same keys as before.
+    The ties find the Parameters in their modules when an optimizer is wrapped. Until then they may be replaced, as
+    ``fully_shard`` does.
 
     Args:
-        model: the model. All but the first of the modules that share a Parameter get a copy of it, with the same
+        model: the model. Except for the first, the modules that share a Parameter get a copy of it, with the same
             attributes and without its gradient.
 
     Returns:
-        A tie for each Parameter that was shared, with ``reduction="sum"``; none if there was none.
+        A tie for each Parameter that was shared, with ``reduction="sum"``.
 
     Raises:
-        TypeError: a shared Parameter has no shape yet, or the model is a ``DistributedDataParallel``, or has one in
-            it. The ``.module`` of one cannot be told from another model.
+        TypeError: a shared Parameter has no shape yet, or the model is or has a ``DistributedDataParallel``. The
+            ``.module`` of one is not recognised.
         ValueError: a shared Parameter is sharded already, or has hooks.
 
     Warns:
-        UserWarning: the Parameters differ when an optimizer is wrapped, because one of them was loaded or initialised
+        UserWarning: the copies differ when an optimizer is wrapped, because one of them was loaded or initialised
             alone; they start from their mean.
 
     Example:

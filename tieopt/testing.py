@@ -1,7 +1,7 @@
 """Assertions and hypothesis strategies for tests of ties.
 
-The assertions need torch alone. The strategies are for `hypothesis <https://hypothesis.readthedocs.io>`_:
-``pip install hypothesis``.
+The assertions need only torch. The strategies need `hypothesis <https://hypothesis.readthedocs.io>`_: ``pip install
+hypothesis``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
 
     .. math:: w_i = s_i w_0 \quad \text{for every member } i \text{ of a group, and some } w_0
 
-    This is :func:`~tieopt.is_tied`, also for a whole model, with an error that says where it fails. Unlike
-    :func:`torch.testing.assert_close` it has no tolerance, and a NaN is not equal to itself.
+    This is :func:`~tieopt.is_tied` as an assertion, also for a whole model. Unlike :func:`torch.testing.assert_close`
+    it has no tolerance, and a NaN is not equal to itself.
 
     Args:
         model_or_tensor: a model, or a tensor of any dtype that :class:`~tieopt.Tie` takes.
@@ -51,12 +51,12 @@ def assert_tied(model_or_tensor: nn.Module | Tensor, ties: Ties | Groups) -> Non
             :class:`~tieopt.Tie` of one parameter, whose labels, dimension and scale are used.
 
     Raises:
-        AssertionError: a member differs from the others of its group; the message says which, and its value.
-        TypeError: ``model_or_tensor`` is neither a model nor a tensor, or a tied one is sharded, or ``ties`` are not
+        AssertionError: a member differs from the others of its group; the message shows its place and its value.
+        TypeError: ``model_or_tensor`` is neither a model nor a tensor, or a tied tensor is sharded, or ``ties`` are not
             ties.
         IndexError: an index, or a dimension, is out of range.
-        ValueError: ``ties`` do not fit, or are of frozen slices, which equal nothing here but themselves; or a tensor
-            was given a joined tie.
+        ValueError: ``ties`` do not fit, or are of frozen slices, for which nothing can be compared; or a tensor was
+            given a joined tie.
 
     Example:
         >>> import torch
@@ -126,31 +126,31 @@ def assert_equivalent(
 ) -> None:
     r"""Assert that tied training is training of the shared values, step by step in float64.
 
-    A copy of the model is trained for comparison. Its weights are built inside ``forward`` from one parameter
-    with a slice for each group, as by ``torch.nn.utils.parametrize``. For an optimizer that works entry by
-    entry the two trajectories are the same; with scales other than -1, 0 and 1 only if its update is linear in
-    the gradient. After every step, for every entry of a parameter :math:`w`,
+    A copy of the model is trained for comparison. Its weights are built inside ``forward`` from one parameter with a
+    slice for each group, as by ``torch.nn.utils.parametrize``. For an optimizer that works entry by entry, the two
+    trajectories are the same; with scales other than -1, 0 and 1, only if its update is linear in the gradient. After
+    every step, for every entry of a parameter :math:`w`,
 
     .. math:: \left| w_i - v_i \right| \le \mathtt{tolerance} \cdot \max \left( 1, \max_j |v_j| \right)
 
-    where :math:`w` is a weight under ties, and :math:`v_i = s_i w_0 + c_i` the weight that the copy builds.
+    where :math:`w` is the tied weight, and :math:`v_i = s_i w_0 + c_i` the weight that the copy builds.
 
     Args:
         make_model: a function that returns the model, which is converted to float64 and trained; called once.
-        make_optimizer: a function that makes an optimizer from pairs of names and parameters; called for the
-            model and for the copy.
-        ties: as for :class:`~tieopt.TiedOptimizer`, with names for parameters; or a function that returns
-            them for the model.
-        batches: one for each step, of any shape; floating-point tensors as float64, like the model.
+        make_optimizer: a function that makes an optimizer from pairs of names and parameters; called for the model and
+            for the copy.
+        ties: as for :class:`~tieopt.TiedOptimizer`, with names for parameters; or a function of the model that returns
+            them.
+        batches: a batch for each step, of any shape; floating-point tensors have to be float64, like the model.
         reduction: as for :class:`~tieopt.TiedOptimizer`.
-        loss: the loss of a model on a batch; by default the mean square of ``model(batch)``. It may do nothing
-            with the model except call it. Random numbers, as of dropout, are the same for model and copy.
+        loss: the loss of a model on a batch; by default the mean square of ``model(batch)``. It may only call the
+            model. Random numbers, such as those of dropout, are the same for model and copy.
         tolerance: the largest difference that passes, relative to the largest entry of a parameter, or to 1
             if that is larger.
 
     Raises:
-        AssertionError: the two differ. The message says at which step, in which parameter and by how much, and
-            whether the optimizer couples entries, which is a reason to differ.
+        AssertionError: the two differ. The message shows the step, the parameter and the difference, and says whether
+            the optimizer couples entries, which is a reason to differ.
         TypeError: as :class:`~tieopt.TiedOptimizer`.
         IndexError: as :class:`~tieopt.TiedOptimizer`.
         ValueError: there is no batch; or as :class:`~tieopt.TiedOptimizer`.

@@ -28,8 +28,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Encode a tied tensor as a codebook and indices.
 
-    ``codebook[indices]`` is the tensor again, bit for bit; along another dimension
-    ``codebook[indices].movedim(0, dim)`` is.
+    ``codebook[indices].movedim(0, dim)`` is the tensor again, bit for bit.
 
     Args:
         param: the tied tensor, of any dtype and layout that :class:`~tieopt.Tie` takes.
@@ -43,7 +42,7 @@ def encode(
         slice, in the order in which they occur; with scales, an entry for each scale in each group.
 
     Raises:
-        TypeError, IndexError, ValueError: as :class:`~tieopt.Tie` says; or the tensor is sharded, or is not tied.
+        TypeError, IndexError, ValueError: as for :class:`~tieopt.Tie`; or the tensor is sharded, or is not tied.
 
     Example:
         Sixteen values for a matrix, each with both signs:

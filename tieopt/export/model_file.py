@@ -47,20 +47,21 @@ _Tied = defaultdict[str, list[Slices]]
 def save(model: Module, ties: TiedOptimizer | Ties, file: str | os.PathLike[str]) -> None:
     """Write the state of a model to a safetensors file, its tied parameters as codebooks and indices.
 
-    The file is written as a whole, or not at all. Its tensors are made one after the other, so that memory is needed
-    for one tie at a time. For a moment the folder needs room for two such files.
+    The file is written completely or not at all; while it is written, the folder needs room for the old and the new
+    file. Memory is needed for one tie at a time.
 
-    Members that have an offset, as all that is frozen, are written as they are, like free slices.
+    Members that have an offset, such as frozen slices, are written as they are, like free slices.
 
     Args:
         model: the model whose ``state_dict()`` is written: parameters and buffers, of any layout, on any device.
-        ties: the tied optimizer; or what it takes, with parameters of the model or their names.
+        ties: the tied optimizer; or ties as for :class:`~tieopt.TiedOptimizer`, with parameters of the model or their
+            names.
         file: the path of the file. An existing file is replaced, and its permissions are kept.
 
     Raises:
-        TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says; or a parameter is not tied, or not
-            in the model; or something in the state is not a dense tensor, is sharded, or has a dtype that the format
-            does not have.
+        TypeError, IndexError, ValueError: as for :class:`~tieopt.TiedOptimizer`; or a parameter is not tied, or not in
+            the model; or something in the state is not a dense tensor, is sharded, or has a dtype that the format does
+            not have.
         RuntimeError: a parameter of a tied optimizer has another shape than when it was tied, or is gone.
         OSError: the file cannot be written.
 
@@ -111,7 +112,7 @@ def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         The tensors by name, contiguous, on the CPU. Names that shared a tensor in the model share one here, too.
 
     Raises:
-        ImportError, OSError, ValueError: as :func:`stream`.
+        ImportError, OSError, ValueError: as for :func:`stream`.
 
     Example:
         >>> import tempfile, torch
@@ -128,9 +129,8 @@ def load(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors of a file, one after the other, with one tensor in memory at a time.
 
-    The sizes of all tensors are checked against the file before one is made. The indices in the file limit the number
-    of slices, and the codebook limits the size of a slice. Nothing limits their product, because it is what a codebook
-    saves: a small file may well contain a large tensor.
+    The sizes of all tensors are checked against the file before any is made. A small file can still contain a large
+    tensor: the file limits the number of slices and the size of a slice, but not their product.
 
     Args:
         file: the path of the file.
@@ -141,8 +141,8 @@ def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ImportError: safetensors is missing.
         OSError: the file cannot be opened.
-        ValueError: the file was cut off or altered, or was not written by :func:`save`; or a tensor is larger than the
-            memory. Tensors that were yielded before are as they were written.
+        ValueError: the file was truncated or changed, or was not written by :func:`save`; or a tensor is larger than
+            the memory. Tensors that were yielded before are as they were written.
 
     Example:
         >>> import tempfile, torch
@@ -165,7 +165,7 @@ def stream(file: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
-    """Read the ties of a file, by the names of the parameters, to continue a training.
+    """Read the ties of a file, by the names of the parameters, to continue training.
 
     Args:
         file: the path of the file.
@@ -175,7 +175,7 @@ def load_ties(file: str | os.PathLike[str]) -> list[Tie]:
         optimizer whose ties were saved, unless these had offsets: members with an offset are free in a file.
 
     Raises:
-        ImportError, OSError, ValueError: as :func:`stream`.
+        ImportError, OSError, ValueError: as for :func:`stream`.
 
     Example:
         >>> import tempfile, torch

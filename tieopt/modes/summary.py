@@ -22,11 +22,11 @@ class SummaryRow(NamedTuple):
     Attributes:
         parameter: its name.
         shape: its shape.
-        slices: how many slices it has.
-        groups: how many groups these are in.
-        members: how many of them are in groups.
-        free: how many are in none.
-        distinct: how many values are left: those of the groups and of the free slices.
+        slices: the number of its slices.
+        groups: the number of groups.
+        members: the number of slices in groups.
+        free: the number of slices in no group.
+        distinct: the number of values that are left: those of the groups and of the free slices.
         drift: the largest distance of a member from its group's mean, over all parameters of the tie.
     """
 
@@ -41,13 +41,13 @@ class SummaryRow(NamedTuple):
 
 
 class TieSummary(str):
-    """A table of ties, and what it says as data. It prints as the table, also where Python shows a ``repr``.
+    """A table of ties, with its numbers. It prints as the table, and so does its ``repr``.
 
     Attributes:
-        rows: the lines of the table, a named tuple for each, with the headings as names.
-        entries: how many entries all parameters of the optimizer have, tied or not.
-        distinct: how many values are left to train: shared values and free entries, without those that are pinned.
-        state_bytes: how much memory the tensors in the optimizer's state take now; of sharded ones, on all ranks.
+        rows: the lines of the table, as named tuples.
+        entries: the number of entries of all parameters of the optimizer, tied or not.
+        distinct: the number of values to train: shared values and free entries, without pinned ones.
+        state_bytes: the memory of the tensors in the optimizer's state now; of sharded ones, on all ranks.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class TieSummary(str):
 
     @property
     def ratio(self) -> float:
-        """The distinct values for each entry; 1.0 if nothing is tied, or there are no entries."""
+        """The number of distinct values divided by that of entries; 1.0 if nothing is tied."""
         return self.distinct / self.entries if self.entries else 1.0
 
     def __repr__(self) -> str:

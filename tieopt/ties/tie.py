@@ -34,46 +34,44 @@ if TYPE_CHECKING:
 
 
 class Tie:
-    r"""Slices of a parameter, in groups that share one value each.
+    r"""A partition of a parameter's slices into groups, each of which shares one value.
 
-    A *slice* is the unit that is tied, and has one label: a row of a matrix, a kernel of a convolution, an entry of a
+    A *slice* is the unit that is tied, with one label: a row of a matrix, a kernel of a convolution, an entry of a
     bias, or a single element. Slices in one *group* are tied to each other; slices in no group are *free* and never
     touched.
 
-    The members of a group are multiples of its shared value :math:`w_0`, plus an offset. Tying takes the :math:`w_0`
-    for which they are nearest to the members as they were, by least squares:
+    The members of a group are multiples of its shared value :math:`w_0`, plus an offset. Tying chooses :math:`w_0` by
+    least squares, so that the tied members are nearest to what they were:
 
     .. math:: w_i = s_i w_0 + c_i, \qquad w_0 = \frac{\sum_j s_j (w_j - c_j)}{\sum_j s_j^2}
 
     Without ``scale`` every :math:`s_i` is 1, without ``offset`` every :math:`c_i` is 0, and without both :math:`w_0` is
-    the mean. A scale of -1 is a flipped sign, and 0 *pins* a slice at its offset; a group whose scales are all 0 is
-    pinned as a whole.
+    the mean. A scale of -1 flips the sign, and a scale of 0 *pins* a slice at its offset.
 
-    A tie of a named parameter is checked when an optimizer finds the parameter. Labels and scales are copied.
+    A tie of a named parameter is checked when an optimizer is wrapped. Labels and scales are copied.
 
     Args:
-        param: the parameter, or its name if the optimizer was built from ``named_parameters()``: dense, any complex
-            dtype or floating dtype with a sign (8 to 64 bits), any memory layout. One of no dimension is tied as one of
-            shape ``[1]``. A name with wildcards, as for :meth:`equal`, stands for one tie of each parameter.
-        groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy
-            array) of labels, any integer dtype but uint64: slices with the same label are tied, -1 is free.
-            The shape of the labels is that of the parameter or of its first dimensions: for a convolution's weight
-            ``[out, in, k, k]``, ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single
-            elements. Of a sharded parameter, labels of shape ``[n]`` may be a ``DTensor`` that is sharded as its slices
-            are, so that no rank has all of them: then without ``scale`` and ``offset``, and not in the compact mode.
-        dim: the dimension along which the slices lie; 1 ties the columns of a matrix, and negative ones
-            count from the end. The shape of the labels is then that of ``param.movedim(dim, 0)``, or of its first
-            dimensions.
+        param: the parameter, or its name if the optimizer was built from ``named_parameters()``: dense, of any complex
+            dtype or signed floating dtype (8 to 64 bits), in any memory layout. A parameter without dimensions is tied
+            as one of shape ``[1]``. A name with wildcards, as for :meth:`equal`, stands for a separate tie of each
+            parameter that matches.
+        groups: a list of lists of indices along ``dim``, each index at most once; or a tensor (or NumPy array) of
+            labels, of any integer dtype but uint64: slices with the same label are tied, -1 is free. The shape of the
+            labels is that of the parameter or of its first dimensions: for a convolution's weight ``[out, in, k, k]``,
+            ``[out]`` labels rows, ``[out, in]`` kernels, and ``[out, in, k, k]`` single elements. For a sharded
+            parameter, labels of shape ``[n]`` may be a ``DTensor`` that is sharded as the slices are, so that no rank
+            has all of them; this excludes ``scale``, ``offset`` and the compact mode.
+        dim: the dimension in which slices are counted: 0 for rows, 1 for the columns of a matrix; negative ones count
+            from the end. The shape of the labels is that of ``param.movedim(dim, 0)``, or of its first dimensions.
         scale: the factor :math:`s_i` of each slice, a tensor (or NumPy array) in the shape of the labels (for lists,
-            one for each index of ``dim``), any real dtype: finite, and if not zero from 2**-100 to 2**100 in
-            magnitude.
+            one for each index of ``dim``), of any real dtype: finite, and zero or from 2**-100 to 2**100 in magnitude.
         offset: the offset :math:`c_i` of each entry, a tensor (or NumPy array, or number) that broadcasts to the shape
-            of ``param``, finite, and real if ``param`` is. It counts for members of groups alone.
+            of ``param``: finite, and real if ``param`` is. Free slices have none.
         reduction: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
         strength: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
         every: as for :class:`~tieopt.TiedOptimizer`, for this tie; None for the optimizer's.
-        across: a process group whose ranks have different parameters, as the stages of a pipeline have: the same label
-            is the same group on all of them, and each rank gives a tie of its own parameter, without scale and offset.
+        across: a process group whose ranks have different parameters, such as the stages of a pipeline. Each rank gives
+            a tie of its own parameter, without scale and offset, and the same label is the same group on all ranks.
 
     Raises:
         TypeError: ``param`` is neither a tensor nor a name, or has a dtype, layout or class that cannot be tied;
@@ -111,13 +109,12 @@ class Tie:
         tensor([-0.5000,  0.5000,  0.0000], requires_grad=True)
 
     Attributes:
-        parts: for each parameter that was joined, a named tuple of ``param``, ``groups``, ``dim``, ``scale`` and
-            ``offset``. If ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, and
-            ``offset`` is None or of the shape of the parameter, all on the CPU; for a name they are what was given.
-            Sharded labels are a ``DTensor``.
-            Frozen slices, and parameters that are tied as a whole and are not found yet, have placeholders there.
+        parts: a named tuple of ``param``, ``groups``, ``dim``, ``scale`` and ``offset`` for each joined parameter. If
+            ``param`` is a tensor, ``groups`` are int64 labels, ``scale`` is None or float64, and ``offset`` is None or
+            has the shape of the parameter, all on the CPU; for a name, they are what was given. Sharded labels are a
+            ``DTensor``. Frozen slices, and whole parameters that are not found yet, have placeholders.
         options: a named tuple of ``reduction``, ``strength`` and ``every``, as they were given.
-        across: the process group; None if the tie is of this rank alone.
+        across: the process group, or None.
     """
 
     parts: tuple[Part, ...]
@@ -169,27 +166,24 @@ class Tie:
     def join(cls, *ties: Tie) -> Tie:
         """Tie slices of several parameters, or along several dimensions: the same label is the same group.
 
-        The slices must have one shape, and the parameters one dtype and device. Lists of indices are
-        numbered in their order: the first lists of all ties are one group.
+        The slices must have one shape, and the parameters one dtype and device. Lists of indices are numbered in their
+        order: the first lists of all ties are one group.
 
-        Two layers most often share a weight by assigning one Parameter to both modules; a joined tie can also share a
-        part of a parameter, or a transposed one.
-
-        A group starts from the mean of its members; the mean of independent random weights is smaller than they are.
-        With ``TiedOptimizer(..., start="first")`` it starts from its first member, as if modules shared a Parameter:
-        that of the tie that is given first.
+        A group starts from the mean of its members, which is too small for independent random weights. With
+        ``TiedOptimizer(..., start="first")`` it starts from its first member, in the tie that is given first, as if
+        modules shared a Parameter.
 
         Args:
             *ties: the ties to join, at least one.
 
         Returns:
-            One tie, with the ``parts`` of all. A :class:`~tieopt.TiedOptimizer` checks dtypes and
-            devices, and the shapes of parameters that are joined by name.
+            One tie, with the ``parts`` of all. Dtypes and devices, and the shapes of parameters that are joined by
+            name, are checked when an optimizer is wrapped.
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing.
-            ValueError: the slices have different shapes, or the ties different options; or some are frozen, or across
-                other ranks.
+            ValueError: the slices have different shapes, or the ties different options; or some ties are of frozen
+                slices, or across other ranks.
 
         Example:
             An autoencoder whose decoder is the encoder transposed:
@@ -230,33 +224,33 @@ class Tie:
         every: int | None = None,
         across: ProcessGroup | None = None,
     ) -> Tie:
-        """Tie whole parameters: all of them are equal.
+        """Tie whole parameters to each other, so that all of them are equal.
 
-        It is what assigning one Parameter to several modules does, for any optimizer and for parameters that have to
-        stay apart, as shards of separate modules do.
+        This is like one Parameter in several modules, for parameters that have to stay separate, such as shards of
+        separate modules.
 
         Args:
             *params: parameters of one shape, or their names if the optimizer was built from ``named_parameters()``; or
-                modules, which are equal in each of their parameters.
+                modules, each of whose parameters is equal to its counterparts.
 
-                Names may have wildcards as in ``fnmatch``: ``*`` stands for any text, also one with dots, ``?`` for
-                one character, ``[2-4]`` for one of several; the first wildcards of a name stand for texts as short as
-                can be. A single name joins what differs in its first wildcard alone: ``"layers.[2-4].ffn.*.weight"``
-                makes three layers equal, each weight to its counterparts. Of several names, those are equal
-                for which the wildcards stand for the same texts: ``"encoder.*.weight", "decoder.*.weight"``. A
-                parameter that has such a name exactly is meant itself.
+                Names may have wildcards as in ``fnmatch``: ``*`` matches any text, also with dots, ``?`` one character,
+                and ``[2-4]`` one of several; the first wildcards of a name match as little as possible. With a single
+                name, parameters are equal if only the first wildcard differs: ``"layers.[2-4].ffn.*.weight"`` makes the
+                weights of three layers equal, each to its counterparts. With several names, parameters are equal if all
+                wildcards match the same texts: ``"encoder.*.weight", "decoder.*.weight"``. If a parameter has exactly
+                the given name, only this parameter is meant.
             reduction: as for :class:`Tie`.
             strength: as for :class:`Tie`.
             every: as for :class:`Tie`.
-            across: as for :class:`Tie`: the parameters are equal to those of the other ranks, too. One is enough then,
-                and names and modules are not taken.
+            across: as for :class:`Tie`: the parameters are also equal to those of the other ranks. One parameter is
+                enough then, and names and modules are not allowed.
 
         Returns:
-            One tie. A parameter that is given twice, or that modules share, counts once. What is given by name is
-            checked by a :class:`~tieopt.TiedOptimizer`.
+            One tie. A parameter that is given twice, or that modules share, counts once. Names are checked when an
+            optimizer is wrapped.
 
         Raises:
-            TypeError: something is no parameter, name or module, or there is nothing; or as :class:`Tie` says.
+            TypeError: an argument is no parameter, name or module, or there is none; or as for :class:`Tie`.
             ValueError: there are fewer than two parameters to join, their shapes differ, modules have parameters of
                 different names, or a name with wildcards has no counterpart.
 
@@ -296,25 +290,25 @@ class Tie:
 
     @classmethod
     def union(cls, *ties: Tie) -> list[Tie]:
-        """Unite ties that share entries: the smallest ties that hold whenever all of these hold, and share none.
+        """Merge ties that share entries into ties that share none.
 
-        Two entries are equal then if a chain of ties leads from one to the other, or multiples of each other by
-        the scales along the chain.
+        Two entries are equal if a chain of ties leads from one to the other; with scales, they are multiples of each
+        other by the scales along the chain.
 
         Args:
-            *ties: ties of parameters, not of names, at least one.
+            *ties: at least one tie, of parameters and not of names.
 
         Returns:
             The ties that share no entry with others, as they are, and the unions of the others. A union is of whole
-            slices if all its ties cut a parameter into slices of one kind, and else of single entries.
+            slices if all its ties have slices of one kind, and otherwise of single entries.
 
         Raises:
             TypeError: something is no :class:`Tie`, or there is nothing, or a parameter is given by its name.
-            ValueError: ties that share entries have offsets, different options, or scales that no value but zero can
-                have; or a tie is across ranks.
+            ValueError: ties that share entries have offsets, different options, or scales that only zero can satisfy;
+                or a tie is across ranks.
 
         Example:
-            The neurons of two layers, one after the other:
+            The neurons of two consecutive layers:
 
             >>> import torch
             >>> from tieopt import Tie, TiedOptimizer, is_tied, neurons
@@ -414,26 +408,26 @@ def tie_of(parts: Sequence[tuple[Part, str | None]], options: Options, across: P
 
 
 def frozen(param: Tensor | str, indices: Tensor | Iterable[SupportsIndex], *, dim: int = 0) -> Tie:
-    """Return a tie that keeps slices of a parameter as they are, bit for bit, whatever the optimizer does.
+    """Return a tie that keeps slices of a parameter as they are, bit for bit.
 
-    They keep the values that they have when the tie is given to a :class:`~tieopt.TiedOptimizer` or to ``retie``: load
-    weights before, because what is written to them later goes back, with a warning. Their gradients are zero for the
-    optimizer, and weight decay, momentum and noise do not move them. It is a tie whose scales are 0 and whose offsets
-    are these values, exact even where other ties are relaxed.
+    The slices keep the values that they have when the tie is given to a :class:`~tieopt.TiedOptimizer` or to ``retie``.
+    Load weights before: what is written to frozen slices later is undone, with a warning. The optimizer gets zeros as
+    their gradients, and weight decay, momentum and noise do not move them. The tie has scales of 0 and these values as
+    offsets, and is exact even if the optimizer's ties are relaxed.
 
     To freeze a whole parameter, ``requires_grad_(False)`` is enough.
 
     Args:
         param: the parameter, or its name, as for :class:`Tie`.
-        indices: of the slices along ``dim``, in any order; or a tensor (or NumPy array) in the shape of labels as for
-            :class:`Tie`, boolean, where True is frozen, or of integers, where -1 is not.
-        dim: the dimension along which the slices lie.
+        indices: indices along ``dim``, in any order; or a tensor (or NumPy array) in the shape of labels as for
+            :class:`Tie`: booleans, where True is frozen, or integers, where -1 is not frozen.
+        dim: the dimension in which slices are counted.
 
     Raises:
-        TypeError, IndexError, ValueError: as :class:`Tie` says; or integers in a tensor freeze all slices.
+        TypeError, IndexError, ValueError: as for :class:`Tie`; or integers in a tensor freeze all slices.
 
     Example:
-        Train the last row of an embedding alone:
+        Train only the last row of an embedding:
 
         >>> import torch
         >>> from tieopt import TiedOptimizer, frozen
