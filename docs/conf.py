@@ -15,6 +15,7 @@ from docutils import nodes
 from math_core import LatexToMathML
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.search.en import SearchEnglish
 from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
@@ -112,6 +113,17 @@ def write_formula(page: HTML5Translator, formula: nodes.math | nodes.math_block)
     raise nodes.SkipNode
 
 
+class BothSpellings(SearchEnglish):
+    """Index words in their British and their American spelling: initialisation and initialization find the same."""
+
+    def split(self, text: str) -> list[str]:
+        """Return the words of a text, and those of the other spelling."""
+        ending = re.compile(r"(?<=i)[sz](?=(ations?|e[drs]?|ing)$)")
+        words = super().split(text)
+        other = (ending.sub(lambda letter: "z" if letter[0] == "s" else "s", word) for word in words)
+        return [*words, *(spelling for word, spelling in zip(words, other, strict=True) if spelling != word)]
+
+
 def public_names(module: ModuleType) -> Iterator[str]:
     """Yield the public names of a module, and the methods and properties of its classes."""
     for name in module.__all__:
@@ -135,5 +147,6 @@ def setup(app: Sphinx) -> None:
     """Connect the functions above; Sphinx calls this."""
     app.connect("source-read", adapt_page)
     app.connect("env-check-consistency", check_reference)
+    app.add_search_language(BothSpellings)
     renderers = (write_formula, None)
     app.add_html_math_renderer("mathml", inline_renderers=renderers, block_renderers=renderers)

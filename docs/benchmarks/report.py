@@ -73,6 +73,10 @@ WITHOUT = "without tieopt"
 COLUMNS = {"tieopt": (FULL,), "compact": (COMPACT,), WITHOUT: (ONE, FORMULA, SELECT, INDEX)}
 
 
+# What a way to tie is called in a sentence, where its name alone is not clear.
+SENTENCE = {FORMULA: "a formula", SELECT: "`index_select`", INDEX: "`w[idx]`", COMPACT: "tieopt with `compact=True`"}
+
+
 def by_kind(jobs: Sequence[Job]) -> dict[str, list[Job]]:
     """Return the jobs by what they tie, the kinds that have any."""
     found = {text: [job for job in jobs if job["kind"] in kinds] for text, kinds in KINDS.items()}
@@ -105,8 +109,7 @@ def fastest_ways(jobs: Sequence[Job]) -> str:
     for text, some in by_kind(jobs).items():
         medians = summarize(some)
         column = min(medians, key=medians.__getitem__)
-        way = medians[column][1] if column == WITHOUT else column
-        ways.setdefault("tieopt with `compact=True`" if way == "compact" else way, []).append(text)
+        ways.setdefault(SENTENCE.get(way := medians[column][1], way), []).append(text)
     return "; ".join(f"{way} for {listing(texts)}" for way, texts in ways.items())
 
 
@@ -408,4 +411,4 @@ def figure(results: dict[str, Any]) -> Figure:
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write the page and its figure."""
     (folder / "results.md").write_text(page(results), encoding="utf-8")
-    figure(results).savefig(folder / "results.png", dpi=150)
+    figure(results).savefig(folder / "results.png", dpi=200)
