@@ -57,6 +57,17 @@ def test_core_ml_keeps_the_clusters_of_each_channel(tmp_path: Path) -> None:
     assert torch.equal(weight, model[0].weight)
 
 
+def test_core_ml_stores_subvectors_entry_by_entry(tmp_path: Path) -> None:
+    names = program("coreml")
+    model = nn.Sequential(nn.Linear(256, 256))
+    tie_(model[0].weight.data, patterns.clusters(model[0].weight, 16, of=4))
+    converted = names["convert"](model, torch.zeros(1, 256), compute_precision=names["ct"].precision.FLOAT32)
+    six_bits = 6 * 256**2 // 8
+    assert six_bits < names["saved"](names["palettize"](converted), tmp_path / "made.mlpackage") < six_bits + 5000
+    (weight,) = names["weights_in"](tmp_path / "made.mlpackage")
+    assert torch.equal(weight, model[0].weight)
+
+
 def test_core_ml_stores_equal_parameters_once(tmp_path: Path) -> None:
     names = program("coreml")
     torch.manual_seed(0)
@@ -70,10 +81,11 @@ def test_core_ml_stores_equal_parameters_once(tmp_path: Path) -> None:
     assert size() < before - 2 * 256**2 + 1000
 
 
-def test_codebook_tensors_serve_an_embedding() -> None:
+def test_codebook_tensors_serve_an_embedding_of_fewer_values() -> None:
     names = program("codebook")
+    torch.manual_seed(0)
     embedding = nn.Embedding(64, 32)
-    labels = patterns.clusters(embedding.weight, 16, of="values")
+    labels = patterns.clusters(embedding.weight, 11, of="values")
     tie_(embedding.weight.data, labels)
     words = torch.arange(64)
     expected = embedding(words)

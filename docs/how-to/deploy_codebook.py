@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, pad
 from torchao.prototype.quantization.codebook_coreml import CodebookQuantizedTensor
 
 from tieopt import TiedOptimizer, export, patterns
@@ -22,10 +22,10 @@ for _ in range(10):
 
 
 def quantized(weight: torch.Tensor, labels: torch.Tensor) -> CodebookQuantizedTensor:
-    """Return a tied matrix of 16 values as a codebook and codes."""
+    """Return a tied matrix of at most 16 values as a codebook and codes of four bits."""
     weight = weight.detach()
     codebook, codes = export.encode(weight, labels)
-    one_table = codebook.view(1, 1, 16, 1)
+    one_table = pad(codebook, (0, 16 - len(codebook))).view(1, 1, 16, 1)
     return CodebookQuantizedTensor(
         codes.to(torch.uint8), one_table, torch.uint4, [-1, -1], weight.shape, dtype=weight.dtype
     )
@@ -49,7 +49,7 @@ def main() -> None:
         state = torch.load(folder / "codebook.pt")
     restored = nn.Linear(256, 256)
     restored.load_state_dict(state, assign=True)
-    print("the same outputs after loading:", torch.equal(restored(inputs), layer(inputs)))
+    print("the same after loading:", torch.equal(restored(inputs), layer(inputs)))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
         print("  bytes:", saved(converted, folder / "dense.mlpackage"), "->", saved(palettized, path))
         for read, weight in zip(weights_in(path), weights, strict=True):
             equal = torch.equal(read, weight.detach().to(read.dtype))
-            print(f"  weight {tuple(read.shape)}: {len(read.unique())} values, those of the model: {equal}")
+            print(f"  {len(read.unique())} values, the same weight: {equal}")
 
 
 if __name__ == "__main__":
