@@ -122,7 +122,7 @@ def print_ranks() -> None:
 
 # --- the cube ---
 
-COLOURS, HIDDEN, STEPS, SCRAMBLED, MOVES = 6, 2, 300, 1000, 100
+COLOURS, HIDDEN, STEPS, SCRAMBLED, MOVES = 6, 3, 150, 1000, 100
 
 Sticker = tuple[tuple[int, ...], int]
 
@@ -184,7 +184,7 @@ def network(turns: Generators, *, tied: bool) -> tuple[nn.Sequential, torch.opti
     sizes = (COLOURS, HIDDEN * COLOURS, COLOURS)
     layers = [nn.Linear(48 * size_in, 48 * size_out) for size_in, size_out in pairwise(sizes)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1]).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     if not tied:
         return model, optimizer
     ties = {}
