@@ -30,6 +30,7 @@ def test_the_snippet_runs() -> None:
 
 def test_the_commands_are_the_ones_that_ci_runs() -> None:
     (block,) = blocks(README, "sh")
+    assert block in blocks(DOCS / "install.md", "sh")
     commands = block.splitlines()
     assert len(commands) == 2
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
