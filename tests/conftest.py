@@ -4,7 +4,7 @@ The profile is chosen with pytest's ``--hypothesis-profile``:
 
 - ``quick``, the default: a few examples, the same ones on every run;
 - ``thorough``, for continuous integration: many more, the same ones on every run, too;
-- ``nightly``: ten times as many, new ones on every run, and a failure prints the line that reproduces it;
+- ``nightly``: a thousand, new ones on every run, and a failure prints the line that reproduces it;
 - ``mutants``, for mutation testing: as quick, and a failure is not made smaller, because nobody reads it.
 
 None has a deadline: the first call of a torch operator takes longer than the next thousand.

@@ -5,7 +5,7 @@ A test, or a module as its ``pytestmark``, says what it runs of which host, and 
     @pytest.mark.host("Lightning", "manual optimisation", package="lightning")
 
 Without ``package`` the host is torch. Each test that passes counts for the mode that the fixture ``compact`` gave it,
-and without that fixture for the default mode. A test that has seen its mode refused says so, and counts as a refusal:
+and without that fixture for the full mode. A test that has seen its mode refused says so, and counts as a refusal:
 
     record_property("refused", "differentiable=True")
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pytest
 
 HEAD = """\
-| host | versions | what was run | default mode | compact mode | tests |
+| host | versions | what was run | full mode | compact mode | tests |
 | --- | --- | --- | --- | --- | --- |
 """
 # What stands between two comments of the page is written by the tests.

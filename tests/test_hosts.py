@@ -13,7 +13,7 @@ pytest_plugins = ["pytester"]
 
 PYTEST = f"pytest {version('pytest')}, torch {version('torch').partition('+')[0]}"
 HEAD = """\
-| host | versions | what was run | default mode | compact mode | tests |
+| host | versions | what was run | full mode | compact mode | tests |
 | --- | --- | --- | --- | --- | --- |
 """
 CONFTEST = f"""

@@ -969,7 +969,7 @@ The columns of the modes count the optimizers that work. An optimizer works if
 
 - tied rows were equal to the last bit after every step, and after `train()` and `eval()` if it has these methods;
 - a parameter without ties was trained bit for bit as by the bare optimizer, unless the optimizer couples parameters;
-- in the default mode, rows without ties were trained bit for bit as by the bare optimizer, and tied rows as by the bare
+- in the full mode, rows without ties were trained bit for bit as by the bare optimizer, and tied rows as by the bare
   optimizer with one row for each group, unless the optimizer couples rows;
 - in the compact mode, everything was trained bit for bit as by the bare optimizer with one row for each group;
 - a run that was saved and loaded continued bit for bit.
@@ -988,7 +988,7 @@ resumes bit for bit.
 {not_compact}
 ## bfloat16
 
-Equal rows were trained with equal gradients, in steps of about {pace:g} units in the last place. In the default mode,
+Equal rows were trained with equal gradients, in steps of about {pace:g} units in the last place. In the full mode,
 tied rows moved as far as the same rows of the bare optimizer. (If it treats equal rows differently, as SOAP does, they
 moved by a distance between theirs.) In the compact mode, they moved bit for bit like those of the bare optimizer with
 one row for each group. Most optimizers round to nearest: steps this small leave all rows where they are, tied or not.
@@ -1004,9 +1004,9 @@ each group. Methods with arguments that only the `step()` of the optimizer can p
 ## Every optimizer
 
 The last column has notes on the bare optimizer. If it reads the loss, it compares it with the gradient, and
-`TiedOptimizer` requires `reduction="mean"` in the default mode and `reduction="sum"` in the compact mode.
+`TiedOptimizer` requires `reduction="mean"` in the full mode and `reduction="sum"` in the compact mode.
 
-| package | optimizer | default mode | compact mode | the bare optimizer |
+| package | optimizer | full mode | compact mode | the bare optimizer |
 | --- | --- | --- | --- | --- |
 {rows}"""
 
@@ -1014,7 +1014,7 @@ The last column has notes on the bare optimizer. If it reads the loss, it compar
 def summary() -> str:
     """A line for each package."""
     lines = [
-        "| package | version | optimizers | default mode | compact mode | not without CUDA | no wrapper |",
+        "| package | version | optimizers | full mode | compact mode | not without CUDA | no wrapper |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for package, version in [*((name, importlib.metadata.version(name)) for name in PACKAGES), ("all", "")]:
