@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tie", "TiedOptimizer", "frozen", "is_tied", "neurons", "split_shared_", "tie_"]
 # setup.cfg reads it from here without importing anything, so it has to be a literal.
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 # Imported when they are first asked for.
 _SUBMODULES = ("export", "patterns", "plot", "testing")
