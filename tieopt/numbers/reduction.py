@@ -257,7 +257,7 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     if math.isfinite(means.sum().item()):
         # Symmetries without signs make the sums of pairs equal.
         orbits = run.tile and run.tile.orbits
-        return canonical(means, run) if orbits and orbits.sign is not None else means
+        return canonical(means, run) if orbits and orbits.is_negative is not None else means
     # Sums beyond the range are added up again; the others keep their bits, whatever groups are beside them.
     exact = _careful_means(rows, run, workspace)
     return canonical(torch.where(means.isfinite(), means.to(exact.dtype), exact), run)
@@ -321,15 +321,14 @@ def canonical(values: Tensor, run: Run) -> Tensor:
     """Return the values of groups, all those of one group made from one of them."""
     if run.tile is None or run.tile.orbits is None:
         return values
-    first, sign = run.tile.orbits
+    first, is_negative, is_zero = run.tile.orbits
     if values.element_size() == 1:
         return canonical(values.float(), run).to(values.dtype)
     values = values.index_select(0, first)
-    if sign is None:
+    if is_negative is None or is_zero is None:
         return values
-    sign = column(sign, values)
     # Negated, as members are: the product of a NaN and -1 keeps the sign of the NaN.
-    return torch.where(sign < 0, -values, values).masked_fill_(sign == 0, 0)
+    return torch.where(column(is_negative, values), -values, values).masked_fill_(column(is_zero, values), 0)
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:

@@ -102,17 +102,21 @@ class View(NamedTuple):
             part = part.contiguous()
         out.copy_(_flipped(part.permute(*dims, *inner), flips))
         if sign < 0:
-            _negate_(out)
+            _copy_negated_(out, out)
 
     def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
         """Write the values of a tile to the member."""
         part, (dims, flips, sign) = tensors[self.tensor][self.region], self.move
-        values = _flipped(_negate_(values.clone()) if sign < 0 else values, flips)
+        values = _flipped(values, flips)
         if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
             # Contiguous once transposed: see `_TRANSPOSED`.
-            part.copy_(values.t().contiguous())
+            values = values.t().contiguous()
         else:
-            part.permute(*dims, *range(len(dims), part.dim())).copy_(values)
+            part = part.permute(*dims, *range(len(dims), part.dim()))
+        if sign < 0:
+            _copy_negated_(part, values)
+        else:
+            part.copy_(values)
 
 
 def _flipped(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -122,9 +126,12 @@ def _flipped(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return tensor.view(torch.uint8).flip(dims).view(tensor.dtype) if tensor.element_size() == 1 else tensor.flip(dims)
 
 
-def _negate_(values: Tensor) -> Tensor:
+def _copy_negated_(target: Tensor, values: Tensor) -> None:
     # torch negates no 8-bit floats.
-    return values.copy_(values.float().neg_()) if values.element_size() == 1 else values.neg_()
+    if values.element_size() == 1:
+        target.copy_(values.float().neg_())
+    else:
+        torch.neg(values, out=target)
 
 
 class Orbits(NamedTuple):
@@ -132,11 +139,13 @@ class Orbits(NamedTuple):
 
     Attributes:
         first: its number, int64, shape ``[g]``.
-        sign: of the entry relative to the first, 1 or -1, 0 for its own negative, shape ``[g]``; None if all are 1.
+        is_negative: whether the entry is the negative of the first, bool, shape ``[g]``; None if no move has a sign.
+        is_zero: whether it is its own negative, likewise.
     """
 
     first: Tensor
-    sign: Tensor | None
+    is_negative: Tensor | None = None
+    is_zero: Tensor | None = None
 
 
 class Tile(NamedTuple):
@@ -310,10 +319,10 @@ def _are_orbits(slices: Slices, symmetries: Sequence[Move]) -> bool:
     if int(labels.max()) >= count or int(labels.max()) < count // len(symmetries) - 1:
         return False
     entries = torch.arange(count, device="cpu").view(slices.labels.shape)
-    first, sign = _orbits_of(entries, symmetries)
+    first, _, is_zero = _orbits_of(entries, symmetries)
     if int((first == entries.view(-1)).sum()) != int((torch.bincount(labels) > 0).sum()):
         return False
-    is_pinned = torch.zeros_like(labels) if sign is None else sign == 0
+    is_pinned = torch.zeros_like(labels) if is_zero is None else is_zero
     return slices.scale is None or torch.equal(slices.scale.flatten().abs(), 1.0 - is_pinned.double())
 
 
@@ -334,14 +343,14 @@ def _orbits_of(entries: Tensor, symmetries: Sequence[Move]) -> Orbits:
     if all(move.sign == 1 for move in symmetries):
         for move in symmetries[1:]:
             first = torch.minimum(first, move(entries))
-        return Orbits(first.flatten(), None)
+        return Orbits(first.flatten())
     signs = torch.ones_like(entries)
     for move in symmetries:
         moved, sign = move(entries), move.sign
         # Of an entry that is its own negative nothing is left.
         signs = torch.where(moved < first, sign, torch.where((moved == first) & (signs != sign), 0, signs))
         first = torch.minimum(first, moved)
-    return Orbits(first.flatten(), signs.flatten())
+    return Orbits(first.flatten(), signs.flatten() < 0, signs.flatten() == 0)
 
 
 def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[Tile]:
@@ -394,9 +403,8 @@ def _stabilized(
     orbits = _orbits_of(entries, stabilizers)
     places = torch.stack([move(entries).flatten() for move in stabilizers]).sort(dim=0).values
     counts = images * (1 + (places.diff(dim=0) != 0).sum(0))
-    wide = wide_dtype(device)
-    sign = None if orbits.sign is None else orbits.sign.to(device, wide)
-    return Orbits(orbits.first.to(device), sign), counts.to(device, wide)
+    orbits = Orbits._make(part if part is None else part.to(device) for part in orbits)
+    return orbits, counts.to(device, wide_dtype(device))
 
 
 def _block(shape: Sequence[int], fast: set[int], linked: Sequence[set[int]], most: int) -> list[int]:
