@@ -24,8 +24,9 @@ from tieopt.numbers import devices
 from tieopt.tensors import wide_dtype
 from tieopt.ties.slices import Slices
 
-# Entries that are gathered at a time, and the fewest of one member: what the caches hold, or what fills an accelerator.
-_CPU_ENTRIES, _CPU_TILE = 2**18, 2**14
+# Entries that are gathered at a time, and the fewest of one member: what the caches hold, yet enough of each of several
+# members for two threads, to which torch gives 2^15 entries each; or what fills an accelerator.
+_CPU_ENTRIES, _CPU_TILE = 2**20, 2**14
 _ACCELERATOR_ENTRIES, _ACCELERATOR_TILE = 2**22, 2**20
 
 # Labels of more dimensions are looked at for flips alone, or not at all: there are too many permutations, and flips.
@@ -370,6 +371,9 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
     }
     is_accelerator = devices.is_accelerator(grids[0].device)
     most, least = (_ACCELERATOR_ENTRIES, _ACCELERATOR_TILE) if is_accelerator else (_CPU_ENTRIES, _CPU_TILE)
+    if len(symmetries) > 1:
+        # Numbers are kept for the entries of a tile that is taken to itself.
+        most //= 4
     most = max(most // len(moves), least)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
     cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
