@@ -435,7 +435,8 @@ def test_a_step_takes_as_many_operations_for_many_groups_as_for_few(make, few, m
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(("make", "few", "many"), [(pairs, 10, 1000), (hundreds, 2, 20)])
+# Without free rows there is nothing to leave out.
+@pytest.mark.parametrize(("make", "few", "many"), [(pairs, 10, 999), (hundreds, 2, 19)])
 def test_tying_takes_as_many_operations_for_many_groups_as_for_few(make, few, many):
     names = []
     for count in (few, many):

@@ -406,14 +406,14 @@ def numbered_members(
         tensor = torch.tensor(number, device="cpu").expand(len(group))
         columns.append(Members(tensor, position, group, labelled.scales.flatten()))
     members = columns[0] if len(columns) == 1 else Members(*map(torch.cat, zip(*columns, strict=True)))
-    labelled_ones = (members.group != FREE).nonzero().squeeze(1)
-    members = members.at(labelled_ones)
+    is_labelled = members.group != FREE
+    members = members.where(is_labelled)
     pinned, is_scaled = members.at(slice(0)), are_scaled(slices)
     is_trained = members.scale != 0 if is_scaled else None
     if is_trained is not None:
         pinned, members = members.where(~is_trained), members.where(is_trained)
     if any(labelled.offset is not None and not labelled.is_frozen for labelled in slices):
-        ranks = torch.cat([_precedence(labelled) for labelled in slices]).index_select(0, labelled_ones)
+        ranks = torch.cat([_precedence(labelled) for labelled in slices])[is_labelled]
         members = members.at((ranks if is_trained is None else ranks[is_trained]).argsort(stable=True))
     if is_scaled:
         size = members.scale.abs()
@@ -610,10 +610,10 @@ def _run(
     device, scale = layout.device, members.scale
     own_offsets = None if offsets is None else offsets.at(members)
     members = members._replace(group=members.group - members.group[0])
-    leads = members.leads
+    leads = members.at(slice(None, None, size)) if size else members.leads
     if bool((scale == 1).all()):
-        norms = counts = torch.bincount(members.group).double()
-        signed, bound = True, 2 * float(norms.max())
+        norms = torch.full((len(leads.group),), float(size)) if size else torch.bincount(members.group).double()
+        counts, signed, bound = norms, True, 2 * float(norms.max())
     else:
         multiples = scale / leads.scale[members.group]
         members, leads = members._replace(scale=multiples), leads._replace(scale=torch.ones_like(leads.scale))

@@ -303,8 +303,8 @@ def is_idle(slices: Sequence[Slices]) -> bool:
         slices: with groups numbered from 0 on without gaps, as by :func:`numbered`.
     """
     labels = flat_labels(slices)
-    members = labels[labels != FREE]
-    is_alone = len(members) > 0 and int(members.max()) + 1 == len(members)
+    members = int((labels != FREE).sum())
+    is_alone = members > 0 and int(labels.max()) + 1 == members
     return is_alone and all(
         part.scale is None or bool((part.scale.abs() == 1)[part.labels != FREE].all()) for part in slices
     )
