@@ -1427,3 +1427,26 @@ def test_a_joined_parameter_counts_the_steps_of_the_others_whatever_was_loaded_b
 
     assert [float(optimizer.state[param]["step"]) for param in (first, second)] == [4.0, 4.0]
     assert same_tree(optimizer.state[first], optimizer.state[second])
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3, 0), torch.ones(2, 3)])
+def test_a_joined_parameter_without_values_of_its_own_goes_on_in_the_full_mode(other: Tensor) -> None:
+    """Such as one that is pinned as a whole: a checkpoint has a state without entries for it."""
+
+    def made(*, compact: bool) -> tuple[Optimizer, list[Parameter]]:
+        params = [Parameter(torch.ones(4, 3)), Parameter(other.clone())]
+        dim = int(not other.numel())
+        labels = torch.zeros(other.shape[dim], dtype=torch.int64)
+        tie = Tie.join(Tie(params[0], [[0, 1]]), Tie(params[1], labels, dim=dim, scale=torch.zeros(len(labels))))
+        return TiedOptimizer(Adam(params), tie, compact=compact), params
+
+    def step(optimizer: Optimizer, params: list[Parameter]) -> None:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    (saved, params), (loaded, others) = made(compact=True), made(compact=False)
+    step(saved, params)
+    loaded.load_state_dict(saved.state_dict())
+    step(loaded, others)
+    assert all(value.numel() in (1, param.numel()) for param in others for value in loaded.state[param].values())

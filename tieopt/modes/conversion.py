@@ -230,10 +230,18 @@ def expanded(
             if odd:
                 _drop(lost, tied.param, tied.state, odd, tied.compact_layout)
                 changed[tied.param] = {}
+            elif not sources and _is_stand_in(tied):
+                changed[tied.param] = {}
             elif tied.state or (sources and not tied.is_replaced):
                 keys = tied.state or dict.fromkeys(key for other in component for key in other.state)
                 changed[tied.param] = {key: _expanded(key, tied, sources, component, settings) for key in keys}
     return changed
+
+
+def _is_stand_in(tied: _TiedParameter) -> bool:
+    """Return whether a parameter of which nothing is left has the state without entries that checkpoints have of it."""
+    is_left = tied.compact_layout[0].numel() > 0 or tied.is_replaced
+    return not is_left and not any(is_dense(value, *tied.layout) for value in tied.state.values())
 
 
 def _unreadable(tied: _TiedParameter, sources: _Component, lost: Lost | None) -> list[str]:
