@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import refusal_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
@@ -213,6 +216,26 @@ def test_sharded_modules_train_as_the_shared_parameters(
 
 def split_after_sharding() -> None:
     split_shared_(fully_shard(language()))
+
+
+def sharded_otherwise() -> list[Tensor]:
+    """The whole weights of embedding and head, which are sharded along different dimensions, once they are tied."""
+    model = language()
+    ties = [tie for tie in split_shared_(model) if "head.weight" in repr(tie)]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module, dim in ((model.embedding, 0), (model.head, 1)):
+        module.weight = Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(dim)]))
+    weights = [model.embedding.weight, model.head.weight]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TiedOptimizer(SGD(weights), ties)
+    return [weight.full_tensor().detach() for weight in weights]
+
+
+@needs_gloo
+def test_modules_may_be_sharded_along_different_dimensions(two_ranks: Any) -> None:
+    for weights in two_ranks.run(sharded_otherwise):
+        assert all(same_bits(weight, language().embedding.weight) for weight in weights)
 
 
 def split_replica() -> None:
