@@ -36,7 +36,7 @@ from strategies import (
 )
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.testing import assert_close
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
@@ -614,6 +614,33 @@ def test_an_optimizer_that_has_state_when_it_is_tied_goes_on_as_in_the_full_mode
         _train(compact, parameters, [seed])
         _train(full, twins, [seed])
         _assert_close(parameters, twins)
+
+
+def test_what_has_no_entries_stays_as_it_is_in_the_state_of_either_mode():
+    weight, bare = one_bare(momentum=0.9)
+    _train(bare, [weight], [1])
+    kept = {"count": 3, "text": "text", "none": None, "numbers": (1, torch.tensor(2.0))}
+    bare.state[weight] |= kept
+    optimizer = tied_of(bare, {weight: GROUPS})
+    assert same_tree({key: optimizer.state[weight][key] for key in kept}, kept)
+    optimizer.untie()
+    assert same_tree({key: optimizer.state[weight][key] for key in kept}, kept)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_a_parameter_without_state_begins_as_with_a_new_optimizer(fused, default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        weight = Parameter(randn(*SHAPE, dtype=torch.float32))
+        new = Adagrad([weight], initial_accumulator_value=0.5, fused=fused).state[weight]
+        optimizer = tied_of(Adagrad([weight], initial_accumulator_value=0.5, fused=fused), {weight: GROUPS})
+        optimizer.state.clear()
+        optimizer.untie()
+        assert same_tree(optimizer.state[weight], new)
+    finally:
+        torch.set_default_dtype(before)
 
 
 # --- refused with a reason, and nothing is written ---

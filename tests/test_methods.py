@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -83,11 +84,23 @@ class Around(Optimizer):
         return held.step(closure)
 
 
+class Uninitialised(Optimizer):
+    """Never calls ``Optimizer.__init__``, and has no dictionaries of hooks."""
+
+    def __init__(self, param_groups: list[dict[str, Any]], **kwargs: Any):
+        self.param_groups, self.state, self.defaults = param_groups, defaultdict(dict), kwargs
+        self.held = SGD(param_groups, **kwargs)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:
+        return self.held.step(closure)
+
+
 HELD: dict[str, Callable[..., Optimizer]] = {
     "in a list": partial(Around, keep=lambda inner: [inner]),
     "in a dictionary": partial(Around, keep=lambda inner: {"inner": inner}),
     "in a list in a dictionary": partial(Around, keep=lambda inner: {"inner": [inner]}),
     "by another one": partial(Around, keep=lambda inner: inner, inner=partial(Around, keep=lambda inner: (inner,))),
+    "by one without hooks": partial(Around, keep=lambda inner: inner, inner=Uninitialised),
 }
 
 

@@ -98,6 +98,20 @@ def test_a_number_is_trained_as_a_vector_of_one_entry(optimizer: str, tie: str, 
             assert torch.equal(torch.as_tensor(results[0][1][key][name]), torch.as_tensor(value).squeeze()), name
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_new_number_goes_on_with_the_state_of_the_one_that_it_is_joined_with(optimizer: str, compact: bool) -> None:
+    make, results = OPTIMIZERS[optimizer], []
+    for shape in ((), (1,)):
+        trained, new, _ = numbers(shape)
+        inner = make([trained])
+        train(inner, [trained], range(2))
+        inner.add_param_group({"params": [new]})
+        tied = TiedOptimizer(inner, Tie.equal(trained, new), compact=compact, start="first")
+        train(tied, [trained, new], range(2, 4))
+        results.append(new.detach().flatten())
+    assert torch.equal(*results)
+
+
 def test_lbfgs_trains_numbers(compact: bool) -> None:
     params = numbers(())
     reduction = "sum" if compact else "mean"
