@@ -91,6 +91,15 @@ def test_gradients_are_projected(device: torch.device, compact: bool, data: st.D
     assert abs(_dot(grad - parameter.grad, parameter.grad)) <= 1e-12 * float(grad.norm()) ** 2
 
 
+def test_a_gradient_is_projected_where_it_lies_in_memory(compact: bool) -> None:
+    buckets = normal((3, 4, 2), torch.float64, 0)
+    weight = Parameter(torch.zeros(4, 3, dtype=torch.float64))
+    weight.grad = buckets[..., 1].T
+    expected = torch.stack([buckets[..., 0], tie_(weight.grad.clone(), [[0, 2, 3]]).T], dim=-1)
+    TiedOptimizer(torch.optim.SGD([weight]), {weight: [[0, 2, 3]]}, compact=compact).tie_gradients()
+    torch.testing.assert_close(buckets, expected)
+
+
 @given(st.data())
 def test_sparse_gradients_are_projected_as_dense_ones(device: torch.device, data: st.DataObject) -> None:
     shape = (data.draw(st.integers(1, 30)), *data.draw(small_shapes))

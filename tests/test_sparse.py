@@ -404,6 +404,30 @@ def test_the_graph_of_a_sparse_gradient_is_kept(reduction):
     torch.testing.assert_close(sparse, dense)
 
 
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_the_compact_mode_takes_no_graph_of_a_gradient(is_sparse):
+    class Watched(SGD):
+        def step(self, closure=None):
+            (self.seen,) = (param.grad for param in self.param_groups[0]["params"])
+            super().step(closure)
+
+    weight = parameter(ROWS, COLUMNS)
+    optimizer = TiedOptimizer(Watched([weight], lr=0.1), {weight: GROUPS}, compact=True)
+    gradient = randn(ROWS, COLUMNS).requires_grad_() * 2
+    weight.grad = gradient.to_sparse(1) if is_sparse else gradient
+    optimizer.step()
+    assert optimizer.seen.is_sparse == is_sparse
+    assert not optimizer.seen.requires_grad
+
+
+@given(seed=seeds)
+def test_no_sum_of_stored_rows_overflows(seed):
+    largest = torch.finfo(torch.float64).max * randn(ROWS, COLUMNS, seed=seed).sign().double()
+    found = projected_sparse(largest.to_sparse(1), TIED_ROWS).to_dense()
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, tie_(largest.clone(), GROUPS))
+
+
 def test_entries_in_three_sparse_dimensions_are_tied_where_they_stand():
     gradient = randn(ROWS, 3, 5, seed=7)
     gradient[:, 1] = 0
