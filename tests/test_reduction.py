@@ -175,6 +175,11 @@ def test_the_drift_is_found_in_any_piece(entries, monkeypatch):
     assert drift([torch.zeros(len(labels), 2)], index, Workspace()) == 0.0
 
 
+def test_slices_without_entries_have_no_drift():
+    empty = torch.zeros(4, 0)
+    assert drift([empty], index_of(torch.tensor([0, 0, -1, 0]), empty), Workspace()) == 0.0
+
+
 # --- rounded once ---
 
 NARROW = [

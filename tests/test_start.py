@@ -202,6 +202,18 @@ def test_relaxed_ties_start_from_no_first_member(way, options):
     assert torch.equal(bits(weight), before)
 
 
+def test_without_ties_any_start_is_taken(compact):
+    weight = Parameter(randn(4, 3))
+    TiedOptimizer(SGD([weight], lr=0.1), {}, start="first", compact=compact)
+    assert same_bits(weight, randn(4, 3))
+
+
+def test_the_first_member_keeps_the_bits_of_what_compares_otherwise(compact):
+    weight = Parameter(torch.tensor([-0.0, 0.0, 0.0, -0.0, float("nan"), 1.0]))
+    TiedOptimizer(SGD([weight], lr=0.1), {weight: [[0, 1], [2, 3], [4, 5]]}, start="first", compact=compact)
+    assert same_bits(weight, torch.tensor([-0.0, -0.0, 0.0, 0.0, float("nan"), float("nan")]))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (3, 1)])
 def test_where_there_is_nothing_to_start_from_nothing_happens(compact, shape):
     weight = Parameter(torch.ones(shape))

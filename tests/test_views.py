@@ -298,6 +298,15 @@ def test_other_patterns_have_an_index(groups):
     assert Views.of(numbered([Slices(groups)]), [torch.empty(groups.shape)]) is None
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_parameter_without_slices_can_be_joined(order):
+    weights = [torch.nn.Parameter(torch.arange(6.0).view(3, 2)), torch.nn.Parameter(torch.empty(0, 2))]
+    parts = [Tie(weights[0], [[0, 1, 2]]), Tie(weights[1], [])]
+    optimizer = TiedOptimizer(torch.optim.SGD(weights), Tie.join(*(parts[number] for number in order)))
+    assert torch.equal(weights[0], torch.tensor([2.0, 3.0]).expand(3, 2))
+    assert optimizer.tie_drift() == 0
+
+
 def test_slices_without_entries_can_be_tied():
     weights = [torch.nn.Parameter(torch.empty(4, 0)) for _ in range(2)]
     optimizer = TiedOptimizer(torch.optim.SGD(weights), Tie.join(*(Tie(weight, torch.arange(4)) for weight in weights)))
