@@ -817,8 +817,9 @@ def test_a_tensor_whose_entries_cannot_be_written_is_refused_with_the_way(functi
     assert_clear(caught.value, "tie and train the weights as they are before they are quantised", "Got: +Quantised of")
 
 
-def test_a_class_that_passes_everything_on_is_tied():
-    weight = torch.nn.Parameter(TwoTensor(randn(*SHAPE), randn(*SHAPE, seed=1)))
+@pytest.mark.parametrize("shape", [(7,), (7, 5), (7, 2, 3)])
+def test_a_class_that_passes_everything_on_is_tied(shape):
+    weight = torch.nn.Parameter(TwoTensor(randn(*shape), randn(*shape, seed=1)))
     TiedOptimizer(SGD([weight], lr=0.1), {weight: GROUPS})
     assert is_tied(weight.a, GROUPS)
     assert is_tied(weight.b, GROUPS)

@@ -116,6 +116,9 @@ SILENT: dict[str, Any] = {
     "some groups of one member": {"tok.weight": [[0], [1, 2]]},
     "pinned": Tie("head.bias", [[0]], scale=torch.zeros(80)),
     "scaled": Tie("head.bias", [[0]], scale=torch.full((80,), 2.0)),
+    "a join of which one part is scaled": Tie.join(
+        Tie("tok.weight", [[0]], scale=torch.full((80,), 2.0)), Tie("head.weight", [[], [0]])
+    ),
     "a join of parts of one member": Tie.join(*(Tie(name, [[0]]) for name in ("tok.weight", "head.weight"))),
 }
 

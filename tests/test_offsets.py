@@ -311,6 +311,16 @@ def test_a_checkpoint_with_another_offset_is_refused():
     TiedOptimizer(SGD([weight]), other).load_state_dict(said[0].state_dict())
 
 
+def test_a_checkpoint_with_another_imaginary_part_of_an_offset_is_refused():
+    weight = Parameter(torch.zeros(3, dtype=torch.complex64))
+    real, complex_one = (
+        TiedOptimizer(SGD([weight]), Tie(weight, [[0, 1]], offset=torch.tensor([0.0, number, 0.0])))
+        for number in (1.0, 1.0 + 2.0j)
+    )
+    with pytest.raises(ValueError, match="saved with other ties"):
+        real.load_state_dict(complex_one.state_dict())
+
+
 def test_a_checkpoint_knows_which_parameter_has_the_offset():
     first, second = (Parameter(torch.zeros(3)) for _ in range(2))
 

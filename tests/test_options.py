@@ -354,6 +354,10 @@ def test_options_that_exclude_each_other_are_refused():
     pair = [Tie(weight, [[0, 1]], reduction="sum"), Tie(weight, [[2, 3]])]
     with pytest.raises(ValueError, match="different reductions"):
         TiedOptimizer(SGD([weight]), pair, compact=True)
+    joined = Tie.join(*(Tie(name, [[0]], reduction="sum") for name in ("weight", "other")))
+    named = SGD([("weight", weight), ("other", other)])
+    with pytest.raises(ValueError, match=r"different reductions\.\n  Parameters: weight, other\n"):
+        TiedOptimizer(named, [joined, Tie("weight", [[2, 3]])], compact=True)
     with pytest.raises(ValueError, match="compares the loss"):
         TiedOptimizer(LBFGS([weight]), pair)
     assert torch.equal(weight, before)
