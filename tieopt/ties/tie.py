@@ -140,7 +140,7 @@ class Tie:
         check_options(self.options)
         self.across = across
         # What torch gives to ranks outside a process group is a number.
-        if across is not None and not (hasattr(across, "rank") and hasattr(across, "size")):
+        if across is not None and not hasattr(across, "rank"):
             expected = "a process group, on the ranks that are in it"
             raise refusal(TypeError, "This is no process group to tie across.", expected=expected, got=shown(across))
         if across is not None and (scale is not None or offset is not None):
