@@ -303,7 +303,7 @@ class CompactMode(Mode):
         """Return the buffer that is kept for the gradient of a compact parameter."""
         kept = self._gradients.get(id(compact))
         if kept is None or kept.dtype != compact.dtype or kept.device != compact.device:
-            kept = self._gradients[id(compact)] = torch.zeros_like(compact, requires_grad=False)
+            kept = self._gradients[id(compact)] = torch.zeros_like(compact)
         return kept
 
     # --- the optimizer and its state ---

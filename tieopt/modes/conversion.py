@@ -370,7 +370,7 @@ def begun(optimizer: Optimizer, params: Iterable[Tensor], settings: Settings) ->
         dtype = _get_scalar_dtype(is_fused=fused)  # type: ignore[no-untyped-call]
         step = torch.zeros((), dtype=dtype, device=param.device if fused else "cpu")
         begin = begins_at("sum", settings(param), param)
-        states[param] = {"step": step, "sum": torch.full_like(param.detach(), begin)}
+        states[param] = {"step": step, "sum": torch.full_like(param, begin)}
     return states
 
 

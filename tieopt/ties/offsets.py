@@ -32,7 +32,7 @@ class Offset(NamedTuple):
     @classmethod
     def of_entries(cls, entries: Tensor, labels: Tensor, dim: int) -> Offset:
         """Return the offset of labelled slices, from a tensor of the shape of the parameter, expanded or not."""
-        front = not_repeated(in_front(entries.detach(), dim)).cpu()
+        front = not_repeated(in_front(entries, dim)).cpu()
         shape = front.shape[: labels.dim()]
         values = front.reshape(shape.numel(), *front.shape[labels.dim() :])
         rows = torch.arange(len(values), device="cpu").view(shape).expand(labels.shape)

@@ -226,7 +226,7 @@ def _read_labels(values: Any, dim: int, tensor: Tensor, name: str) -> Tensor:
             expected = "labels of all slices, in a plain tensor" if is_plain else f"{wanted[1]} on {wanted[0]}"
             what = f"Labels for {name} are not sharded as its slices."
             raise refusal(ValueError, what, expected=expected, got=f"{given[1]} on {given[0]}")
-    labels = local(labels).detach().to("cpu", torch.int64, copy=True)
+    labels = local(labels).to("cpu", torch.int64, copy=True)
     wrong = labels < FREE
     if wrong.any():
         expected, got = f"group numbers from 0 on, or {FREE} for a free slice", shown_entry(labels, wrong)
