@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from tieopt import Tie, TiedOptimizer
 from tieopt.numbers import index as index_module
+from tieopt.numbers import reduction as reduction_module
 from tieopt.numbers.folding import (
     Folding,
     compact_like,
@@ -97,6 +98,14 @@ class Case:
 def folding_of(tie: BoundTie, tensors: Sequence[Tensor]) -> Folding:
     """The ties compiled for tensors."""
     return Folding.compile(Index.compile(tie.slices, tensors), compact_rows_of(tie.slices))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_at_a_time() -> Iterator[None]:
+    """Numbers that are kept as those of many members are widened in several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction_module, "_WIDENED", 3)
+        yield
 
 
 def case_of(given_tensors: Sequence[Tensor], given_ties: Sequence[Tie]) -> list[Case]:

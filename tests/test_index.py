@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tieopt import is_tied, tie_
 from tieopt.numbers import index as index_module
+from tieopt.numbers import reduction as reduction_module
 from tieopt.numbers import sums as sums_module
 from tieopt.numbers.folding import compact_rows_of
 from tieopt.numbers.index import Index, Run
@@ -254,6 +256,17 @@ def test_an_index_of_single_entries_takes_few_bytes(
     labels = labels[torch.randperm(count, generator=generator(1))]
     index = compiled([labels], [torch.zeros(count, 1)], [None], **values)
     assert _bytes_of(index.runs) <= (most if even else most + 48 / size) * count
+
+
+def test_what_is_written_row_by_row_is_widened_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer for all pinned rows would take more than an index in int32 saves."""
+    monkeypatch.setattr(reduction_module, "_WIDENED", 8)
+    labels, tensor = torch.zeros(100, dtype=torch.int64), torch.ones(200, 3)[::2]
+    index, workspace = compiled([labels], [tensor], [torch.arange(100.0) % 3 % 2], _MANY=0), Workspace()
+    project_([tensor], index, workspace)
+    widened = [math.prod(shape) for name, shape, *_ in workspace if name == "numbers"]
+    assert 0 < max(widened) <= len(labels) // 3
+    assert torch.equal(tensor[:, 0], torch.arange(100.0) % 3 % 2)
 
 
 def _bytes_of(kept: object) -> int:

@@ -23,7 +23,7 @@ from tieopt.numbers.reduction import (
     group_means,
     pin_,
     stored_leads,
-    widened_numbers,
+    write_slices_,
     write_values,
 )
 from tieopt.numbers.rounding import rounded, signed_
@@ -427,7 +427,7 @@ def unfold_(
                 values[groups] = leads
             write_values(rows, run, values, workspace)
         for target, free, count, compact in zip(moved, folding.free, folding.groups, moved_compacts, strict=True):
-            target.index_copy_(0, widened_numbers(free, workspace), compact[count:])
+            write_slices_(target, free, compact[count:], workspace)
     if folding.index.pinned.tensors:
         pin_(rows, folding.index, workspace)
 

@@ -38,6 +38,9 @@ from tieopt.ties.options import Reduction
 
 IndexFor = Callable[[Sequence[Tensor]], Index]
 
+# How many numbers are widened at once: as many as members of single entries are gathered.
+_WIDENED = 2**19
+
 # Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
 
@@ -612,6 +615,18 @@ def widened_numbers(kept: Tensor, workspace: Workspace) -> Tensor:
     return workspace["numbers", kept.shape, torch.int64, kept.device].copy_(kept)
 
 
+def write_slices_(target: Tensor, numbers: Tensor, values: Tensor | None, workspace: Workspace) -> None:
+    """Write values, or zeros, to the slices with the given numbers, so many at a time as numbers are widened."""
+    count = len(numbers) if numbers.dtype == torch.int64 else _WIDENED
+    for start in range(0, len(numbers), max(count, 1)):
+        part = slice(start, start + count)
+        chosen = widened_numbers(numbers[part], workspace)
+        if values is None:
+            target.index_fill_(0, chosen, 0)
+        else:
+            target.index_copy_(0, chosen, values[part])
+
+
 def _put(rows: list[Tensor], pieces: Pieces | Tile, members: Tensor, workspace: Workspace) -> None:
     """Write members to their rows."""
     if isinstance(pieces, Tile):
@@ -660,7 +675,6 @@ def pin_(rows: list[Tensor], index: Index, workspace: Workspace) -> None:
         target = bits(rows[number])
         if isinstance(pinned, slice):
             target[pinned] = 0 if offset is None else bits(offset)
-        elif offset is None:
-            target.index_fill_(0, widened_numbers(pinned, workspace), 0)
         else:
-            target.index_copy_(0, widened_numbers(pinned, workspace), bits(offset).expand(-1, *target.shape[1:]))
+            values = None if offset is None else bits(offset).expand(-1, *target.shape[1:])
+            write_slices_(target, pinned, values, workspace)
