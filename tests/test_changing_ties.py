@@ -732,6 +732,23 @@ def _hosted(compact: bool) -> tuple[Parameter, TiedOptimizer]:
     return weights[0], optimizer
 
 
+@pytest.mark.parametrize("host", ["first group gone", "all gone but one", "reordered"])
+def test_no_tie_goes_to_another_parameter(compact, host):
+    """Two groups of parameters of one shape: what stands in the place of a tied one fits its tie."""
+    weights = [parameter(7, 5, seed=seed) for seed in range(2)]
+    inner = SGD([{"params": [weight]} for weight in weights], lr=0.1)
+    tied = weights[host == "all gone but one"]
+    optimizer = TiedOptimizer(inner, {tied: [[0, 1]]}, compact=compact)
+    HOSTS[host](tied, optimizer)
+    for weight in weights:
+        weight.grad = torch.ones(7, 5)
+    before = [bits(weight) for weight in weights]
+
+    with pytest.raises(RuntimeError, match=r"removed from the parameter groups or reordered|is gone"):
+        optimizer.step()
+    assert all(map(torch.equal, map(bits, weights), before))
+
+
 @pytest.mark.filterwarnings("ignore:The optimizer begins the state")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("host", HOSTS)

@@ -31,10 +31,12 @@ from tieopt.ties.places import (
     all_places,
     bind_ties,
     check_apart,
+    check_moved,
     check_read_as_stored,
     name_of,
     parameters_of,
     settings_across,
+    sizes_of,
     still_there,
 )
 from tieopt.ties.slices import Totals, described, fingerprint, groups_of_members, has_shared_values, is_idle
@@ -121,6 +123,7 @@ class Mode(ABC):
         self._fingerprints: dict[tuple[BoundTie, tuple[int, ...], torch.dtype], str] = {}
         self.norm_weights: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self._pairs: Pairs | None = None
+        self._sizes: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COPIED}
@@ -331,9 +334,15 @@ class Mode(ABC):
             agree(self.across, action)
 
     def applied_to(self, param_groups: ParamGroups) -> Pairs:
-        """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`."""
+        """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`.
+
+        Raises:
+            RuntimeError: also if parameters have moved, so that ties would go to other ones.
+        """
         if self._pairs is None or not still_there(self._pairs, param_groups):
-            self._pairs = parameters_of(self.applied, param_groups)
+            pairs = parameters_of(self.applied, param_groups)
+            check_moved(self._pairs or (), self._sizes, param_groups)
+            self._pairs, self._sizes = pairs, sizes_of(param_groups)
         return self._pairs
 
     @between_graphs

@@ -6,6 +6,7 @@ the Parameter objects.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.errors import message, refusal, shown, users_level
+from tieopt.errors import message, refusal, shown, shown_list, users_level
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.across import Across
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
@@ -115,7 +116,7 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
         now = "no parameter there" if param is None else tuple(param.shape)
         raise refusal(
             RuntimeError,
-            "A tied parameter has not the shape that it had when it was tied.",
+            f"A tied parameter {'is gone' if param is None else 'has not the shape that it had when it was tied'}.",
             parameter=name_of(param_groups, place),
             expected=tuple(place.shape),
             got=f"{now}; call retie() with ties that fit it, or untie()",
@@ -163,6 +164,38 @@ def still_there(pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGrou
         if len(params) > 1:
             check_joined(param_groups, tie.places, params)
     return True
+
+
+def sizes_of(param_groups: ParamGroups) -> list[int]:
+    """Return how many parameters each group has."""
+    return [len(group["params"]) for group in param_groups]
+
+
+def check_moved(pairs: Sequence[tuple[T, list[Tensor]]], sizes: Sequence[int], param_groups: ParamGroups) -> None:
+    """Refuse parameters that may have moved to the place of a tied one. What was replaced in its place has not.
+
+    Args:
+        pairs: the ties and the parameters that stood in their places.
+        sizes: of the parameter groups then.
+        param_groups: as they are now.
+
+    Raises:
+        RuntimeError: a tied parameter stands elsewhere, or something was removed from the groups.
+    """
+    now = sizes_of(param_groups)
+    numbers = {id(_param(param_groups, place)): place[:2] for place in all_places(param_groups)}
+    has_moved = any(
+        numbers.get(id(param), place[:2]) != place[:2]
+        for tie, params in pairs
+        for place, param in zip(tie.places, params, strict=True)
+    )
+    if has_moved or len(now) < len(sizes) or any(map(operator.lt, now, sizes)):
+        raise refusal(
+            RuntimeError,
+            "Tied parameters were removed from the parameter groups or reordered: their ties would go to other ones.",
+            expected=f"groups of {shown_list(list(map(str, sizes)))} parameters, in the order of when they were tied",
+            got=f"groups of {shown_list(list(map(str, now)))}; call retie() with ties of these, or untie()",
+        )
 
 
 def all_places(param_groups: ParamGroups) -> list[Place]:
