@@ -165,9 +165,12 @@ def main() -> None:
     seeds = [measure(seed) for seed in range(SEEDS)]
     print(f"Held-out digits read correctly in %, means of {SEEDS} seeds; sizes of files in MB\n")
     print(f"{'each layer has':20s}{'at first':>10s}{'trained':>9s}{'size':>8s}{'zipped':>8s}")
-    for name in seeds[0]:
-        before, after, size, zipped = torch.tensor([rows[name] for rows in seeds]).mean(dim=0).tolist()
+    means = {name: Row(*torch.tensor([rows[name] for rows in seeds]).mean(dim=0).tolist()) for name in seeds[0]}
+    for name, (before, after, size, zipped) in means.items():
         print(f"{name:20s}{before:10.2f}{after:9.2f}{size:8.3f}{zipped:8.3f}")
+    dense, *clustered = means.values()
+    # The published loss of accuracy is 0.62, and the file is a sixth.
+    assert all(row.after > dense.after - 0.62 and row.zipped < dense.zipped / 5 for row in clustered)
     print("\nPublished, on MNIST: 99.40 and 0.57 MB with all values, 98.78 and 0.09 MB with 32, zipped")
 
 

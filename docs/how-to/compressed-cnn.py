@@ -1,7 +1,7 @@
 """Compress a CNN to a few values for each layer, write it to a file, and read it elsewhere.
 
 python compressed-cnn.py make           writes digits-16.safetensors and digits-2.safetensors
-python compressed-cnn.py read FILE      needs torch and safetensors, not tieopt
+python compressed-cnn.py read FILE      needs torch, scikit-learn and safetensors, not tieopt
 """
 
 import copy

@@ -68,6 +68,8 @@ def main(file: str, stop: int = STEPS) -> None:
     torch.manual_seed(0)
     checkpoint = torch.load(file) if Path(file).exists() else None
     begin = checkpoint["step"] if checkpoint else 0
+    if stop <= begin:
+        sys.exit(f"The file is at step {begin} already.")
 
     model = GPT()
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.02, weight_decay=0.01)

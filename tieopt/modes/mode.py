@@ -578,8 +578,9 @@ def _warn_of_written(names: str, *, is_frozen: bool) -> None:
             "Tied weights were replaced or written to between two steps, and their members differ now: "
             f"{names}. They go on from their mean."
         )
-        expected = "the same written to all members, or tie_weights() afterwards; and no embedding with max_norm,\n"
-        expected += "            whose lookups write to single rows (instead call weight.renorm_() after each step)"
+        expected = "the same written to all members, or tie_weights() afterwards, as after loading untied weights;\n"
+        expected += "            and no embedding with max_norm, whose lookups write to single rows (instead call\n"
+        expected += "            weight.renorm_() after each step)"
     warnings.warn(message(what, expected=expected), stacklevel=users_level())
 
 
