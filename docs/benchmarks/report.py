@@ -274,6 +274,29 @@ OWN_MODEL = """\
 models. Take the milliseconds that tieopt adds, (ratio - 1) times the untied step, scale them with the number of tied
 entries, and add them to your own step."""
 
+DETAILS = """\
+Whole training steps as ratios to the untied one: the median, and the quartiles in brackets. Five more patterns of a
+1024 x 1024 matrix are here alone, and do not count above."""
+
+LIMITS = """\
+How near a step can come at best, by the memory that it moves:
+
+- **Joined parameters.** A fused AdamW step moves seven times the bytes of the weights: it reads weights, gradients and
+  two moments, and writes all but the gradients. The ties read and write the gradients, and read the weights: three
+  times more, so that the optimizer's step takes at least 10/7 = 1.43 times as long. A whole step is below 1.15 only
+  where forward and backward take about twice as long as the optimizer. With `compact=True`, what one Parameter does not
+  need is to read the gradients of all members and to write all weights.
+- **Patterns.** Half of the entries of a symmetric matrix lie across the order of memory. To transpose takes several
+  copies, and gradients and weights are both transposed in each step; a formula does it in the forward and in the
+  backward pass. Mirrored and centrosymmetric matrices are not transposed, so that their formulas cost little.
+- **Single elements.** Memory is read 64 bytes at a time, for 4 that are asked for. An index does this once for the
+  weight and once for the gradient; tieopt gathers the gradients and writes the weights, and in the full mode it also
+  writes the gradients and reads the weights.
+- **Small parameters.** A step of one small parameter makes about twice the Python calls of the bare optimizer, and
+  little else takes time there.
+- **Compiled steps** are compared without forward and backward: what is gathered and written in no order takes several
+  times as long as the optimizer, which the compiler does not change."""
+
 HOW = """\
 Written by `python docs/benchmarks/benchmark.py`.
 
@@ -332,7 +355,7 @@ def page(results: dict[str, Any]) -> str:
         table(["job", "untied, ms", *COLUMNS], (job_row(job, optimizers[0]) for job in front)),
         OWN_MODEL,
         "## Details",
-        "Whole training steps as ratios to the untied one: the median, and the quartiles in brackets.",
+        DETAILS,
     ]
     for optimizer in optimizers:
         parts += [f"### {optimizer}", details({job["title"]: job["steps"][optimizer] for job in jobs}, UNTIED)]
@@ -354,6 +377,7 @@ def page(results: dict[str, Any]) -> str:
         "## Targets and misses",
         "What the library aims at, and the largest miss of each job. *Ahead* is a ratio of at most 1.",
         table(["target", "verdict", "misses"], (target.row for target in list_targets(jobs)), numbers=False),
+        LIMITS,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
