@@ -39,21 +39,21 @@ class Commands:
         assert not done.returncode, done.stderr
         return done.stdout
 
-    def check(self, *printed: str) -> None:
-        """Compare words and whole numbers exactly; processors differ in hashes and the last digits of other numbers."""
+    def check(self, *printed: str, tolerance: float) -> None:
+        """Compare words and whole numbers exactly, fractions roughly, and of hashes which are equal."""
         words, decimals = parsed("".join(printed))
         shown_words, shown_decimals = parsed(self.shown)
         assert words == shown_words
-        assert decimals == pytest.approx(shown_decimals, rel=0.05)
+        assert decimals == pytest.approx(shown_decimals, rel=tolerance)
 
 
 def parsed(text: str) -> tuple[list[str], list[float]]:
     """The words of an output, in which equal hashes are equal numbers, and its decimal fractions."""
     hashes = list(dict.fromkeys(re.findall(r"\b[0-9a-f]{16}\b", text)))
-    words = [f"hash {hashes.index(word)}" if word in hashes else word for word in text.split()]
-    is_decimal = [re.fullmatch(r"\d+\.\d+", word) is not None for word in words]
-    decimals = [float(word) for word, decimal in zip(words, is_decimal, strict=True) if decimal]
-    return ["." if decimal else word for word, decimal in zip(words, is_decimal, strict=True)], decimals
+    for number, digest in enumerate(hashes):
+        text = text.replace(digest, f"hash {number}")
+    decimal = r"\d+\.\d+"
+    return re.sub(decimal, ".", text).split(), [float(number) for number in re.findall(decimal, text)]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_gpt_that_goes_on_in_another_process_has_the_same_bits(commands: Comma
     *first, last = commands.commands
     printed = [*map(commands.run, first), commands.run_in_another_process(last)]
     assert printed[0].splitlines()[-1] == printed[-1].splitlines()[-1]
-    commands.check(*printed)
+    commands.check(*printed, tolerance=0.05)
 
 
 @pytest.mark.parametrize("commands", ["compressed-cnn.md"], indirect=True)
@@ -77,6 +77,9 @@ def test_a_compressed_cnn_is_read_without_tieopt(commands: Commands) -> None:
     made = commands.run(make)
     (commands.folder / "tieopt.py").write_text("raise ImportError")
     was_read = commands.run_in_another_process(read, commands.folder)
-    right = re.findall(r"([\d.]+) % right", made)
-    assert re.findall(r"([\d.]+) % right", was_read) == [right[2]]
-    commands.check(made, was_read)
+    # With other threads and instructions, one machine printed accuracies that were up to 0.8 points away.
+    commands.check(made, was_read, tolerance=0.02)
+    all_weights, _, sixteen, clustered, two, read_again = re.findall(r"([\d.]+) %", made + was_read)
+    assert read_again == sixteen
+    assert float(sixteen) > float(all_weights) - 1
+    assert float(clustered) + 2 < float(two) > float(all_weights) - 3

@@ -11,7 +11,7 @@ import sys
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ def cnn() -> nn.Sequential:
         nn.Conv2d(1, 32, 3, padding=1),
         nn.BatchNorm2d(32),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1),
         nn.BatchNorm2d(64),
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * 4 * 4, 128),
         nn.ReLU(),
@@ -36,14 +36,16 @@ def cnn() -> nn.Sequential:
     )
 
 
-def digits() -> list[Tensor]:
+def digits() -> tuple[list[Tensor], list[Tensor]]:
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 1, 8, 8).astype("float32") / 16
     parts = train_test_split(images, labels, test_size=500, stratify=labels, random_state=0)
-    return [torch.as_tensor(part) for part in parts]
+    train_images, test_images, train_labels, test_labels = map(torch.as_tensor, parts)
+    return [train_images, train_labels], [test_images, test_labels]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, epochs: int) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Tensor], epochs: int) -> None:
+    images, labels = data
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(BATCH):
@@ -53,7 +55,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, la
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, data: list[Tensor]) -> float:
+    images, labels = data
     model.eval()
     return 100 * (model(images).argmax(dim=1) == labels).double().mean().item()
 
@@ -62,12 +65,12 @@ def make() -> None:
     from tieopt import TiedOptimizer, export, patterns
 
     torch.manual_seed(0)
-    train_images, test_images, train_labels, test_labels = digits()
+    train_data, test_data = digits()
     trained = cnn()
-    train(trained, torch.optim.AdamW(trained.parameters(), lr=2e-3), train_images, train_labels, EPOCHS)
+    train(trained, torch.optim.AdamW(trained.parameters(), lr=2e-3), train_data, EPOCHS)
     save_file(trained.state_dict(), "digits.safetensors")
-    right, size = accuracy(trained, test_images, test_labels), os.path.getsize("digits.safetensors")
-    print(f"all weights              {right:5.1f} % right   {size} bytes")
+    right, size = accuracy(trained, test_data), os.path.getsize("digits.safetensors")
+    print(f"all weights            {right:.1f} %  {size} bytes")
 
     for count in (16, 2):
         model, file = copy.deepcopy(trained), f"digits-{count}.safetensors"
@@ -75,12 +78,12 @@ def make() -> None:
         ties = {layer.weight: patterns.clusters(layer.weight, count, of="values") for layer in layers}
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         optimizer = TiedOptimizer(optimizer, ties, reduction="sum", compact=True)
-        print(f"{count:2d} values, clustered     {accuracy(model, test_images, test_labels):5.1f} % right")
+        print(f"{count:2d} values, clustered   {accuracy(model, test_data):.1f} %")
 
-        train(model, optimizer, train_images, train_labels, FINE_TUNING)
+        train(model, optimizer, train_data, FINE_TUNING)
         export.save(model, optimizer, file)
-        right, size = accuracy(model, test_images, test_labels), os.path.getsize(file)
-        print(f"{count:2d} values, fine-tuned    {right:5.1f} % right   {size} bytes")
+        right, size = accuracy(model, test_data), os.path.getsize(file)
+        print(f"{count:2d} values, fine-tuned  {right:.1f} %  {size:6d} bytes")
 
         # With tieopt, reading is one line.
         again = cnn()
@@ -89,9 +92,9 @@ def make() -> None:
 
 
 def read(file: str) -> None:
-    with safe_open(file, "pt") as data:
-        state = {name: data.get_tensor(name) for name in data.keys()}  # noqa: SIM118
-        ties = json.loads(data.metadata()["tieopt"])["ties"]
+    state = load_file(file)
+    with safe_open(file, "pt") as opened:
+        ties = json.loads(opened.metadata()["tieopt"])["ties"]
     for (tie,) in ties:
         name, shape, width = tie["name"], torch.Size(tie["shape"]), tie["bits"]
         codebook, packed = state.pop(f"{name}.codebook"), state.pop(f"{name}.indices")
@@ -101,8 +104,8 @@ def read(file: str) -> None:
 
     model = cnn()
     model.load_state_dict(state)
-    _, test_images, _, test_labels = digits()
-    print(f"{accuracy(model, test_images, test_labels):.1f} % right")
+    _, test_data = digits()
+    print(f"{accuracy(model, test_data):.1f} %")
 
 
 if __name__ == "__main__":

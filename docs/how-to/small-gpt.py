@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from tieopt import Tie, TiedOptimizer
 
-WORDS, WIDTH, HEADS, LAYERS, LENGTH, BATCH, PARTS = 32, 32, 4, 3, 16, 32, 2
-STEPS, WARM_UP, UNTIED_FROM = 120, 10, 80
+WORDS, WIDTH, HEADS, LAYERS, LENGTH, BATCH, PARTS = 32, 32, 4, 3, 16, 16, 2
+STEPS, WARM_UP, UNTIED_FROM = 90, 10, 60
 
 
 class Block(nn.Module):
@@ -92,12 +92,11 @@ def main(file: str, stop: int = STEPS) -> None:
             loss = loss_of(model(words), words) / PARTS
             loss.backward()
             total += loss.item()
-        norm = optimizer.clip_grad_norm_(1.0)
+        optimizer.clip_grad_norm_(1.0)
         optimizer.step()
         scheduler.step()
-        if (step + 1) % 40 == 0:
-            distinct = optimizer.tie_summary().distinct
-            print(f"step {step + 1:3d}   loss {total:.3f}   norm {norm:.2f}   distinct values {distinct}")
+        if (step + 1) % 30 == 0:
+            print(f"step {step + 1}, loss {total:.3f}, {optimizer.tie_summary().distinct} distinct values")
 
     checkpoint = {
         "model": model.state_dict(),
@@ -108,7 +107,7 @@ def main(file: str, stop: int = STEPS) -> None:
     }
     torch.save(checkpoint, file)
     weights = nn.utils.parameters_to_vector(model.parameters()).detach()
-    print(f"stopped at step {stop}, SHA-256 of all weights {hashlib.sha256(weights.numpy()).hexdigest()[:16]}")
+    print(f"step {stop}, SHA-256 of weights {hashlib.sha256(weights.numpy()).hexdigest()[:16]}")
 
 
 if __name__ == "__main__":
