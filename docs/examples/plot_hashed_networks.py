@@ -29,6 +29,11 @@ The example checks the paper's statement:
 
 *With 1/64 of the weights, the hashed network has a lower error than the plain network of equal size*, for every seed.
 
+How large the gap is depends on how many values are left. With 1/64 of the weights, the plain network has four hidden
+neurons, and errs far more often than the published one. With ``HIDDEN = 400``, it errs in 6.5 % and the hashed network
+in 4.6 %; with 1000, as in the paper, in 3.2 and 2.6 %, both over ten seeds. In either case the hashed network is better
+for eight of them, and the check fails after the table is printed.
+
 It takes about three minutes on one core and needs scikit-learn, matplotlib and tqdm. Run it as
 ``python plot_hashed_networks.py``; ``--seeds 1`` is a quicker try.
 """
@@ -244,7 +249,7 @@ def draw_figure(seeds: list[Seed]) -> Figure:
     rows = seeds[0].weight[:48]
     limit = rows.abs().max().item()
     right.imshow(rows, cmap="PRGn", vmin=-limit, vmax=limit, interpolation="nearest")
-    right.set(xticks=[], yticks=[], xlabel="64 pixels", ylabel="48 of 200 hidden neurons")
+    right.set(xticks=[], yticks=[], xlabel="64 pixels", ylabel=f"48 of {HIDDEN} hidden neurons")
     right.set_title(f"1/64: {len(rows.abs().unique())} values and their negatives", fontsize=11)
     plain, hashed = (spread([getattr(seed, kind)[64].error for seed in seeds])[0] for kind in ("plain", "hashed"))
     figure.suptitle(
