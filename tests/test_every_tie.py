@@ -358,17 +358,33 @@ def test_gradients_accumulate(kind: str, data: st.DataObject) -> None:
 
 
 def test_the_default_device_does_not_matter(compact) -> None:
-    weight, bias = Parameter(torch.zeros(4, 4)), Parameter(torch.zeros(4))
+    params = [Parameter(torch.zeros(4, 4)), Parameter(torch.zeros(4)), Parameter(torch.zeros(400, 100))]
+    pairs = torch.arange(400) // 2
     with torch.device("meta"):
-        names, scale = patterns.antisymmetric(weight.shape)
-        optimizer = TiedOptimizer(
-            torch.optim.SGD([weight, bias]), [Tie(weight, names, scale=scale), Tie(bias, [[0, 1]])], compact=compact
-        )
-        weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+        names, scale = patterns.antisymmetric((4, 4))
+        ties = [Tie(params[0], names, scale=scale), Tie(params[1], [[0, 1]]), Tie(params[2], pairs)]
+        optimizer = TiedOptimizer(torch.optim.SGD(params), ties, compact=compact)
+        for param in params:
+            param.grad = torch.ones_like(param)
         optimizer.step()
         assert optimizer.tie_drift() == 0
         assert optimizer.state_dict()["tieopt"]["ties"]
-        assert len(optimizer.ties) == 2
+        assert len(optimizer.ties) == 3
+
+
+@pytest.mark.parametrize("columns", [1, 100])
+def test_the_default_dtype_does_not_matter(compact, columns) -> None:
+    """bfloat16 has no 257."""
+    rows = torch.arange(514) // 257
+    weight = Parameter(torch.zeros(514, columns, dtype=torch.float64))
+    weight.grad = torch.ones_like(weight)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        TiedOptimizer(torch.optim.SGD([weight], lr=1.0), {weight: rows}, reduction="sum", compact=compact).step()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(weight, torch.full_like(weight, -257.0))
 
 
 @given(st.data())

@@ -612,8 +612,9 @@ def _run(
     members = members._replace(group=members.group - members.group[0])
     leads = members.at(slice(None, None, size)) if size else members.leads
     if bool((scale == 1).all()):
-        norms = torch.full((len(leads.group),), float(size)) if size else torch.bincount(members.group).double()
-        counts, signed, bound = norms, True, 2 * float(norms.max())
+        sizes = torch.bincount(members.group) if not size else leads.group.new_full(leads.group.shape, size)
+        norms = counts = sizes.double()
+        signed, bound = True, 2 * float(norms.max())
     else:
         multiples = scale / leads.scale[members.group]
         members, leads = members._replace(scale=multiples), leads._replace(scale=torch.ones_like(leads.scale))
