@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -732,21 +732,80 @@ def _hosted(compact: bool) -> tuple[Parameter, TiedOptimizer]:
     return weights[0], optimizer
 
 
-@pytest.mark.parametrize("host", ["first group gone", "all gone but one", "reordered"])
-def test_no_tie_goes_to_another_parameter(compact, host):
-    """Two groups of parameters of one shape: what stands in the place of a tied one fits its tie."""
-    weights = [parameter(7, 5, seed=seed) for seed in range(2)]
-    inner = SGD([{"params": [weight]} for weight in weights], lr=0.1)
-    tied = weights[host == "all gone but one"]
-    optimizer = TiedOptimizer(inner, {tied: [[0, 1]]}, compact=compact)
-    HOSTS[host](tied, optimizer)
+def _one_group_each(compact: bool, tied: int) -> tuple[list[Parameter], TiedOptimizer]:
+    """Three parameters of one shape, of which the last is not in a group; what stands in the place of another fits."""
+    weights = [parameter(7, 5, seed=seed) for seed in range(3)]
+    inner = SGD([{"params": [weight]} for weight in weights[:2]], lr=0.1)
+    optimizer = TiedOptimizer(inner, {weights[tied]: [[0, 1]]}, compact=compact)
     for weight in weights:
-        weight.grad = torch.ones(7, 5)
-    before = [bits(weight) for weight in weights]
+        weight.grad = randn(7, 5)
+    return weights, optimizer
 
-    with pytest.raises(RuntimeError, match=r"removed from the parameter groups or reordered|is gone"):
-        optimizer.step()
+
+def _added_after_the_first_is_gone(optimizer: TiedOptimizer, other: Parameter) -> None:
+    optimizer.param_groups.pop(0)
+    optimizer.add_param_group({"params": [other]})
+
+
+def _gone_after_one_is_added(optimizer: TiedOptimizer, other: Parameter) -> None:
+    optimizer.add_param_group({"params": [other]})
+    optimizer.param_groups.pop(1)
+
+
+MOVES: dict[str, tuple[int, Callable[[TiedOptimizer, Parameter], object]]] = {
+    "first gone": (0, lambda optimizer, other: optimizer.param_groups.pop(0)),
+    "reordered": (1, lambda optimizer, other: optimizer.param_groups.reverse()),
+    "added after the first is gone": (0, _added_after_the_first_is_gone),
+    "gone after one is added": (1, _gone_after_one_is_added),
+    "one group takes what is of another": (
+        0,
+        lambda optimizer, other: optimizer.param_groups[0].update(params=optimizer.param_groups.pop()["params"]),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "method", ["step", "tie_weights", "tie_gradients", "tie_summary", "tie_drift", "grad_norm", "state_dict"]
+)
+@pytest.mark.parametrize("move", MOVES)
+def test_no_tie_goes_to_another_parameter(compact, move, method):
+    tied, change = MOVES[move]
+    weights, optimizer = _one_group_each(compact, tied)
+    change(optimizer, weights[2])
+    before = [bits(weight) for weight in weights]
+    with pytest.raises(RuntimeError, match="removed from the parameter groups or reordered"):
+        getattr(optimizer, method)()
     assert all(map(torch.equal, map(bits, weights), before))
+
+
+def _replaced_after_the_last_is_gone(optimizer: TiedOptimizer, other: Parameter) -> None:
+    optimizer.param_groups.pop()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [other]
+
+
+def _replaced_around_a_group_that_comes_and_goes(optimizer: TiedOptimizer, other: Parameter) -> None:
+    optimizer.add_param_group({"params": [parameter(7, 5, seed=5)]})
+    optimizer.param_groups[0]["params"][0] = parameter(7, 5, seed=6)
+    optimizer.step()
+    optimizer.param_groups.pop()
+    optimizer.param_groups[0]["params"][0] = other
+
+
+def _all_replaced(optimizer: TiedOptimizer, other: Parameter) -> None:
+    for number, settings in enumerate(optimizer.param_groups):
+        settings["params"] = [parameter(7, 5, seed=number) if number else other]
+
+
+@pytest.mark.filterwarnings("ignore:Tied weights were replaced")
+@pytest.mark.parametrize(
+    "change", [_replaced_after_the_last_is_gone, _replaced_around_a_group_that_comes_and_goes, _all_replaced]
+)
+def test_a_parameter_that_takes_the_place_of_a_tied_one_is_tied(compact, change):
+    weights, optimizer = _one_group_each(compact, 0)
+    change(optimizer, weights[2])
+    optimizer.step()
+    assert tied_bitwise(weights[2], [[0, 1]])
 
 
 @pytest.mark.filterwarnings("ignore:The optimizer begins the state")

@@ -1476,4 +1476,5 @@ def test_a_joined_parameter_without_values_of_its_own_goes_on_in_the_full_mode(o
     step(saved, params)
     loaded.load_state_dict(saved.state_dict())
     step(loaded, others)
+    assert all(loaded.state[param] for param in others)
     assert all(value.numel() in (1, param.numel()) for param in others for value in loaded.state[param].values())

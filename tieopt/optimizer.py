@@ -225,7 +225,7 @@ class TiedOptimizer(Optimizer):
         ties can be given to another optimizer of these parameters, or to :meth:`retie`.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
             ValueError: joined parameters have come to differ in dtype, device or settings.
 
         Example:
@@ -376,7 +376,7 @@ class TiedOptimizer(Optimizer):
         Relaxed ties are tied exactly.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
             ValueError: joined parameters have come to differ in dtype, device or settings.
 
         Example:
@@ -504,7 +504,7 @@ class TiedOptimizer(Optimizer):
             ranks, and each of them has to call this.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
             ValueError: joined parameters have come to differ in dtype, device or settings.
 
         Example:
@@ -540,7 +540,7 @@ class TiedOptimizer(Optimizer):
             :class:`~tieopt.modes.summary.TieSummary`.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
             ValueError: joined parameters have come to differ in dtype, device or settings.
 
         Example:
@@ -607,8 +607,8 @@ class TiedOptimizer(Optimizer):
         Raises:
             ValueError: it was saved with other ties; it was saved in the other mode and cannot be converted, such as
                 the history of LBFGS; or it does not fit the parameter groups.
-            RuntimeError: a parameter has another shape than when it was tied, or is gone. Nothing is loaded in any of
-                these cases.
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
+                Nothing is loaded in any of these cases.
 
         Example:
             >>> import torch
@@ -671,6 +671,7 @@ class TiedOptimizer(Optimizer):
             True
         """
         super().add_param_group(param_group)
+        self._tieopt.note_added(self.param_groups)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({summary.line(self._tieopt)})"

@@ -28,6 +28,7 @@ from tieopt.ties.part import check_writable
 from tieopt.ties.places import (
     BoundTie,
     ParamGroups,
+    Standing,
     all_places,
     bind_ties,
     check_apart,
@@ -36,7 +37,7 @@ from tieopt.ties.places import (
     name_of,
     parameters_of,
     settings_across,
-    sizes_of,
+    standing,
     still_there,
 )
 from tieopt.ties.slices import Totals, described, fingerprint, groups_of_members, has_shared_values, is_idle
@@ -123,7 +124,7 @@ class Mode(ABC):
         self._fingerprints: dict[tuple[BoundTie, tuple[int, ...], torch.dtype], str] = {}
         self.norm_weights: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self._pairs: Pairs | None = None
-        self._sizes: list[int] = []
+        self._stood: Standing = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COPIED}
@@ -277,10 +278,16 @@ class Mode(ABC):
         """Return the ties with the parameters that stand in their places now.
 
         Raises:
-            RuntimeError: a parameter has another shape than when it was tied, or is gone.
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
             ValueError: joined parameters have come to differ in what has to be the same.
         """
-        return parameters_of(self.ties, param_groups)
+        pairs = parameters_of(self.ties, param_groups)
+        check_moved(self.ties, self._stood, param_groups)
+        return pairs
+
+    def note_added(self, param_groups: ParamGroups) -> None:
+        """Remember where added parameters stand."""
+        self._stood = standing(self.ties, param_groups) | self._stood
 
     def taking_part(
         self, pairs: Pairs, param_groups: ParamGroups, *, stepped: Container[BoundTie] | None = None
@@ -334,15 +341,11 @@ class Mode(ABC):
             agree(self.across, action)
 
     def applied_to(self, param_groups: ParamGroups) -> Pairs:
-        """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`.
-
-        Raises:
-            RuntimeError: also if parameters have moved, so that ties would go to other ones.
-        """
+        """Return the ties as the mode applies them, with their parameters; raises as :meth:`parameters`."""
         if self._pairs is None or not still_there(self._pairs, param_groups):
             pairs = parameters_of(self.applied, param_groups)
-            check_moved(self._pairs or (), self._sizes, param_groups)
-            self._pairs, self._sizes = pairs, sizes_of(param_groups)
+            check_moved(self.ties, self._stood, param_groups)
+            self._pairs, self._stood = pairs, standing(self.ties, param_groups)
         return self._pairs
 
     @between_graphs
@@ -475,6 +478,7 @@ class Mode(ABC):
         """Return what a ``state_dict`` says of the ties; nothing if there are none."""
         if not self.ties:
             return {}
+        check_moved(self.ties, self._stood, param_groups)
         said: dict[str, Any] = {"ties": self.fingerprints(param_groups)}
         if self.relaxed:
             said["steps"] = self.steps

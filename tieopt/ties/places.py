@@ -6,7 +6,6 @@ the Parameter objects.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tieopt.errors import message, refusal, shown, shown_list, users_level
+from tieopt.errors import message, refusal, shown, users_level
 from tieopt.tensors import check_sharding, local, sharing
 from tieopt.ties.across import Across
 from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
@@ -45,6 +44,10 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"param_groups[{self.group}]['params'][{self.position}]"
+
+
+# Parameters by identity, and where they stand.
+Standing = dict[int, tuple[Tensor, Place]]
 
 
 class BoundTie(Partition):
@@ -110,8 +113,7 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
     Raises:
         RuntimeError: it has another shape than when it was tied, or is gone.
     """
-    params = param_groups[place.group]["params"] if place.group < len(param_groups) else ()
-    param: Tensor | None = params[place.position] if place.position < len(params) else None
+    param = _param_or_none(param_groups, place)
     if param is None or param.shape != place.shape:
         now = "no parameter there" if param is None else tuple(param.shape)
         raise refusal(
@@ -122,6 +124,11 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
             got=f"{now}; call retie() with ties that fit it, or untie()",
         )
     return param
+
+
+def _param_or_none(param_groups: ParamGroups, place: Place) -> Tensor | None:
+    params = param_groups[place.group]["params"] if place.group < len(param_groups) else ()
+    return params[place.position] if place.position < len(params) else None
 
 
 def _param(param_groups: ParamGroups, place: Place) -> Tensor:
@@ -166,36 +173,38 @@ def still_there(pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGrou
     return True
 
 
-def sizes_of(param_groups: ParamGroups) -> list[int]:
-    """Return how many parameters each group has."""
-    return [len(group["params"]) for group in param_groups]
+def standing(ties: Iterable[BoundTie], param_groups: ParamGroups) -> Standing:
+    """Return where the parameters stand that have the shape of a tied one, by identity.
+
+    They are held, so that no other parameter can get the identity of one that is gone.
+    """
+    shapes = {place.shape for tie in ties for place in tie.places}
+    places = [place for place in all_places(param_groups) if place.shape in shapes]
+    # A parameter that is there twice, of which torch warns, stands in its first place.
+    return {id(param): (param, place) for place in reversed(places) for param in (_param(param_groups, place),)}
 
 
-def check_moved(pairs: Sequence[tuple[T, list[Tensor]]], sizes: Sequence[int], param_groups: ParamGroups) -> None:
-    """Refuse parameters that may have moved to the place of a tied one. What was replaced in its place has not.
+def check_moved(ties: Iterable[BoundTie], stood: Standing, param_groups: ParamGroups) -> None:
+    """Refuse parameters that have come to the place of a tied one from elsewhere. One that replaces it is new.
 
     Args:
-        pairs: the ties and the parameters that stood in their places.
-        sizes: of the parameter groups then.
+        ties: of parameters.
+        stood: where parameters stood before.
         param_groups: as they are now.
 
     Raises:
-        RuntimeError: a tied parameter stands elsewhere, or something was removed from the groups.
+        RuntimeError: a tie would go to another parameter.
     """
-    now = sizes_of(param_groups)
-    numbers = {id(_param(param_groups, place)): place[:2] for place in all_places(param_groups)}
-    has_moved = any(
-        numbers.get(id(param), place[:2]) != place[:2]
-        for tie, params in pairs
-        for place, param in zip(tie.places, params, strict=True)
-    )
-    if has_moved or len(now) < len(sizes) or any(map(operator.lt, now, sizes)):
-        raise refusal(
-            RuntimeError,
-            "Tied parameters were removed from the parameter groups or reordered: their ties would go to other ones.",
-            expected=f"groups of {shown_list(list(map(str, sizes)))} parameters, in the order of when they were tied",
-            got=f"groups of {shown_list(list(map(str, now)))}; call retie() with ties of these, or untie()",
-        )
+    for place in (place for tie in ties for place in tie.places):
+        _, before = stood.get(id(_param_or_none(param_groups, place)), (None, place))
+        if before[:2] != place[:2]:
+            raise refusal(
+                RuntimeError,
+                "Parameters were removed from the parameter groups or reordered: a tie would go to another one.",
+                parameter=name_of(param_groups, place),
+                expected=f"the parameter that was tied at {place}, or one that replaces it",
+                got=f"the one that stood at {before}; call retie() with ties of what is there now, or untie()",
+            )
 
 
 def all_places(param_groups: ParamGroups) -> list[Place]:
