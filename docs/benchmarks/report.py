@@ -276,7 +276,7 @@ entries, and add them to your own step."""
 
 DETAILS = """\
 Whole training steps as ratios to the untied one: the median, and the quartiles in brackets. Five more patterns of a
-1024 x 1024 matrix are here alone, and do not count above."""
+1024 x 1024 matrix are in the details and the targets, and do not count above."""
 
 LIMITS = """\
 How near a step can come at best, by the memory that it moves:
@@ -292,10 +292,9 @@ How near a step can come at best, by the memory that it moves:
 - **Single elements.** Memory is read 64 bytes at a time, for 4 that are asked for. An index does this once for the
   weight and once for the gradient; tieopt gathers the gradients and writes the weights, and in the full mode it also
   writes the gradients and reads the weights.
-- **Small parameters.** A step of one small parameter makes about twice the Python calls of the bare optimizer, and
-  little else takes time there.
-- **Compiled steps** are compared without forward and backward: what is gathered and written in no order takes several
-  times as long as the optimizer, which the compiler does not change."""
+- **Small parameters.** A step of one small parameter makes about twice the Python calls of the bare optimizer.
+- **Compiled steps** are compared without forward and backward. Single elements are gathered and written in no order,
+  which takes several times as long as the optimizer; the compiler does not change that."""
 
 HOW = """\
 Written by `python docs/benchmarks/benchmark.py`.

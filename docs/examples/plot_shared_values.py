@@ -68,7 +68,7 @@ WEIGHT_DECAY = 1e-2
 FEWEST = 2
 PULL_EPOCHS, VALUE_EPOCHS = 130, 30
 # Its learning rate, and the part of the way to its cluster that a step pulls a weight in the first epoch and in the
-# last; chosen over seeds 100 to 104, which are other splits than those of the results, and where the error was 2.5 %.
+# last; chosen over seeds 100 to 104, which are other splits than those of the results. There the error was 2.5 %.
 PULL_RATE, WEAKEST, STRONGEST = 3e-3, 1e-3, 0.1
 
 # Fewer seeds than this do not show that this algorithm is better.
@@ -381,7 +381,7 @@ def draw_figure(seeds: list[Seed]) -> Figure:
     draw_errors(left, seeds)
     draw_values(right, seeds[0].histograms[0], seeds[0].histograms[4])
     right.set_title("grey: all values; blue: four, and how many weights share each", fontsize=10)
-    dense, two = spread([s.error for s in seeds])[0], spread([s.longer.pulled for s in seeds])[0]
+    dense, two = (spread([getattr(s.longer, kind) for s in seeds])[0] for kind in ("dense", "pulled"))
     figure.suptitle(
         f"Two values for each layer: {two:.1f} % errors instead of {dense:.1f} %,"
         f" and a file {seeds[0].size / seeds[0].runs[2].size:.0f} times smaller",
