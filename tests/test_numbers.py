@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every_pair
 from checks import same_bits
 from ranks import Ranks
 from strategies import ALL
@@ -61,9 +62,7 @@ def train(optimizer: Optimizer, params: Sequence[Parameter], steps: range) -> No
         optimizer.step(lambda: 0.0)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("tie", TIES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@every_pair(optimizer=OPTIMIZERS, tie=TIES, reduction=["mean", "sum"], compact=[False, True])
 def test_a_number_is_trained_as_a_vector_of_one_entry(optimizer: str, tie: str, reduction: str, compact: bool) -> None:
     make, made, results = OPTIMIZERS[optimizer], TIES[tie], []
     others = [not compact, compact]
