@@ -1029,6 +1029,8 @@ def test_a_copy_of_any_optimizer_goes_on_bit_for_bit(copied: Callable[[Any], Any
     recipe = data.draw(st.sampled_from(ENTRYWISE + COUPLING))
     parameters, drawn = _drawn(data, recipe, torch.float64)
     optimizer = tied_of(recipe(parameters), drawn, reduction=data.draw(reductions_for(recipe, compact=True)))
+    # Where all is pinned, there is nothing to train.
+    assume(not recipe.filled or optimizer.tie_summary().distinct)
     _train(optimizer, parameters, data.draw(some_seeds))
     twins, twin = copied((parameters, optimizer))
     assert all(map(same_bits, parameters, twins))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import bits, randn, same_bits, same_tree, train
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from ranks import refusal_of
 from reference import flat, groups_of_entries, slowly_tied_entries
@@ -493,6 +493,8 @@ def test_pinned_entries_are_their_offsets_as_torch_converts_them(compact):
 def test_no_sum_of_members_with_offsets_overflows(compact: bool, data: st.DataObject, seed: int) -> None:
     largest, sizes = torch.finfo(torch.float64).max, st.sampled_from([1.0, -1.0, 0.5, -0.25])
     scale = torch.tensor(data.draw(st.lists(sizes, min_size=6, max_size=6)), dtype=torch.float64)
+    # The compact mode refuses shared values that are larger than all members.
+    assume(not compact or bool((scale.abs() == 1).any()))
     weight = Parameter(largest * scale.sign() * data.draw(st.sampled_from([1.0, -1.0])))
     tie = Tie(weight, torch.zeros(6, dtype=torch.int64), scale=scale, offset=normal((6,), torch.float64, seed))
     optimizer = TiedOptimizer(SGD([weight], lr=0.0), tie, compact=compact)
