@@ -120,11 +120,8 @@ def _guess(key: Any, params: dict[str, Tensor], holder: str, named: bool) -> tup
     if isinstance(key, str) and named:
         likely = _nearest_names(key, list(params))
         kind = f"the nearest name{'s' * (len(likely) > 1)}"
-        return (
-            likely,
-            kind,
-            "a parameter that several modules share has one name, the first; buffers are not tied",
-        )
+        hint = "a parameter that several modules share has one name, the first; buffers are not tied"
+        return likely, kind, hint
     if isinstance(key, str):
         return [], "", "names need an optimizer that was built from model.named_parameters()"
     if isinstance(key, Tensor):
