@@ -2,6 +2,8 @@
 
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import TypeVar
 
@@ -144,6 +146,17 @@ def check_means(before: Tensor, after: Tensor, labels: Tensor, *, pairs: bool | 
 def index_of(labels: Tensor, tensor: Tensor) -> Index:
     """The compiled tie of the rows of a tensor."""
     return Index.compile(numbered([Slices(labels)]), [tensor])
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch with another default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def pickled(value: T) -> T:

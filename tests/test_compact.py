@@ -13,7 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from checks import FREE, GROUPS, REDUCTIONS, SHAPE, bits, one_bare, one_tied, parameter, pickled, randn, same_tree
+from checks import (
+    FREE,
+    GROUPS,
+    REDUCTIONS,
+    SHAPE,
+    bits,
+    default_dtype,
+    one_bare,
+    one_tied,
+    parameter,
+    pickled,
+    randn,
+    same_tree,
+)
 from checks import same_bits as same
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -630,17 +643,13 @@ def test_what_has_no_entries_stays_as_it_is_in_the_state_of_either_mode():
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 def test_a_parameter_without_state_begins_as_with_a_new_optimizer(fused, default):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         weight = Parameter(randn(*SHAPE, dtype=torch.float32))
         new = Adagrad([weight], initial_accumulator_value=0.5, fused=fused).state[weight]
         optimizer = tied_of(Adagrad([weight], initial_accumulator_value=0.5, fused=fused), {weight: GROUPS})
         optimizer.state.clear()
         optimizer.untie()
         assert same_tree(optimizer.state[weight], new)
-    finally:
-        torch.set_default_dtype(before)
 
 
 # --- refused with a reason, and nothing is written ---

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from checks import default_dtype
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import Member, bits, flat, groups_of_entries, same_bits, slowly_tied_entries
@@ -378,12 +379,8 @@ def test_the_default_dtype_does_not_matter(compact, columns) -> None:
     rows = torch.arange(514) // 257
     weight = Parameter(torch.zeros(514, columns, dtype=torch.float64))
     weight.grad = torch.ones_like(weight)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         TiedOptimizer(torch.optim.SGD([weight], lr=1.0), {weight: rows}, reduction="sum", compact=compact).step()
-    finally:
-        torch.set_default_dtype(before)
     assert torch.equal(weight, torch.full_like(weight, -257.0))
 
 
