@@ -2,7 +2,8 @@
 
 The profile is chosen with pytest's ``--hypothesis-profile``:
 
-- ``quick``, the default: a few examples, the same ones on every run;
+- ``quick``, the default: a few examples, the same ones on every run; if nothing says what to run, also few cases of
+  each test, and no test that is marked as slow;
 - ``thorough``, for continuous integration: many more, the same ones on every run, too;
 - ``nightly``: a thousand, new ones on every run, and a failure prints the line that reproduces it;
 - ``mutants``, for mutation testing: as quick, and a failure is not made smaller, because nobody reads it.
@@ -10,17 +11,19 @@ The profile is chosen with pytest's ``--hypothesis-profile``:
 None has a deadline: the first call of a torch operator takes longer than the next thousand.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import few_of, runs_few
 from hosts import Hosts
 from hypothesis import Phase, settings
 from ranks import Ranks
 
-settings.register_profile("quick", max_examples=9, stateful_step_count=25, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=50, stateful_step_count=40, deadline=None, derandomize=True)
+settings.register_profile("quick", max_examples=7, stateful_step_count=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, stateful_step_count=50, deadline=None, print_blob=True)
 settings.register_profile("mutants", settings.get_profile("quick"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("quick")
@@ -44,10 +47,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     takes several hundred megabytes: hence a limit.
     """
     option = config.option
+    profile = config.getoption("--hypothesis-profile", None)
     told = getattr(option, "numprocesses", 0) is not None or option.tx or hasattr(config, "workerinput")
     # A debugger, ``-s`` and mutmut need the one process, and pytest-cov has prepared for it by now.
     needs_one = option.usepdb or option.capture == "no" or getattr(option, "cov_source", None)
-    if told or needs_one or config.getoption("--hypothesis-profile", None) == "mutants":
+    if told or needs_one or profile == "mutants":
         return
     if any(map(os.path.isdir, config.args)):
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
@@ -59,18 +63,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Hosts(page, write=config.getoption("--write-page")))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name == "distributed.md" and torch.__version__ < (2, 7):
             item.add_marker(pytest.mark.skip("fully_shard of torch 2.6 does not run on CPUs"))
+    if runs_few(config):
+        few = few_of([item for item in items if not item.get_closest_marker("slow")])
+        config.hook.pytest_deselected(items=[item for item in items if item not in few])
+        items[:] = [item for item in items if item in few]
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests stay alive, and each collection of garbage would go through them.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    few = "few of each test, and none of slow ones; name a folder, a file or a profile to run all"
+    return f"cases: {few if runs_few(config) else 'all'}"
 
 
 # Of session scope, because hypothesis runs a test many times within one function-scoped fixture.
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
+@pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that a test is to run on; skipped where the machine has none of the kind."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    """Each device of this machine that a test is to run on."""
     return torch.device(request.param)
 
 
@@ -94,7 +111,13 @@ def four_ranks() -> Iterator[Ranks]:
         yield started
 
 
-@pytest.fixture(scope="session", params=["two_ranks", "four_ranks"], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param("two_ranks", id="2 ranks"),
+        pytest.param("four_ranks", id="4 ranks", marks=pytest.mark.slow),
+    ],
+)
 def ranks(request: pytest.FixtureRequest) -> Ranks:
     """Two of them, and four."""
     return request.getfixturevalue(request.param)

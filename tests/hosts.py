@@ -17,6 +17,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Generator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +155,7 @@ class Hosts:
             terminalreporter.write("".join(f"{line}\n" for line in self._differences))
 
 
+@cache
 def installed(package: str) -> str:
     """The version of a package, without the build; nothing if there is none."""
     try:

@@ -140,8 +140,12 @@ def ends_of(mesh: DeviceMesh) -> Any:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("count", "replicas", "kind"),
-    [(2, 1, "alone"), (4, 1, "alone"), (4, 2, "replicas"), (4, 2, "fully_shard")],
-    ids=["2 stages", "4 stages", "2 stages of replicas", "2 stages of shards"],
+    [
+        pytest.param(2, 1, "alone", id="2 stages"),
+        pytest.param(4, 1, "alone", id="4 stages", marks=pytest.mark.slow),
+        pytest.param(4, 2, "replicas", id="2 stages of replicas", marks=pytest.mark.slow),
+        pytest.param(4, 2, "fully_shard", id="2 stages of shards", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_train_as_one_process(request: Any, schedule: str, count: int, replicas: int, kind: str) -> None:
     if kind == "replicas" and schedule == "GPipe":
@@ -501,6 +505,7 @@ def waits_for_a_dead_rank() -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_dead_is_an_error_of_torch_on_the_others() -> None:
     died = r"(?s)rank 0: .*in all_gather.*Connection (closed|reset) by peer.*rank 1: the process has died"
     with Ranks(2) as started, pytest.raises(AssertionError, match=died):
@@ -548,6 +553,7 @@ def without_members(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
     return weight.detach(), optimizer.state[weight]["momentum_buffer"], float(norm)
 
 
+@pytest.mark.slow
 def test_ranks_without_members_take_part_in_the_norm_alone(four_ranks: Ranks) -> None:
     shapes = [(3, 2), (3, 5), (3, 1), (3, 2)]
     values = [randn(*shape, seed=number, dtype=torch.float64) for number, shape in enumerate(shapes)]
@@ -635,6 +641,7 @@ def of_shards(placements: Sequence[Any], sizes: Sequence[int], shift: int | None
     return refusal_of(ValueError, TiedOptimizer, SGD([weight], lr=0.1), tie)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("placements", "sizes", "shift", "is_refused"),
     [
@@ -666,6 +673,7 @@ def joined_shards(same: bool) -> str:
     return refusal_of(ValueError, TiedOptimizer, SGD(weights, lr=0.1), tie)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [True, False])
 def test_joined_shards_are_tied_across_stages_where_each_group_is_on_one_rank_of_a_stage(
     four_ranks: Ranks, same: bool

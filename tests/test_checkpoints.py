@@ -214,6 +214,7 @@ def test_a_deepcopy_of_model_and_optimizer_together_is_tied_to_the_copied_model(
     assert torch.equal(bits(model.weight), before)
 
 
+@pytest.mark.slow
 def test_a_pickle_is_read_by_a_process_that_has_never_seen_the_class(compact, tmp_path):
     weight, optimizer = one_tied(AdamW, compact=compact)
     train(optimizer, 2)

@@ -1014,6 +1014,7 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
         export.load(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_file_is_written_without_numpy(tmp_path):
     program = f"""
         import sys, warnings

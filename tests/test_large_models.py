@@ -26,6 +26,7 @@ def losses(*arguments: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_one_process_shards_and_stages_print_the_same_losses() -> None:
     expected = losses(str(PROGRAM))
     assert len(expected) == 10

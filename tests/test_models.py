@@ -63,6 +63,7 @@ def commands(
     return Commands(request.param, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commands", ["small-gpt.md"], indirect=True)
 def test_a_gpt_that_goes_on_in_another_process_has_the_same_bits(commands: Commands) -> None:
     *first, last = commands.commands
@@ -71,6 +72,7 @@ def test_a_gpt_that_goes_on_in_another_process_has_the_same_bits(commands: Comma
     commands.check(*printed, tolerance=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commands", ["compressed-cnn.md"], indirect=True)
 def test_a_compressed_cnn_is_read_without_tieopt(commands: Commands) -> None:
     make, read = commands.commands

@@ -171,6 +171,7 @@ def test_what_users_call_is_what_the_package_shows() -> None:
         tieopt.symmetric  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_package_alone_brings_its_modules_and_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
     (tmp_path / "tieopt").symlink_to(files("tieopt"), target_is_directory=True)
     program = """
@@ -198,6 +199,7 @@ def test_the_library_requires_torch_alone_and_pins_nothing() -> None:
     assert not [name for name in required if re.match(r"[\w.-]+\s*(==|~=|<)", name)]
 
 
+@pytest.mark.slow
 def test_numpy_is_not_needed() -> None:
     program = """
         import sys, warnings

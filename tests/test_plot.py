@@ -359,6 +359,7 @@ def test_long_names_end_as_they_do() -> None:
     assert title == f"{name[:12]}...{name[-21:]}"
 
 
+@pytest.mark.slow
 def test_matplotlib_is_not_needed_until_something_is_drawn() -> None:
     program = """
         import sys

@@ -15,7 +15,7 @@ from checks import randn, same_bits
 from hypothesis import example, given
 from hypothesis import strategies as st
 from ranks import Ranks
-from strategies import seeds
+from strategies import few_examples, seeds
 from test_rounding_at_random import LABELS, distances, expected_distance, rounded_training
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -633,6 +633,7 @@ def ties_of_two(draw):
     return [[(0, upper, 0, scale), (0, upper, 1, scale)]]
 
 
+@few_examples
 @given(
     ties=ties_of_two(),
     trained=st.sampled_from([(True, True), (True, False), (False, True)]),
@@ -679,6 +680,7 @@ def started_from_first(weights: list[Tensor], ties: list[list[tuple]], placement
 MULTIPLES = torch.tensor([1.0, 0.3, 0.0, -2.0, 1.0, 7.0])
 
 
+@few_examples
 @example(ties=[[(0, torch.tensor([0, 0, 1, 1, -1, 1]), 0, MULTIPLES)]], placement=Shard(1))
 @given(ties=ties_of_two(), placement=st.sampled_from([Shard(0), Shard(1), Replicate()]))
 def test_sharded_groups_start_from_their_first_members_as_in_one_process(ranks, ties, placement):
@@ -753,6 +755,7 @@ def trained_on_some(ranks: tuple[int, ...], labels: Tensor, placement, reduction
     return [param.full_tensor().detach() for param in params]
 
 
+@few_examples
 @given(
     data=st.data(),
     placement=st.sampled_from([Shard(0), Shard(1), Replicate()]),
@@ -1171,6 +1174,7 @@ def dying() -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_dead_is_an_error_of_torch_on_the_others():
     died = r"(?s)rank 0: .*in all_to_all_single.*Connection (closed|reset) by peer.*rank 1: the process has died"
     with Ranks(2) as started, pytest.raises(AssertionError, match=died):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from checks import pickled, randn, same_bits, same_tree
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Ranks, refusal_of
-from strategies import seeds
+from strategies import few_examples, seeds
 from test_sharded import INNER, SHARDED, layouts, mesh_of, mesh_on, mlp, share_of, train, whole
 from torch import Tensor
 from torch.distributed import checkpoint
@@ -33,15 +33,6 @@ from tieopt.engine.planning import Peers, plan_together
 from tieopt.ties.slices import FREE, Slices, labels_before, numbered
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def ranks(request: Any) -> Iterator[Ranks]:
-    if request.param == 2:
-        yield request.getfixturevalue("two_ranks")
-        return
-    with Ranks(request.param) as started:
-        yield started
 
 
 def sharded_as(labels: Tensor, param: DTensor, dim: int = 0) -> DTensor:
@@ -147,6 +138,7 @@ def trained_both_ways(course: Course) -> tuple[list[Any], list[Any]]:
     return trained(course, shards_labels=True), trained(course, shards_labels=False)
 
 
+@few_examples
 @given(data=st.data())
 def test_sharded_labels_tie_as_whole_ones_bit_for_bit_on_all_ranks(ranks: Ranks, data: Any) -> None:
     course = data.draw(courses(ranks.count))

@@ -200,7 +200,7 @@ def trained(clipped: bool) -> dict[str, Tensor]:
 @needs_gloo
 @pytest.mark.host("FSDP2", "`split_shared_`: modules that share a Parameter, in units of their own")
 @pytest.mark.parametrize("clipped", [False, True])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_modules_train_as_the_shared_parameters(
     request: pytest.FixtureRequest, count: int, clipped: bool
 ) -> None:

@@ -468,6 +468,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True)  # noqa: S603
 
 
+@pytest.mark.slow
 def test_what_needs_no_hypothesis_works_without_it():
     done = run(
         "from tieopt.testing import assert_equivalent, assert_tied;"
@@ -479,6 +480,7 @@ def test_what_needs_no_hypothesis_works_without_it():
     assert done.stdout.split() == ["equivalent"], done.stderr
 
 
+@pytest.mark.slow
 def test_without_hypothesis_a_strategy_says_that_it_needs_it():
     done = run("""
 import tieopt.testing as t

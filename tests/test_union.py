@@ -168,7 +168,7 @@ def test_an_entry_that_is_pinned_wherever_it_is_tied_stays_pinned() -> None:
 
 
 def test_a_long_chain_and_many_entries_are_united() -> None:
-    count = 2**18
+    count = 2**16
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     weight = Parameter(torch.zeros(count))
     links = torch.empty(2, count, dtype=torch.int64)
