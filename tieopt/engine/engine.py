@@ -354,12 +354,17 @@ def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
     double = tensor.dtype.to_real() == wide_dtype(tensor.device)
     if spans_ranks([tensor], tie) or double or not 0 < tensor.numel() <= _SMALL or not tensor.is_contiguous():
         return ()
-    labels, scales = tie.slices[0].labels, tie.slices[0].scales.abs()
-    # Multiples that are rounded have a run take another way, and all groups in it; so have offsets.
-    if not tie.is_of_rows or not bool(((scales == 0) | (scales == 1)).all()):
+    if not tie.is_of_rows:
         return ()
-    sizes = torch.bincount(labels[(labels != FREE) & (scales == 1)])
-    several = torch.unique(sizes[sizes > 1])
-    size = int(several[0]) if len(several) == 1 else 0
+    labels, scale = tie.slices[0].labels, tie.slices[0].scale
+    is_trained = labels != FREE
+    if scale is not None:
+        # Multiples that are rounded have a run take another way, and all groups in it; so have offsets.
+        if not bool(((scale == 0) | (scale.abs() == 1)).all()):
+            return ()
+        is_trained &= scale != 0
+    sizes = torch.bincount(labels[is_trained])
+    several = sizes[sizes > 1]
+    size = int(several[0]) if len(several) and bool((several == several[0]).all()) else 0
     kind = size, tie.is_linear, tensor.shape[1:], tensor.dtype, tensor.device
     return kind if size or tensor.numel() < EVEN_ENTRIES else ()

@@ -17,7 +17,7 @@ from tieopt.errors import refusal
 from tieopt.export.tensor_file import checked_dense, plain
 from tieopt.tensors import bits, in_front
 from tieopt.ties.part import Groups, SupportsArray, slices_for
-from tieopt.ties.slices import FREE, Slices, are_scaled, numbered
+from tieopt.ties.slices import FREE, Slices, are_scaled, flat_labels, flat_scales, numbered
 
 # The entries of a tensor, or the indices, that are processed at a time; a multiple of 8.
 _CHUNK = 2**16
@@ -86,8 +86,7 @@ def codebook_of(
     Raises:
         ValueError: members with the same group and scale are not equal bit for bit.
     """
-    labels = torch.cat([labelled.labels.flatten() for labelled in slices])
-    scales = torch.cat([labelled.scales.flatten() for labelled in slices])
+    labels, scales = flat_labels(slices), flat_scales(slices)
     pairs = labels
     if are_scaled(slices):
         multiples, which = torch.unique(scales, return_inverse=True)

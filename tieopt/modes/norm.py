@@ -22,7 +22,7 @@ from tieopt.numbers.reduction import Operation, project_
 from tieopt.tensors import column, local, sharding_of
 from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, ParamGroups
-from tieopt.ties.slices import FREE, firsts_of, flat_labels, numbered
+from tieopt.ties.slices import FREE, firsts_of, flat_labels, flat_scales, numbered
 
 _PROJECT = Operation(project_)
 
@@ -133,7 +133,7 @@ def _weights(tie: BoundTie, reduction: Reduction, across: tuple[Tensor, Tensor] 
         across: for each group whether a lower rank counts it, and how many members it has on all ranks.
     """
     slices = numbered([part._replace(sharding=None) for part in tie.slices])
-    labels, scales = flat_labels(slices), torch.cat([part.scales.flatten() for part in tie.slices])
+    labels, scales = flat_labels(slices), flat_scales(slices)
     weights, zeros = (labels == FREE).double(), scales.new_zeros(len(labels))
     members = ((labels != FREE) & (scales != 0)).nonzero().squeeze(1)
     groups, sizes = labels[members], scales[members].abs()

@@ -13,7 +13,7 @@ from tieopt.modes.mode import Mode
 from tieopt.modes.state import states_of
 from tieopt.ties.options import Options
 from tieopt.ties.places import all_places, name_of
-from tieopt.ties.slices import FREE, Slices, Totals, counted, groups_of_members
+from tieopt.ties.slices import FREE, Slices, Totals, counted, flat_labels, flat_scales, groups_of_members
 
 
 class SummaryRow(NamedTuple):
@@ -143,8 +143,7 @@ def _counts(slices: Sequence[Slices], totals: Totals | None) -> tuple[int, int, 
     """
     if totals is not None:
         return totals.slices, totals.groups, totals.members, totals.free, totals.groups + totals.free
-    labels = torch.cat([labelled.labels.flatten() for labelled in slices])
-    scales = torch.cat([labelled.scales.flatten() for labelled in slices])
+    labels, scales = flat_labels(slices), flat_scales(slices)
     members, trained = labels[labels != FREE], labels[(labels != FREE) & (scales != 0)]
     free = len(labels) - len(members)
     return len(labels), len(torch.unique(members)), len(members), free, len(torch.unique(trained)) + free

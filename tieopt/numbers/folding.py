@@ -154,7 +154,10 @@ class Folding:
             labelled.positions(steps).flatten()
             for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
         ]
-        kept = tuple(compressed(rows[result.kept]).to(device) for rows, result in zip(positions, compact, strict=True))
+        kept = tuple(
+            compressed(rows.index_select(0, result.kept)).to(device)
+            for rows, result in zip(positions, compact, strict=True)
+        )
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),

@@ -19,7 +19,7 @@ from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
 from tieopt.ties.offsets import Offset
-from tieopt.ties.slices import FREE, Slices, are_scaled, firsts_of, narrow
+from tieopt.ties.slices import FREE, Slices, are_scaled, firsts_of, flat_labels, flat_scales, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES = 2**19
@@ -397,18 +397,25 @@ def numbered_members(
     slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
 ) -> tuple[Members, Members]:
     """Return what :func:`sorted_members` does before members are sorted by group; the first of each group leads it."""
-    columns = []
-    for number, labelled in enumerate(slices):
-        group = labelled.labels.flatten()
-        position = (
-            torch.arange(len(group), device="cpu") if steps is None else labelled.positions(steps[number]).flatten()
-        )
-        tensor = torch.tensor(number, device="cpu").expand(len(group))
-        columns.append(Members(tensor, position, group, labelled.scales.flatten()))
-    members = columns[0] if len(columns) == 1 else Members(*map(torch.cat, zip(*columns, strict=True)))
+    positions = [
+        torch.arange(labelled.labels.numel(), device="cpu")
+        if steps is None
+        else labelled.positions(steps[number]).flatten()
+        for number, labelled in enumerate(slices)
+    ]
+    group, is_scaled = flat_labels(slices), are_scaled(slices)
+    # One number each, as long as it is the same everywhere.
+    tensor = torch.zeros((), dtype=torch.int64, device="cpu").expand(len(group))
+    scale = torch.ones((), dtype=torch.float64, device="cpu").expand(len(group))
+    if len(slices) > 1:
+        counts = torch.tensor([len(own) for own in positions], device="cpu")
+        tensor = torch.arange(len(slices), device="cpu").repeat_interleave(counts)
+    if is_scaled:
+        scale = flat_scales(slices)
+    members = Members(tensor, positions[0] if len(slices) == 1 else torch.cat(positions), group, scale)
     is_labelled = members.group != FREE
     members = members.where(is_labelled)
-    pinned, is_scaled = members.at(slice(0)), are_scaled(slices)
+    pinned = members.at(slice(0))
     is_trained = members.scale != 0 if is_scaled else None
     if is_trained is not None:
         pinned, members = members.where(~is_trained), members.where(is_trained)

@@ -206,6 +206,12 @@ def flat_labels(slices: Sequence[Slices]) -> Tensor:
     return labels[0] if len(labels) == 1 else torch.cat(labels)
 
 
+def flat_scales(slices: Sequence[Slices]) -> Tensor:
+    """Return the scales of all slices, tensor by tensor; not to be written to."""
+    scales = [part.scales.flatten() for part in slices]
+    return scales[0] if len(scales) == 1 else torch.cat(scales)
+
+
 def with_labels(slices: Sequence[Slices], labels: Iterable[Tensor]) -> tuple[Slices, ...]:
     """Return slices with other labels, given in any shape."""
     return tuple(part._replace(labels=new.view(part.labels.shape)) for part, new in zip(slices, labels, strict=True))
@@ -219,6 +225,9 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     """
     flat = flat_labels(slices)
     if not len(flat) or any(part.sharding is not None for part in slices):
+        return tuple(slices)
+    # Most labels that are written by hand are numbered so.
+    if int(flat[0]) <= 0 and bool((flat.cummax(0).values.diff() <= 1).all()):
         return tuple(slices)
     # Free slices are group 0 here.
     if int(flat.max()) < 4 * len(flat):
@@ -329,8 +338,7 @@ def fingerprint(
         shapes: of the parameters.
         across: as for :class:`Partition`.
     """
-    flat = flat_labels(slices)
-    scale = torch.cat([part.scales.flatten() for part in slices])
+    flat, scale = flat_labels(slices), flat_scales(slices)
     tied, pinned = (flat != FREE) & (scale != 0), (flat != FREE) & (scale == 0)
     _, number, sizes = torch.unique(torch.where(tied, flat, FREE), return_inverse=True, return_counts=True)
     kept = tied & ((sizes[number] > 1) | (scale.abs() != 1) | (across is not None))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tieopt.errors import refusal, shown_list
-from tieopt.ties.slices import FREE, Slices, flat_labels, numbered, of_one_kind
+from tieopt.ties.slices import FREE, Slices, flat_labels, flat_scales, numbered, of_one_kind
 
 # A tie: the parameters that it joins, and their slices.
 Joined = Sequence[tuple[Tensor, Slices]]
@@ -36,6 +36,8 @@ def shared_entries(several: Sequence[Slices], shape: Sequence[int]) -> Iterator[
         several: the labellings.
         shape: of the tensor.
     """
+    if len(several) == 1:
+        return
     compared = several[0].labels.shape if are_alike(several) else shape
     owner = torch.full(compared, FREE, dtype=torch.int32, device="cpu")
     for number, slices in enumerate(several):
@@ -94,8 +96,8 @@ def _union(ties: Sequence[Joined], texts: Sequence[str]) -> Joined:
         params, slices_of = zip(*tie, strict=True)
         keyed.append(list(zip(params, numbered(slices_of), strict=True)))
     parts = of_one_kind(keyed, lambda param: param.shape)
-    value = flat_labels([slices for _, slices in parts])
-    scale = torch.cat([slices.scales.flatten() for _, slices in parts])
+    keyed_slices = [slices for _, slices in parts]
+    value, scale = flat_labels(keyed_slices), flat_scales(keyed_slices)
     # The nodes are all shared values, and then the slices of one parameter after the other.
     starts, end, nodes = {}, 1 + int(value.max()), []
     for param, slices in parts:
