@@ -28,6 +28,7 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 from tieopt import Tie, TiedOptimizer, tie_
+from tieopt.ties.slices import FREE, Slices, numbered
 
 
 @given(st.data())
@@ -170,3 +171,13 @@ def test_training_on_permuted_rows_gives_the_permuted_weights(
             optimizer.step()
         assert all_tied(permuted, names[order])
         torch.testing.assert_close(permuted.detach(), plain.detach()[order], rtol=1e-12, atol=1e-12)
+
+
+@given(st.lists(st.lists(st.sampled_from([-1, 0, 1, 2, 3, 4, 2**62, 2**63 - 1])), min_size=1, max_size=3))
+def test_groups_are_numbered_in_the_order_of_their_first_members(labels: list[list[int]]) -> None:
+    numbers: dict[int, int] = {}
+    for own, part in zip(
+        labels, numbered([Slices(torch.tensor(own, dtype=torch.int64)) for own in labels]), strict=True
+    ):
+        expected = [FREE if label == FREE else numbers.setdefault(label, len(numbers)) for label in own]
+        assert part.labels.tolist() == expected

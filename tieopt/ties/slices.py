@@ -226,11 +226,12 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     flat = flat_labels(slices)
     if not len(flat) or any(part.sharding is not None for part in slices):
         return tuple(slices)
+    largest = int(flat.max())
     # Most labels that are written by hand are numbered so.
-    if int(flat[0]) <= 0 and bool((flat.cummax(0).values.diff() <= 1).all()):
+    if largest < len(flat) and int(flat[0]) <= 0 and bool((flat.cummax(0).values.diff() <= 1).all()):
         return tuple(slices)
     # Free slices are group 0 here.
-    if int(flat.max()) < 4 * len(flat):
+    if largest < 4 * len(flat):
         names = flat + 1
     else:
         names = torch.unique(flat, return_inverse=True)[1] + int(flat.min() != FREE)
