@@ -28,8 +28,8 @@ ALL = (*REAL, *COMPLEX, *TINY)
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# For properties that are tested once for each optimizer: all of its cases together still draw many examples, and no two
-# cases draw the same ones. Also for properties of which one example takes several ranks seconds.
+# For properties that are tested once for each optimizer, or in many other cases, which together still draw many
+# examples, and no two of them the same ones. Also for properties of which one example takes a second.
 few_examples = settings(max_examples=max(3, settings().max_examples // 4))
 
 seeds = st.integers(0, 2**32 - 1)

@@ -6,6 +6,7 @@ import torch
 from checks import FREE, GROUPS, REDUCTIONS, SHAPE, bits, mean_gradient, parameter, randn, sum_gradient, tied_bitwise
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few_examples
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.optim import SGD, Adam
 
@@ -40,6 +41,7 @@ def test_the_gradient_of_the_projection_is_right(labels, seed, dtype):
     assert gradcheck(lambda tensor: projected([tensor], lambda _: index)[0], [tensor])
 
 
+@few_examples
 @given(labels=some_labels, seed=seeds, dtype=st.sampled_from([DOUBLE, torch.complex128]))
 def test_the_second_gradient_of_the_projection_is_right(labels, seed, dtype):
     index = index_of(labels)
@@ -49,6 +51,7 @@ def test_the_second_gradient_of_the_projection_is_right(labels, seed, dtype):
     assert gradgradcheck(lambda tensor: projected([tensor], lambda _: index)[0].square(), [tensor])
 
 
+@few_examples
 @given(labels=some_labels, seed=seeds)
 def test_the_gradient_of_the_sum_is_right(labels, seed):
     index = index_of(labels)

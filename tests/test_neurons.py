@@ -11,7 +11,7 @@ from checks import randn, same_tree
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import members_of, same_bits
-from strategies import ENTRYWISE, labels, normal, recipes_for, reductions, seeds, spelled
+from strategies import ENTRYWISE, few_examples, labels, normal, recipes_for, reductions, seeds, spelled
 from test_bad_input import assert_clear
 from torch import Tensor, nn
 
@@ -79,6 +79,7 @@ def _readers(following: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("kind", LAYERS)
+@few_examples
 @given(data=st.data(), reduction=reductions)
 def test_tied_units_compute_the_same_to_the_last_bit_and_are_read_equally(
     kind: str, bias: bool, data: st.DataObject, reduction: str
