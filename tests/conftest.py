@@ -47,11 +47,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     takes several hundred megabytes: hence a limit.
     """
     option = config.option
-    profile = config.getoption("--hypothesis-profile", None)
     told = getattr(option, "numprocesses", 0) is not None or option.tx or hasattr(config, "workerinput")
     # A debugger, ``-s`` and mutmut need the one process, and pytest-cov has prepared for it by now.
     needs_one = option.usepdb or option.capture == "no" or getattr(option, "cov_source", None)
-    if told or needs_one or profile == "mutants":
+    if told or needs_one or config.getoption("--hypothesis-profile", None) == "mutants":
         return
     if any(map(os.path.isdir, config.args)):
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8

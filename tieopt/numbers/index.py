@@ -19,7 +19,7 @@ from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
 from tieopt.ties.offsets import Offset
-from tieopt.ties.slices import FREE, Slices, are_scaled, firsts_of, flat_labels, flat_scales, narrow
+from tieopt.ties.slices import FREE, Slices, are_scaled, concatenated, firsts_of, flat_labels, flat_scales, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES = 2**19
@@ -412,7 +412,7 @@ def numbered_members(
         tensor = torch.arange(len(slices), device="cpu").repeat_interleave(counts)
     if is_scaled:
         scale = flat_scales(slices)
-    members = Members(tensor, positions[0] if len(slices) == 1 else torch.cat(positions), group, scale)
+    members = Members(tensor, concatenated(positions), group, scale)
     is_labelled = members.group != FREE
     members = members.where(is_labelled)
     pinned = members.at(slice(0))

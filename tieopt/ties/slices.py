@@ -202,14 +202,17 @@ def are_scaled(slices: Iterable[Slices]) -> bool:
 
 def flat_labels(slices: Sequence[Slices]) -> Tensor:
     """Return the labels of all slices, tensor by tensor."""
-    labels = [part.labels.flatten() for part in slices]
-    return labels[0] if len(labels) == 1 else torch.cat(labels)
+    return concatenated([part.labels.flatten() for part in slices])
 
 
 def flat_scales(slices: Sequence[Slices]) -> Tensor:
     """Return the scales of all slices, tensor by tensor; not to be written to."""
-    scales = [part.scales.flatten() for part in slices]
-    return scales[0] if len(scales) == 1 else torch.cat(scales)
+    return concatenated([part.scales.flatten() for part in slices])
+
+
+def concatenated(vectors: list[Tensor]) -> Tensor:
+    """Return vectors as one; a single one as it is, because it may be long."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 def with_labels(slices: Sequence[Slices], labels: Iterable[Tensor]) -> tuple[Slices, ...]:
