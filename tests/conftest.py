@@ -23,7 +23,7 @@ from hypothesis import Phase, settings
 from ranks import Ranks
 
 settings.register_profile("quick", max_examples=7, stateful_step_count=25, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=20, stateful_step_count=40, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, stateful_step_count=50, deadline=None, print_blob=True)
 settings.register_profile("mutants", settings.get_profile("quick"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("quick")
