@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tieopt.numbers import devices
-from tieopt.numbers.index import Index, Run, memory_order, sorted_members
+from tieopt.numbers.index import Index, Run, members_of, memory_order
 from tieopt.numbers.reduction import (
     ValuesOf,
     Workspace,
@@ -61,7 +61,7 @@ class Exchange:
     ) -> None:
         index = Index.compile(slices, shards, singles=True)
         device = index.layout.device
-        leads = sorted_members(slices, singles=True)[0].leads
+        leads = members_of(slices, singles=True)[0].leads
         before = torch.tensor([0, *accumulate(part.labels.numel() for part in slices)], device="cpu")
         rows = flat_labels(slices)[before[leads.tensor] + leads.position]
         sizes = [len(run.norms) for run in index.runs]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Run, Views, compressed, consecutive, numbered_members, rows_of
+from tieopt.numbers.index import Index, Run, Views, compressed, consecutive, members_of, rows_of
 from tieopt.numbers.reduction import (
     Workspace,
     group_means,
@@ -29,7 +29,7 @@ from tieopt.numbers.reduction import (
 from tieopt.numbers.rounding import rounded, signed_
 from tieopt.tensors import bits, column, in_front, movable, real, wide_dtype
 from tieopt.ties.options import Reduction
-from tieopt.ties.slices import FREE, Slices, are_scaled, firsts_of, narrow
+from tieopt.ties.slices import FREE, Slices, are_scaled, narrow
 
 
 class CompactRows(NamedTuple):
@@ -59,11 +59,11 @@ def compact_rows_of(slices: Sequence[Slices], ties: Sequence[int] = ()) -> tuple
         ties: how many of the tensors are of one tie, and then of the next one, through whose compact tensors alone rows
             are counted then.
     """
-    members, pinned = numbered_members(slices)
+    members, pinned = members_of(slices)
     sizes = [labelled.labels.numel() for labelled in slices]
     ends = torch.tensor(sizes, device="cpu").cumsum(0)
     count, starts = sum(sizes), [0, *ends.tolist()[:-1]]
-    firsts = firsts_of(members.group, 1 + int(members.group.max())) if len(members.group) else members.group
+    firsts = members.firsts
     numbers, zeros = members.position, pinned.position
     if len(slices) > 1:
         # Slices are counted through all tensors.

@@ -57,10 +57,23 @@ class Members(NamedTuple):
     scale: Tensor
 
     @property
+    def by_group(self) -> Members:
+        """The same members sorted by group, those of a group in their order."""
+        # Twice as fast as int64.
+        group, order = narrow(self.group).sort(stable=True)
+        return Members(
+            _at(self.tensor, order), self.position.index_select(0, order), group.long(), _at(self.scale, order)
+        )
+
+    @property
+    def firsts(self) -> Tensor:
+        """Which member is the first of each group, of groups that are numbered from 0 on."""
+        return firsts_of(self.group, 1 + int(self.group.max()) if len(self.group) else 0)
+
+    @property
     def leads(self) -> Members:
-        """The first member of each group, of members that are sorted by group."""
-        sizes = torch.bincount(self.group)
-        return self.at(sizes.cumsum(0) - sizes)
+        """The first member of each group."""
+        return self.at(self.firsts)
 
     def at(self, chosen: Tensor | slice) -> Members:
         """Return some of them: a slice, or numbers."""
@@ -240,7 +253,7 @@ class Index:
             linear: whether offsets do not count.
         """
         layout = Layout.of(slices, tensors)
-        members, pinned = sorted_members(slices, layout.steps, singles=singles)
+        members, pinned = members_of(slices, layout.steps, singles=singles)
         offsets = None if linear or not layout.memory else _Offsets(slices, tensors, layout.steps)
         runs = _runs(members, slices[0].slice_shape(tensors[0].shape).numel(), layout, offsets, even=even)
         pinned_at = () if offsets is None else offsets.stored_at(pinned)
@@ -372,31 +385,20 @@ def memory_order(rows: Tensor) -> list[int]:
     return sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
 
 
-def sorted_members(
+def members_of(
     slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
 ) -> tuple[Members, Members]:
-    """Return the members of groups, sorted by group, each group's lead first; and the pinned members. On the CPU.
+    """Return the members of groups, the first of each leading its group, and the pinned members. On the CPU.
 
     This decides which slice is what multiple of which shared value, for all who ask. Groups are numbered by their
     size, so that groups of one size can be reduced as a matrix, then by the tensor that their lead is in, then by
-    their first members.
+    their first members. Members are in the order of their slices, as long as these lead their groups in it.
 
     Args:
         slices: of each tensor.
         steps: with which the slices of each tensor are counted; None to count them in the order of their labels.
         singles: whether groups of one member are groups, and not free slices.
     """
-    members, pinned = numbered_members(slices, steps, singles=singles)
-    # Twice as fast as int64.
-    group, order = narrow(members.group).sort(stable=True)
-    tensor, position, _, scale = members
-    return Members(_at(tensor, order), position.index_select(0, order), group.long(), _at(scale, order)), pinned
-
-
-def numbered_members(
-    slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
-) -> tuple[Members, Members]:
-    """Return what :func:`sorted_members` does before members are sorted by group; the first of each group leads it."""
     positions = [
         torch.arange(labelled.labels.numel(), device="cpu")
         if steps is None
@@ -524,21 +526,22 @@ def offsets_of(members: Members, offsets: Sequence[Offset]) -> Tensor:
 def _runs(
     members: Members, slice_entries: int, layout: Layout, offsets: _Offsets | None = None, *, even: bool = True
 ) -> Iterator[Run]:
-    """Cut members that are sorted by group into runs of about as many as are gathered at once."""
+    """Cut the members of groups into runs of about as many as are gathered at once."""
     sizes = torch.bincount(members.group)
     if not len(sizes):
         return
     capacity = capacity_for(layout.device, slice_entries, int(sizes.max()))
     if are_one_run(len(sizes), slice_entries, layout):
-        in_order = narrow(members.tensor * (int(members.position.max()) + 1) + members.position).argsort()
-        yield _run(members, in_order, 0, capacity, layout, offsets)
+        yield _run(members, _memory_order(members, layout), 0, capacity, layout, offsets)
         return
+    members = members.by_group
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
         while first < last:
             fitting = torch.searchsorted(starts[: last + 1], starts[first] + capacity, right=True)
             end = max(int(fitting) - 1, first + 1)
             run = members.at(slice(int(starts[first]), int(starts[end])))
+            run = run._replace(group=run.group - first)
             yield _run(run, None if size else _by_tensor(run, layout), size, capacity, layout, offsets)
             first = end
 
@@ -607,17 +610,17 @@ def _run(
     """Compile groups.
 
     Args:
-        members: sorted by group, each group's lead first.
-        order: in which they are gathered, tensor by tensor; None if as they are sorted.
-        size: of all groups, if members are gathered as they are sorted; else 0.
+        members: of groups that are numbered from 0 on, each group's lead first.
+        order: in which they are gathered, tensor by tensor; None if as they are.
+        size: of all groups, if members are sorted by group and gathered so; else 0.
         capacity: how many are gathered at once.
         layout: of the tensors.
         offsets: of the tensors; None if they do not count.
     """
     device, scale = layout.device, members.scale
     own_offsets = None if offsets is None else offsets.at(members)
-    members = members._replace(group=members.group - members.group[0])
-    leads = members.at(slice(None, None, size)) if size else members.leads
+    firsts = slice(None, None, size) if size else members.firsts
+    leads = members.at(firsts)
     if bool((scale == 1).all()):
         sizes = torch.bincount(members.group) if not size else leads.group.new_full(leads.group.shape, size)
         norms = counts = sizes.double()
@@ -629,8 +632,7 @@ def _run(
         signed, bound = bool((multiples.abs() == 1).all()), float(bounds.max())
     lead_offsets = shifts = None
     if own_offsets is not None and bool(own_offsets.any()):
-        starts = torch.nn.functional.pad(torch.bincount(members.group).cumsum(0), (1, 0))[:-1]
-        lead_offsets = own_offsets[starts]
+        lead_offsets = own_offsets[firsts]
         shifts = own_offsets - column(members.scale, own_offsets) * lead_offsets[members.group]
         # To add 0.0 would turn -0.0 into 0.0.
         shifts.masked_fill_(shifts == 0, -0.0)
@@ -672,6 +674,14 @@ def _stored_once(column: Tensor, device: torch.device) -> Tensor:
     """Return a vector on a device, in the wide dtype; what is the same number everywhere as one number, expanded."""
     stored = column[:1].clone() if bool((column == column[0]).all()) else column
     return stored.to(device, wide_dtype(device)).expand(len(column))
+
+
+def _memory_order(members: Members, layout: Layout) -> Tensor | None:
+    """Return the order in which members are in memory, tensor by tensor; None if it is that in which they stand."""
+    places = members.position
+    if len(layout.steps) > 1:
+        places = members.tensor * (int(places.max()) + 1) + places
+    return None if bool((places[1:] > places[:-1]).all()) else narrow(places).argsort()
 
 
 def _by_tensor(members: Members, layout: Layout) -> Tensor | None:

@@ -25,8 +25,8 @@ from tieopt.numbers.index import (
     Run,
     are_one_run,
     capacity_for,
+    members_of,
     norms_of,
-    sorted_members,
     stretches_of,
 )
 from tieopt.numbers.reduction import projected
@@ -86,7 +86,8 @@ class TiedRows:
             compact: the rows of the compact tensor, if gradients are to be those of one.
         """
         wide = wide_dtype(device)
-        members, pinned = sorted_members([slices])
+        members, pinned = members_of([slices])
+        members = members.by_group
         lengths = torch.bincount(members.group)
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         sizes, counts = (column.tolist() for column in torch.unique_consecutive(lengths, return_counts=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tieopt.errors import refusal, shown
-from tieopt.numbers.index import Index, Members, offset_in_memory, offsets_of, sorted_members
+from tieopt.numbers.index import Index, Members, members_of, offset_in_memory, offsets_of
 from tieopt.numbers.reduction import Workspace, lead_
 from tieopt.numbers.rounding import multiplied
 from tieopt.tensors import bits, column, in_front, in_memory, real, wide_dtype
@@ -52,7 +52,7 @@ def start_from_first_(tensors: Sequence[Tensor], index: Index, workspace: Worksp
     """
     slices = [index.slices[number] for number in order]
     fronts = [real(in_front(in_memory(tensors[number]), index.slices[number].dim)) for number in order]
-    members, _ = sorted_members(slices)
+    members, _ = members_of(slices)
     if len(members.group):
         leads, offsets = members.leads, None
         if index.has_offsets:
