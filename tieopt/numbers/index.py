@@ -697,7 +697,7 @@ def compressed(numbers: Tensor) -> Tensor:
 def consecutive(positions: Tensor) -> Tensor | slice:
     """Return positions as a slice, where they follow each other."""
     first, last = int(positions[0]), int(positions[-1])
-    if last - first + 1 == len(positions) and bool((positions.diff() == 1).all()):
+    if last - first + 1 == len(positions) and bool((positions[1:] > positions[:-1]).all()):
         return slice(first, last + 1)
     return positions
 
