@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tieopt.numbers.folding import compact_rows_of
 from tieopt.numbers.index import Index, Run
 from tieopt.numbers.reduction import Workspace, divide_, drift, project_, relax_, tied
 from tieopt.tensors import bits
+from tieopt.ties.part import slices_for
 from tieopt.ties.slices import Slices, numbered
 
 # Values of the modules' constants at which small tensors are cut as large ones are.
@@ -244,7 +246,16 @@ def test_members_that_follow_each_other_have_the_bits_of_those_that_do_not(
 
 
 @pytest.mark.parametrize(
-    ("values", "size", "most"), [({}, 2, 8), ({}, 64, 8), ({}, 10**4, 8), ({"TOTALS": 0}, 2, 8), ({"TOTALS": 0}, 3, 12)]
+    ("values", "size", "most"),
+    [
+        ({}, 2, 8),
+        ({}, 64, 8),
+        ({}, 10**4, 8),
+        ({"TOTALS": 0}, 2, 8),
+        ({"TOTALS": 0}, 3, 12),
+        # The last chunk has few members, and keeps no others.
+        ({"TOTALS": 0, "_CPU_ENTRIES": 10**5 - 100}, 2, 8),
+    ],
 )
 @pytest.mark.parametrize("even", [True, False])
 def test_an_index_of_single_entries_takes_few_bytes(
@@ -256,6 +267,20 @@ def test_an_index_of_single_entries_takes_few_bytes(
     labels = labels[torch.randperm(count, generator=generator(1))]
     index = compiled([labels], [torch.zeros(count, 1)], [None], **values)
     assert _bytes_of(index.runs) <= (most if even else most + 48 / size) * count
+
+
+def test_an_index_keeps_the_offset_of_each_member_and_of_each_group_once() -> None:
+    rows, labels = normal((64, 1024), torch.float32, 0), torch.arange(64) // 8
+    slices = slices_for(rows, labels, 0, None, "rows", normal((64, 1024), torch.float32, 1))
+    index = Index.compile([slices], [rows])
+    assert _bytes_of(index.runs) <= (64 + 8 + 1) * 1024 * 8
+
+
+def test_an_index_of_labels_that_were_made_in_inference_mode_serves_outside_of_it() -> None:
+    with torch.inference_mode():
+        slices = numbered([Slices(torch.tensor([0, 1, 0, 1]))])
+    index = Index.compile(slices, [torch.zeros(4)])
+    assert not any(tensor.is_inference() for tensor in _tensors_of(index.runs))
 
 
 def test_what_is_written_row_by_row_is_widened_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,17 +296,16 @@ def test_what_is_written_row_by_row_is_widened_a_part_at_a_time(monkeypatch: pyt
 
 def _bytes_of(kept: object) -> int:
     """How many bytes tensors have in memory, without those of views of others."""
-    storages: dict[int, int] = {}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors_of(kept)}
+    return sum(storage.nbytes() for storage in storages.values())
 
-    def add(part: object) -> None:
-        if isinstance(part, Tensor):
-            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        elif isinstance(part, tuple):
-            for field in part:
-                add(field)
 
-    add(kept)
-    return sum(storages.values())
+def _tensors_of(kept: object) -> Iterator[Tensor]:
+    """The tensors in tuples of tuples."""
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, tuple):
+        yield from chain.from_iterable(map(_tensors_of, kept))
 
 
 def test_a_million_groups_are_tied() -> None:

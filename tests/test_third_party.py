@@ -161,7 +161,7 @@ BUILDERS: dict[str, Callable[[Any, list[Parameter]], Any]] = {
         params, block_size=128, start_preconditioning_step=2, preconditioning_compute_steps=2
     ),
     "pytorch_optimizer-SophiaH": lambda make, params: make(params, update_period=2),
-    # It solves an equation to 1e-8, if that takes 100 products of matrices.
+    # It solves an equation to 1e-8, even if that takes hundreds of products of matrices.
     "pytorch_optimizer-SpectralSphere": lambda make, params: make(params, solver_max_iterations=5),
     "pytorch_optimizer-StableSPAM": lambda make, params: make(params, update_proj_gap=3),
     "pytorch_optimizer-BSAM": lambda make, params: make(params, num_data=8),

@@ -67,7 +67,7 @@ class Members(NamedTuple):
 
     @property
     def firsts(self) -> Tensor:
-        """Which member is the first of each group, of groups that are numbered from 0 on."""
+        """Which member is the first of each group, of groups that are numbered from 0 on without gaps."""
         return firsts_of(self.group, 1 + int(self.group.max()) if len(self.group) else 0)
 
     @property
@@ -211,7 +211,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The members of every group of one or several tensors, sorted by group and cut into runs.
+    """The members of every group of one or several tensors, cut into runs of consecutive groups.
 
     Groups of one member are left out, as a rule: they are their own mean. Members whose scale is zero are
     *pinned*: they are zero, and belong to no sum.
@@ -388,11 +388,12 @@ def memory_order(rows: Tensor) -> list[int]:
 def members_of(
     slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
 ) -> tuple[Members, Members]:
-    """Return the members of groups, the first of each leading its group, and the pinned members. On the CPU.
+    """Return the members of groups, each group's lead before its other members, and the pinned members. On the CPU.
 
     This decides which slice is what multiple of which shared value, for all who ask. Groups are numbered by their
     size, so that groups of one size can be reduced as a matrix, then by the tensor that their lead is in, then by
-    their first members. Members are in the order of their slices, as long as these lead their groups in it.
+    their first members. Those of a group need not stand together: members are in the order of their slices, unless
+    a scale is neither 1 nor -1, or an offset has precedences.
 
     Args:
         slices: of each tensor.
@@ -532,7 +533,7 @@ def _runs(
         return
     capacity = capacity_for(layout.device, slice_entries, int(sizes.max()))
     if are_one_run(len(sizes), slice_entries, layout):
-        yield _run(members, _memory_order(members, layout), 0, capacity, layout, offsets)
+        yield _run(members, _by_memory(members, layout), 0, capacity, layout, offsets)
         return
     members = members.by_group
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
@@ -632,7 +633,8 @@ def _run(
         signed, bound = bool((multiples.abs() == 1).all()), float(bounds.max())
     lead_offsets = shifts = None
     if own_offsets is not None and bool(own_offsets.any()):
-        lead_offsets = own_offsets[firsts]
+        # A copy, which does not keep those of all members in memory.
+        lead_offsets = own_offsets[firsts].clone()
         shifts = own_offsets - column(members.scale, own_offsets) * lead_offsets[members.group]
         # To add 0.0 would turn -0.0 into 0.0.
         shifts.masked_fill_(shifts == 0, -0.0)
@@ -676,8 +678,8 @@ def _stored_once(column: Tensor, device: torch.device) -> Tensor:
     return stored.to(device, wide_dtype(device)).expand(len(column))
 
 
-def _memory_order(members: Members, layout: Layout) -> Tensor | None:
-    """Return the order in which members are in memory, tensor by tensor; None if it is that in which they stand."""
+def _by_memory(members: Members, layout: Layout) -> Tensor | None:
+    """Return the order in which members are in memory, tensor by tensor; None if they stand in it."""
     places = members.position
     if len(layout.steps) > 1:
         places = members.tensor * (int(places.max()) + 1) + places
@@ -690,8 +692,11 @@ def _by_tensor(members: Members, layout: Layout) -> Tensor | None:
 
 
 def compressed(numbers: Tensor) -> Tensor:
-    """Return numbers of rows or groups as an index keeps them: many of them in int32."""
-    return narrow(numbers) if len(numbers) >= _MANY else numbers
+    """Return numbers of rows or groups as an index keeps them: a copy, many of them in int32.
+
+    What is given may be a part of millions, or labels that were made in inference mode.
+    """
+    return narrow(numbers) if len(numbers) >= _MANY else numbers.clone()
 
 
 def consecutive(positions: Tensor) -> Tensor | slice:
