@@ -4,7 +4,7 @@ The profile is chosen with pytest's ``--hypothesis-profile``:
 
 - ``quick``, the default: a few examples, the same ones on every run; if nothing says what to run, also few cases of
   each test, and no test that is marked as slow;
-- ``thorough``, for continuous integration: many more, the same ones on every run, too;
+- ``thorough``, for continuous integration: more, the same ones on every run, too;
 - ``nightly``: a thousand, new ones on every run, and a failure prints the line that reproduces it;
 - ``mutants``, for mutation testing: as quick, and a failure is not made smaller, because nobody reads it.
 

@@ -67,7 +67,7 @@ class Members(NamedTuple):
 
     @property
     def firsts(self) -> Tensor:
-        """Which member is the first of each group, of groups that are numbered from 0 on without gaps."""
+        """Which member is the first of each group; see :func:`~tieopt.ties.slices.firsts_of`."""
         return firsts_of(self.group, 1 + int(self.group.max()) if len(self.group) else 0)
 
     @property
@@ -440,7 +440,7 @@ def members_of(
     order = is_group.nonzero().squeeze(1)
     keys = sizes.index_select(0, order)
     if len(slices) > 1:
-        keys = keys * len(slices) + members.tensor[firsts_of(members.group, len(sizes))[order]]
+        keys = keys * len(slices) + members.tensor[members.firsts[order]]
     if bool((keys[1:] < keys[:-1]).any()):
         order = order.index_select(0, narrow(keys).argsort(stable=True))
     elif len(order) == len(sizes):
