@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 import torch
@@ -26,7 +28,19 @@ from tieopt.testing import scales
 from tieopt.ties.offsets import Offset
 from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, Place
-from tieopt.ties.slices import Slices, told_apart
+from tieopt.ties.slices import (
+    FREE,
+    Partition,
+    Slices,
+    all_numbered,
+    are_idle,
+    flat_labels,
+    flat_scales,
+    joined,
+    numbered,
+    sizes_of_groups,
+    told_apart,
+)
 
 Pairs = list[tuple[BoundTie, list[Tensor]]]
 
@@ -226,12 +240,51 @@ def test_several_ties_of_one_parameter_are_merged_as_well(seed: int, reduction: 
     assert same_bits(together, alone)
 
 
-def test_the_groups_of_merged_ties_stay_apart() -> None:
+@st.composite
+def _some_ties(draw: st.DrawFn) -> list[list[Slices]]:
+    """Ties of small and of large labels, too large for those of several ties to be told apart by adding to them."""
+    factor = draw(st.sampled_from([2**61, 1000, 1]))
+
+    def slices() -> Slices:
+        names = torch.tensor(draw(st.lists(st.integers(-1, 3), max_size=8)), dtype=torch.int64)
+        scale = draw(st.sampled_from([None, 1.0, -1.0, 0.0, 2.0]))
+        scales = None if scale is None else torch.full(names.shape, scale, dtype=torch.float64)
+        return Slices(torch.where(names == FREE, FREE, names * factor), scales)
+
+    return [[slices() for _ in range(draw(st.integers(1, 2)))] for _ in range(draw(st.integers(1, 5)))]
+
+
+@given(_some_ties())
+def test_what_is_said_of_many_ties_at_once_is_what_is_said_of_each(ties: list[list[Slices]]) -> None:
+    several = all_numbered(ties)
+    for slices, alone in zip(several, map(numbered, ties), strict=True):
+        assert [part.labels.tolist() for part in slices] == [part.labels.tolist() for part in alone]
+    idle, sizes = [], []
+    for slices in several:
+        labels, scale = flat_labels(slices), flat_scales(slices)
+        members = Counter(labels[labels != FREE].tolist())
+        idle.append({*members.values()} == {1} and bool((scale[labels != FREE].abs() == 1).all()))
+        shared = {size for size in Counter(labels[(labels != FREE) & (scale != 0)].tolist()).values() if size > 1}
+        sizes.append(shared.pop() if len(shared) == 1 else 0)
+    assert are_idle(several) == idle
+    assert sizes_of_groups(several) == sizes
+
+
+@given(_some_ties())
+def test_told_apart_labels_say_the_same_and_no_two_ties_share_one(ties: list[list[Slices]]) -> None:
+    several = all_numbered(ties)
+    apart = told_apart(several)
+    for slices, alone in zip(apart, several, strict=True):
+        assert [part.labels.tolist() for part in numbered(slices)] == [part.labels.tolist() for part in alone]
+    used = [{label for part in slices for label in part.labels.tolist()} - {FREE} for slices in apart]
+    assert sum(map(len, used)) == len(set().union(*used))
+    _, labels = joined([Partition(slices) for slices in several])
+    assert labels is None or torch.equal(labels, flat_labels([*chain.from_iterable(apart)]))
+
+
+def test_labels_that_are_told_apart_are_not_kept() -> None:
     names = [torch.tensor([0, 0, -1]), torch.tensor([1, -1, 1, 0, 0])]
     listed = [_pair(number, one, None, randn(len(one), 2)) for number, one in enumerate(names)]
-    apart = told_apart([tie.slices[0]] for tie, _ in listed)
-    assert [each.labels.tolist() for (each,) in apart] == [[0, 0, -1], [1, -1, 1, 2, 2]]
-    # Of labels that are told apart nothing stays.
     (work,) = Engine()._plan(listed)
     for (tie, _), kept in zip(listed, work.executor.slices, strict=True):
         assert kept.labels is tie.slices[0].labels

@@ -123,7 +123,7 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
 
 def whole_compacts_of(ties: Sequence[Partition]) -> list[tuple[Compact, ...]]:
     """Return what the compact tensors of ties are made of whose tensors are not sharded; of many ties at once."""
-    all_rows, compacts = iter(compact_rows_of(joined(ties), [len(tie.slices) for tie in ties])), []
+    all_rows, compacts = iter(compact_rows_of(*joined(ties), [len(tie.slices) for tie in ties])), []
     for tie in ties:
         rows = list(islice(all_rows, len(tie.slices)))
         is_scaled = are_scaled(tie.slices)

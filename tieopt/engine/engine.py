@@ -21,14 +21,14 @@ from tieopt.engine.compacts import Compact, compacts_of, whole_compacts_of
 from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, on_any_rank, spans_ranks
-from tieopt.numbers.folding import Folding, ViewFolding, compact_rows_of, fold_gradients_
+from tieopt.numbers.folding import Folding, ViewFolding, fold_gradients_
 from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
 from tieopt.numbers.sparse import TiedRows, folded_sparse, projected_sparse
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import gathered, local, shard_of, sharding_of, wide_dtype
 from tieopt.ties.options import Reduction
-from tieopt.ties.slices import FREE, Partition, Totals, joined
+from tieopt.ties.slices import Partition, Totals, joined, sizes_of_groups
 
 P = TypeVar("P", bound=Partition)
 Pairs = Sequence[tuple[P, list[Tensor]]]
@@ -289,8 +289,8 @@ class Engine:
         alike: dict[tuple[Any, ...], list[tuple[Partition, list[Tensor], range]]] = {}
         entries: Counter[tuple[Any, ...]] = Counter()
         count = 0
-        for tie, tensors in pairs:
-            kind = _kind(tie, tensors[0]) if merge else ()
+        kinds = _kinds(pairs) if merge else [()] * len(pairs)
+        for (tie, tensors), kind in zip(pairs, kinds, strict=True):
             entries[kind] += tensors[0].numel()
             key = (*kind, entries[kind] // (TOTALS - _SMALL)) if kind else (count,)
             numbers = range(count, count + len(tensors))
@@ -307,17 +307,13 @@ class Engine:
         """Return what applies operations to ties as one; ``even`` is for several, see :meth:`Index.compile`."""
         if len(ties) == 1:
             return (self._shards_for if spans_ranks(tensors, ties[0]) else self.index_for)(ties[0], tensors)
-        # The labels that are told apart go: of many ties of a large parameter they take much memory.
-        index = Index.compile(joined(ties), tensors, even=even, linear=ties[0].is_linear)
-        return index.keeping([tie.slices[0] for tie in ties])
+        slices, labels = joined(ties)
+        return Index.compile(slices, tensors, labels, even=even, linear=ties[0].is_linear)
 
     def _folding(self, work: Work) -> Folding | ViewFolding:
         index = cast(Index, work.executor)
         if index not in self._foldings:
-            if len(work.ties) == 1:
-                rows = tuple(compact.rows for compact in self.compacts(work.ties[0]))
-            else:
-                rows = compact_rows_of(joined(work.ties))
+            rows = [compact.rows for tie in work.ties for compact in self.compacts(tie)]
             self._foldings[index] = (
                 ViewFolding.compile(index, rows[0]) if isinstance(index, Views) else Folding.compile(index, rows)
             )
@@ -345,26 +341,30 @@ def _once(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> li
     return [results[id(tensor)] for tensor in tensors]
 
 
-def _kind(tie: Partition, tensor: Tensor) -> tuple[Any, ...]:
+def _kinds(pairs: Pairs[Partition]) -> list[tuple[Any, ...]]:
     """Return what ties have in common that can be worked on as one; nothing for a tie that is worked on by itself.
 
     It begins with the size of all groups, 0 if there are several.
     """
+    small = [number for number, (tie, tensors) in enumerate(pairs) if _is_small(tie, tensors)]
+    kinds: list[tuple[Any, ...]] = [()] * len(pairs)
+    if len(small) > 1:
+        sizes = sizes_of_groups([pairs[number][0].slices for number in small])
+        for number, size in zip(small, sizes, strict=True):
+            tie, (tensor,) = pairs[number]
+            if size or tensor.numel() < EVEN_ENTRIES:
+                kinds[number] = size, tie.is_linear, tensor.shape[1:], tensor.dtype, tensor.device
+    return kinds
+
+
+def _is_small(tie: Partition, tensors: Sequence[Tensor]) -> bool:
+    """Return whether a tie can be worked on together with others, as far as that does not depend on its groups."""
+    tensor = tensors[0]
+    if not tie.is_of_rows or not 0 < tensor.numel() <= _SMALL or spans_ranks([tensor], tie):
+        return False
     # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
-    double = tensor.dtype.to_real() == wide_dtype(tensor.device)
-    if spans_ranks([tensor], tie) or double or not 0 < tensor.numel() <= _SMALL or not tensor.is_contiguous():
-        return ()
-    if not tie.is_of_rows:
-        return ()
-    labels, scale = tie.slices[0].labels, tie.slices[0].scale
-    is_trained = labels != FREE
-    if scale is not None:
-        # Multiples that are rounded have a run take another way, and all groups in it; so have offsets.
-        if not bool(((scale == 0) | (scale.abs() == 1)).all()):
-            return ()
-        is_trained &= scale != 0
-    sizes = torch.bincount(labels[is_trained])
-    several = sizes[sizes > 1]
-    size = int(several[0]) if len(several) and bool((several == several[0]).all()) else 0
-    kind = size, tie.is_linear, tensor.shape[1:], tensor.dtype, tensor.device
-    return kind if size or tensor.numel() < EVEN_ENTRIES else ()
+    if not tensor.is_contiguous() or tensor.dtype.to_real() == wide_dtype(tensor.device):
+        return False
+    scale = tie.slices[0].scale
+    # Multiples that are rounded have a run take another way, and all groups in it; so have offsets.
+    return scale is None or bool(((scale == 0) | (scale.abs() == 1)).all())

@@ -202,6 +202,9 @@ class Mode(ABC):
             start: what the shared values start from.
             lost: gets what cannot be converted, which is an error without it.
         """
+        # Other ranks may have a state where this one has none.
+        if not state and self.across is None:
+            return {}
         pairs, settings = self.parameters(optimizer.param_groups), settings_in(optimizer.param_groups)
         pairs = [pair for pair in pairs if not pair[0].options.relaxed]
         # Also that of frozen parameters, which may be trained again.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Run, Views, compressed, consecutive, members_of, rows_of
+from tieopt.numbers.index import Index, Pieces, Run, Views, compressed, consecutive, members_of, rows_of
 from tieopt.numbers.reduction import (
     Workspace,
     group_means,
@@ -43,23 +43,28 @@ class CompactRows(NamedTuple):
         rows: for each slice the row that it is a multiple of, counted through the compact tensors of all tensors; -1
             for a pinned slice; int32, or int64 if there are more, shape ``[labels]``.
         scale: for each slice its multiple of that row, float64, shape ``[labels]``.
+        first: the number of the first row of the compact tensor, counted so.
     """
 
     kept: Tensor
     groups: int
     rows: Tensor
     scale: Tensor
+    first: int
 
 
-def compact_rows_of(slices: Sequence[Slices], ties: Sequence[int] = ()) -> tuple[CompactRows, ...]:
+def compact_rows_of(
+    slices: Sequence[Slices], labels: Tensor | None = None, ties: Sequence[int] = ()
+) -> tuple[CompactRows, ...]:
     """Return the rows of the compact tensors of several tensors; on the CPU.
 
     Args:
         slices: of each tensor. The same label is the same shared value, whichever tensor it is in.
+        labels: as for :func:`~tieopt.numbers.index.members_of`.
         ties: how many of the tensors are of one tie, and then of the next one, through whose compact tensors alone rows
             are counted then.
     """
-    members, pinned = members_of(slices)
+    members, pinned = members_of(slices, labels=labels)
     sizes = [labelled.labels.numel() for labelled in slices]
     ends = torch.tensor(sizes, device="cpu").cumsum(0)
     count, starts = sum(sizes), [0, *ends.tolist()[:-1]]
@@ -81,11 +86,13 @@ def compact_rows_of(slices: Sequence[Slices], ties: Sequence[int] = ()) -> tuple
     rows = torch.full((count,), FREE, dtype=torch.int64, device="cpu")
     rows.index_copy_(0, kept, torch.arange(len(kept), device="cpu"))
     rows.index_copy_(0, numbers, rows.index_select(0, leads).index_select(0, members.group))
+    first_rows = list(accumulate(lengths, initial=0))[:-1]
     if len(ties) > 1:
-        before, firsts_of_ties = list(accumulate(lengths, initial=0)), accumulate(ties, initial=0)
+        first_tensors = accumulate(ties, initial=0)
         # For each tensor, how many rows the compact tensors of the ties before have.
-        rows_before = [before[first] for first, count in zip(firsts_of_ties, ties, strict=False) for _ in range(count)]
-        of_slices, counts = (torch.tensor(numbers_of, device="cpu") for numbers_of in (rows_before, sizes))
+        before = [first_rows[first] for first, count in zip(first_tensors, ties, strict=False) for _ in range(count)]
+        first_rows = list(map(int.__sub__, first_rows, before))
+        of_slices, counts = (torch.tensor(numbers_of, device="cpu") for numbers_of in (before, sizes))
         rows = torch.where(rows == FREE, FREE, rows - of_slices.repeat_interleave(counts))
     scale = torch.ones((), dtype=torch.float64, device="cpu").expand(count)
     if are_scaled(slices):
@@ -94,7 +101,7 @@ def compact_rows_of(slices: Sequence[Slices], ties: Sequence[int] = ()) -> tuple
         scale = scale.index_copy(0, numbers, members.scale * signs[members.group])
     kept_of = map(torch.sub, kept.split_with_sizes(lengths), starts)
     rows_of_slices = narrow(rows).split_with_sizes(sizes)
-    return tuple(map(CompactRows, kept_of, groups, rows_of_slices, scale.split_with_sizes(sizes)))
+    return tuple(map(CompactRows, kept_of, groups, rows_of_slices, scale.split_with_sizes(sizes), first_rows))
 
 
 # Shared values of a run: the number of the tensor, the groups of the run, and the rows of the compact tensor.
@@ -138,32 +145,40 @@ class Folding:
             compact: the rows of the compact tensors.
         """
         device, ends = index.layout.device, [0] * len(compact)
+        is_scaled = are_scaled(index.slices)
         shared, scales = [], []
         for run in index.runs:
             values: list[_Shared] = []
-            scale = torch.empty(len(run.norms), dtype=torch.float64, device="cpu")
-            for number, _, groups in run.leads:
-                rows = slice(ends[number], ends[number] + len(groups))
+            scale = torch.ones(len(run.norms), dtype=torch.float64, device="cpu")
+            pieces = run.lead_members.pieces
+            assert isinstance(pieces, Pieces)
+            groups_of_tensor = consecutive(run.lead_members.group_of_each.cpu(), pieces.lengths)
+            for number, count, groups in zip(pieces.tensors, pieces.lengths, groups_of_tensor, strict=True):
+                rows = slice(ends[number], ends[number] + count)
                 ends[number] = rows.stop
-                scale[groups.cpu()] = compact[number].scale[compact[number].kept[rows]]
-                values.append((number, consecutive(groups), rows))
+                if is_scaled:
+                    scale[groups] = compact[number].scale[compact[number].kept[rows]]
+                values.append((number, groups if isinstance(groups, slice) else groups.to(device), rows))
             shared.append(tuple(values))
             is_multiple = run.offsets is not None or not bool((scale == 1).all())
             scales.append(scale.to(device, wide_dtype(device)) if is_multiple else None)
+        # Most slices are rows in their order, whose positions are their numbers.
         positions = [
-            labelled.positions(steps).flatten()
+            None if steps == (1,) else labelled.positions(steps).flatten()
             for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
         ]
         kept = tuple(
-            compressed(rows.index_select(0, result.kept)).to(device)
-            for rows, result in zip(positions, compact, strict=True)
+            [
+                compressed(rows.kept if at is None else at.index_select(0, rows.kept)).to(device)
+                for at, rows in zip(positions, compact, strict=True)
+            ]
         )
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),
             kept,
-            tuple(rows[result.groups :] for rows, result in zip(kept, compact, strict=True)),
-            tuple(result.groups for result in compact),
+            tuple([rows[result.groups :] for rows, result in zip(kept, compact, strict=True)]),
+            tuple([result.groups for result in compact]),
             tuple(shared),
             tuple(scales),
             _sources(compact, positions, device) if all(run.offsets is None for run in index.runs) else None,
@@ -276,23 +291,30 @@ class ViewFolding:
 
 
 def _sources(
-    compact: Sequence[CompactRows], positions: Sequence[Tensor], device: torch.device
+    compact: Sequence[CompactRows], positions: Sequence[Tensor | None], device: torch.device
 ) -> tuple[tuple[Tensor, Tensor | None], ...] | None:
     sources: list[tuple[Tensor, Tensor | None]] = []
-    before = 0
-    for (kept, _, all_rows, scale), at in zip(compact, positions, strict=True):
-        rows, count = all_rows - before, len(kept)
-        before += count
-        rows[all_rows == FREE] = 0  # Pinned rows are overwritten afterwards.
-        is_here = count > 0 and int(rows.min()) >= 0 and int(rows.max()) < count
-        # If the slices of several dimensions are rows with gaps, not every row is a slice. And what is pinned would be
-        # written twice.
-        is_pinned = 2 * int((all_rows == FREE).sum()) > len(all_rows)
-        if not is_here or is_pinned or int(at.max()) + 1 != len(at) or not bool((scale.abs() == 1).all()):
+    for (kept, _, all_rows, scale, first), at in zip(compact, positions, strict=True):
+        if not len(kept):
             return None
-        signs = None if bool((scale == 1).all()) else torch.empty_like(scale).index_put_((at,), scale)
-        numbers = torch.empty_like(rows).index_put_((at,), rows).to(device)
-        sources.append((numbers, None if signs is None else signs.to(device, torch.int8)))
+        rows = all_rows - first
+        least, largest = map(int, rows.aminmax())
+        if least < 0:
+            is_pinned = all_rows == FREE
+            # Pinned rows are overwritten afterwards; where most are pinned, that is no gain.
+            rows.masked_fill_(is_pinned, 0)
+            if int(rows.min()) < 0 or 2 * int(is_pinned.sum()) > len(rows):
+                return None
+        is_one = bool((scale == 1).all())
+        # If the slices of several dimensions are rows with gaps, not every row is a slice.
+        has_gaps = at is not None and int(at.max()) + 1 != len(at)
+        if largest >= len(kept) or has_gaps or not (is_one or bool((scale.abs() == 1).all())):
+            return None
+        signs = None if is_one else scale.to(torch.int8)
+        if at is not None:
+            rows = torch.empty_like(rows).index_put_((at,), rows)
+            signs = signs if signs is None else torch.empty_like(signs).index_put_((at,), signs)
+        sources.append((rows.to(device), signs if signs is None else signs.to(device)))
     return tuple(sources)
 
 

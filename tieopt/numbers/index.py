@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -111,8 +111,8 @@ class Pieces(NamedTuple):
     def of(cls, members: Members, device: torch.device) -> Pieces:
         """Return members that are sorted by tensor."""
         tensors, lengths = (column.tolist() for column in torch.unique_consecutive(members.tensor, return_counts=True))
-        positions = map(consecutive, members.position.split_with_sizes(lengths))
-        rows = tuple(rows if isinstance(rows, slice) else compressed(rows).to(device) for rows in positions)
+        parts = consecutive(members.position, lengths)
+        rows = tuple([part if isinstance(part, slice) else compressed(part).to(device) for part in parts])
         return cls(tuple(tensors), rows, tuple(lengths))
 
 
@@ -137,13 +137,18 @@ class Chunk(NamedTuple):
     sums: Sums | None
     shifts: Tensor | None = None
 
+    @property
+    def group_of_each(self) -> Tensor:
+        """The group of each member, also where all are of one size; int64, shape ``[m]``."""
+        assert isinstance(self.pieces, Pieces)
+        if not self.size:
+            return self.groups.long()
+        return torch.arange(sum(self.pieces.lengths), device=self.groups.device) // self.size
+
     def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each tensor, and the rows and the groups of its members, int64."""
         assert isinstance(self.pieces, Pieces)
-        groups = self.groups.long()
-        if self.size:
-            groups = torch.arange(sum(self.pieces.lengths), device=groups.device) // self.size
-        groups_of_tensor = groups.split_with_sizes(self.pieces.lengths)
+        groups_of_tensor = self.group_of_each.split_with_sizes(self.pieces.lengths)
         for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups_of_tensor, strict=True):
             if isinstance(rows, slice):
                 rows = torch.arange(rows.start, rows.stop, device=own_groups.device)
@@ -237,6 +242,7 @@ class Index:
         cls,
         slices: Sequence[Slices],
         tensors: Sequence[Tensor],
+        labels: Tensor | None = None,
         *,
         even: bool = True,
         singles: bool = False,
@@ -248,12 +254,13 @@ class Index:
             slices: for each tensor, numbered. Slices with the same label are members of one group, whichever
                 tensor they are in.
             tensors: dense ones; their layout and device matter, and not their entries.
+            labels: as for :func:`members_of`.
             even: whether many groups of one size may be reduced as a matrix, which rounds in another way.
             singles: whether groups of one member are kept, because they have members in other tensors.
             linear: whether offsets do not count.
         """
         layout = Layout.of(slices, tensors)
-        members, pinned = members_of(slices, layout.steps, singles=singles)
+        members, pinned = members_of(slices, layout.steps, labels, singles=singles)
         offsets = None if linear or not layout.memory else _Offsets(slices, tensors, layout.steps)
         runs = _runs(members, slices[0].slice_shape(tensors[0].shape).numel(), layout, offsets, even=even)
         pinned_at = () if offsets is None else offsets.stored_at(pinned)
@@ -263,10 +270,6 @@ class Index:
     def has_offsets(self) -> bool:
         """Whether members are more than multiples of shared values, or pinned at something other than zero."""
         return bool(self.pinned_at) or any(run.offsets is not None for run in self.runs)
-
-    def keeping(self, slices: Sequence[Slices]) -> Index:
-        """Return the same index with other slices of the same shapes, to keep these instead in memory."""
-        return replace(self, slices=tuple(slices))
 
     @cached_property
     def rows(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
@@ -386,7 +389,11 @@ def memory_order(rows: Tensor) -> list[int]:
 
 
 def members_of(
-    slices: Sequence[Slices], steps: Sequence[tuple[int, ...]] | None = None, *, singles: bool = False
+    slices: Sequence[Slices],
+    steps: Sequence[tuple[int, ...]] | None = None,
+    labels: Tensor | None = None,
+    *,
+    singles: bool = False,
 ) -> tuple[Members, Members]:
     """Return the members of groups, each group's lead before its other members, and the pinned members. On the CPU.
 
@@ -398,24 +405,26 @@ def members_of(
     Args:
         slices: of each tensor.
         steps: with which the slices of each tensor are counted; None to count them in the order of their labels.
+        labels: that count instead of those of the slices, tensor by tensor.
         singles: whether groups of one member are groups, and not free slices.
     """
-    positions = [
-        torch.arange(labelled.labels.numel(), device="cpu")
-        if steps is None
-        else labelled.positions(steps[number]).flatten()
-        for number, labelled in enumerate(slices)
-    ]
-    group, is_scaled = flat_labels(slices), are_scaled(slices)
+    group, is_scaled = flat_labels(slices) if labels is None else labels, are_scaled(slices)
     # One number each, as long as it is the same everywhere.
     tensor = torch.zeros((), dtype=torch.int64, device="cpu").expand(len(group))
     scale = torch.ones((), dtype=torch.float64, device="cpu").expand(len(group))
     if len(slices) > 1:
-        counts = torch.tensor([len(own) for own in positions], device="cpu")
+        counts = torch.tensor([labelled.labels.numel() for labelled in slices], device="cpu")
         tensor = torch.arange(len(slices), device="cpu").repeat_interleave(counts)
+    if steps is not None and set(steps) != {(1,)}:
+        walked = zip(slices, steps, strict=True)
+        position = concatenated([labelled.positions(own_steps).flatten() for labelled, own_steps in walked])
+    else:
+        position = torch.arange(len(group), device="cpu")
+        if len(slices) > 1:
+            position -= (counts.cumsum(0) - counts).index_select(0, tensor)
     if is_scaled:
         scale = flat_scales(slices)
-    members = Members(tensor, concatenated(positions), group, scale)
+    members = Members(tensor, position, group, scale)
     is_labelled = members.group != FREE
     members = members.where(is_labelled)
     pinned = members.at(slice(0))
@@ -476,7 +485,9 @@ class _Offsets:
         stored = []
         for number, positions in zip(numbers, members.position.split_with_sizes(lengths), strict=True):
             offset = self._in_rows(number, self._tensors[number].dtype.to_real())
-            stored.append(offset.at(consecutive(offset.rows[positions])).to(self._tensors[0].device))
+            stored.append(
+                offset.at(consecutive(offset.rows[positions], [len(positions)])[0]).to(self._tensors[0].device)
+            )
         return tuple(stored)
 
     def _in_rows(self, number: int, dtype: torch.dtype) -> Offset:
@@ -699,12 +710,15 @@ def compressed(numbers: Tensor) -> Tensor:
     return narrow(numbers) if len(numbers) >= _MANY else numbers.clone()
 
 
-def consecutive(positions: Tensor) -> Tensor | slice:
-    """Return positions as a slice, where they follow each other."""
-    first, last = int(positions[0]), int(positions[-1])
-    if last - first + 1 == len(positions) and bool((positions[1:] > positions[:-1]).all()):
-        return slice(first, last + 1)
-    return positions
+def consecutive(positions: Tensor, lengths: Sequence[int]) -> list[Tensor | slice]:
+    """Return parts of positions, none of which is empty, as slices, where those of a part follow each other."""
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    ends = counts.cumsum(0)
+    firsts, lasts = positions[ends - counts].tolist(), positions[ends - 1].tolist()
+    return [
+        slice(first, last + 1) if last - first + 1 == len(part) and bool((part[1:] > part[:-1]).all()) else part
+        for part, first, last in zip(positions.split_with_sizes(lengths), firsts, lasts, strict=True)
+    ]
 
 
 def _chunk(members: Members, size: int, layout: Layout) -> Chunk:

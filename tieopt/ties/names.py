@@ -78,6 +78,8 @@ def expanded(parts: tuple[Part, ...], named: Mapping[str, Tensor]) -> list[tuple
         ValueError: a parameter has no counterpart, or parameters that are to be equal differ in shape.
     """
     is_equal, is_alone = parts[0].groups is Whole, len(parts) == 1
+    if is_alone and not is_equal and isinstance(parts[0].param, Tensor):
+        return [parts]
     matches = [_matches(part.param, named, modules=is_equal) for part in parts]
     unknown = tuple(part for part, found in zip(parts, matches, strict=True) if any(m.tensor is None for m in found))
     if unknown:

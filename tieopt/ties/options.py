@@ -34,6 +34,8 @@ class Options(NamedTuple):
         Raises:
             ValueError: they exclude each other.
         """
+        if self == _UNSAID:
+            return others
         options = Options(*(other if option is None else option for option, other in zip(self, others, strict=True)))
         if self.reduction is None and options.relaxed:
             # It leaves the gradients as they are.
@@ -46,6 +48,7 @@ class Options(NamedTuple):
         return "".join(f", {name}={option!r}" for name, option in said if option is not None)
 
 
+_UNSAID = Options()
 EXACT = Options("mean", 1.0, 1)
 
 

@@ -22,7 +22,7 @@ from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import Held, expanded
 from tieopt.ties.options import EXACT, Options
 from tieopt.ties.part import Part, check_one_shape, check_writable, readable_again
-from tieopt.ties.slices import Partition, Slices, in_order, is_idle, labels_before, numbered
+from tieopt.ties.slices import Partition, Slices, all_numbered, are_idle, in_order, labels_before, numbered
 from tieopt.ties.tie import Tie, tie_of
 from tieopt.ties.union import are_alike, shared_entries
 
@@ -60,6 +60,7 @@ class BoundTie(Partition):
         given: the options that were given with the tie.
         options: with those of the optimizer where nothing was said.
         across: as for :class:`~tieopt.ties.across.Across`, without the labels; None if it is of this rank alone.
+        known: the slices in the order of their places, numbered, if that is known.
 
     Attributes:
         places: of the parameters.
@@ -77,13 +78,13 @@ class BoundTie(Partition):
         given: Options | None = None,
         options: Options = EXACT,
         across: tuple[Any, int, bool] | None = None,
+        known: Sequence[Slices] | None = None,
     ) -> None:
-        # In the order of the parameters, however they were joined: sums depend on it.
-        by_place = sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
-        self.places = tuple(places[number] for number in by_place)
+        by_place = _by_place(places, slices)
+        self.places = tuple([places[number] for number in by_place])
         names = names or list(map(str, places))
         given_slices = [slices[number] for number in by_place]
-        ordered = in_order(numbered(given_slices))
+        ordered = in_order(numbered(given_slices) if known is None else known)
         ranks = None if across is None else Across(*across, labels_before(ordered, given_slices))
         super().__init__(ordered, [names[number] for number in by_place], across=ranks)
         self.given = given or Options()
@@ -94,6 +95,13 @@ class BoundTie(Partition):
     def is_frozen(self) -> bool:
         """Whether all slices are pinned at the values that they had."""
         return all(slices.is_frozen for slices in self.slices)
+
+
+def _by_place(places: Sequence[Place], slices: Sequence[Slices]) -> list[int]:
+    """Return the numbers of slices in the order of their parameters, however they were joined: sums depend on it."""
+    if len(places) == 1:
+        return [0]
+    return sorted(range(len(places)), key=lambda number: (*places[number][:2], slices[number].dim))
 
 
 def given_name(param_groups: ParamGroups, place: Place) -> str | None:
@@ -127,8 +135,10 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
 
 
 def _param_or_none(param_groups: ParamGroups, place: Place) -> Tensor | None:
-    params = param_groups[place.group]["params"] if place.group < len(param_groups) else ()
-    return params[place.position] if place.position < len(params) else None
+    try:
+        return _param(param_groups, place)
+    except IndexError:
+        return None
 
 
 def _param(param_groups: ParamGroups, place: Place) -> Tensor:
@@ -195,6 +205,8 @@ def check_moved(ties: Iterable[BoundTie], stood: Standing, param_groups: ParamGr
     Raises:
         RuntimeError: a tie would go to another parameter.
     """
+    if not stood:
+        return
     for place in (place for tie in ties for place in tie.places):
         _, before = stood.get(id(_param_or_none(param_groups, place)), (None, place))
         if before[:2] != place[:2]:
@@ -234,6 +246,16 @@ def listed(ties: Any) -> list[Tie]:
     return several
 
 
+class _Found(NamedTuple):
+    """A tie whose parameters were found, with what was read and checked of each."""
+
+    tie: Tie
+    places: list[Place]
+    names: list[str]
+    params: list[Tensor]
+    slices: list[Slices]
+
+
 def bind_ties(
     param_groups: ParamGroups, ties: Any, holder: str = "optimizer", options: Options = EXACT
 ) -> list[BoundTie]:
@@ -251,6 +273,32 @@ def bind_ties(
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
+    several = _found(param_groups, ties, holder)
+    if not several:
+        return []
+    bound = []
+    numbers: Counter[Any] = Counter()
+    # Of many ties at once, as what is done for each takes time.
+    ordered = all_numbered([[found.slices[n] for n in _by_place(found.places, found.slices)] for found in several])
+    for (tie, places, names, params, slices), known in zip(several, ordered, strict=True):
+        across = None if tie.across is None else (tie.across, numbers[tie.across], tie.is_whole)
+        numbers[tie.across] += 1
+        bound.append(BoundTie(places, slices, names, tie.options, tie.options.or_else(options), across, known))
+        check_read_as_stored(param_groups, bound[-1], params)
+    _check_disjoint(param_groups, bound)
+    check_apart(param_groups, bound)
+    idle = []
+    for bound_tie, found, is_idle in zip(bound, several, are_idle([tie.slices for tie in bound]), strict=True):
+        # Whether it ties nothing across ranks is known to all of them together.
+        if is_idle and bound_tie.across is None and not bound_tie.labels_are_sharded:
+            _, places, names, params, slices = found
+            written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, places, strict=True)]
+            idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
+    warn_of_idle(idle)
+    return bound
+
+
+def _found(param_groups: ParamGroups, ties: Any, holder: str) -> list[_Found]:
     places: dict[Any, Place] = {}
     repeated: dict[Any, tuple[Place, Place]] = {}
     for place in all_places(param_groups):
@@ -260,9 +308,7 @@ def bind_ties(
             repeated[given_name(param_groups, place)] = first, place
 
     named = {name: _param(param_groups, place) for name, place in places.items() if isinstance(name, str)}
-    bound: list[BoundTie] = []
-    idle = []
-    numbers: Counter[Any] = Counter()
+    found = []
     expanded_ties = [(tie, parts) for tie in listed(ties) for parts in expanded(tie.parts, named)]
     for tie, parts in expanded_ties:
         for part in parts:
@@ -280,25 +326,16 @@ def bind_ties(
         names = [name_of(param_groups, place) for place in held]
         params = [_param(param_groups, place) for place in held]
         slices = [part.slices(param, name) for part, param, name in zip(parts, params, names, strict=True)]
-        check_one_shape(list(zip(slices, params, strict=True)), names)
         for param, name in zip(params, names, strict=True):
             check_sharding(param, name)
             check_writable(param, name)
-        check_joined(param_groups, held, params, joining=True)
+        if len(params) > 1:
+            check_one_shape(list(zip(slices, params, strict=True)), names)
+            check_joined(param_groups, held, params, joining=True)
         if isinstance(tie.parts[0].param, Held):
             _warn_if_apart(params, names)
-        across = None if tie.across is None else (tie.across, numbers[tie.across], tie.is_whole)
-        numbers[tie.across] += 1
-        bound.append(BoundTie(held, slices, names, tie.options, tie.options.or_else(options), across))
-        check_read_as_stored(param_groups, bound[-1], params)
-        # Whether it ties nothing across ranks is known to all of them together.
-        if across is None and not bound[-1].labels_are_sharded and is_idle(bound[-1].slices):
-            written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, held, strict=True)]
-            idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
-    _check_disjoint(param_groups, bound)
-    check_apart(param_groups, bound)
-    warn_of_idle(idle)
-    return bound
+        found.append(_Found(tie, held, names, params, slices))
+    return found
 
 
 def _warn_if_apart(params: Sequence[Tensor], names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -217,7 +217,7 @@ def concatenated(vectors: list[Tensor]) -> Tensor:
 
 def with_labels(slices: Sequence[Slices], labels: Iterable[Tensor]) -> tuple[Slices, ...]:
     """Return slices with other labels, given in any shape."""
-    return tuple(part._replace(labels=new.view(part.labels.shape)) for part, new in zip(slices, labels, strict=True))
+    return tuple([part._replace(labels=new.view(part.labels.shape)) for part, new in zip(slices, labels, strict=True)])
 
 
 def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
@@ -245,6 +245,21 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     rank[0] = FREE
     flat = rank.index_select(0, names)
     return with_labels(slices, torch.split(flat, [part.labels.numel() for part in slices]))
+
+
+def all_numbered(ties: Sequence[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
+    """Return what :func:`numbered` does for each of several ties, at once."""
+    labels_are_sharded = any(part.sharding is not None for part in chain.from_iterable(ties))
+    if len(ties) == 1 or labels_are_sharded or sum(_counts_of_groups(ties)) > 2**62:
+        return [numbered(slices) for slices in ties]
+    apart = _labels_apart(ties)
+    (whole,) = numbered([Slices(apart)])
+    if whole.labels is apart:
+        return list(map(tuple, ties))
+    several = _with_labels_of(ties, whole.labels)
+    # Each tie has the groups that follow those of the ties before it.
+    ends = accumulate(_counts_of_groups(several), max, initial=0)
+    return _with_labels_of(ties, _shifted(several, [-end for end, _ in zip(ends, ties, strict=False)]))
 
 
 def labels_before(slices: Sequence[Slices], before: Sequence[Slices]) -> Tensor:
@@ -315,12 +330,37 @@ def is_idle(slices: Sequence[Slices]) -> bool:
     Args:
         slices: with groups numbered from 0 on without gaps, as by :func:`numbered`.
     """
-    labels = flat_labels(slices)
-    members = int((labels != FREE).sum())
-    is_alone = members > 0 and int(labels.max()) + 1 == members
-    return is_alone and all(
-        part.scale is None or bool((part.scale.abs() == 1)[part.labels != FREE].all()) for part in slices
-    )
+    return are_idle([slices])[0]
+
+
+def are_idle(ties: Sequence[Sequence[Slices]]) -> list[bool]:
+    """Return for each of several ties what :func:`is_idle` does."""
+    is_member = flat_labels([*chain.from_iterable(ties)]) != FREE
+    members = [int(part.sum()) for part in is_member.split_with_sizes(_counts_of_slices(ties))]
+    return [
+        0 < held == groups
+        and all(part.scale is None or bool((part.scale.abs() == 1)[part.labels != FREE].all()) for part in slices)
+        for slices, groups, held in zip(ties, _counts_of_groups(ties), members, strict=True)
+    ]
+
+
+def sizes_of_groups(ties: Sequence[Sequence[Slices]]) -> list[int]:
+    """Return for each of several ties the size of its groups that have two trained members or more; 0 if it varies.
+
+    Args:
+        ties: with groups numbered from 0 on without gaps, as by :func:`numbered`.
+    """
+    labels = _labels_apart(ties)
+    is_trained = labels != FREE
+    if any(map(are_scaled, ties)):
+        is_trained &= flat_scales([*chain.from_iterable(ties)]) != 0
+    counts = torch.tensor(_counts_of_groups(ties), device="cpu")
+    sizes = torch.bincount(labels[is_trained], minlength=int(counts.sum()))
+    is_group, tie = sizes > 1, torch.arange(len(ties), device="cpu").repeat_interleave(counts)
+    tie, sizes = tie[is_group], sizes[is_group]
+    largest = torch.zeros_like(counts).scatter_reduce_(0, tie, sizes, "amax")
+    smallest = torch.zeros_like(counts).scatter_reduce_(0, tie, sizes, "amin", include_self=False)
+    return torch.where(smallest == largest, largest, 0).tolist()
 
 
 def has_shared_values(slices: Sequence[Slices]) -> bool:
@@ -429,16 +469,42 @@ def of_one_kind(
 
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
     """Return the slices of several ties, with labels that no two of the ties share."""
-    results, count = [], 0
-    for slices in ties:
-        labels = [torch.where(part.labels == FREE, FREE, part.labels + count) for part in slices]
-        results.append(with_labels(slices, labels))
-        count += 1 + max(int(part.labels.max()) if part.labels.numel() else FREE for part in slices)
-    return results
+    listed = list(ties)
+    return _with_labels_of(listed, _labels_apart(listed))
 
 
-def joined(ties: Sequence[Partition]) -> Sequence[Slices]:
-    """Return the slices of all ties, with labels that no two of the ties share."""
-    if len(ties) == 1:
-        return ties[0].slices
-    return list(chain.from_iterable(told_apart(tie.slices for tie in ties)))
+def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
+    """Return the slices of all ties, and labels of these, tensor by tensor, that no two of the ties share.
+
+    Those of a single tie are its own, for which None stands.
+    """
+    slices_of = [tie.slices for tie in ties]
+    return list(chain.from_iterable(slices_of)), None if len(ties) == 1 else _labels_apart(slices_of)
+
+
+def _labels_apart(ties: Sequence[Sequence[Slices]]) -> Tensor:
+    """Return the labels of all slices of several ties, so that no two of the ties share one."""
+    starts = accumulate(_counts_of_groups(ties), initial=0)
+    return _shifted(ties, [start for start, _ in zip(starts, ties, strict=False)])
+
+
+def _shifted(ties: Sequence[Sequence[Slices]], shifts: Sequence[int]) -> Tensor:
+    """Return the labels of all slices of several ties, those of each plus a number."""
+    labels, counts = flat_labels([*chain.from_iterable(ties)]), torch.tensor(_counts_of_slices(ties), device="cpu")
+    shift_of_each = torch.tensor(shifts, device="cpu").repeat_interleave(counts)
+    return shift_of_each.masked_fill_(labels == FREE, 0).add_(labels)
+
+
+def _with_labels_of(ties: Sequence[Sequence[Slices]], labels: Tensor) -> list[tuple[Slices, ...]]:
+    """Return the slices of several ties, with other labels, of all slices as a vector."""
+    parts = iter(labels.split_with_sizes([part.labels.numel() for slices in ties for part in slices]))
+    return [with_labels(slices, islice(parts, len(slices))) for slices in ties]
+
+
+def _counts_of_slices(ties: Sequence[Sequence[Slices]]) -> list[int]:
+    return [sum([part.labels.numel() for part in slices]) for slices in ties]
+
+
+def _counts_of_groups(ties: Sequence[Sequence[Slices]]) -> list[int]:
+    """Return for each of several ties one more than its largest label: its number of groups if these are numbered."""
+    return [1 + max([int(part.labels.max()) if part.labels.numel() else FREE for part in slices]) for slices in ties]
