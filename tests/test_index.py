@@ -20,7 +20,7 @@ from tieopt import is_tied, tie_
 from tieopt.numbers import index as index_module
 from tieopt.numbers import reduction as reduction_module
 from tieopt.numbers import sums as sums_module
-from tieopt.numbers.folding import compact_rows_of
+from tieopt.numbers.folding import Folding, compact_rows_of
 from tieopt.numbers.index import Index, Run
 from tieopt.numbers.reduction import Workspace, divide_, drift, project_, relax_, tied
 from tieopt.tensors import bits
@@ -269,6 +269,16 @@ def test_an_index_of_single_entries_takes_few_bytes(
     assert _bytes_of(index.runs) <= (most if even else most + 48 / size) * count
 
 
+def test_a_folding_keeps_the_numbers_of_the_compact_rows_once() -> None:
+    count = 2**15
+    labels, tensor = torch.randperm(2 * count, generator=generator(0)) // 2, torch.empty(2 * count)
+    slices = numbered([Slices(labels)])
+    rows = compact_rows_of(slices)
+    folding = Folding.compile(Index.compile(slices, [tensor]), rows)
+    # Four bytes for each row and for each slice.
+    assert _bytes_of((folding.kept, folding.free, folding.sources, rows)) <= 4 * (count + 2 * count) + 64
+
+
 def test_an_index_keeps_the_offset_of_each_member_and_of_each_group_once() -> None:
     rows, labels = normal((64, 1024), torch.float32, 0), torch.arange(64) // 8
     slices = slices_for(rows, labels, 0, None, "rows", normal((64, 1024), torch.float32, 1))
@@ -279,8 +289,9 @@ def test_an_index_keeps_the_offset_of_each_member_and_of_each_group_once() -> No
 def test_an_index_of_labels_that_were_made_in_inference_mode_serves_outside_of_it() -> None:
     with torch.inference_mode():
         slices = numbered([Slices(torch.tensor([0, 1, 0, 1]))])
+        rows = compact_rows_of(slices)
     index = Index.compile(slices, [torch.zeros(4)])
-    assert not any(tensor.is_inference() for tensor in _tensors_of(index.runs))
+    assert not any(tensor.is_inference() for tensor in _tensors_of((index.runs, rows)))
 
 
 def test_what_is_written_row_by_row_is_widened_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def compacts_of(tie: Partition, tensors: Sequence[Any], shards: Shards | None) -
         placements, kept = _placements(part, tensor), [rows_of_all[number].kept for rows_of_all in rows_at]
         # Slices that are written out entry by entry make another compact tensor than without a mesh.
         is_canonical = slices is tie.slices and all(
-            torch.equal(_numbers(part, tensor, at)[own], rows.kept[_chunk(part, tensor, placements, rows, at)])
+            torch.equal(_numbers(part, tensor, at)[own], rows.kept[_chunk(part, tensor, placements, rows, at)].long())
             for own, at in zip(kept, coordinates, strict=True)
         )
         most = max(map(len, kept))

@@ -38,7 +38,7 @@ class CompactRows(NamedTuple):
     This answers which shared value a slice has. Slices are counted in the order of their labels.
 
     Attributes:
-        kept: for each row of the compact tensor the slice that it is made of, int64, shape ``[n]``.
+        kept: for each row of the compact tensor the slice that it is made of, int32 or int64, shape ``[n]``.
         groups: how many of the rows are shared values of groups; these come first, and then the free slices.
         rows: for each slice the row that it is a multiple of, counted through the compact tensors of all tensors; -1
             for a pinned slice; int32, or int64 if there are more, shape ``[labels]``.
@@ -53,6 +53,7 @@ class CompactRows(NamedTuple):
     first: int
 
 
+@torch.inference_mode(False)  # They are to be used outside as well.
 def compact_rows_of(
     slices: Sequence[Slices], labels: Tensor | None = None, ties: Sequence[int] = ()
 ) -> tuple[CompactRows, ...]:
@@ -99,7 +100,7 @@ def compact_rows_of(
         # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
         signs = members.scale[firsts].sign()
         scale = scale.index_copy(0, numbers, members.scale * signs[members.group])
-    kept_of = map(torch.sub, kept.split_with_sizes(lengths), starts)
+    kept_of = map(compressed, map(torch.sub, kept.split_with_sizes(lengths), starts))
     rows_of_slices = narrow(rows).split_with_sizes(sizes)
     return tuple(map(CompactRows, kept_of, groups, rows_of_slices, scale.split_with_sizes(sizes), first_rows))
 
@@ -169,7 +170,7 @@ class Folding:
         ]
         kept = tuple(
             [
-                compressed(rows.kept if at is None else at.index_select(0, rows.kept)).to(device)
+                (rows.kept if at is None else compressed(at.index_select(0, rows.kept))).to(device)
                 for at, rows in zip(positions, compact, strict=True)
             ]
         )
@@ -297,12 +298,12 @@ def _sources(
     for (kept, _, all_rows, scale, first), at in zip(compact, positions, strict=True):
         if not len(kept):
             return None
-        rows = all_rows - first
+        rows = all_rows - first if first else all_rows
         least, largest = map(int, rows.aminmax())
         if least < 0:
             is_pinned = all_rows == FREE
             # Pinned rows are overwritten afterwards; where most are pinned, that is no gain.
-            rows.masked_fill_(is_pinned, 0)
+            rows = rows.masked_fill(is_pinned, 0)
             if int(rows.min()) < 0 or 2 * int(is_pinned.sum()) > len(rows):
                 return None
         is_one = bool((scale == 1).all())
