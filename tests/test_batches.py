@@ -33,9 +33,9 @@ from tieopt.ties.slices import (
     Partition,
     Slices,
     all_numbered,
-    are_idle,
     flat_labels,
     flat_scales,
+    is_idle,
     joined,
     numbered,
     sizes_of_groups,
@@ -243,15 +243,15 @@ def test_several_ties_of_one_parameter_are_merged_as_well(seed: int, reduction: 
 @st.composite
 def _some_ties(draw: st.DrawFn) -> list[list[Slices]]:
     """Ties of small and of large labels, too large for those of several ties to be told apart by adding to them."""
-    factor = draw(st.sampled_from([2**61, 1000, 1]))
 
-    def slices() -> Slices:
+    def slices(factor: int) -> Slices:
         names = torch.tensor(draw(st.lists(st.integers(-1, 3), max_size=8)), dtype=torch.int64)
         scale = draw(st.sampled_from([None, 1.0, -1.0, 0.0, 2.0]))
         scales = None if scale is None else torch.full(names.shape, scale, dtype=torch.float64)
         return Slices(torch.where(names == FREE, FREE, names * factor), scales)
 
-    return [[slices() for _ in range(draw(st.integers(1, 2)))] for _ in range(draw(st.integers(1, 5)))]
+    factors = draw(st.lists(st.sampled_from([2**61, 1000, 1]), min_size=1, max_size=5))
+    return [[slices(factor) for _ in range(draw(st.integers(1, 2)))] for factor in factors]
 
 
 @given(_some_ties())
@@ -266,7 +266,7 @@ def test_what_is_said_of_many_ties_at_once_is_what_is_said_of_each(ties: list[li
         idle.append({*members.values()} == {1} and bool((scale[labels != FREE].abs() == 1).all()))
         shared = {size for size in Counter(labels[(labels != FREE) & (scale != 0)].tolist()).values() if size > 1}
         sizes.append(shared.pop() if len(shared) == 1 else 0)
-    assert are_idle(several) == idle
+    assert list(map(is_idle, several)) == idle
     assert sizes_of_groups(several) == sizes
 
 
@@ -280,6 +280,23 @@ def test_told_apart_labels_say_the_same_and_no_two_ties_share_one(ties: list[lis
     assert sum(map(len, used)) == len(set().union(*used))
     _, labels = joined([Partition(slices) for slices in several])
     assert labels is None or torch.equal(labels, flat_labels([*chain.from_iterable(apart)]))
+
+
+def test_labels_that_are_numbered_together_are_kept_alone() -> None:
+    """A pickle has all that is in memory behind a view, once for each of them."""
+    for (part,) in all_numbered([[Slices(torch.tensor([2, 2, 0, 1]))] for _ in range(3)]):
+        assert part.labels.untyped_storage().nbytes() == part.labels.nbytes
+
+
+def test_the_compact_rows_of_merged_ties_are_copied_from_their_own_compact_tensors() -> None:
+    """Otherwise they would be written in a slower way."""
+    params = [Parameter(randn(4, 20, seed=seed)) for seed in range(3)]
+    optimizer = TiedOptimizer(SGD(params), {param: [[0, 1]] for param in params}, compact=True)
+    engine = optimizer._tieopt.engine
+    (folding,) = engine._foldings.values()
+    assert [rows.tolist() for rows, _ in folding.sources] == [[0, 0, 1, 2]] * 3
+    joined_rows = [compact.rows for compacts in engine._compacts.values() for compact in compacts]
+    assert [rows.first for rows in joined_rows] == [0, 0, 0]
 
 
 def test_labels_that_are_told_apart_are_not_kept() -> None:

@@ -346,7 +346,7 @@ def _kinds(pairs: Pairs[Partition]) -> list[tuple[Any, ...]]:
 
     It begins with the size of all groups, 0 if there are several.
     """
-    small = [number for number, (tie, tensors) in enumerate(pairs) if _is_small(tie, tensors)]
+    small = [number for number, (tie, tensors) in enumerate(pairs) if _may_be_merged(tie, tensors)]
     kinds: list[tuple[Any, ...]] = [()] * len(pairs)
     if len(small) > 1:
         sizes = sizes_of_groups([pairs[number][0].slices for number in small])
@@ -357,7 +357,7 @@ def _kinds(pairs: Pairs[Partition]) -> list[tuple[Any, ...]]:
     return kinds
 
 
-def _is_small(tie: Partition, tensors: Sequence[Tensor]) -> bool:
+def _may_be_merged(tie: Partition, tensors: Sequence[Tensor]) -> bool:
     """Return whether a tie can be worked on together with others, as far as that does not depend on its groups."""
     tensor = tensors[0]
     if not tie.is_of_rows or not 0 < tensor.numel() <= _SMALL or spans_ranks([tensor], tie):

@@ -148,8 +148,9 @@ def compacted(
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
         changed.update((param, {}) for param in params)
-        # Of many ties without a state there is nothing to work out.
-        for tied in _component(tie, params, state, engine) if any(held_of(state, param) for param in params) else ():
+        if not any(held_of(state, param) for param in params):
+            continue
+        for tied in _component(tie, params, state, engine):
             # Where nothing of a parameter is left, there is nothing to train.
             if tied.compact_layout[0].numel():
                 odd = _of_other_layouts(tied.state, tied.layout, *[tied.compact_layout] * maybe)

@@ -43,7 +43,7 @@ class CompactRows(NamedTuple):
         rows: for each slice the row that it is a multiple of, counted through the compact tensors of all tensors; -1
             for a pinned slice; int32, or int64 if there are more, shape ``[labels]``.
         scale: for each slice its multiple of that row, float64, shape ``[labels]``.
-        first: the number of the first row of the compact tensor, counted so.
+        first: the number of the first row of this compact tensor, counted as in ``rows``.
     """
 
     kept: Tensor

@@ -145,15 +145,6 @@ class Chunk(NamedTuple):
             return self.groups.long()
         return torch.arange(sum(self.pieces.lengths), device=self.groups.device) // self.size
 
-    def by_tensor(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the number of each tensor, and the rows and the groups of its members, int64."""
-        assert isinstance(self.pieces, Pieces)
-        groups_of_tensor = self.group_of_each.split_with_sizes(self.pieces.lengths)
-        for number, rows, own_groups in zip(self.pieces.tensors, self.pieces.rows, groups_of_tensor, strict=True):
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=own_groups.device)
-            yield number, rows.long(), own_groups
-
 
 class Run(NamedTuple):
     """Consecutive groups that are reduced at once: as many as fit into one chunk, or a large group in several.
@@ -181,11 +172,6 @@ class Run(NamedTuple):
     chunks: tuple[Chunk, ...]
     tile: Tile | None = None
     offsets: Tensor | None = None
-
-    @property
-    def leads(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each tensor that has leads its number, and their rows and groups."""
-        return self.lead_members.by_tensor()
 
 
 class Layout(NamedTuple):
@@ -280,8 +266,14 @@ class Index:
     @torch.inference_mode(False)
     def members_of_groups(self) -> Tensor:
         """The rows of the groups of a single tensor, all of one size, int64, shape ``[g, size]``."""
-        size = self.runs[0].chunks[0].size
-        return torch.cat([rows.view(-1, size) for run in self.runs for _, rows, _ in run.chunks[0].by_tensor()])
+        rows_of_runs = []
+        for chunk in (run.chunks[0] for run in self.runs):
+            assert isinstance(chunk.pieces, Pieces)
+            (rows,) = chunk.pieces.rows
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=self.layout.device)
+            rows_of_runs.append(rows)
+        return torch.cat(rows_of_runs).view(-1, self.runs[0].chunks[0].size).long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,7 +397,7 @@ def members_of(
     Args:
         slices: of each tensor.
         steps: with which the slices of each tensor are counted; None to count them in the order of their labels.
-        labels: that count instead of those of the slices, tensor by tensor.
+        labels: of all slices, tensor by tensor, in place of their own.
         singles: whether groups of one member are groups, and not free slices.
     """
     group, is_scaled = flat_labels(slices) if labels is None else labels, are_scaled(slices)
@@ -539,14 +531,17 @@ def _runs(
     members: Members, slice_entries: int, layout: Layout, offsets: _Offsets | None = None, *, even: bool = True
 ) -> Iterator[Run]:
     """Cut the members of groups into runs of about as many as are gathered at once."""
-    sizes = torch.bincount(members.group)
-    if not len(sizes):
+    if not len(members.group):
         return
+    is_one = are_one_run(1 + int(members.group.max()), slice_entries, layout)
+    if not is_one:
+        members = members.by_group
+    # Of sorted groups this is several times as fast.
+    sizes = torch.bincount(members.group)
     capacity = capacity_for(layout.device, slice_entries, int(sizes.max()))
-    if are_one_run(len(sizes), slice_entries, layout):
+    if is_one:
         yield _run(members, _by_memory(members, layout), 0, capacity, layout, offsets)
         return
-    members = members.by_group
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
         while first < last:

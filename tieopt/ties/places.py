@@ -22,7 +22,7 @@ from tieopt.ties.hints import IdleTie, not_held, warn_of_idle
 from tieopt.ties.names import Held, expanded
 from tieopt.ties.options import EXACT, Options
 from tieopt.ties.part import Part, check_one_shape, check_writable, readable_again
-from tieopt.ties.slices import Partition, Slices, all_numbered, are_idle, in_order, labels_before, numbered
+from tieopt.ties.slices import Partition, Slices, all_numbered, in_order, is_idle, labels_before, numbered
 from tieopt.ties.tie import Tie, tie_of
 from tieopt.ties.union import are_alike, shared_entries
 
@@ -60,7 +60,7 @@ class BoundTie(Partition):
         given: the options that were given with the tie.
         options: with those of the optimizer where nothing was said.
         across: as for :class:`~tieopt.ties.across.Across`, without the labels; None if it is of this rank alone.
-        known: the slices in the order of their places, numbered, if that is known.
+        numbered_slices: the slices in the order of their parameters, numbered; None if that is still to be done.
 
     Attributes:
         places: of the parameters.
@@ -78,13 +78,13 @@ class BoundTie(Partition):
         given: Options | None = None,
         options: Options = EXACT,
         across: tuple[Any, int, bool] | None = None,
-        known: Sequence[Slices] | None = None,
+        numbered_slices: Sequence[Slices] | None = None,
     ) -> None:
         by_place = _by_place(places, slices)
         self.places = tuple([places[number] for number in by_place])
         names = names or list(map(str, places))
         given_slices = [slices[number] for number in by_place]
-        ordered = in_order(numbered(given_slices) if known is None else known)
+        ordered = in_order(numbered_slices or numbered(given_slices))
         ranks = None if across is None else Across(*across, labels_before(ordered, given_slices))
         super().__init__(ordered, [names[number] for number in by_place], across=ranks)
         self.given = given or Options()
@@ -247,9 +247,10 @@ def listed(ties: Any) -> list[Tie]:
 
 
 class _Found(NamedTuple):
-    """A tie whose parameters were found, with what was read and checked of each."""
+    """A tie whose parameters were found, with what was read and checked of each, in the order in which it has them."""
 
     tie: Tie
+    options: Options
     places: list[Place]
     names: list[str]
     params: list[Tensor]
@@ -273,32 +274,41 @@ def bind_ties(
     Raises:
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
-    several = _found(param_groups, ties, holder)
-    if not several:
-        return []
+    several = _find(param_groups, ties, holder, options)
+    by_place = [_by_place(found.places, found.slices) for found in several]
+    ordered = all_numbered([[found.slices[n] for n in order] for found, order in zip(several, by_place, strict=True)])
     bound = []
     numbers: Counter[Any] = Counter()
-    # Of many ties at once, as what is done for each takes time.
-    ordered = all_numbered([[found.slices[n] for n in _by_place(found.places, found.slices)] for found in several])
-    for (tie, places, names, params, slices), known in zip(several, ordered, strict=True):
+    for (tie, own_options, places, names, params, slices), order, numbered_slices in zip(
+        several, by_place, ordered, strict=True
+    ):
         across = None if tie.across is None else (tie.across, numbers[tie.across], tie.is_whole)
         numbers[tie.across] += 1
-        bound.append(BoundTie(places, slices, names, tie.options, tie.options.or_else(options), across, known))
-        check_read_as_stored(param_groups, bound[-1], params)
+        bound.append(BoundTie(places, slices, names, tie.options, own_options, across, numbered_slices))
+        check_read_as_stored(param_groups, bound[-1], [params[n] for n in order])
     _check_disjoint(param_groups, bound)
     check_apart(param_groups, bound)
-    idle = []
-    for bound_tie, found, is_idle in zip(bound, several, are_idle([tie.slices for tie in bound]), strict=True):
-        # Whether it ties nothing across ranks is known to all of them together.
-        if is_idle and bound_tie.across is None and not bound_tie.labels_are_sharded:
-            _, places, names, params, slices = found
-            written = [name if name == str(place) else f'"{name}"' for name, place in zip(names, places, strict=True)]
-            idle.append(IdleTie(names, written, slices, slices[0].slice_shape(params[0].shape)))
-    warn_of_idle(idle)
+    # Whether one ties nothing across ranks is known to all of them together.
+    warn_of_idle(
+        [
+            _idle(found)
+            for found, tie in zip(several, bound, strict=True)
+            if tie.across is None and not tie.labels_are_sharded and is_idle(tie.slices)
+        ]
+    )
     return bound
 
 
-def _found(param_groups: ParamGroups, ties: Any, holder: str) -> list[_Found]:
+def _idle(found: _Found) -> IdleTie:
+    written = [
+        name if name == str(place) else f'"{name}"' for name, place in zip(found.names, found.places, strict=True)
+    ]
+    slice_shape = found.slices[0].slice_shape(found.params[0].shape)
+    return IdleTie(found.names, written, found.slices, slice_shape)
+
+
+def _find(param_groups: ParamGroups, ties: Any, holder: str, options: Options) -> list[_Found]:
+    """Find the parameters of ties, and read and check what is said of them; arguments as for :func:`bind_ties`."""
     places: dict[Any, Place] = {}
     repeated: dict[Any, tuple[Place, Place]] = {}
     for place in all_places(param_groups):
@@ -334,7 +344,7 @@ def _found(param_groups: ParamGroups, ties: Any, holder: str) -> list[_Found]:
             check_joined(param_groups, held, params, joining=True)
         if isinstance(tie.parts[0].param, Held):
             _warn_if_apart(params, names)
-        found.append(_Found(tie, held, names, params, slices))
+        found.append(_Found(tie, tie.options.or_else(options), held, names, params, slices))
     return found
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 FREE = -1
 
+# Ties of so many slices at the most, and with labels up to this one, are numbered together.
+_FEW, _SMALL = 2**14, 2**40
+
 T = TypeVar("T")
 
 
@@ -248,18 +251,32 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
 
 
 def all_numbered(ties: Sequence[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
-    """Return what :func:`numbered` does for each of several ties, at once."""
-    labels_are_sharded = any(part.sharding is not None for part in chain.from_iterable(ties))
-    if len(ties) == 1 or labels_are_sharded or sum(_counts_of_groups(ties)) > 2**62:
-        return [numbered(slices) for slices in ties]
+    """Number the groups of each of several ties, as :func:`numbered` does."""
+    # Several operators for each of thousands of small ties take longer than a copy of their labels.
+    few = [number for number, slices in enumerate(ties) if _have_few_labels(slices)]
+    together = dict(zip(few, _numbered_together([ties[number] for number in few]), strict=True))
+    return [together[number] if number in together else numbered(slices) for number, slices in enumerate(ties)]
+
+
+def _have_few_labels(slices: Sequence[Slices]) -> bool:
+    """Return whether there are few slices, and labels that are small enough to add thousands of them up."""
+    is_known = all(part.sharding is None for part in slices)
+    return is_known and sum(part.labels.numel() for part in slices) <= _FEW and _bound_of(slices) <= _SMALL
+
+
+def _numbered_together(ties: Sequence[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
+    if not ties:
+        return []
     apart = _labels_apart(ties)
     (whole,) = numbered([Slices(apart)])
     if whole.labels is apart:
         return list(map(tuple, ties))
     several = _with_labels_of(ties, whole.labels)
     # Each tie has the groups that follow those of the ties before it.
-    ends = accumulate(_counts_of_groups(several), max, initial=0)
-    return _with_labels_of(ties, _shifted(several, [-end for end, _ in zip(ends, ties, strict=False)]))
+    ends = [0, *accumulate(map(_bound_of, several), max)]
+    own = _with_labels_of(ties, _shifted(several, [-end for end in ends[:-1]]))
+    # Copies, because a pickle has the whole vector once for each of its views.
+    return [with_labels(slices, [part.labels.clone() for part in slices]) for slices in own]
 
 
 def labels_before(slices: Sequence[Slices], before: Sequence[Slices]) -> Tensor:
@@ -330,31 +347,26 @@ def is_idle(slices: Sequence[Slices]) -> bool:
     Args:
         slices: with groups numbered from 0 on without gaps, as by :func:`numbered`.
     """
-    return are_idle([slices])[0]
-
-
-def are_idle(ties: Sequence[Sequence[Slices]]) -> list[bool]:
-    """Return for each of several ties what :func:`is_idle` does."""
-    is_member = flat_labels([*chain.from_iterable(ties)]) != FREE
-    members = [int(part.sum()) for part in is_member.split_with_sizes(_counts_of_slices(ties))]
-    return [
-        0 < held == groups
-        and all(part.scale is None or bool((part.scale.abs() == 1)[part.labels != FREE].all()) for part in slices)
-        for slices, groups, held in zip(ties, _counts_of_groups(ties), members, strict=True)
-    ]
+    members = int((flat_labels(slices) != FREE).sum())
+    return 0 < members == _bound_of(slices) and all(
+        part.scale is None or bool((part.scale.abs() == 1)[part.labels != FREE].all()) for part in slices
+    )
 
 
 def sizes_of_groups(ties: Sequence[Sequence[Slices]]) -> list[int]:
-    """Return for each of several ties the size of its groups that have two trained members or more; 0 if it varies.
+    """Return for each of several ties the size of its groups that have two trained members or more.
 
     Args:
         ties: with groups numbered from 0 on without gaps, as by :func:`numbered`.
+
+    Returns:
+        The sizes; 0 for a tie without such a group, or with groups of several sizes.
     """
     labels = _labels_apart(ties)
     is_trained = labels != FREE
     if any(map(are_scaled, ties)):
         is_trained &= flat_scales([*chain.from_iterable(ties)]) != 0
-    counts = torch.tensor(_counts_of_groups(ties), device="cpu")
+    counts = torch.tensor(list(map(_bound_of, ties)), device="cpu")
     sizes = torch.bincount(labels[is_trained], minlength=int(counts.sum()))
     is_group, tie = sizes > 1, torch.arange(len(ties), device="cpu").repeat_interleave(counts)
     tie, sizes = tie[is_group], sizes[is_group]
@@ -476,7 +488,7 @@ def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
 def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
     """Return the slices of all ties, and labels of these, tensor by tensor, that no two of the ties share.
 
-    Those of a single tie are its own, for which None stands.
+    The labels are None for a single tie, whose own are distinct already.
     """
     slices_of = [tie.slices for tie in ties]
     return list(chain.from_iterable(slices_of)), None if len(ties) == 1 else _labels_apart(slices_of)
@@ -484,13 +496,13 @@ def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
 
 def _labels_apart(ties: Sequence[Sequence[Slices]]) -> Tensor:
     """Return the labels of all slices of several ties, so that no two of the ties share one."""
-    starts = accumulate(_counts_of_groups(ties), initial=0)
-    return _shifted(ties, [start for start, _ in zip(starts, ties, strict=False)])
+    return _shifted(ties, [0, *accumulate(map(_bound_of, ties))][:-1])
 
 
 def _shifted(ties: Sequence[Sequence[Slices]], shifts: Sequence[int]) -> Tensor:
     """Return the labels of all slices of several ties, those of each plus a number."""
-    labels, counts = flat_labels([*chain.from_iterable(ties)]), torch.tensor(_counts_of_slices(ties), device="cpu")
+    labels = flat_labels([*chain.from_iterable(ties)])
+    counts = torch.tensor([sum(part.labels.numel() for part in slices) for slices in ties], device="cpu")
     shift_of_each = torch.tensor(shifts, device="cpu").repeat_interleave(counts)
     return shift_of_each.masked_fill_(labels == FREE, 0).add_(labels)
 
@@ -501,10 +513,6 @@ def _with_labels_of(ties: Sequence[Sequence[Slices]], labels: Tensor) -> list[tu
     return [with_labels(slices, islice(parts, len(slices))) for slices in ties]
 
 
-def _counts_of_slices(ties: Sequence[Sequence[Slices]]) -> list[int]:
-    return [sum([part.labels.numel() for part in slices]) for slices in ties]
-
-
-def _counts_of_groups(ties: Sequence[Sequence[Slices]]) -> list[int]:
-    """Return for each of several ties one more than its largest label: its number of groups if these are numbered."""
-    return [1 + max([int(part.labels.max()) if part.labels.numel() else FREE for part in slices]) for slices in ties]
+def _bound_of(slices: Sequence[Slices]) -> int:
+    """Return one more than the largest label, which is the number of groups if these are numbered."""
+    return 1 + max([int(part.labels.max()) if part.labels.numel() else FREE for part in slices])
