@@ -284,7 +284,8 @@ def test_told_apart_labels_say_the_same_and_no_two_ties_share_one(ties: list[lis
 
 def test_labels_that_are_numbered_together_are_kept_alone() -> None:
     """A pickle has all that is in memory behind a view, once for each of them."""
-    for (part,) in all_numbered([[Slices(torch.tensor([2, 2, 0, 1]))] for _ in range(3)]):
+    ties = [[Slices(torch.tensor([2, 2, 0, 1]))] for _ in range(3)]
+    for part in chain(*all_numbered(ties), *told_apart(ties), numbered([*chain(*ties)])):
         assert part.labels.untyped_storage().nbytes() == part.labels.nbytes
 
 
@@ -295,13 +296,15 @@ def test_the_compact_rows_of_merged_ties_are_copied_from_their_own_compact_tenso
     engine = optimizer._tieopt.engine
     (folding,) = engine._foldings.values()
     assert [rows.tolist() for rows, _ in folding.sources] == [[0, 0, 1, 2]] * 3
-    joined_rows = [compact.rows for compacts in engine._compacts.values() for compact in compacts]
-    assert [rows.first for rows in joined_rows] == [0, 0, 0]
+    assert [compact.rows.first for compacts in engine._compacts.values() for compact in compacts] == [0, 0, 0]
 
 
-def test_labels_that_are_told_apart_are_not_kept() -> None:
+def test_the_groups_of_merged_ties_stay_apart() -> None:
     names = [torch.tensor([0, 0, -1]), torch.tensor([1, -1, 1, 0, 0])]
     listed = [_pair(number, one, None, randn(len(one), 2)) for number, one in enumerate(names)]
+    apart = told_apart([tie.slices[0]] for tie, _ in listed)
+    assert [each.labels.tolist() for (each,) in apart] == [[0, 0, -1], [1, -1, 1, 2, 2]]
+    # Of labels that are told apart nothing stays.
     (work,) = Engine()._plan(listed)
     for (tie, _), kept in zip(listed, work.executor.slices, strict=True):
         assert kept.labels is tie.slices[0].labels

@@ -40,7 +40,7 @@ from tieopt.numbers.start import Start
 from tieopt.tensors import calculable, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
-from tieopt.ties.places import BoundTie, ParamGroups, name_of, parameters_of
+from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
 from tieopt.ties.slices import described
 
 # Optimizers to which it matters which rows a rank has, or whether there is padding.
@@ -472,11 +472,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _by_place(param_groups: ParamGroups) -> dict[tuple[int, int], Tensor]:
-    return {
-        (group, position): param
-        for group, settings in enumerate(param_groups)
-        for position, param in enumerate(settings["params"])
-    }
+    return {place[:2]: param_groups[place.group]["params"][place.position] for place in all_places(param_groups)}
 
 
 def _exchange_parameters(optimizers: Sequence[Any], others: Mapping[int, Any]) -> None:

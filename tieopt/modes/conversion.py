@@ -147,10 +147,8 @@ def compacted(
     """
     changed: dict[Tensor, State] = {}
     for tie, params in pairs:
-        changed.update((param, {}) for param in params)
-        if not any(held_of(state, param) for param in params):
-            continue
         for tied in _component(tie, params, state, engine):
+            changed[tied.param] = {}
             # Where nothing of a parameter is left, there is nothing to train.
             if tied.compact_layout[0].numel():
                 odd = _of_other_layouts(tied.state, tied.layout, *[tied.compact_layout] * maybe)

@@ -80,7 +80,7 @@ class BoundTie(Partition):
         across: tuple[Any, int, bool] | None = None,
         numbered_slices: Sequence[Slices] | None = None,
     ) -> None:
-        by_place = _by_place(places, slices)
+        by_place = _order_of(places, slices)
         self.places = tuple([places[number] for number in by_place])
         names = names or list(map(str, places))
         given_slices = [slices[number] for number in by_place]
@@ -97,7 +97,7 @@ class BoundTie(Partition):
         return all(slices.is_frozen for slices in self.slices)
 
 
-def _by_place(places: Sequence[Place], slices: Sequence[Slices]) -> list[int]:
+def _order_of(places: Sequence[Place], slices: Sequence[Slices]) -> list[int]:
     """Return the numbers of slices in the order of their parameters, however they were joined: sums depend on it."""
     if len(places) == 1:
         return [0]
@@ -275,25 +275,24 @@ def bind_ties(
         TypeError, IndexError, ValueError: as :class:`~tieopt.TiedOptimizer` says.
     """
     several = _find(param_groups, ties, holder, options)
-    by_place = [_by_place(found.places, found.slices) for found in several]
-    ordered = all_numbered([[found.slices[n] for n in order] for found, order in zip(several, by_place, strict=True)])
+    orders = [_order_of(found.places, found.slices) for found in several]
+    ordered = all_numbered([[found.slices[n] for n in order] for found, order in zip(several, orders, strict=True)])
     bound = []
     numbers: Counter[Any] = Counter()
-    for (tie, own_options, places, names, params, slices), order, numbered_slices in zip(
-        several, by_place, ordered, strict=True
-    ):
+    for found, order, slices in zip(several, orders, ordered, strict=True):
+        tie = found.tie
         across = None if tie.across is None else (tie.across, numbers[tie.across], tie.is_whole)
         numbers[tie.across] += 1
-        bound.append(BoundTie(places, slices, names, tie.options, own_options, across, numbered_slices))
-        check_read_as_stored(param_groups, bound[-1], [params[n] for n in order])
+        bound.append(BoundTie(found.places, found.slices, found.names, tie.options, found.options, across, slices))
+        check_read_as_stored(param_groups, bound[-1], [found.params[n] for n in order])
     _check_disjoint(param_groups, bound)
     check_apart(param_groups, bound)
     # Whether one ties nothing across ranks is known to all of them together.
     warn_of_idle(
         [
             _idle(found)
-            for found, tie in zip(several, bound, strict=True)
-            if tie.across is None and not tie.labels_are_sharded and is_idle(tie.slices)
+            for found, own in zip(several, bound, strict=True)
+            if own.across is None and not own.labels_are_sharded and is_idle(own.slices)
         ]
     )
     return bound

@@ -246,8 +246,7 @@ def numbered(slices: Sequence[Slices]) -> tuple[Slices, ...]:
     is_first = torch.zeros(len(flat) + 1, dtype=torch.bool, device="cpu").index_fill_(0, first[1:], True)
     rank = (is_first.cumsum(0) - 1).index_select(0, first)
     rank[0] = FREE
-    flat = rank.index_select(0, names)
-    return with_labels(slices, torch.split(flat, [part.labels.numel() for part in slices]))
+    return _with_labels_of([slices], rank.index_select(0, names))[0]
 
 
 def all_numbered(ties: Sequence[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
@@ -267,16 +266,13 @@ def _have_few_labels(slices: Sequence[Slices]) -> bool:
 def _numbered_together(ties: Sequence[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
     if not ties:
         return []
-    apart = _labels_apart(ties)
+    apart, counts = _labels_apart(ties, map(_bound_of, ties)), _counts_of(ties)
     (whole,) = numbered([Slices(apart)])
     if whole.labels is apart:
         return list(map(tuple, ties))
-    several = _with_labels_of(ties, whole.labels)
     # Each tie has the groups that follow those of the ties before it.
-    ends = [0, *accumulate(map(_bound_of, several), max)]
-    own = _with_labels_of(ties, _shifted(several, [-end for end in ends[:-1]]))
-    # Copies, because a pickle has the whole vector once for each of its views.
-    return [with_labels(slices, [part.labels.clone() for part in slices]) for slices in own]
+    ends = [0, *accumulate((_bound_of([Slices(own)]) for own in whole.labels.split_with_sizes(counts)), max)]
+    return _with_labels_of(ties, _shifted(whole.labels, counts, [-end for end in ends[:-1]]))
 
 
 def labels_before(slices: Sequence[Slices], before: Sequence[Slices]) -> Tensor:
@@ -362,12 +358,12 @@ def sizes_of_groups(ties: Sequence[Sequence[Slices]]) -> list[int]:
     Returns:
         The sizes; 0 for a tie without such a group, or with groups of several sizes.
     """
-    labels = _labels_apart(ties)
+    bounds = list(map(_bound_of, ties))
+    labels, counts = _labels_apart(ties, bounds), torch.tensor(bounds, device="cpu")
     is_trained = labels != FREE
     if any(map(are_scaled, ties)):
         is_trained &= flat_scales([*chain.from_iterable(ties)]) != 0
-    counts = torch.tensor(list(map(_bound_of, ties)), device="cpu")
-    sizes = torch.bincount(labels[is_trained], minlength=int(counts.sum()))
+    sizes = torch.bincount(labels[is_trained], minlength=sum(bounds))
     is_group, tie = sizes > 1, torch.arange(len(ties), device="cpu").repeat_interleave(counts)
     tie, sizes = tie[is_group], sizes[is_group]
     largest = torch.zeros_like(counts).scatter_reduce_(0, tie, sizes, "amax")
@@ -482,7 +478,7 @@ def of_one_kind(
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
     """Return the slices of several ties, with labels that no two of the ties share."""
     listed = list(ties)
-    return _with_labels_of(listed, _labels_apart(listed))
+    return _with_labels_of(listed, _labels_apart(listed, map(_bound_of, listed)))
 
 
 def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
@@ -491,26 +487,37 @@ def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
     The labels are None for a single tie, whose own are distinct already.
     """
     slices_of = [tie.slices for tie in ties]
-    return list(chain.from_iterable(slices_of)), None if len(ties) == 1 else _labels_apart(slices_of)
+    labels = None if len(ties) == 1 else _labels_apart(slices_of, map(_bound_of, slices_of))
+    return list(chain.from_iterable(slices_of)), labels
 
 
-def _labels_apart(ties: Sequence[Sequence[Slices]]) -> Tensor:
-    """Return the labels of all slices of several ties, so that no two of the ties share one."""
-    return _shifted(ties, [0, *accumulate(map(_bound_of, ties))][:-1])
+def _labels_apart(ties: Sequence[Sequence[Slices]], bounds: Iterable[int]) -> Tensor:
+    """Return the labels of all slices of several ties, so that no two of the ties share one.
+
+    Args:
+        ties: the slices of each.
+        bounds: one more than the largest label of each.
+    """
+    return _shifted(flat_labels([*chain.from_iterable(ties)]), _counts_of(ties), [0, *accumulate(bounds)][:-1])
 
 
-def _shifted(ties: Sequence[Sequence[Slices]], shifts: Sequence[int]) -> Tensor:
-    """Return the labels of all slices of several ties, those of each plus a number."""
-    labels = flat_labels([*chain.from_iterable(ties)])
-    counts = torch.tensor([sum(part.labels.numel() for part in slices) for slices in ties], device="cpu")
-    shift_of_each = torch.tensor(shifts, device="cpu").repeat_interleave(counts)
+def _shifted(labels: Tensor, counts: Sequence[int], shifts: Sequence[int]) -> Tensor:
+    """Return labels plus a number, of each of several ties, which have so many of them; free ones as they are."""
+    shift_of_each = torch.tensor(shifts, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
     return shift_of_each.masked_fill_(labels == FREE, 0).add_(labels)
+
+
+def _counts_of(ties: Sequence[Sequence[Slices]]) -> list[int]:
+    """Return how many slices each of several ties has."""
+    return [sum([part.labels.numel() for part in slices]) for slices in ties]
 
 
 def _with_labels_of(ties: Sequence[Sequence[Slices]], labels: Tensor) -> list[tuple[Slices, ...]]:
     """Return the slices of several ties, with other labels, of all slices as a vector."""
-    parts = iter(labels.split_with_sizes([part.labels.numel() for slices in ties for part in slices]))
-    return [with_labels(slices, islice(parts, len(slices))) for slices in ties]
+    parts = labels.split_with_sizes([part.labels.numel() for slices in ties for part in slices])
+    # Copies, because a pickle has the whole vector once for each of its views.
+    own = iter(parts) if len(parts) == 1 else map(torch.clone, parts)
+    return [with_labels(slices, islice(own, len(slices))) for slices in ties]
 
 
 def _bound_of(slices: Sequence[Slices]) -> int:
