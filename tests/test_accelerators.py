@@ -97,7 +97,7 @@ OPERATORS = {
         "rows",
         True,
     ): "index_select 7, fill_ 1, copy_ 2, add_ 9, index_copy_ 1, div_ 1, _to_copy 1, _foreach_copy_ 1, mul_ 3",
-    ("symmetric", True): "index_select 4, fill_ 1, copy_ 4, add_ 8, div_ 1, _to_copy 1, mul_ 3",
+    ("symmetric", True): "index_select 4, fill_ 1, copy_ 5, add_ 8, div_ 1, _to_copy 1, mul_ 3",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import same_bits
-from strategies import ALL, laid_out, layouts, normal, reductions, seeds
+from strategies import ALL, REAL, generator, laid_out, layouts, normal, reductions, seeds
 from torch import Tensor
 
 from tieopt import Tie, TiedOptimizer, patterns
@@ -31,10 +31,18 @@ from tieopt.numbers.reduction import (
     tied,
 )
 from tieopt.numbers.views import Move
+from tieopt.tensors import transposed_copy
 from tieopt.ties.slices import Partition, Slices, numbered
 
 # Tolerances of one operation, relative and absolute.
 TOLERANCES = {2: 2e-2, 4: 1e-5, 8: 1e-12}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_matrices_are_like_large_ones():
+    """Transposed as a whole, and cut in the middle where they are mirrored."""
+    with patch.multiple(views, _TRANSPOSED=4, _WIDE=2):
+        yield
 
 
 @st.composite
@@ -353,6 +361,15 @@ def test_joined_parameters_keep_nothing_for_their_entries():
     assert held_bytes(found.runs) <= 64 * len(found.runs)
 
 
+@pytest.mark.parametrize(
+    ("build", "bytes_an_entry"), [(patterns.mirrored, 0), (patterns.centrosymmetric, 0), (patterns.symmetric, 4.6)]
+)
+def test_the_compact_mode_keeps_nothing_for_half_of_a_matrix_and_little_for_a_triangle(build, bytes_an_entry):
+    slices = numbered([Slices(build((1024, 1024)))])
+    folding = ViewFolding.compile(Views.of(slices, [torch.empty(1024, 1024)]), *compact_rows_of(slices))
+    assert held_bytes((folding.kept, folding.sources)) <= bytes_an_entry * 1024**2
+
+
 @pytest.mark.parametrize("build", [patterns.symmetric, patterns.antisymmetric, patterns.centrosymmetric])
 def test_symmetries_keep_what_is_left_of_a_tile_on_the_diagonal_and_no_more(build):
     labels = build((1024, 1024))
@@ -370,6 +387,15 @@ def test_moves_are_undone_and_composed(shape, data):
     second = data.draw(moves(shape))
     assert torch.equal(moved_back(first, first(tensor)), tensor)
     assert torch.equal(second.after(first)(tensor), second(first(tensor)))
+
+
+@given(dtype=st.sampled_from([*REAL, torch.uint8]), rows=st.integers(1, 40), columns=st.integers(1, 40), seed=seeds)
+def test_matrices_are_transposed_bit_for_bit(dtype, rows, columns, seed):
+    """NaN of any bits among the entries."""
+    bytes_ = torch.randint(256, (rows, columns * dtype.itemsize), dtype=torch.uint8, generator=generator(seed))
+    matrix = bytes_.view(dtype)
+    assert same_bits(transposed_copy(matrix), matrix.t().contiguous())
+    assert transposed_copy(matrix).is_contiguous()
 
 
 @given(size=st.integers(1, 70), block=st.integers(1, 70))

@@ -94,6 +94,16 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.conj() if tensor.is_conj() else tensor
 
 
+def transposed_copy(matrix: Tensor) -> Tensor:
+    """Return a contiguous transposed copy of a contiguous matrix."""
+    if matrix.dtype != torch.float32 or matrix.device.type != "cpu" or torch.compiler.is_compiling():
+        return matrix.t().contiguous()
+    # To shuffle the channels of one pixel is to transpose them as a matrix: torch does so by vector instructions.
+    (rows, columns), count = matrix.shape, matrix.numel()
+    pixel = matrix.as_strided((1, count, 1, 1), (count, 1, count, count))
+    return torch.channel_shuffle(pixel, rows).view(columns, rows)
+
+
 def overlaps(tensor: Tensor) -> bool:
     """Return whether entries may share memory, as those of an expanded or unfolded tensor do."""
     if tensor.is_contiguous():

@@ -22,11 +22,11 @@ from tieopt.numbers.reduction import (
     Workspace,
     group_means,
     pin_,
-    stored_leads,
     write_slices_,
     write_values,
 )
 from tieopt.numbers.rounding import rounded, signed_
+from tieopt.numbers.views import Tile
 from tieopt.tensors import bits, column, in_front, movable, real, wide_dtype
 from tieopt.ties.options import Reduction
 from tieopt.ties.slices import FREE, Slices, are_scaled, narrow
@@ -191,6 +191,20 @@ class Folding:
         return rows[: len(self.kept)], rows[len(self.kept) :]
 
 
+class _TileRows(NamedTuple):
+    """The rows of the compact tensor that the slices of a tile are multiples of; shape ``[slices of the tile]``.
+
+    Attributes:
+        rows: their numbers, int32 or int64.
+        signs: of the slices, int8; None if all are 1.
+        pinned: which slices of the tile are zero, int64; None if no one is.
+    """
+
+    rows: Tensor
+    signs: Tensor | None
+    pinned: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class ViewFolding:
     """Folds tensors of a regular tie; all shared values are in the compact tensor of the first one.
@@ -199,19 +213,17 @@ class ViewFolding:
 
     Attributes:
         index: the members of all groups.
-        kept: the slices of the first tensor that the compact one is made of, int32 or int64, shape ``[n]``; None if it
-            has all of them.
-        sources: for each slice of the first tensor the row of the compact one that it is a multiple of, shape
-            ``[labels]``; nothing if the compact one has all slices.
-        signs: of these slices, int8; None if all are 1.
-        pinned: the slices that are zero, int64.
+        box: the shape of the slices if the compact tensor has those of the first tensor from the start of each
+            dimension to some end, as half of a matrix that is mirrored; otherwise None.
+        kept: the slices of the first tensor that the compact one is made of, int32 or int64, shape ``[n]``; None if
+            they are a box.
+        sources: for each tile where its values are in the compact tensor; nothing if they are a box.
     """
 
     index: Views
+    box: tuple[int, ...] | None
     kept: Tensor | None
-    sources: Tensor
-    signs: Tensor | None
-    pinned: Tensor
+    sources: tuple[_TileRows, ...]
 
     @classmethod
     @torch.inference_mode(False)
@@ -222,22 +234,23 @@ class ViewFolding:
             index: of the tensors.
             compact: the rows of the first compact tensor.
         """
-        device, nothing = index.layout.device, torch.empty(0, dtype=torch.int64, device=index.layout.device)
-        if len(compact.kept) == index.slices[0].labels.numel():
-            return cls(index, None, nothing, None, nothing)
-        pinned = compact.rows == FREE
-        sources = compact.rows.masked_fill(pinned, 0).to(device)
-        signs = None if bool((compact.scale == 1).all()) else compact.scale.to(device, torch.int8)
-        leads = compressed(index.leads_of(compact.kept)).to(device)
-        return cls(index, leads, sources, signs, pinned.nonzero().squeeze(1).to(device))
+        device, shape, tiles = index.layout.device, index.slices[0].labels.shape, index.tiles
+        leads, entries = index.leads_of(compact.kept), torch.arange(shape.numel(), device="cpu").view(shape)
+        regions = [tile.views[0].region[: len(shape)] for tile in tiles]
+        box = tuple([max(region[dim].stop for region in regions) for dim in range(len(shape))])
+        if all(tile.orbits is None for tile in tiles) and torch.equal(leads, _front_of(entries, box).flatten()):
+            return cls(index, box, None, ())
+        rows, scale = compact.rows.view(shape), compact.scale.view(shape)
+        sources = tuple([_tile_rows(rows[region].flatten(), scale[region].flatten(), device) for region in regions])
+        return cls(index, None, compressed(leads).to(device), sources)
 
     def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
         """See :func:`fold_`."""
         grid, compact = self.index.rows(tensors)[0], self._front(compacts[0])
-        if self.kept is None:
-            compact.view(grid.shape).copy_(grid)
-        else:
+        if self.box is None:
             self._select(grid, compact)
+        else:
+            self._boxed(compact).copy_(_front_of(grid, self.box))
 
     def fold_gradients_(
         self, grads: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace, reduction: Reduction
@@ -245,50 +258,66 @@ class ViewFolding:
         """See :func:`fold_gradients_`."""
         grids, compact = self.index.rows(grads), self._front(compacts[0])
         shape, device = grids[0].shape, compact.device
-        grid = compact.view(shape) if self.kept is None else workspace["grid", shape, compact.dtype, device]
+        grid = workspace["grid", shape, compact.dtype, device] if self.box is None else self._boxed(compact)
         for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
             values = rounded(_group_gradients(grids, run, workspace, reduction), grid.dtype)
             tile.views[0].write([grid], values.view(*tile.shape, *values.shape[1:]))
-        if self.kept is not None:
+        if self.box is None:
             self._select(grid, compact)
 
     def unfold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace) -> None:
         """See :func:`unfold_`."""
         grids, compact = self.index.rows(tensors), self._front(compacts[0])
-        if self.kept is None:
-            first = compact.view(grids[0].shape)
-        else:
-            first = grids[0]
-            grid = first if first.is_contiguous() else workspace["grid", first.shape, first.dtype, first.device]
-            self._spread(compact, self._rows(grid))
-            if grid is not first:
-                first.copy_(grid)
-            if len(grids) == 1:
-                return
-        for run, tile in zip(self.index.runs, self.index.tiles, strict=True):
-            values = stored_leads([first], run, workspace)
-            tile.write_values(grids, values, to_first=self.kept is None)
+        grid = None if self.box is None else self._boxed(compact)
+        for number, tile in enumerate(self.index.tiles):
+            if grid is None:
+                values = self._spread(compact, tile, self.sources[number], workspace)
+            else:
+                values = grid[tile.views[0].region]
+                if not values.is_contiguous():
+                    values = workspace["leads", values.shape, values.dtype, values.device].copy_(values)
+            tile.write_values(grids, values.view(-1, *values.shape[len(tile.shape) :]))
+
+    def _spread(self, compact: Tensor, tile: Tile, source: _TileRows, workspace: Workspace) -> Tensor:
+        """Return the multiples of the rows of the compact tensor that a tile has, in the shape of the tile."""
+        depth = self.index.slices[0].labels.dim()
+        part = compact[(slice(None), *tile.views[0].region[depth:])]
+        shape = *tile.shape[:depth], *part.shape[1:]
+        values = workspace["leads", shape, part.dtype, part.device]
+        slices = values.flatten(0, depth - 1)
+        torch.index_select(bits(part), 0, source.rows, out=bits(slices))
+        if source.signs is not None:
+            signed_(slices, source.signs)
+        if source.pinned is not None:
+            bits(slices).index_fill_(0, source.pinned, 0)
+        return values
 
     def _select(self, grid: Tensor, compact: Tensor) -> None:
         assert self.kept is not None
-        rows, out = movable([self._rows(grid), compact])
+        # Of one that is not contiguous this may be a copy.
+        slices = grid.flatten(0, self.index.slices[0].labels.dim() - 1)
+        rows, out = movable([slices, compact])
         torch.index_select(rows, 0, self.kept, out=out)
 
-    def _spread(self, compact: Tensor, rows: Tensor) -> None:
-        """Write to all slices of the first tensor their multiples of the rows of the compact one."""
-        source, out = movable([compact, rows])
-        torch.index_select(source, 0, self.sources, out=out)
-        if self.signs is not None:
-            signed_(rows, self.signs)
-            bits(rows).index_fill_(0, self.pinned, 0)
-
-    def _rows(self, grid: Tensor) -> Tensor:
-        """View the slices of a grid as rows; of one that is not contiguous this may be a copy."""
-        return grid.flatten(0, self.index.slices[0].labels.dim() - 1)
+    def _boxed(self, compact: Tensor) -> Tensor:
+        """View the rows of a compact tensor as the box that they are of the first tensor."""
+        assert self.box is not None
+        return compact.view(*self.box, *compact.shape[1:])
 
     def _front(self, compact: Tensor) -> Tensor:
         """View a compact tensor as real rows, their dimensions in their order."""
         return real(compact.detach()).movedim(compact_slices(self.index.slices[0]).dim, 0)
+
+
+def _front_of(grid: Tensor, shape: Sequence[int]) -> Tensor:
+    """View the part of a grid from the start of each dimension."""
+    return grid[tuple(map(slice, shape))]
+
+
+def _tile_rows(rows: Tensor, scale: Tensor, device: torch.device) -> _TileRows:
+    pinned = (rows == FREE).nonzero().squeeze(1)
+    signs = None if bool((scale == 1).all()) else scale.to(device, torch.int8)
+    return _TileRows(rows.clamp(min=0).to(device), signs, pinned.to(device) if len(pinned) else None)
 
 
 def _sources(

@@ -258,9 +258,11 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
         return _careful_means(rows, run, workspace)
     means = _pairwise_means(rows, run.chunks[0], workspace)
     if math.isfinite(means.sum().item()):
-        # Symmetries without signs make the sums of pairs equal.
-        orbits = run.tile and run.tile.orbits
-        return canonical(means, run) if orbits and orbits.is_negative is not None else means
+        # Sums of pairs commute: those of an orbit are equal, or each other's negatives. But x - x is 0.0, and not -0.0.
+        is_negative = run.tile and run.tile.orbits and run.tile.orbits.is_negative
+        if is_negative is None or not bool((means == 0).logical_and_(column(is_negative, means)).any()):
+            return means
+        return canonical(means, run)
     # Sums beyond the range are added up again; the others keep their bits, whatever groups are beside them.
     exact = _careful_means(rows, run, workspace)
     return canonical(torch.where(means.isfinite(), means.to(exact.dtype), exact), run)
@@ -283,9 +285,8 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
     """Return whether the members of groups are known to be tied, bit for bit."""
     if not can_be_asked(rows[0]):
         return False
-    if run.tile is not None and run.tile.is_plain:
-        lead, *others = run.tile.regions(rows)
-        return all(have_same_bits(lead, other) for other in others)
+    if run.tile is not None:
+        return _is_tile_tied(rows, run.tile, workspace)
     leads = None
     for chunk in run.chunks:
         members = _gathered(rows, chunk.pieces, workspace)
@@ -296,6 +297,24 @@ def _is_tied(rows: list[Tensor], run: Run, workspace: Workspace) -> bool:
             leads = stored_leads(rows, run, workspace) if leads is None else leads
             expected = _expected(leads, chunk, leads.dtype, workspace)
         if not have_same_bits(members, expected):
+            return False
+    return True
+
+
+def _is_tile_tied(rows: list[Tensor], tile: Tile, workspace: Workspace) -> bool:
+    lead, is_zero = rows[0][tile.views[0].region], tile.orbits and tile.orbits.is_zero
+    buffer = workspace["members", lead.shape, lead.dtype, lead.device]
+    for view in tile.views[1:]:
+        if view.move.sign > 0:
+            member = view.unsigned(rows, buffer)
+        else:
+            view.read(rows, buffer)
+            member = buffer
+            if is_zero is not None:
+                # What is its own negative is 0.0, and not -0.0.
+                entries = bits(member).flatten(0, len(tile.shape) - 1)
+                entries.masked_fill_(column(is_zero, entries), 0)
+        if not have_same_bits(lead, member):
             return False
     return True
 

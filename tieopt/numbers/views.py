@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tieopt.numbers import devices
-from tieopt.tensors import wide_dtype
+from tieopt.tensors import transposed_copy, wide_dtype
 from tieopt.ties.slices import Slices
 
 # Entries that are gathered at a time, and the fewest of one member: what the caches hold, yet enough of each of several
@@ -31,6 +31,9 @@ _ACCELERATOR_ENTRIES, _ACCELERATOR_TILE = 2**22, 2**20
 
 # Labels of more dimensions are looked at for flips alone, or not at all: there are too many permutations, and flips.
 _PERMUTED, _FLIPPED = 4, 8
+
+# Dimensions of this size are cut in the middle where they are mirrored.
+_WIDE = 128
 
 # torch transposes a contiguous matrix of as many entries several times as fast as a part of a matrix.
 _TRANSPOSED = 60 * 60
@@ -92,32 +95,51 @@ class View(NamedTuple):
         """Return the view that a move takes to a tile of a tensor of the given shape."""
         return cls(tensor, move.region(tile, shape), move, move == Move(tuple(range(len(shape))), ()))
 
+    def unsigned(self, tensors: Sequence[Tensor], buffer: Tensor) -> Tensor:
+        """Return the member as the tile has it, but for its sign: a view, or a copy that may be in the buffer.
+
+        Args:
+            tensors: to read from.
+            buffer: contiguous, of the shape of the tile; it may be overwritten.
+        """
+        part, (dims, flips, _) = tensors[self.tensor][self.region], self.move
+        if self.transposes(part):
+            if flips:
+                part = _flipped(part, tuple([dims[dim] for dim in flips])).contiguous()
+            else:
+                part = buffer.view(part.shape).copy_(part)
+            return transposed_copy(part)
+        if dims != tuple(range(len(dims))):
+            part = buffer.copy_(part.permute(*dims, *range(len(dims), part.dim())))
+        return _flipped(part, flips)
+
     def read(self, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """Write the member, as the tile has it, to a tensor of the shape of the tile."""
-        if self.is_plain:
-            out.copy_(tensors[self.tensor][self.region])
-            return
-        part, (dims, flips, sign) = tensors[self.tensor][self.region], self.move
-        inner = range(len(dims), part.dim())
-        if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
-            part = part.contiguous()
-        out.copy_(_flipped(part.permute(*dims, *inner), flips))
-        if sign < 0:
-            _copy_negated_(out, out)
+        """Write the member, as the tile has it, to a contiguous tensor of the shape of the tile."""
+        member = self.unsigned(tensors, out)
+        if self.move.sign < 0:
+            _copy_negated_(out, member)
+        elif member is not out:
+            out.copy_(member)
 
     def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
-        """Write the values of a tile to the member."""
+        """Write the values of a tile, contiguous, to the member."""
         part, (dims, flips, sign) = tensors[self.tensor][self.region], self.move
+        if self.is_plain:
+            part.copy_(values)
+            return
         values = _flipped(values, flips)
-        if part.dim() == 2 and dims == (1, 0) and part.numel() >= _TRANSPOSED:
-            # Contiguous once transposed: see `_TRANSPOSED`.
-            values = values.t().contiguous()
+        if self.transposes(part):
+            values = transposed_copy(values)
         else:
             part = part.permute(*dims, *range(len(dims), part.dim()))
         if sign < 0:
             _copy_negated_(part, values)
         else:
             part.copy_(values)
+
+    def transposes(self, region: Tensor) -> bool:
+        """Return whether the region is a matrix that is faster transposed once it is contiguous."""
+        return self.move.dims == (1, 0) and region.dim() == 2 and region.numel() >= _TRANSPOSED
 
 
 def _flipped(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -188,14 +210,14 @@ class Tile(NamedTuple):
         for view, own in zip(self.views, members.view(len(self.views), *self.shape, *members.shape[1:]), strict=True):
             view.write(tensors, own)
 
-    def write_values(self, tensors: Sequence[Tensor], values: Tensor, *, to_first: bool = True) -> None:
-        """Write the values of groups, shape ``[entries, ...]``, to all their members, or to those of other tensors."""
+    def write_values(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+        """Write the values of groups, contiguous, shape ``[entries, ...]``, to all their members."""
         values = values.view(*self.shape, *values.shape[1:])
-        views = self.distinct if to_first else [view for view in self.distinct if view.tensor]
         if self.is_plain:
-            torch._foreach_copy_(_regions(tensors, views), [values] * len(views))
+            regions = [tensors[view.tensor][view.region] for view in self.distinct]
+            torch._foreach_copy_(regions, [values] * len(regions))
             return
-        for view in views:
+        for view in self.distinct:
             view.write(tensors, values)
 
     def add_halves(self, tensors: Sequence[Tensor], sums: Tensor) -> None:
@@ -203,23 +225,10 @@ class Tile(NamedTuple):
         half = len(self.views) // 2
         for first, second, out in zip(self.views[:half], self.views[half:], sums, strict=True):
             out = out.view(*self.shape, *out.shape[1:])
-            if not (first.is_plain and second.is_plain):
-                second.read(tensors, out)
-            if first.is_plain:
-                other = tensors[second.tensor][second.region] if second.is_plain else out
-                torch.add(tensors[first.tensor][first.region], other, out=out)
-            else:
-                member = torch.empty_like(out)
-                first.read(tensors, member)
-                out.add_(member)
-
-    def regions(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return all members of a tile as they are."""
-        return _regions(tensors, self.views)
-
-
-def _regions(tensors: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
-    return [tensors[view.tensor][view.region] for view in views]
+            member = first.unsigned(tensors, out if first.is_plain else torch.empty_like(out))
+            if first.move.sign < 0:
+                member = -member
+            torch.add(member, second.unsigned(tensors, out), alpha=second.move.sign, out=out)
 
 
 class Correspondence(NamedTuple):
@@ -376,7 +385,9 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         most //= 4
     most = max(most // len(moves), least)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
-    cuts = [_cuts(size, block) for size, block in zip(shape, _block(shape, fast, linked, most), strict=True)]
+    mirrors = [move.flips for move in symmetries[1:] if move.dims == tuple(range(dims))]
+    block = _block(shape, fast, linked, most, mirrors)
+    cuts = [_cuts(*sizes) for sizes in zip(shape, block, strict=True)]
     known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Orbits, Tensor]] = {}
     for at in product(*(range(len(cut)) for cut in cuts)):
         images = [_image(at, move, cuts) for move in symmetries]
@@ -411,7 +422,9 @@ def _stabilized(
     return orbits, counts.to(device, wide_dtype(device))
 
 
-def _block(shape: Sequence[int], fast: set[int], linked: Sequence[set[int]], most: int) -> list[int]:
+def _block(
+    shape: Sequence[int], fast: set[int], linked: Sequence[set[int]], most: int, mirrors: Sequence[tuple[int, ...]]
+) -> list[int]:
     """Return the shape of tiles: of no more entries, as long as can be where some member has neighbours in memory.
 
     Args:
@@ -419,14 +432,23 @@ def _block(shape: Sequence[int], fast: set[int], linked: Sequence[set[int]], mos
         fast: the dimensions along which some member has neighbours in memory.
         linked: for each dimension those that symmetries take it to, which are cut alike.
         most: entries.
+        mirrors: the dimensions that each symmetry flips that does nothing else.
     """
     block = list(shape)
+
+    def halve(dim: int) -> None:
+        size = -(-block[dim] // 2)
+        for other in linked[dim]:
+            block[other] = size
+
+    for flips in mirrors:
+        # A tile that is taken to itself is computed twice. Along the first dimension, so that the first members lead.
+        is_whole = all(block[dim] == shape[dim] for dim in flips)
+        if is_whole and shape[flips[0]] >= _WIDE:
+            halve(flips[0])
     while math.prod(block) > most:
-        slow = [dim for dim, size in enumerate(block) if size > 1 and dim not in fast]
-        widest = max(slow or range(len(block)), key=block.__getitem__)
-        size = -(-block[widest] // 2)
-        for dim in linked[widest]:
-            block[dim] = size
+        slow_dims = [dim for dim, size in enumerate(block) if size > 1 and dim not in fast]
+        halve(max(slow_dims or range(len(block)), key=block.__getitem__))
     return block
 
 
