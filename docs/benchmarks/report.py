@@ -286,9 +286,10 @@ How near a step can come at best, by the memory that it moves:
   times more, so that the optimizer's step takes at least 10/7 = 1.43 times as long. A whole step is below 1.15 only
   where forward and backward take about twice as long as the optimizer. With `compact=True`, what one Parameter does not
   need is to read the gradients of all members and to write all weights.
-- **Patterns.** Half of the entries of a symmetric matrix lie across the order of memory. To transpose takes several
-  copies, and gradients and weights are both transposed in each step; a formula does it in the forward and in the
-  backward pass. Mirrored and centrosymmetric matrices are not transposed, so that their formulas cost little.
+- **Patterns.** Half of the entries of a symmetric matrix lie across the order of memory. To transpose takes two to
+  three copies, and gradients and weights are both transposed in each step; a formula does it in the forward and in the
+  backward pass. The shared values of the compact mode are a triangle, which is gathered entry by entry, as an index
+  does. Mirrored and centrosymmetric matrices are not transposed, so that their formulas cost little.
 - **Single elements.** Memory is read 64 bytes at a time, for 4 that are asked for. An index does this once for the
   weight and once for the gradient; tieopt gathers the gradients and writes the weights, and in the full mode it also
   writes the gradients and reads the weights.
