@@ -38,10 +38,11 @@ from tieopt.ties.slices import Partition, Slices, numbered
 TOLERANCES = {2: 2e-2, 4: 1e-5, 8: 1e-12}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_matrices_are_like_large_ones():
-    """Transposed as a whole, and cut in the middle where they are mirrored."""
-    with patch.multiple(views, _TRANSPOSED=4, _WIDE=2):
+@pytest.fixture(autouse=True, scope="module", params=[(views._TRANSPOSED, views._WIDE), (4, 2)], ids=["small", "large"])
+def sizes(request):
+    """Small matrices as they are, and like large ones: transposed as a whole, cut in the middle where mirrored."""
+    transposed, wide = request.param
+    with patch.multiple(views, _TRANSPOSED=transposed, _WIDE=wide):
         yield
 
 
@@ -368,6 +369,30 @@ def test_the_compact_mode_keeps_nothing_for_half_of_a_matrix_and_little_for_a_tr
     slices = numbered([Slices(build((1024, 1024)))])
     folding = ViewFolding.compile(Views.of(slices, [torch.empty(1024, 1024)]), *compact_rows_of(slices))
     assert held_bytes((folding.kept, folding.sources)) <= bytes_an_entry * 1024**2
+
+
+@given(
+    build=st.sampled_from([patterns.mirrored, patterns.centrosymmetric]),
+    # One of two rows and columns is symmetric as well.
+    rows=st.integers(2, 30),
+    columns=st.integers(1, 30),
+    most=st.integers(1, 400),
+)
+def test_what_is_shared_by_the_halves_of_an_even_matrix_is_a_box(build, rows, columns, most):
+    shape = 2 * rows, 2 * columns
+    slices = numbered([Slices(build(shape))])
+    with patch.multiple(views, _CPU_ENTRIES=most, _CPU_TILE=1, _WIDE=2):
+        found = Views.of(slices, [torch.empty(shape)])
+    assert ViewFolding.compile(found, *compact_rows_of(slices)).box is not None
+
+
+@given(
+    move=st.sampled_from([Move((1, 0), (0,), -1), Move((0, 1), (0, 1), -1), Move((0, 1), (1,), -1)]),
+    size=st.sampled_from([64, 128, 130]),
+)
+def test_symmetries_with_signs_are_recognised_whatever_the_size(move, size):
+    labels, scale = orbits((size, size), [move])
+    assert Views.of(numbered([Slices(labels, scale)]), [torch.empty(size, size)]) is not None
 
 
 @pytest.mark.parametrize("build", [patterns.symmetric, patterns.antisymmetric, patterns.centrosymmetric])

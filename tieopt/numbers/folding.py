@@ -192,11 +192,11 @@ class Folding:
 
 
 class _TileRows(NamedTuple):
-    """The rows of the compact tensor that the slices of a tile are multiples of; shape ``[slices of the tile]``.
+    """The rows of the compact tensor that the slices of a tile are multiples of.
 
     Attributes:
-        rows: their numbers, int32 or int64.
-        signs: of the slices, int8; None if all are 1.
+        rows: their numbers, int32 or int64, shape ``[slices]``.
+        signs: of the slices, int8, shape ``[slices]``; None if all are 1.
         pinned: which slices of the tile are zero, int64; None if no one is.
     """
 
@@ -238,11 +238,15 @@ class ViewFolding:
         leads, entries = index.leads_of(compact.kept), torch.arange(shape.numel(), device="cpu").view(shape)
         regions = [tile.views[0].region[: len(shape)] for tile in tiles]
         box = tuple([max(region[dim].stop for region in regions) for dim in range(len(shape))])
-        if all(tile.orbits is None for tile in tiles) and torch.equal(leads, _front_of(entries, box).flatten()):
+        if all(tile.orbits is None for tile in tiles) and torch.equal(leads, _corner(entries, box).flatten()):
             return cls(index, box, None, ())
         rows, scale = compact.rows.view(shape), compact.scale.view(shape)
-        sources = tuple([_tile_rows(rows[region].flatten(), scale[region].flatten(), device) for region in regions])
-        return cls(index, None, compressed(leads).to(device), sources)
+        # Tiles of other entries of the same slices have the same rows.
+        sources = {
+            str(region): _tile_rows(rows[region].flatten(), scale[region].flatten(), device) for region in regions
+        }
+        of_tiles = tuple([sources[str(region)] for region in regions])
+        return cls(index, None, compressed(leads).to(device), of_tiles)
 
     def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
         """See :func:`fold_`."""
@@ -250,7 +254,7 @@ class ViewFolding:
         if self.box is None:
             self._select(grid, compact)
         else:
-            self._boxed(compact).copy_(_front_of(grid, self.box))
+            self._boxed(compact).copy_(_corner(grid, self.box))
 
     def fold_gradients_(
         self, grads: Sequence[Tensor], compacts: Sequence[Tensor], workspace: Workspace, reduction: Reduction
@@ -309,8 +313,8 @@ class ViewFolding:
         return real(compact.detach()).movedim(compact_slices(self.index.slices[0]).dim, 0)
 
 
-def _front_of(grid: Tensor, shape: Sequence[int]) -> Tensor:
-    """View the part of a grid from the start of each dimension."""
+def _corner(grid: Tensor, shape: Sequence[int]) -> Tensor:
+    """View the part of a grid from the start of each dimension to some end."""
     return grid[tuple(map(slice, shape))]
 
 

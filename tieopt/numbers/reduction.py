@@ -50,7 +50,7 @@ class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Ten
 
     ``workspace[name, shape, dtype, device]`` is an uninitialised tensor, valid until the same name is asked for again.
     The buffers are as large as the largest chunk of members that is gathered, whatever the size of the tensors, but for
-    the compact gradients of a tensor with symmetries, whose means are written to a buffer like the tensor.
+    the compact gradients of a symmetric tensor, and the like, whose means are written to a buffer like the tensor.
     """
 
     def __init__(self) -> None:

@@ -385,7 +385,8 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         most //= 4
     most = max(most // len(moves), least)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
-    mirrors = [move.flips for move in symmetries[1:] if move.dims == tuple(range(dims))]
+    are_mirrors = all(move.dims == tuple(range(dims)) for move in symmetries)
+    mirrors = [move.flips for move in symmetries[1:]] if are_mirrors else []
     block = _block(shape, fast, linked, most, mirrors)
     cuts = [_cuts(*sizes) for sizes in zip(shape, block, strict=True)]
     known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Orbits, Tensor]] = {}
@@ -397,6 +398,7 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         tile_shape = tuple(part.stop - part.start for part in tile)
         views = [View.of(number, tile, shape, move) for number, move in moves]
         # Of entries that are their own negatives there are views of both signs. The positive ones write 0.0, not -0.0.
+        # All write the same to a tile that is taken to itself, where nothing has to be transposed.
         best_last = sorted(views, key=lambda view: (view.move.sign, view.is_plain))
         distinct = {(view.tensor, str(view.region)): view for view in best_last}
         stabilizers = tuple(move for move, image in zip(symmetries, images, strict=True) if image == at)
@@ -432,7 +434,7 @@ def _block(
         fast: the dimensions along which some member has neighbours in memory.
         linked: for each dimension those that symmetries take it to, which are cut alike.
         most: entries.
-        mirrors: the dimensions that each symmetry flips that does nothing else.
+        mirrors: the dimensions that each symmetry flips, if they do nothing else.
     """
     block = list(shape)
 
@@ -455,8 +457,8 @@ def _block(
 def _cuts(size: int, block: int) -> list[slice]:
     """Cut a dimension into parts of about one size, which are the same from either end."""
     count = -(-size // block)
-    # In the middle of an odd number there is a part, and no cut.
-    count += count % 2 == 0 and size % 2 == 1
+    # In the middle of an odd number there is a part, and in that of an even one a cut.
+    count += count > 1 and count % 2 != size % 2
     bounds = [number * size // count for number in range((count + 1) // 2)]
     if count % 2 == 0:
         bounds.append(size // 2)
