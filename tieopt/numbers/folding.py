@@ -243,10 +243,10 @@ class ViewFolding:
         rows, scale = compact.rows.view(shape), compact.scale.view(shape)
         # Tiles of other entries of the same slices have the same rows.
         sources = {
-            str(region): _tile_rows(rows[region].flatten(), scale[region].flatten(), device) for region in regions
+            key: _tile_rows(rows[region].flatten(), scale[region].flatten(), device)
+            for key, region in {str(region): region for region in regions}.items()
         }
-        of_tiles = tuple([sources[str(region)] for region in regions])
-        return cls(index, None, compressed(leads).to(device), of_tiles)
+        return cls(index, None, compressed(leads).to(device), tuple([sources[str(region)] for region in regions]))
 
     def fold_(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
         """See :func:`fold_`."""

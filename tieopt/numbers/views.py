@@ -52,6 +52,11 @@ class Move(NamedTuple):
     flips: tuple[int, ...]
     sign: int = 1
 
+    @property
+    def permutes(self) -> bool:
+        """Whether the dimensions change their order."""
+        return self.dims != tuple(range(len(self.dims)))
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a moved tensor; a view if nothing is flipped."""
         moved = tensor.permute(self.dims)
@@ -93,7 +98,8 @@ class View(NamedTuple):
     @classmethod
     def of(cls, tensor: int, tile: Sequence[slice], shape: Sequence[int], move: Move) -> View:
         """Return the view that a move takes to a tile of a tensor of the given shape."""
-        return cls(tensor, move.region(tile, shape), move, move == Move(tuple(range(len(shape))), ()))
+        is_plain = not move.permutes and not move.flips and move.sign == 1
+        return cls(tensor, move.region(tile, shape), move, is_plain)
 
     def unsigned(self, tensors: Sequence[Tensor], buffer: Tensor) -> Tensor:
         """Return the member as the tile has it, but for its sign: a view, or a copy that may be in the buffer.
@@ -109,7 +115,7 @@ class View(NamedTuple):
             else:
                 part = buffer.view(part.shape).copy_(part)
             return transposed_copy(part)
-        if dims != tuple(range(len(dims))):
+        if self.move.permutes:
             part = buffer.copy_(part.permute(*dims, *range(len(dims), part.dim())))
         return _flipped(part, flips)
 
@@ -385,8 +391,7 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         most //= 4
     most = max(most // len(moves), least)
     linked = [{move.dims[dim] for move in symmetries} for dim in range(dims)]
-    are_mirrors = all(move.dims == tuple(range(dims)) for move in symmetries)
-    mirrors = [move.flips for move in symmetries[1:]] if are_mirrors else []
+    mirrors = [] if any(move.permutes for move in symmetries) else [move.flips for move in symmetries[1:]]
     block = _block(shape, fast, linked, most, mirrors)
     cuts = [_cuts(*sizes) for sizes in zip(shape, block, strict=True)]
     known: dict[tuple[tuple[int, ...], tuple[Move, ...]], tuple[Orbits, Tensor]] = {}
