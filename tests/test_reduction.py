@@ -17,9 +17,9 @@ from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt.numbers import index as index_module
 from tieopt.numbers.folding import Folding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
 from tieopt.numbers.index import Index
-from tieopt.numbers.reduction import Workspace, divide_, drift, have_same_bits, project_, tied
+from tieopt.numbers.reduction import Workspace, _parts, divide_, drift, have_same_bits, project_, tied
 from tieopt.numbers.rounding import rounded
-from tieopt.ties.slices import Slices, told_apart
+from tieopt.ties.slices import Slices, numbered, told_apart
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 ENTRIES = [1, 7, 64]
@@ -113,6 +113,39 @@ def test_larger_groups_are_as_exact_wherever_the_pieces_end(sizes, dtype, entrie
 
                 assert abs(got[0, column].item() - exact) <= math.sqrt(size) * unit
             assert tied_bitwise(got, [list(range(size))])
+
+
+@given(
+    groups=st.sampled_from([1, 2, 100, 2**19 // 3]),
+    odd=st.integers(1, 16),
+    entries=st.sampled_from([2**18 + 5, 2**19]),
+    signed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e5m2]),
+    seed=seeds,
+)
+def test_many_single_entries_are_added_up_in_parts_and_each_entry_once(groups, odd, entries, signed, dtype, seed):
+    count = 2**18 + odd
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(groups, (count,), generator=generator)
+    labels[torch.rand(count, generator=generator) < 0.1] = -1
+    signs = 1 - 2 * torch.randint(2, (count,), generator=generator) if signed else torch.ones(count).long()
+    # The sums of integers are exact, whatever their order.
+    start = torch.randint(-8, 8, (count,), generator=generator).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "_CPU_ENTRIES", entries)
+        index = Index.compile(numbered([Slices(labels, signs.double() if signed else None)]), [start])
+    assert [_parts(run, len(run.norms)) for run in index.runs] == [min(8, 2**19 // len(index.runs[0].norms))]
+
+    result = start.clone()
+    project_([result], index, Workspace())
+    tied_to, sizes = labels.clamp(min=0), torch.bincount(labels[labels >= 0], minlength=groups)
+    sums = torch.zeros(groups, dtype=torch.float64).index_add(0, tied_to, (start.double() * signs) * (labels >= 0))
+    means = (sums / sizes)[tied_to] * signs
+    expected = torch.where((labels >= 0) & (sizes[tied_to] > 1), rounded(means, dtype).double(), start.double())
+    assert torch.equal(result.double(), expected)
+    again = result.clone()
+    project_([again], index, Workspace())
+    assert same_bits(again, result)
 
 
 @pytest.mark.parametrize("entries", ENTRIES)
@@ -259,10 +292,10 @@ def test_a_step_rounds_the_gradient_once(dtype, reduction, compact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [64, 3000])
-def test_the_result_does_not_depend_on_the_number_of_threads(dtype, rows):
-    labels = shuffled(torch.arange(rows) % 5 - 1, seed=1)
-    tensor = randn(rows, 200).to(dtype)
+@pytest.mark.parametrize("shape", [(64, 200), (3000, 200), (2**17 + 77,)])
+def test_the_result_does_not_depend_on_the_number_of_threads(dtype, shape):
+    labels = shuffled(torch.arange(shape[0]) % 5 - 1, seed=1)
+    tensor = randn(*shape).to(dtype)
     threads = torch.get_num_threads()
     results = []
     try:

@@ -41,6 +41,12 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 # How many numbers are widened at once: as many as members of single entries are gathered.
 _WIDENED = 2**19
 
+# More single entries of one tensor are added up in so many parts, or in fewer if their totals would be too many for the
+# caches. It is no matter of the number of threads, or of ties that are merged, so that sums do not depend on these.
+_MANY = 2**17
+_PARTS = 8
+_TOTALS_OF_PARTS = 2**19
+
 # Returns the values of the leads of a run, shape ``[g, ...]``.
 ValuesOf = Callable[[list[Tensor], Run, "Workspace"], Tensor]
 
@@ -402,15 +408,53 @@ def towards_leads_(means: Tensor, leads: Tensor, stored: torch.dtype, workspace:
 def _sums(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the sum of each group, its members times 1 or -1; shape ``[g, ...]``, in float64."""
     inner = rows[0].shape[len(run.tile.shape) if run.tile else 1 :]
+    groups = run.norms.shape[0]
+    parts = _parts(run, groups) if inner.numel() == 1 else 1
     # Adding -0.0 changes no number; adding 0.0 would turn -0.0 into 0.0.
-    totals = workspace["totals", (run.norms.shape[0], *inner), torch.float64, rows[0].device].fill_(-0.0)
+    totals = workspace["totals", (parts, groups, *inner), torch.float64, rows[0].device].fill_(-0.0)
     for chunk in run.chunks:
         members = _gathered(rows, chunk.pieces, workspace)
         # Levels widen what they add up, but torch promotes no 8-bit floats.
         if not (chunk.sums and chunk.sums.levels) or chunk.multiples is not None or members.element_size() == 1:
             members = workspace["wide", members.shape, torch.float64, members.device].copy_(members)
-        _add_up(totals, chunk, members, workspace)
-    return totals
+        if parts == 1:
+            _add_up(totals[0], chunk, members, workspace)
+        else:
+            _add_up_parts(totals.view(parts, groups), chunk, members.view(-1), workspace)
+    for others in totals[1:]:
+        totals[0].add_(others)
+    return totals[0]
+
+
+def _parts(run: Run, groups: int) -> int:
+    """Return in how many parts the single entries of a run are added up."""
+    pieces, sums = run.chunks[0].pieces, run.chunks[0].sums
+    if sums is None or sums.levels is not None or isinstance(pieces, Tile):
+        return 1
+    if len(pieces.tensors) > 1 or pieces.lengths[0] <= _MANY:
+        return 1
+    return max(min(_PARTS, _TOTALS_OF_PARTS // groups), 1)
+
+
+def _add_up_parts(totals: Tensor, chunk: Chunk, values: Tensor, workspace: Workspace) -> None:
+    """Add each part of a vector to totals of its own, as :func:`_add_up` does.
+
+    One thread adds up a vector, but several the rows of a matrix.
+
+    Args:
+        totals: shape ``[parts, g]``.
+        chunk: of single entries.
+        values: of its members, shape ``[m]``; they may be overwritten.
+        workspace: buffers to work in.
+    """
+    assert chunk.sums is not None
+    if chunk.multiples is not None:
+        values.mul_(chunk.multiples)
+    groups = widened_numbers(chunk.sums.groups, workspace)
+    count = len(values) // len(totals) * len(totals)
+    parts = groups[:count].view(len(totals), -1)
+    totals.scatter_reduce_(1, parts, values[:count].view(parts.shape), "sum")
+    totals[0].scatter_reduce_(0, groups[count:], values[count:], "sum")
 
 
 def _pairwise_means(rows: list[Tensor], chunk: Chunk, workspace: Workspace) -> Tensor:
