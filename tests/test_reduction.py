@@ -474,7 +474,7 @@ def test_a_step_takes_as_many_operations_for_many_groups_as_for_few(make, few, m
 
 
 # Without free rows there is nothing to leave out.
-@pytest.mark.parametrize(("make", "few", "many"), [(pairs, 10, 999), (hundreds, 2, 19)])
+@pytest.mark.parametrize(("make", "few", "many"), [(pairs, 10, 800), (hundreds, 2, 16)])
 def test_tying_takes_as_many_operations_for_many_groups_as_for_few(make, few, many):
     names = []
     for count in (few, many):

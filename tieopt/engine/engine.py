@@ -22,7 +22,7 @@ from tieopt.engine.compiled import Work, calls_of_means
 from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untraced
 from tieopt.engine.sharded import Shards, on_any_rank, spans_ranks
 from tieopt.numbers.folding import Folding, ViewFolding, fold_gradients_
-from tieopt.numbers.index import EVEN_ENTRIES, TOTALS, Index, Layout, Views
+from tieopt.numbers.index import EVEN_ENTRIES, Index, Layout, Views
 from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
 from tieopt.numbers.sparse import TiedRows, folded_sparse, projected_sparse
 from tieopt.numbers.start import start_from_first_
@@ -33,8 +33,9 @@ from tieopt.ties.slices import Partition, Totals, joined, sizes_of_groups
 P = TypeVar("P", bound=Partition)
 Pairs = Sequence[tuple[P, list[Tensor]]]
 
-# Ties of more entries are worth a run of their own.
+# Ties of more entries are worth a run of their own, and of others so many entries are worked on as one.
 _SMALL = 2**17
+_TOGETHER = 2**20
 
 # What is not sharded, as can be told without a call.
 _PLAIN = (Tensor, Parameter)
@@ -292,7 +293,7 @@ class Engine:
         kinds = _kinds(pairs) if merge else [()] * len(pairs)
         for (tie, tensors), kind in zip(pairs, kinds, strict=True):
             entries[kind] += tensors[0].numel()
-            key = (*kind, entries[kind] // (TOTALS - _SMALL)) if kind else (count,)
+            key = (*kind, entries[kind] // (_TOGETHER - _SMALL)) if kind else (count,)
             numbers = range(count, count + len(tensors))
             alike.setdefault(key, []).append((tie, tensors, numbers))
             count = numbers.stop

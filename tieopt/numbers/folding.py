@@ -117,8 +117,8 @@ class Folding:
         index: the members of all groups.
         slices: of the tensors, and then of the compact tensors.
         kept: for each compact tensor the rows of the tensor that it is made of, int32 or int64, shape ``[n]``.
-        free: the last of these, which are free slices.
-        groups: how many the others are, which are leads of groups.
+        free: the last of these, which are free slices in no run.
+        groups: how many the others are, which are leads in the runs.
         shared: for each run of the index its shared values, compact tensor by compact tensor.
         scales: for each run the multiples of the shared values that the leads are, before their offsets are added; None
             if all are 1.
@@ -178,8 +178,8 @@ class Folding:
             index,
             (*index.slices, *map(compact_slices, index.slices)),
             kept,
-            tuple([rows[result.groups :] for rows, result in zip(kept, compact, strict=True)]),
-            tuple([result.groups for result in compact]),
+            tuple([rows[groups:] for rows, groups in zip(kept, ends, strict=True)]),
+            tuple(ends),
             tuple(shared),
             tuple(scales),
             _sources(compact, positions, device) if all(run.offsets is None for run in index.runs) else None,

@@ -25,14 +25,19 @@ from tieopt.ties.slices import FREE, Slices, are_scaled, concatenated, firsts_of
 _CPU_ENTRIES = 2**19
 _ACCELERATOR_ENTRIES = 2**22
 
-# The most shared values whose sums are kept all at once, so that members can be gathered in the order of memory.
-TOTALS = 2**20
+# The most entries of shared values whose sums are kept all at once, so that members can be gathered in the order of
+# memory: of single entries on a CPU, for which that order counts most, and of other narrow slices.
+_SINGLE_TOTALS = 2**23
+_NARROW_TOTALS = 2**20
 
 # Slices of fewer entries are narrow: it is their number that counts, not what they hold.
 _NARROW = 16
 
 # The fewest entries for which groups of one size are worth a run of their own.
 EVEN_ENTRIES = 2**15
+
+# Slices in no group are read and written with the members around them if at most every eighth is one.
+_FEW = 8
 
 # The fewest numbers that are kept in half of the memory: an operator more in each step, which fewer are not worth.
 _MANY = 2**14
@@ -79,6 +84,22 @@ class Members(NamedTuple):
         """Return some of them: a slice, or numbers."""
         return Members(*(_at(column, chosen) for column in self))
 
+    def among(self, others: Tensor) -> Members:
+        """Return these members of a single tensor and all its other slices, each as a group of its own after these.
+
+        Args:
+            others: the positions of the other slices, int64. The members are in the order of theirs.
+        """
+        if not len(others):
+            return self
+        count, first = len(self.position) + len(others), 1 + int(self.group.max())
+        group, scale = torch.empty(count, dtype=torch.int64, device="cpu"), self.scale[:1].expand(count)
+        group.index_copy_(0, self.position, self.group)
+        group.index_copy_(0, others, torch.arange(first, first + len(others), device="cpu"))
+        if not bool((self.scale == 1).all()):
+            scale = torch.ones(count, dtype=scale.dtype, device="cpu").index_copy_(0, self.position, self.scale)
+        return Members(self.tensor[:1].expand(count), torch.arange(count, device="cpu"), group, scale)
+
     def where(self, condition: Tensor) -> Members:
         """Return the members for which a condition holds."""
         return self if bool(condition.all()) else self.at(condition.nonzero().squeeze(1))
@@ -110,7 +131,11 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, members: Members, device: torch.device) -> Pieces:
         """Return members that are sorted by tensor."""
-        tensors, lengths = (column.tolist() for column in torch.unique_consecutive(members.tensor, return_counts=True))
+        # A single tensor is stored once.
+        column = members.tensor[:1] if members.tensor.stride() == (0,) else members.tensor
+        tensors, lengths = (part.tolist() for part in torch.unique_consecutive(column, return_counts=True))
+        if len(column) < len(members.tensor):
+            lengths = [len(members.tensor)]
         parts = consecutive(members.position, lengths)
         rows = tuple([part if isinstance(part, slice) else compressed(part).to(device) for part in parts])
         return cls(tuple(tensors), rows, tuple(lengths))
@@ -162,6 +187,8 @@ class Run(NamedTuple):
         tile: all members, if they are those of a tile.
         offsets: of the leads, in the wide dtype, of a shape that broadcasts to ``[g, ...]``; None if no member has
             one.
+        between: slices in no group that lie between members, so that these need not be looked up one by one. Each is
+            the only member of one of the last groups, and stays as it is, bit for bit. None if there are none.
     """
 
     lead_members: Chunk
@@ -172,6 +199,7 @@ class Run(NamedTuple):
     chunks: tuple[Chunk, ...]
     tile: Tile | None = None
     offsets: Tensor | None = None
+    between: Pieces | None = None
 
 
 class Layout(NamedTuple):
@@ -248,7 +276,11 @@ class Index:
         layout = Layout.of(slices, tensors)
         members, pinned = members_of(slices, layout.steps, labels, singles=singles)
         offsets = None if linear or not layout.memory else _Offsets(slices, tensors, layout.steps)
-        runs = _runs(members, slices[0].slice_shape(tensors[0].shape).numel(), layout, offsets, even=even)
+        others = torch.empty(0, dtype=torch.int64, device="cpu")
+        if not (singles or len(pinned.group) or offsets):
+            others = _others(members, slices, layout)
+        entries = slices[0].slice_shape(tensors[0].shape).numel()
+        runs = _runs(members, entries, layout, offsets, even=even, others=others)
         pinned_at = () if offsets is None else offsets.stored_at(pinned)
         return cls(tuple(slices), layout, tuple(runs), Pieces.of(pinned, layout.device), pinned_at)
 
@@ -527,10 +559,43 @@ def offsets_of(members: Members, offsets: Sequence[Offset]) -> Tensor:
     return values
 
 
+def _others(members: Members, slices: Sequence[Slices], layout: Layout) -> Tensor:
+    """Return the positions of the slices of a single tensor that are in no group, if they may be read with the members.
+
+    For that they have to be few, and the members in the order of the positions of all slices.
+    """
+    nothing, shape = torch.empty(0, dtype=torch.int64, device="cpu"), slices[0].labels.shape
+    others = shape.numel() - len(members.position)
+    if len(slices) > 1 or not 0 < _FEW * others <= shape.numel():
+        return nothing
+    strides = torch.empty(shape, device="meta").stride()
+    if any(step != stride and size > 1 for step, stride, size in zip(layout.steps[0], strides, shape, strict=True)):
+        return nothing
+    if not bool((members.position[1:] > members.position[:-1]).all()):
+        return nothing
+    is_other = torch.ones(shape.numel(), dtype=torch.bool, device="cpu").index_fill_(0, members.position, False)
+    return is_other.nonzero().squeeze(1)
+
+
 def _runs(
-    members: Members, slice_entries: int, layout: Layout, offsets: _Offsets | None = None, *, even: bool = True
+    members: Members,
+    slice_entries: int,
+    layout: Layout,
+    offsets: _Offsets | None,
+    *,
+    even: bool,
+    others: Tensor,
 ) -> Iterator[Run]:
-    """Cut the members of groups into runs of about as many as are gathered at once."""
+    """Cut the members of groups into runs of about as many as are gathered at once.
+
+    Args:
+        members: of groups.
+        slice_entries: of each member.
+        layout: of the tensors.
+        offsets: of the tensors; None if they do not count.
+        even: as for :meth:`Index.compile`.
+        others: all slices that are no members, if they may be gathered with these.
+    """
     if not len(members.group):
         return
     is_one = are_one_run(1 + int(members.group.max()), slice_entries, layout)
@@ -540,16 +605,21 @@ def _runs(
     sizes = torch.bincount(members.group)
     capacity = capacity_for(layout.device, slice_entries, int(sizes.max()))
     if is_one:
-        yield _run(members, _by_memory(members, layout), 0, capacity, layout, offsets)
+        whole = members.among(others)
+        sizes = torch.cat([sizes, torch.ones_like(others)])
+        run = _run(whole, sizes, _by_memory(whole, layout), 0, capacity, layout, offsets)
+        between = whole.at(others)
+        yield run._replace(between=Pieces.of(between, layout.device)) if len(others) else run
         return
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     for first, last, size in _stretches(members, sizes, capacity, slice_entries) if even else [(0, len(sizes), 0)]:
         while first < last:
             fitting = torch.searchsorted(starts[: last + 1], starts[first] + capacity, right=True)
             end = max(int(fitting) - 1, first + 1)
-            run = members.at(slice(int(starts[first]), int(starts[end])))
-            run = run._replace(group=run.group - first)
-            yield _run(run, None if size else _by_tensor(run, layout), size, capacity, layout, offsets)
+            chosen = members.at(slice(int(starts[first]), int(starts[end])))
+            chosen = chosen._replace(group=chosen.group - first)
+            order = None if size else _by_tensor(chosen, layout)
+            yield _run(chosen, sizes[first:end], order, size, capacity, layout, offsets)
             first = end
 
 
@@ -562,7 +632,9 @@ def capacity_for(device: torch.device, slice_entries: int, largest: int) -> int:
 
 def are_one_run(groups: int, slice_entries: int, layout: Layout) -> bool:
     """Return whether so many groups are one run: to gather single entries takes longer than to add them up."""
-    return slice_entries < _NARROW and groups * slice_entries <= TOTALS and not layout.double
+    is_single = slice_entries == 1 and not devices.is_accelerator(layout.device)
+    most = _SINGLE_TOTALS if is_single else _NARROW_TOTALS
+    return slice_entries < _NARROW and groups * slice_entries <= most and not layout.double
 
 
 def _stretches(members: Members, sizes: Tensor, capacity: int, slice_entries: int) -> Iterator[tuple[int, int, int]]:
@@ -612,12 +684,19 @@ def norms_of(group: Tensor, multiples: Tensor, scale: Tensor) -> tuple[Tensor, T
 
 
 def _run(
-    members: Members, order: Tensor | None, size: int, capacity: int, layout: Layout, offsets: _Offsets | None
+    members: Members,
+    sizes: Tensor,
+    order: Tensor | None,
+    size: int,
+    capacity: int,
+    layout: Layout,
+    offsets: _Offsets | None,
 ) -> Run:
     """Compile groups.
 
     Args:
         members: of groups that are numbered from 0 on, each group's lead first.
+        sizes: of the groups, int64.
         order: in which they are gathered, tensor by tensor; None if as they are.
         size: of all groups, if members are sorted by group and gathered so; else 0.
         capacity: how many are gathered at once.
@@ -629,7 +708,6 @@ def _run(
     firsts = slice(None, None, size) if size else members.firsts
     leads = members.at(firsts)
     if bool((scale == 1).all()):
-        sizes = torch.bincount(members.group) if not size else leads.group.new_full(leads.group.shape, size)
         norms = counts = sizes.double()
         signed, bound = True, 2 * float(norms.max())
     else:

@@ -137,6 +137,9 @@ def project_(
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
             values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
+        if run.between is not None:
+            between = bits(_gathered(rows, run.between, workspace, "between"))
+            bits(values)[len(values) - len(between) :] = between
         write_values(rows, run, values, workspace)
     if index.pinned.tensors:
         pin_(rows, index, workspace)
@@ -166,10 +169,14 @@ def relax_(
         means_of: as for :func:`project_`.
     """
     rows = index.rows(tensors)
+    between = [run.between for run in index.runs if run.between is not None]
+    kept = [_gathered(rows, pieces, workspace, "between").clone() for pieces in between]
     for pieces, members, expected in _compared(rows, index, means_of or group_means, workspace):
         # Equal infinities have no difference; and the difference of two large numbers may be infinite.
         moved = members * (1 - strength) + expected * strength
         _put(rows, pieces, rounded(torch.where(members == expected, members, moved), rows[0].dtype), workspace)
+    for pieces, slices in zip(between, kept, strict=True):
+        _put(rows, pieces, slices, workspace)
 
 
 class _Projection(torch.autograd.Function):
@@ -237,7 +244,12 @@ def _compared(
         values = values_of(rows, run, workspace)
         for chunk in run.chunks:
             members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
-            yield chunk.pieces, members, _expected(values, chunk, rows[0].dtype, workspace)
+            expected = _expected(values, chunk, rows[0].dtype, workspace)
+            if run.between is not None:
+                # NaN would be another value than itself.
+                is_between = column(chunk.groups >= len(run.norms) - sum(run.between.lengths), members)
+                members, expected = members.masked_fill(is_between, 0), expected.masked_fill(is_between, 0)
+            yield chunk.pieces, members, expected
     offsets = index.pinned_at or (None,) * len(index.pinned.tensors)
     for number, pinned, length, offset in zip(*index.pinned, offsets, strict=True):
         pieces = Pieces((number,), (pinned,), (length,))
@@ -723,12 +735,12 @@ def write_values(rows: list[Tensor], run: Run, values: Tensor, workspace: Worksp
             continue
         (target, *_), (chosen, *others) = chunk.pieces.tensors, chunk.pieces.rows
         is_copied = chunk.multiples is None and chunk.shifts is None
-        if others or not is_copied or not (chunk.size or isinstance(chosen, slice)):
-            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace), workspace)
-        elif isinstance(chosen, slice):
+        if isinstance(chosen, slice) and not others:
             _expected(values, chunk, values.dtype, workspace, rows[target][chosen])
-        else:
+        elif isinstance(chosen, Tensor) and not others and chunk.size and is_copied:
             bits(rows[target])[widened_numbers(chosen, workspace).view(-1, chunk.size)] = bits(values).unsqueeze(1)
+        else:
+            _put(rows, chunk.pieces, _expected(values, chunk, values.dtype, workspace), workspace)
 
 
 def pin_(rows: list[Tensor], index: Index, workspace: Workspace) -> None:
