@@ -1,5 +1,6 @@
 """Promise 10: bad input is refused before anything is written, with an error that shows what was wrong."""
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from reference import bits
 from strategies import ALL, REAL, labels, loss_of, normal, recipes_for, seeds, shapes, spelled, tensors
 from torch.nn import Parameter
+from torch.optim import SGD
 
 from tieopt import Tie, TiedOptimizer, is_tied, tie_
 from tieopt.ties.slices import Slices, numbered
@@ -249,3 +251,22 @@ def _canonical(names: torch.Tensor) -> torch.Tensor:
     sizes = torch.bincount(names[names >= 0], minlength=1)
     names = torch.where((names >= 0) & (sizes[names] > 1), names, -1)
     return numbered([Slices(names)])[0].labels
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_python_looks_for_garbage_afterwards_if_it_did_before(*, enabled: bool) -> None:
+    weight, other = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        optimizer = TiedOptimizer(SGD([weight]), {weight: [[0, 1]]})
+        assert gc.isenabled() == enabled
+        optimizer.retie({weight: [[0, 2]]})
+        assert gc.isenabled() == enabled
+        with pytest.raises(IndexError):
+            TiedOptimizer(SGD([other]), {other: [[0, 9]]})
+        with pytest.raises(IndexError):
+            optimizer.retie({weight: [[0, 9]]})
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()

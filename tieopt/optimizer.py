@@ -12,10 +12,12 @@ optimizer has. The methods for the norm of gradients have the names that everybo
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from types import new_class
 from typing import Any, Self, TypeVar, cast
@@ -70,6 +72,22 @@ def _together(method: F) -> F:
             raise
 
     return cast(F, together)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep Python from looking for garbage while ties are made.
+
+    Thousands of ties make a hundred thousand objects, and all of them stay. Python looks through all objects of the
+    process each time that their number has grown by a quarter, which takes as long as to make them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class TiedOptimizer(Optimizer):
@@ -185,7 +203,7 @@ class TiedOptimizer(Optimizer):
         compact: bool = False,
         start: Start = "mean",
     ) -> Self:
-        with failing_together(process_groups_in(ties := _read_once(ties))):
+        with _without_collections(), failing_together(process_groups_in(ties := _read_once(ties))):
             _check_wrappable(optimizer)
             options = Options(reduction, strength, every)
             mode = mode_class(compact)(optimizer.param_groups, ties, options)
@@ -447,8 +465,9 @@ class TiedOptimizer(Optimizer):
                 got="a call from within step(), its closure, or another method of the optimizer",
             )
         said = zip((reduction, strength, every), kept.options, strict=True)
-        with failing_together([*kept.process_groups, *process_groups_in(ties := _read_once(ties))]):
-            kept.agree_to(f"retie() with {len(process_groups_in(ties))} ties across ranks")
+        process_groups = process_groups_in(ties := _read_once(ties))
+        with _without_collections(), failing_together([*kept.process_groups, *process_groups]):
+            kept.agree_to(f"retie() with {len(process_groups)} ties across ranks")
             options = Options(*(option if new is None else new for new, option in said))
             mode = type(kept)(self.param_groups, ties, options)
             lost = Lost()

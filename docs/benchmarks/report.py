@@ -291,8 +291,8 @@ How near a step can come at best, by the memory that it moves:
   backward pass. The shared values of the compact mode are a triangle, which is gathered entry by entry, as an index
   does. Mirrored and centrosymmetric matrices are not transposed, so that their formulas cost little.
 - **Single elements.** Memory is read 64 bytes at a time, for 4 that are asked for. An index does this once for the
-  weight and once for the gradient; tieopt gathers the gradients and writes the weights, and in the full mode it also
-  writes the gradients and reads the weights.
+  weight and once for the gradient; tieopt adds up the gradients, in float64, and writes the weights, and in the full
+  mode it also writes the gradients and reads the weights.
 - **Small parameters.** A step of one small parameter makes about twice the Python calls of the bare optimizer.
 - **Compiled steps** are compared without forward and backward. Single elements are gathered and written in no order,
   which takes several times as long as the optimizer; the compiler does not change that."""

@@ -787,11 +787,15 @@ def consecutive(positions: Tensor, lengths: Sequence[int]) -> list[Tensor | slic
     """Return parts of positions, none of which is empty, as slices, where those of a part follow each other."""
     counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     ends = counts.cumsum(0)
-    firsts, lasts = positions[ends - counts].tolist(), positions[ends - 1].tolist()
-    return [
-        slice(first, last + 1) if last - first + 1 == len(part) and bool((part[1:] > part[:-1]).all()) else part
-        for part, first, last in zip(positions.split_with_sizes(lengths), firsts, lasts, strict=True)
-    ]
+    firsts, lasts = positions[ends - counts], positions[ends - 1]
+    may_follow = (lasts - firsts + 1 == counts).tolist()
+    if any(may_follow):
+        # Where a position is not larger than the one before it.
+        falls = (positions[1:] <= positions[:-1]).nonzero().squeeze(1)
+        has_fall = torch.searchsorted(falls, ends - 1) > torch.searchsorted(falls, ends - counts)
+        may_follow = ((lasts - firsts + 1 == counts) & ~has_fall).tolist()
+    parts = zip(positions.split_with_sizes(lengths), may_follow, firsts.tolist(), lasts.tolist(), strict=True)
+    return [slice(first, last + 1) if follows else part for part, follows, first, last in parts]
 
 
 def _chunk(members: Members, size: int, layout: Layout) -> Chunk:

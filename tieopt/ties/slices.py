@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -266,13 +266,14 @@ def _have_few_labels(slices: Sequence[Slices]) -> bool:
 def _numbered_together(ties: Sequence[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
     if not ties:
         return []
-    apart, counts = _labels_apart(ties, map(_bound_of, ties)), _counts_of(ties)
+    apart, _ = _labels_apart(ties)
     (whole,) = numbered([Slices(apart)])
     if whole.labels is apart:
         return list(map(tuple, ties))
     # Each tie has the groups that follow those of the ties before it.
-    ends = [0, *accumulate((_bound_of([Slices(own)]) for own in whole.labels.split_with_sizes(counts)), max)]
-    return _with_labels_of(ties, _shifted(whole.labels, counts, [-end for end in ends[:-1]]))
+    counts = _counts_of(ties)
+    ends = torch.nn.functional.pad(_bounds_of(whole.labels, counts).cummax(0).values, (1, 0))
+    return _with_labels_of(ties, _shifted(whole.labels, counts, -ends[:-1]))
 
 
 def labels_before(slices: Sequence[Slices], before: Sequence[Slices]) -> Tensor:
@@ -358,12 +359,11 @@ def sizes_of_groups(ties: Sequence[Sequence[Slices]]) -> list[int]:
     Returns:
         The sizes; 0 for a tie without such a group, or with groups of several sizes.
     """
-    bounds = list(map(_bound_of, ties))
-    labels, counts = _labels_apart(ties, bounds), torch.tensor(bounds, device="cpu")
+    labels, counts = _labels_apart(ties)
     is_trained = labels != FREE
     if any(map(are_scaled, ties)):
         is_trained &= flat_scales([*chain.from_iterable(ties)]) != 0
-    sizes = torch.bincount(labels[is_trained], minlength=sum(bounds))
+    sizes = torch.bincount(labels[is_trained], minlength=int(counts.sum()))
     is_group, tie = sizes > 1, torch.arange(len(ties), device="cpu").repeat_interleave(counts)
     tie, sizes = tie[is_group], sizes[is_group]
     largest = torch.zeros_like(counts).scatter_reduce_(0, tie, sizes, "amax")
@@ -478,7 +478,7 @@ def of_one_kind(
 def told_apart(ties: Iterable[Sequence[Slices]]) -> list[tuple[Slices, ...]]:
     """Return the slices of several ties, with labels that no two of the ties share."""
     listed = list(ties)
-    return _with_labels_of(listed, _labels_apart(listed, map(_bound_of, listed)))
+    return _with_labels_of(listed, _labels_apart(listed)[0])
 
 
 def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
@@ -487,29 +487,32 @@ def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
     The labels are None for a single tie, whose own are distinct already.
     """
     slices_of = [tie.slices for tie in ties]
-    labels = None if len(ties) == 1 else _labels_apart(slices_of, map(_bound_of, slices_of))
+    labels = None if len(ties) == 1 else _labels_apart(slices_of)[0]
     return list(chain.from_iterable(slices_of)), labels
 
 
-def _labels_apart(ties: Sequence[Sequence[Slices]], bounds: Iterable[int]) -> Tensor:
-    """Return the labels of all slices of several ties, so that no two of the ties share one.
-
-    Args:
-        ties: the slices of each.
-        bounds: one more than the largest label of each.
-    """
-    return _shifted(flat_labels([*chain.from_iterable(ties)]), _counts_of(ties), [0, *accumulate(bounds)][:-1])
+def _labels_apart(ties: Sequence[Sequence[Slices]]) -> tuple[Tensor, Tensor]:
+    """Return the labels of all slices of several ties, so that no two of the ties share one, and how many each has."""
+    labels, counts = flat_labels([*chain.from_iterable(ties)]), _counts_of(ties)
+    bounds = _bounds_of(labels, counts)
+    return _shifted(labels, counts, bounds.cumsum(0) - bounds), bounds
 
 
-def _shifted(labels: Tensor, counts: Sequence[int], shifts: Sequence[int]) -> Tensor:
+def _bounds_of(labels: Tensor, counts: Tensor) -> Tensor:
+    """Return one more than the largest label of each of several ties, which have so many of them."""
+    tie = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+    return torch.full_like(counts, FREE).scatter_reduce_(0, tie, labels, "amax") + 1
+
+
+def _shifted(labels: Tensor, counts: Tensor, shifts: Tensor) -> Tensor:
     """Return labels plus a number, of each of several ties, which have so many of them; free ones as they are."""
-    shift_of_each = torch.tensor(shifts, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
-    return shift_of_each.masked_fill_(labels == FREE, 0).add_(labels)
+    return shifts.repeat_interleave(counts).masked_fill_(labels == FREE, 0).add_(labels)
 
 
-def _counts_of(ties: Sequence[Sequence[Slices]]) -> list[int]:
+def _counts_of(ties: Sequence[Sequence[Slices]]) -> Tensor:
     """Return how many slices each of several ties has."""
-    return [sum([part.labels.numel() for part in slices]) for slices in ties]
+    counts = [sum([part.labels.numel() for part in slices]) for slices in ties]
+    return torch.tensor(counts, dtype=torch.int64, device="cpu")
 
 
 def _with_labels_of(ties: Sequence[Sequence[Slices]], labels: Tensor) -> list[tuple[Slices, ...]]:
