@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tieopt.numbers import devices
-from tieopt.numbers.index import Index, Run, members_of, memory_order
+from tieopt.numbers.index import Index, Run, memory_order
+from tieopt.numbers.members import members_of
 from tieopt.numbers.reduction import (
     ValuesOf,
     Workspace,

@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Pieces, Run, Views, compressed, consecutive, members_of, rows_of
+from tieopt.numbers.index import Index, Pieces, Run, Views, compressed, consecutive, rows_of
+from tieopt.numbers.members import members_of
 from tieopt.numbers.reduction import (
     Workspace,
     group_means,
+    pass_over_,
     pin_,
     write_slices_,
     write_values,
@@ -61,7 +63,7 @@ def compact_rows_of(
 
     Args:
         slices: of each tensor. The same label is the same shared value, whichever tensor it is in.
-        labels: as for :func:`~tieopt.numbers.index.members_of`.
+        labels: as for :func:`~tieopt.numbers.members.members_of`.
         ties: how many of the tensors are of one tie, and then of the next one, through whose compact tensors alone rows
             are counted then.
     """
@@ -421,6 +423,8 @@ def fold_gradients_(
             values = values.to(scales.dtype) / column(scales, values)
         if values.dtype != compact_rows[0].dtype:
             values = rounded(values, compact_rows[0].dtype)
+        if values.dtype == rows[0].dtype:
+            pass_over_(values, rows, run, workspace)
         targets, sources = [], []
         for number, groups, kept in shared:
             targets.append(compact_rows[number][kept])

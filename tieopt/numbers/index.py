@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tieopt.numbers import devices
+from tieopt.numbers.members import Members, members_of
 from tieopt.numbers.sums import Sums
 from tieopt.numbers.views import Correspondence, Tile, correspondence_of, first_members, tiles
 from tieopt.tensors import column, in_front, in_memory, real, wide_dtype
 from tieopt.ties.offsets import Offset
-from tieopt.ties.slices import FREE, Slices, are_scaled, concatenated, firsts_of, flat_labels, flat_scales, narrow
+from tieopt.ties.slices import Slices, narrow
 
 # Entries that are gathered at a time: what the caches hold, or what fills an accelerator.
 _CPU_ENTRIES = 2**19
@@ -42,78 +43,6 @@ _FEW = 8
 # The fewest numbers that are kept in half of the memory: an operator more in each step, which fewer are not worth.
 _MANY = 2**14
 
-# A member of a larger scale leads its group even where there is one of scale 1.
-_MUCH_LARGER = 256.0
-
-
-class Members(NamedTuple):
-    """Members of groups: which slices are multiples of which shared value.
-
-    Attributes:
-        tensor: the number of the tensor that each is in, int64, shape ``[m]``.
-        position: which slice of that tensor it is, int64, shape ``[m]``.
-        group: its group, int64, shape ``[m]``.
-        scale: its multiple of the group's shared value, shape ``[m]``.
-    """
-
-    tensor: Tensor
-    position: Tensor
-    group: Tensor
-    scale: Tensor
-
-    @property
-    def by_group(self) -> Members:
-        """The same members sorted by group, those of a group in their order."""
-        # Twice as fast as int64.
-        group, order = narrow(self.group).sort(stable=True)
-        return Members(
-            _at(self.tensor, order), self.position.index_select(0, order), group.long(), _at(self.scale, order)
-        )
-
-    @property
-    def firsts(self) -> Tensor:
-        """Which member is the first of each group; see :func:`~tieopt.ties.slices.firsts_of`."""
-        return firsts_of(self.group, 1 + int(self.group.max()) if len(self.group) else 0)
-
-    @property
-    def leads(self) -> Members:
-        """The first member of each group."""
-        return self.at(self.firsts)
-
-    def at(self, chosen: Tensor | slice) -> Members:
-        """Return some of them: a slice, or numbers."""
-        return Members(*(_at(column, chosen) for column in self))
-
-    def among(self, others: Tensor) -> Members:
-        """Return these members of a single tensor and all its other slices, each as a group of its own after these.
-
-        Args:
-            others: the positions of the other slices, int64. The members are in the order of theirs.
-        """
-        if not len(others):
-            return self
-        count, first = len(self.position) + len(others), 1 + int(self.group.max())
-        group, scale = torch.empty(count, dtype=torch.int64, device="cpu"), self.scale[:1].expand(count)
-        group.index_copy_(0, self.position, self.group)
-        group.index_copy_(0, others, torch.arange(first, first + len(others), device="cpu"))
-        if not bool((self.scale == 1).all()):
-            scale = torch.ones(count, dtype=scale.dtype, device="cpu").index_copy_(0, self.position, self.scale)
-        return Members(self.tensor[:1].expand(count), torch.arange(count, device="cpu"), group, scale)
-
-    def where(self, condition: Tensor) -> Members:
-        """Return the members for which a condition holds."""
-        return self if bool(condition.all()) else self.at(condition.nonzero().squeeze(1))
-
-
-def _at(column: Tensor, chosen: Tensor | slice) -> Tensor:
-    if isinstance(chosen, slice):
-        return column[chosen]
-    # What is the same number everywhere is stored once.
-    if len(column) and column.stride() == (0,):
-        return column[:1].expand(len(chosen))
-    # Several times as fast as indexing, and there may be millions.
-    return column.index_select(0, chosen)
-
 
 class Pieces(NamedTuple):
     """Members by the tensor that they are in.
@@ -131,11 +60,11 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, members: Members, device: torch.device) -> Pieces:
         """Return members that are sorted by tensor."""
-        # A single tensor is stored once.
-        column = members.tensor[:1] if members.tensor.stride() == (0,) else members.tensor
-        tensors, lengths = (part.tolist() for part in torch.unique_consecutive(column, return_counts=True))
-        if len(column) < len(members.tensor):
-            lengths = [len(members.tensor)]
+        numbers = members.tensor
+        if len(numbers) and numbers.stride() == (0,):
+            tensors, lengths = [int(numbers[0])], [len(numbers)]
+        else:
+            tensors, lengths = (part.tolist() for part in torch.unique_consecutive(numbers, return_counts=True))
         parts = consecutive(members.position, lengths)
         rows = tuple([part if isinstance(part, slice) else compressed(part).to(device) for part in parts])
         return cls(tuple(tensors), rows, tuple(lengths))
@@ -276,11 +205,9 @@ class Index:
         layout = Layout.of(slices, tensors)
         members, pinned = members_of(slices, layout.steps, labels, singles=singles)
         offsets = None if linear or not layout.memory else _Offsets(slices, tensors, layout.steps)
-        others = torch.empty(0, dtype=torch.int64, device="cpu")
-        if not (singles or len(pinned.group) or offsets):
-            others = _others(members, slices, layout)
         entries = slices[0].slice_shape(tensors[0].shape).numel()
-        runs = _runs(members, entries, layout, offsets, even=even, others=others)
+        passed_over = () if singles or offsets or len(pinned.group) else slices
+        runs = _runs(members, entries, layout, offsets, even=even, passed_over=passed_over)
         pinned_at = () if offsets is None else offsets.stored_at(pinned)
         return cls(tuple(slices), layout, tuple(runs), Pieces.of(pinned, layout.device), pinned_at)
 
@@ -412,83 +339,6 @@ def memory_order(rows: Tensor) -> list[int]:
     return sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
 
 
-def members_of(
-    slices: Sequence[Slices],
-    steps: Sequence[tuple[int, ...]] | None = None,
-    labels: Tensor | None = None,
-    *,
-    singles: bool = False,
-) -> tuple[Members, Members]:
-    """Return the members of groups, each group's lead before its other members, and the pinned members. On the CPU.
-
-    This decides which slice is what multiple of which shared value, for all who ask. Groups are numbered by their
-    size, so that groups of one size can be reduced as a matrix, then by the tensor that their lead is in, then by
-    their first members. Those of a group need not stand together: members are in the order of their slices, unless
-    a scale is neither 1 nor -1, or an offset has precedences.
-
-    Args:
-        slices: of each tensor.
-        steps: with which the slices of each tensor are counted; None to count them in the order of their labels.
-        labels: of all slices, tensor by tensor, in place of their own.
-        singles: whether groups of one member are groups, and not free slices.
-    """
-    group, is_scaled = flat_labels(slices) if labels is None else labels, are_scaled(slices)
-    # One number each, as long as it is the same everywhere.
-    tensor = torch.zeros((), dtype=torch.int64, device="cpu").expand(len(group))
-    scale = torch.ones((), dtype=torch.float64, device="cpu").expand(len(group))
-    if len(slices) > 1:
-        counts = torch.tensor([labelled.labels.numel() for labelled in slices], device="cpu")
-        tensor = torch.arange(len(slices), device="cpu").repeat_interleave(counts)
-    if steps is not None and set(steps) != {(1,)}:
-        walked = zip(slices, steps, strict=True)
-        position = concatenated([labelled.positions(own_steps).flatten() for labelled, own_steps in walked])
-    else:
-        position = torch.arange(len(group), device="cpu")
-        if len(slices) > 1:
-            position -= (counts.cumsum(0) - counts).index_select(0, tensor)
-    if is_scaled:
-        scale = flat_scales(slices)
-    members = Members(tensor, position, group, scale)
-    is_labelled = members.group != FREE
-    members = members.where(is_labelled)
-    pinned = members.at(slice(0))
-    is_trained = members.scale != 0 if is_scaled else None
-    if is_trained is not None:
-        pinned, members = members.where(~is_trained), members.where(is_trained)
-    if any(labelled.offset is not None and not labelled.is_frozen for labelled in slices):
-        ranks = torch.cat([_precedence(labelled) for labelled in slices])[is_labelled]
-        members = members.at((ranks if is_trained is None else ranks[is_trained]).argsort(stable=True))
-    if is_scaled:
-        size = members.scale.abs()
-        if not bool((size == 1).all()):
-            # A member of scale 1 or -1 leads, so that the others are its multiples, rounded once. If there is none, or
-            # a much larger one, the largest leads: a value that is too small for the lead would be lost to all.
-            members = members.at(torch.where(size == 1, _MUCH_LARGER, size).argsort(descending=True, stable=True))
-
-    sizes = torch.bincount(members.group)
-    is_group = sizes > (0 if singles else 1)
-    if is_scaled:
-        # The sum of a single gradient is not the gradient itself where its scale is another.
-        is_group[members.group[members.scale.abs() != 1]] = True
-    order = is_group.nonzero().squeeze(1)
-    keys = sizes.index_select(0, order)
-    if len(slices) > 1:
-        keys = keys * len(slices) + members.tensor[members.firsts[order]]
-    if bool((keys[1:] < keys[:-1]).any()):
-        order = order.index_select(0, narrow(keys).argsort(stable=True))
-    elif len(order) == len(sizes):
-        return members, pinned
-    rank = torch.full_like(sizes, FREE).index_copy_(0, order, torch.arange(len(order), device="cpu"))
-    members = members._replace(group=rank.index_select(0, members.group))
-    return members.where(members.group != FREE), pinned
-
-
-def _precedence(slices: Slices) -> Tensor:
-    if slices.offset is None or slices.offset.precedence is None:
-        return torch.zeros(slices.labels.numel(), dtype=torch.float64, device="cpu")
-    return slices.offset.precedence.flatten()
-
-
 class _Offsets:
     """The offsets of tensors, by the rows that :func:`rows_of` views."""
 
@@ -562,16 +412,19 @@ def offsets_of(members: Members, offsets: Sequence[Offset]) -> Tensor:
 def _others(members: Members, slices: Sequence[Slices], layout: Layout) -> Tensor:
     """Return the positions of the slices of a single tensor that are in no group, if they may be read with the members.
 
-    For that they have to be few, and the members in the order of the positions of all slices.
+    For that they have to be few, the members in the order of the positions of all slices, and their scales 1 or -1, so
+    that nothing is rounded.
     """
-    nothing, shape = torch.empty(0, dtype=torch.int64, device="cpu"), slices[0].labels.shape
-    others = shape.numel() - len(members.position)
-    if len(slices) > 1 or not 0 < _FEW * others <= shape.numel():
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+    if len(slices) != 1:
+        return nothing
+    shape = slices[0].labels.shape
+    if not 0 < _FEW * (shape.numel() - len(members.position)) <= shape.numel():
         return nothing
     strides = torch.empty(shape, device="meta").stride()
     if any(step != stride and size > 1 for step, stride, size in zip(layout.steps[0], strides, shape, strict=True)):
         return nothing
-    if not bool((members.position[1:] > members.position[:-1]).all()):
+    if not bool((members.position[1:] > members.position[:-1]).all()) or not bool((members.scale.abs() == 1).all()):
         return nothing
     is_other = torch.ones(shape.numel(), dtype=torch.bool, device="cpu").index_fill_(0, members.position, False)
     return is_other.nonzero().squeeze(1)
@@ -584,7 +437,7 @@ def _runs(
     offsets: _Offsets | None,
     *,
     even: bool,
-    others: Tensor,
+    passed_over: Sequence[Slices],
 ) -> Iterator[Run]:
     """Cut the members of groups into runs of about as many as are gathered at once.
 
@@ -594,7 +447,7 @@ def _runs(
         layout: of the tensors.
         offsets: of the tensors; None if they do not count.
         even: as for :meth:`Index.compile`.
-        others: all slices that are no members, if they may be gathered with these.
+        passed_over: all slices, if those in no group may be read with the members; otherwise nothing.
     """
     if not len(members.group):
         return
@@ -605,6 +458,7 @@ def _runs(
     sizes = torch.bincount(members.group)
     capacity = capacity_for(layout.device, slice_entries, int(sizes.max()))
     if is_one:
+        others = _others(members, passed_over, layout)
         whole = members.among(others)
         sizes = torch.cat([sizes, torch.ones_like(others)])
         run = _run(whole, sizes, _by_memory(whole, layout), 0, capacity, layout, offsets)

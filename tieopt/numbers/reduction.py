@@ -41,9 +41,10 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 # How many numbers are widened at once: as many as members of single entries are gathered.
 _WIDENED = 2**19
 
-# More single entries of one tensor are added up in so many parts, or in fewer if their totals would be too many for the
-# caches. It is no matter of the number of threads, or of ties that are merged, so that sums do not depend on these.
-_MANY = 2**17
+# Up to so many single entries of a tensor are added up in one part. More are cut into several, whose totals together
+# are not more than caches hold. How many parts there are depends on the tie alone, and not on the number of threads or
+# on ties that are merged with it: nor do the bits of the sums.
+_ONE_PART = 2**17
 _PARTS = 8
 _TOTALS_OF_PARTS = 2**19
 
@@ -56,7 +57,8 @@ class Workspace(dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Ten
 
     ``workspace[name, shape, dtype, device]`` is an uninitialised tensor, valid until the same name is asked for again.
     The buffers are as large as the largest chunk of members that is gathered, whatever the size of the tensors, but for
-    the compact gradients of a symmetric tensor, and the like, whose means are written to a buffer like the tensor.
+    those of single entries, which have the totals and the values of all groups of a run, and those of the compact
+    gradients of a symmetric tensor, and the like, whose means are written to a buffer like the tensor.
     """
 
     def __init__(self) -> None:
@@ -137,12 +139,17 @@ def project_(
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
             values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
-        if run.between is not None:
-            between = bits(_gathered(rows, run.between, workspace, "between"))
-            bits(values)[len(values) - len(between) :] = between
+        pass_over_(values, rows, run, workspace)
         write_values(rows, run, values, workspace)
     if index.pinned.tensors:
         pin_(rows, index, workspace)
+
+
+def pass_over_(values: Tensor, rows: list[Tensor], run: Run, workspace: Workspace) -> None:
+    """Replace the values of slices between members by these slices, bit for bit."""
+    if run.between is not None:
+        between = bits(_gathered(rows, run.between, workspace, "between"))
+        bits(values)[len(values) - len(between) :] = between
 
 
 def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
@@ -246,9 +253,10 @@ def _compared(
             members = _widened(_gathered(rows, chunk.pieces, workspace), workspace)
             expected = _expected(values, chunk, rows[0].dtype, workspace)
             if run.between is not None:
-                # NaN would be another value than itself.
+                # A NaN that is passed over would be another value than itself.
                 is_between = column(chunk.groups >= len(run.norms) - sum(run.between.lengths), members)
-                members, expected = members.masked_fill(is_between, 0), expected.masked_fill(is_between, 0)
+                is_nan = members.isnan().logical_and_(is_between)
+                members, expected = members.masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0)
             yield chunk.pieces, members, expected
     offsets = index.pinned_at or (None,) * len(index.pinned.tensors)
     for number, pinned, length, offset in zip(*index.pinned, offsets, strict=True):
@@ -443,7 +451,7 @@ def _parts(run: Run, groups: int) -> int:
     pieces, sums = run.chunks[0].pieces, run.chunks[0].sums
     if sums is None or sums.levels is not None or isinstance(pieces, Tile):
         return 1
-    if len(pieces.tensors) > 1 or pieces.lengths[0] <= _MANY:
+    if len(pieces.tensors) > 1 or pieces.lengths[0] <= _ONE_PART:
         return 1
     return max(min(_PARTS, _TOTALS_OF_PARTS // groups), 1)
 

@@ -35,8 +35,11 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 def signed_(values: Tensor, signs: Tensor) -> Tensor:
     """Multiply slices by 1 or -1, in place; bit for bit, so that a NaN that is negated has the other sign, too."""
     if values.element_size() == 1:
-        # Some 8-bit floats have no negative zero.
-        return values.copy_(values.float() * column(signs, values))
+        # Some 8-bit floats have no negative zero. What is not negated keeps its bits.
+        negated = values.float().neg_().to(values.dtype).view(torch.uint8)
+        bits = values.view(torch.uint8)
+        bits.copy_(torch.where(column(signs < 0, values), negated, bits))
+        return values
     dtype = INTEGERS[values.element_size()]
     flipped = signs.to(dtype) & torch.iinfo(dtype).min
     values.view(dtype).bitwise_xor_(column(flipped, values))

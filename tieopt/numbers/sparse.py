@@ -25,10 +25,10 @@ from tieopt.numbers.index import (
     Run,
     are_one_run,
     capacity_for,
-    members_of,
     norms_of,
     stretches_of,
 )
+from tieopt.numbers.members import members_of
 from tieopt.numbers.reduction import projected
 from tieopt.numbers.rounding import rounded
 from tieopt.numbers.sums import Sums

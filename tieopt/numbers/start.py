@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tieopt.errors import refusal, shown
-from tieopt.numbers.index import Index, Members, members_of, offset_in_memory, offsets_of
+from tieopt.numbers.index import Index, offset_in_memory, offsets_of
+from tieopt.numbers.members import Members, members_of
 from tieopt.numbers.reduction import Workspace, lead_
 from tieopt.numbers.rounding import multiplied
 from tieopt.tensors import bits, column, in_front, in_memory, real, wide_dtype
