@@ -642,14 +642,14 @@ def consecutive(positions: Tensor, lengths: Sequence[int]) -> list[Tensor | slic
     counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     ends = counts.cumsum(0)
     firsts, lasts = positions[ends - counts], positions[ends - 1]
-    may_follow = (lasts - firsts + 1 == counts).tolist()
-    if any(may_follow):
+    follow = lasts - firsts + 1 == counts
+    if bool(follow.any()):
         # Where a position is not larger than the one before it.
         falls = (positions[1:] <= positions[:-1]).nonzero().squeeze(1)
-        has_fall = torch.searchsorted(falls, ends - 1) > torch.searchsorted(falls, ends - counts)
-        may_follow = ((lasts - firsts + 1 == counts) & ~has_fall).tolist()
-    parts = zip(positions.split_with_sizes(lengths), may_follow, firsts.tolist(), lasts.tolist(), strict=True)
-    return [slice(first, last + 1) if follows else part for part, follows, first, last in parts]
+        follow &= torch.searchsorted(falls, ends - 1) == torch.searchsorted(falls, ends - counts)
+    parts = positions.split_with_sizes(lengths)
+    columns = zip(parts, follow.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
+    return [slice(first, last + 1) if is_slice else part for part, is_slice, first, last in columns]
 
 
 def _chunk(members: Members, size: int, layout: Layout) -> Chunk:

@@ -474,7 +474,7 @@ def _add_up_parts(totals: Tensor, chunk: Chunk, values: Tensor, workspace: Works
     count = len(values) // len(totals) * len(totals)
     parts = groups[:count].view(len(totals), -1)
     totals.scatter_reduce_(1, parts, values[:count].view(parts.shape), "sum")
-    totals[0].scatter_reduce_(0, groups[count:], values[count:], "sum")
+    _scatter_add_(totals[0], groups[count:], values[count:])
 
 
 def _pairwise_means(rows: list[Tensor], chunk: Chunk, workspace: Workspace) -> Tensor:

@@ -492,7 +492,7 @@ def joined(ties: Sequence[Partition]) -> tuple[list[Slices], Tensor | None]:
 
 
 def _labels_apart(ties: Sequence[Sequence[Slices]]) -> tuple[Tensor, Tensor]:
-    """Return the labels of all slices of several ties, so that no two of the ties share one, and how many each has."""
+    """Return the labels of all slices of several ties, so that no two of the ties share one, and the bound of each."""
     labels, counts = flat_labels([*chain.from_iterable(ties)]), _counts_of(ties)
     bounds = _bounds_of(labels, counts)
     return _shifted(labels, counts, bounds.cumsum(0) - bounds), bounds
