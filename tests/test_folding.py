@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tieopt import Tie, TiedOptimizer
+from tieopt.numbers import folding as folding_module
 from tieopt.numbers import index as index_module
 from tieopt.numbers import reduction as reduction_module
 from tieopt.numbers.folding import (
@@ -129,7 +130,9 @@ def cases(
     stored = [laid_out(one, draw(layouts(one))) for one in plain]
     with pytest.MonkeyPatch.context() as patch:
         # Numbers are kept as those of many members are, or of few.
-        patch.setattr(index_module, "_MANY", draw(st.sampled_from([0, 2**14])))
+        many = draw(st.sampled_from([0, 2**14]))
+        patch.setattr(index_module, "MANY", many)
+        patch.setattr(folding_module, "MANY", many)
         (first, *_) = case_of(stored, draw(ties(stored, kinds)))
     return first
 

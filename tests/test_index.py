@@ -36,7 +36,7 @@ CONSTANTS = {
     "_SINGLE_TOTALS": [0, 20, 2**23],
     "_NARROW_TOTALS": [0, 20, 2**20],
     "EVEN_ENTRIES": [1, 100, 2**15],
-    "_MANY": [0, 2**14],
+    "MANY": [0, 2**14],
     "_BLOCK": [2, 32],
 }
 
@@ -366,14 +366,26 @@ def test_an_index_of_single_entries_takes_few_bytes(
     assert _bytes_of(index.runs) <= (most if even else most + 48 / size) * count
 
 
-def test_a_folding_keeps_the_numbers_of_the_compact_rows_once() -> None:
-    count = 2**15
-    labels, tensor = torch.randperm(2 * count, generator=generator(0)) // 2, torch.empty(2 * count)
-    slices = numbered([Slices(labels)])
-    rows = compact_rows_of(slices)
-    folding = Folding.compile(Index.compile(slices, [tensor]), rows)
-    # Four bytes for each row and for each slice.
-    assert _bytes_of((folding.kept, folding.free, folding.sources, rows)) <= 4 * (count + 2 * count) + 64
+@pytest.mark.parametrize("shape", [(2**18,), (2**9, 2**9), (2**4, 2**7, 2**7)])
+@pytest.mark.parametrize("free", [0, 2**14])
+@pytest.mark.parametrize("negative", [0, 2**15])
+def test_a_folding_takes_four_bytes_for_each_entry_and_for_each_row(
+    shape: tuple[int, ...], free: int, negative: int
+) -> None:
+    """Beside the norms, where these differ; what the index and the rows have as well takes none of its own."""
+    count = math.prod(shape)
+    labels = torch.randperm(count, generator=generator(0)) // 2
+    labels[:free] = torch.arange(free) + count
+    scale = torch.ones(shape, dtype=torch.float64)
+    scale.view(-1)[-negative or count :] = -1
+    slices = numbered([Slices(labels.view(shape), scale if negative else None)])
+    (rows,) = compact_rows_of(slices)
+    index = Index.compile(slices, [torch.empty(shape)])
+    folding = Folding.compile(index, (rows,))
+    norms = 8 * len(rows.kept) if free else 0
+    signs = 2 * count if negative else 0
+    kept = (index.runs, folding.kept, folding.free, folding.sources, folding.shared, folding.scales, rows)
+    assert _bytes_of(kept) <= 4 * (count + len(rows.kept)) + norms + signs + 128
 
 
 def test_an_index_keeps_the_offset_of_each_member_and_of_each_group_once() -> None:
@@ -395,7 +407,7 @@ def test_what_is_written_row_by_row_is_widened_a_part_at_a_time(monkeypatch: pyt
     """A buffer for all pinned rows would take more than an index in int32 saves."""
     monkeypatch.setattr(reduction_module, "_WIDENED", 8)
     labels, tensor = torch.zeros(100, dtype=torch.int64), torch.ones(200, 3)[::2]
-    index, workspace = compiled([labels], [tensor], [torch.arange(100.0) % 3 % 2], _MANY=0), Workspace()
+    index, workspace = compiled([labels], [tensor], [torch.arange(100.0) % 3 % 2], MANY=0), Workspace()
     project_([tensor], index, workspace)
     widened = [math.prod(shape) for name, shape, *_ in workspace if name == "numbers"]
     assert 0 < max(widened) <= len(labels) // 3

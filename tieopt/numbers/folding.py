@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tieopt.numbers.index import Index, Pieces, Run, Views, compressed, consecutive, rows_of
+from tieopt.numbers.index import MANY, Index, Pieces, Run, Views, compressed, consecutive, rows_of
 from tieopt.numbers.members import members_of
 from tieopt.numbers.reduction import (
     Workspace,
@@ -44,7 +44,7 @@ class CompactRows(NamedTuple):
         groups: how many of the rows are shared values of groups; these come first, and then the free slices.
         rows: for each slice the row that it is a multiple of, counted through the compact tensors of all tensors; -1
             for a pinned slice; int32, or int64 if there are more, shape ``[labels]``.
-        scale: for each slice its multiple of that row, float64, shape ``[labels]``.
+        scale: for each slice its multiple of that row, shape ``[labels]``; float64, or int8 if all are 1 or -1.
         first: the number of the first row of this compact tensor, counted as in ``rows``.
     """
 
@@ -100,8 +100,10 @@ def compact_rows_of(
     scale = torch.ones((), dtype=torch.float64, device="cpu").expand(count)
     if are_scaled(slices):
         # The lead is a positive multiple, so that turning the signs of a whole group makes no difference.
-        signs = members.scale[firsts].sign()
-        scale = scale.index_copy(0, numbers, members.scale * signs[members.group])
+        multiples = members.scale * members.scale[firsts].sign()[members.group]
+        if bool((multiples.abs() == 1).all()):
+            multiples = multiples.to(torch.int8)
+        scale = torch.ones(count, dtype=multiples.dtype, device="cpu").index_copy_(0, numbers, multiples)
     kept_of = map(compressed, map(torch.sub, kept.split_with_sizes(lengths), starts))
     rows_of_slices = narrow(rows).split_with_sizes(sizes)
     return tuple(map(CompactRows, kept_of, groups, rows_of_slices, scale.split_with_sizes(sizes), first_rows))
@@ -160,14 +162,14 @@ class Folding:
                 rows = slice(ends[number], ends[number] + count)
                 ends[number] = rows.stop
                 if is_scaled:
-                    scale[groups] = compact[number].scale[compact[number].kept[rows]]
+                    scale[groups] = compact[number].scale[compact[number].kept[rows]].double()
                 values.append((number, groups if isinstance(groups, slice) else groups.to(device), rows))
             shared.append(tuple(values))
             is_multiple = run.offsets is not None or not bool((scale == 1).all())
             scales.append(scale.to(device, wide_dtype(device)) if is_multiple else None)
         # Most slices are rows in their order, whose positions are their numbers.
         positions = [
-            None if steps == (1,) else labelled.positions(steps).flatten()
+            None if labelled.are_rows(steps) else labelled.positions(steps).flatten()
             for labelled, steps in zip(index.slices, index.layout.steps, strict=True)
         ]
         kept = tuple(
@@ -176,6 +178,9 @@ class Folding:
                 for at, rows in zip(positions, compact, strict=True)
             ]
         )
+        sources = _sources(compact, positions, device) if all(run.offsets is None for run in index.runs) else None
+        for run, of_run in zip(index.runs, shared, strict=True):
+            _store_once_(run, of_run, kept, sources)
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),
@@ -184,7 +189,7 @@ class Folding:
             tuple(ends),
             tuple(shared),
             tuple(scales),
-            _sources(compact, positions, device) if all(run.offsets is None for run in index.runs) else None,
+            sources,
         )
 
     def rows(self, tensors: Sequence[Tensor], compacts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -352,6 +357,36 @@ def _sources(
             signs = signs if signs is None else torch.empty_like(signs).index_put_((at,), signs)
         sources.append((rows.to(device), signs if signs is None else signs.to(device)))
     return tuple(sources)
+
+
+def _store_once_(
+    run: Run,
+    shared: Sequence[_Shared],
+    kept: Sequence[Tensor],
+    sources: Sequence[tuple[Tensor, Tensor | None]] | None,
+) -> None:
+    """Have what a run and its folding both keep of many members take memory only once."""
+    leads = run.lead_members.pieces
+    assert isinstance(leads, Pieces)
+    for leads_of_tensor, (number, _, rows) in zip(leads.rows, shared, strict=True):
+        _view_(leads_of_tensor, kept[number], rows)
+    if run.between is not None:
+        (number,), (free,), (count,) = run.between
+        _view_(free, kept[number], slice(-count, None))
+    for chunk in run.chunks:
+        assert isinstance(chunk.pieces, Pieces)
+        if sources is not None and len(chunk.pieces.rows) == 1:
+            (number,), (members,), _ = chunk.pieces
+            if isinstance(members, slice):
+                _view_(chunk.groups, sources[number][0], members)
+
+
+def _view_(numbers: Tensor | slice, others: Tensor, part: slice) -> None:
+    """Make many numbers a view of a part of others if they are the same."""
+    if isinstance(numbers, Tensor) and len(numbers) >= MANY:
+        others = others[part]
+        if numbers.dtype == others.dtype and torch.equal(numbers, others):
+            numbers.data = others
 
 
 def compact_slices(slices: Slices) -> Slices:

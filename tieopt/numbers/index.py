@@ -41,7 +41,7 @@ EVEN_ENTRIES = 2**15
 _FEW = 8
 
 # The fewest numbers that are kept in half of the memory: an operator more in each step, which fewer are not worth.
-_MANY = 2**14
+MANY = 2**14
 
 
 class Pieces(NamedTuple):
@@ -368,7 +368,7 @@ class _Offsets:
         labelled, steps = self._slices[number], self._steps[number]
         offset = offset_in_memory(labelled, self._tensors[number], dtype)
         rows = offset.rows
-        if steps != (1,) and len(rows):
+        if not labelled.are_rows(steps) and len(rows):
             positions = labelled.positions(steps).flatten()
             rows = rows.new_zeros(1 + int(positions.max())).index_copy_(0, positions, rows)
         last = range(1 + len(self._inner), offset.values.dim())
@@ -418,15 +418,12 @@ def _others(members: Members, slices: Sequence[Slices], layout: Layout) -> Tenso
     nothing = torch.empty(0, dtype=torch.int64, device="cpu")
     if len(slices) != 1:
         return nothing
-    shape = slices[0].labels.shape
-    if not 0 < _FEW * (shape.numel() - len(members.position)) <= shape.numel():
-        return nothing
-    strides = torch.empty(shape, device="meta").stride()
-    if any(step != stride and size > 1 for step, stride, size in zip(layout.steps[0], strides, shape, strict=True)):
+    count = slices[0].labels.numel()
+    if not 0 < _FEW * (count - len(members.position)) <= count or not slices[0].are_rows(layout.steps[0]):
         return nothing
     if not bool((members.position[1:] > members.position[:-1]).all()) or not bool((members.scale.abs() == 1).all()):
         return nothing
-    is_other = torch.ones(shape.numel(), dtype=torch.bool, device="cpu").index_fill_(0, members.position, False)
+    is_other = torch.ones(count, dtype=torch.bool, device="cpu").index_fill_(0, members.position, False)
     return is_other.nonzero().squeeze(1)
 
 
@@ -588,10 +585,11 @@ def _run(
     )
     in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
     lead_members = _chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout)
+    stored = _stored_once(norms, device)
     return Run(
         lead_members=lead_members if not size else _viewed(lead_members, chunks[0]),
-        norms=_stored_once(norms, device),
-        counts=_stored_once(counts, device),
+        norms=stored,
+        counts=stored if torch.equal(counts, norms) else _stored_once(counts, device),
         signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
         chunks=chunks,
@@ -634,7 +632,7 @@ def compressed(numbers: Tensor) -> Tensor:
 
     What is given may be a part of millions, or labels that were made in inference mode.
     """
-    return narrow(numbers) if len(numbers) >= _MANY else numbers.clone()
+    return narrow(numbers) if len(numbers) >= MANY else numbers.clone()
 
 
 def consecutive(positions: Tensor, lengths: Sequence[int]) -> list[Tensor | slice]:

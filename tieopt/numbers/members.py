@@ -114,8 +114,8 @@ def members_of(
     if len(slices) > 1:
         counts = torch.tensor([labelled.labels.numel() for labelled in slices], device="cpu")
         tensor = torch.arange(len(slices), device="cpu").repeat_interleave(counts)
-    if steps is not None and set(steps) != {(1,)}:
-        walked = zip(slices, steps, strict=True)
+    walked = () if steps is None else tuple(zip(slices, steps, strict=True))
+    if not all(labelled.are_rows(own_steps) for labelled, own_steps in walked):
         position = concatenated([labelled.positions(own_steps).flatten() for labelled, own_steps in walked])
     else:
         position = torch.arange(len(group), device="cpu")

@@ -75,10 +75,17 @@ class Slices(NamedTuple):
         """For each dimension of the labels, how many of :meth:`rows` lie between neighbours."""
         return (1,) if self.labels.dim() == 1 else self._walk(tensor)[1]
 
+    def are_rows(self, steps: tuple[int, ...]) -> bool:
+        """Whether :meth:`rows` are the slices in the order of their labels, and no others."""
+        count = 1
+        for step, size in zip(reversed(steps), reversed(self.labels.shape), strict=True):
+            if step != count and size > 1:
+                return False
+            count *= size
+        return True
+
     def positions(self, steps: tuple[int, ...]) -> Tensor:
         """Which of :meth:`rows` each slice is, int64, the shape of ``labels``."""
-        if steps == (1,):
-            return torch.arange(len(self.labels), device="cpu")
         positions = torch.zeros((), dtype=torch.int64, device="cpu")
         for step, size in zip(steps, self.labels.shape, strict=True):
             positions = positions[..., None] + step * torch.arange(size, device="cpu")
