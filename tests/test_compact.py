@@ -1163,15 +1163,23 @@ def test_shared_values_beyond_the_range_of_the_weights_are_refused(dtype, scale,
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
-def test_a_gradient_of_another_dtype_is_folded():
-    weight = parameter(*SHAPE, dtype=torch.bfloat16)
-    weight.grad_dtype = None
-    optimizer = tied_of(SGD([weight], lr=0.1), {weight: GROUPS})
-    start = weight.detach().clone()
-    weight.grad = torch.ones(SHAPE)
-    optimizer.step()
-    assert_close(weight, start - 0.1, rtol=0, atol=0.02)
-    assert is_tied(weight, GROUPS)
+def test_the_optimizer_sees_gradients_in_the_dtype_that_they_have():
+    weight, seen = Parameter(torch.zeros(SHAPE, dtype=torch.float16)), []
+
+    class Recording(SGD):
+        def step(self) -> None:
+            seen.append(self.param_groups[0]["params"][0].grad.dtype)
+            super().step()
+
+    optimizer = tied_of(Recording([weight], lr=2.0**-20), {weight: GROUPS})
+    dtypes = [torch.float16, torch.float32, torch.float32, torch.float16]
+    for step, dtype in enumerate(dtypes):
+        weight.grad, weight.grad_dtype = None, dtype
+        # One of float16 would be infinite.
+        weight.grad = torch.full(SHAPE, 2.0**20 if dtype == torch.float32 else 0.0, dtype=dtype)
+        optimizer.step()
+        assert torch.equal(weight, torch.full(SHAPE, -float(min(step, 2)), dtype=torch.float16))
+    assert seen == dtypes
 
 
 def test_a_weight_that_a_closure_writes_to_and_does_not_train_stays_as_it_was_written():

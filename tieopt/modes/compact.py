@@ -99,22 +99,27 @@ class CompactStep(Step):
 
     def _match(self) -> None:
         """Give compact parameters the dtype, the device and the kind of gradient of theirs."""
-        trained = {id(param) for _, params in self._took_part for param in params if param.grad is not None}
+        trained = {id(param): param.grad for _, params in self._took_part for param in params if param.grad is not None}
         mode = self._mode
         for param, compact in zip(mode.originals.values(), mode.compacts.values(), strict=True):
-            grad = compact.grad
+            grad, given = compact.grad, trained.get(id(param))
             other_kind = compact.dtype != param.dtype or compact.device != param.device
             # What is as it is to be is left so: a compiled step is compiled again where it finds other attributes.
-            if grad is not None and (other_kind or id(param) not in trained or grad.is_sparse):
+            if grad is not None and (other_kind or given is None or grad.is_sparse or grad.dtype != given.dtype):
                 grad = compact.grad = None
             if other_kind:
                 with torch.inference_mode(False):
                     compact.data = compact.data.to(param.device, param.dtype)
             if compact.requires_grad != param.requires_grad:
                 compact.requires_grad_(param.requires_grad)
+            if grad is not None or given is None:
+                continue
+            # Older versions of torch have gradients of the parameter's dtype alone.
+            if getattr(compact, "grad_dtype", given.dtype) != given.dtype:
+                compact.grad_dtype = given.dtype
             # Where nothing of a parameter is left there is nothing to train, and some optimizers divide by nothing.
-            if grad is None and id(param) in trained and compact.numel() and grad_of(param).layout != torch.sparse_coo:
-                compact.grad = mode.gradient_of(compact)
+            if compact.numel() and given.layout != torch.sparse_coo:
+                compact.grad = mode.gradient_of(compact, given.dtype)
 
     def _fold(self, compiled: bool) -> Sequence[Callable[[], None]]:
         engine = self._mode.engine
@@ -277,7 +282,7 @@ class CompactMode(Mode):
         for (tie, params), compacts in zip(pairs, values, strict=True):
             _check_range(tie, params, compacts)
         for compact in made.values():
-            compact.grad = self.gradient_of(compact) if compact.numel() else None
+            compact.grad = self.gradient_of(compact, compact.dtype) if compact.numel() else None
         self._compact_at, self.originals = made, originals
 
     def _check_ranks(self, pairs: Pairs) -> None:
@@ -299,11 +304,11 @@ class CompactMode(Mode):
                 raise _unserved(what, expected, got, parameters=names)
 
     @torch.inference_mode(False)
-    def gradient_of(self, compact: Parameter) -> Tensor:
-        """Return the buffer that is kept for the gradient of a compact parameter."""
+    def gradient_of(self, compact: Parameter, dtype: torch.dtype) -> Tensor:
+        """Return the buffer that is kept for the gradient of a compact parameter, in the dtype of the gradient."""
         kept = self._gradients.get(id(compact))
-        if kept is None or kept.dtype != compact.dtype or kept.device != compact.device:
-            kept = self._gradients[id(compact)] = torch.zeros_like(compact)
+        if kept is None or kept.dtype != dtype or kept.device != compact.device:
+            kept = self._gradients[id(compact)] = torch.zeros_like(compact, dtype=dtype)
         return kept
 
     # --- the optimizer and its state ---
