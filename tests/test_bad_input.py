@@ -840,6 +840,14 @@ def test_what_cannot_be_tied_as_it_is_is_told_the_way(tensor, way):
     assert_clear(caught.value, way)
 
 
+def test_parameters_may_be_lazy_if_they_are_not_tied(compact):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LazyLinear(2))
+    optimizer = TiedOptimizer(SGD(model.parameters(), lr=0.1), {model[0].weight: GROUPS}, compact=compact)
+    model(randn(3, 5)).sum().backward()
+    optimizer.step()
+    assert is_tied(model[0].weight, GROUPS)
+
+
 def test_integer_weights_are_told_to_be_tied_before_they_are_quantised():
     weight = torch.nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="tie and train the floating weights, and quantise them afterwards"):

@@ -768,9 +768,12 @@ MOVES: dict[str, tuple[int, Callable[[TiedOptimizer, Parameter], object]]] = {
     "method", ["step", "tie_weights", "tie_gradients", "tie_summary", "tie_drift", "grad_norm", "state_dict"]
 )
 @pytest.mark.parametrize("move", MOVES)
-def test_no_tie_goes_to_another_parameter(compact, move, method):
+@pytest.mark.parametrize("copied", [lambda optimizer: optimizer, copy.deepcopy], ids=["itself", "copy"])
+def test_no_tie_goes_to_another_parameter(compact, copied, move, method):
     tied, change = MOVES[move]
     weights, optimizer = _one_group_each(compact, tied)
+    optimizer = copied(optimizer)
+    weights[:2] = [weight for group in optimizer.param_groups for weight in group["params"]]
     change(optimizer, weights[2])
     before = [bits(weight) for weight in weights]
     with pytest.raises(RuntimeError, match="removed from the parameter groups or reordered"):

@@ -188,6 +188,31 @@ def test_a_parameter_without_a_gradient_is_not_written_by_a_step(
 
 
 @given(st.data())
+def test_a_gradient_that_several_parameters_have_is_tied_for_each_of_them_alone(
+    device: torch.device, compact: bool, data: st.DataObject
+) -> None:
+    """``torch.autograd.grad`` returns one tensor for both terms of a sum."""
+    shape = data.draw(shapes(max_count=5))
+    grad, seed = normal(shape, torch.float64, data.draw(seeds)).to(device), data.draw(seeds)
+    given_labels = [data.draw(labels(shape[0])), data.draw(labels(shape[0])), None]
+    explicit = data.draw(st.booleans())
+    results = []
+    for of_each in (torch.clone, lambda given: given, lambda given: given.view(shape)):
+        given = grad.clone()
+        params = [Parameter(normal(shape, torch.float64, seed + number).to(device)) for number in range(3)]
+        ties = {param: names for param, names in zip(params, given_labels, strict=True) if names is not None}
+        optimizer = TiedOptimizer(torch.optim.SGD(params, lr=0.1), ties, compact=compact)
+        for param in params:
+            param.grad = of_each(given)
+        if explicit:
+            optimizer.tie_gradients()
+        optimizer.step()
+        results.append(params)
+    for params in results[1:]:
+        assert all(map(same_bits, params, results[0]))
+
+
+@given(st.data())
 def test_sparse_gradients_stay_sparse_and_reach_only_the_groups_they_touch(
     device: torch.device, compact: bool, data: st.DataObject
 ) -> None:

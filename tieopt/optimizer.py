@@ -39,7 +39,7 @@ from tieopt.modes.summary import TieSummary
 from tieopt.numbers.start import Start
 from tieopt.ties.options import Options, Reduction
 from tieopt.ties.part import FROZEN, Part
-from tieopt.ties.places import ParamGroups, all_places, given_name, name_of
+from tieopt.ties.places import ParamGroups, all_parameters, all_places, given_name, name_of
 from tieopt.ties.slices import FREE
 from tieopt.ties.tie import Tie, Ties, process_groups_in, tie_of
 
@@ -305,7 +305,7 @@ class TiedOptimizer(Optimizer):
         """
         param_groups = self._tieopt.param_groups_of(self)
         pairs = self._tieopt.taking_part(self._tieopt.parameters(param_groups), param_groups)
-        tie_gradients(pairs, self._tieopt.engine)
+        tie_gradients(pairs, all_parameters(param_groups), self._tieopt.engine)
 
     @_together
     def grad_norm(self, norm_type: float = 2.0) -> Tensor:
@@ -390,8 +390,8 @@ class TiedOptimizer(Optimizer):
 
         .. math:: w_i \leftarrow s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
-        Idempotent bit for bit. A frozen parameter, whose ``requires_grad`` is False, is not written.
-        Relaxed ties are tied exactly.
+        Idempotent bit for bit, but for the sign of NaN. A frozen parameter, whose ``requires_grad`` is False, is not
+        written. Relaxed ties are tied exactly.
 
         Raises:
             RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
@@ -691,6 +691,11 @@ class TiedOptimizer(Optimizer):
         """
         super().add_param_group(param_group)
         self._tieopt.note_added(self.param_groups)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Also of a copy, whose parameters are others.
+        self._tieopt.note_added(self._tieopt.param_groups_of(self))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({summary.line(self._tieopt)})"

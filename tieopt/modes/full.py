@@ -19,7 +19,7 @@ from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients
 from tieopt.modes.mode import Mode, Pairs, Step, by_strength
 from tieopt.modes.state import held_optimizers
 from tieopt.tensors import traces
-from tieopt.ties.places import BoundTie, ParamGroups
+from tieopt.ties.places import BoundTie, ParamGroups, all_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,7 +60,8 @@ class FullStep(Step):
         self._check_weights(pairs)
         if not self._ties_gradients:
             return ()
-        return tie_gradients(self._exact(pairs), self._mode.engine, self._undo, compiled=compiled)
+        params = all_parameters(param_groups)
+        return tie_gradients(self._exact(pairs), params, self._mode.engine, self._undo, compiled=compiled)
 
     def _exact(self, pairs: Iterable[tuple[BoundTie, list[Tensor]]]) -> Pairs:
         """Return the ties that are not relaxed."""

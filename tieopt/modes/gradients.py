@@ -6,9 +6,10 @@ and sparse ones, which have no place for every member, are replaced by other ten
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any
 
@@ -33,6 +34,7 @@ Replaced = Iterable[tuple[Tensor, Tensor | None, Tensor | None]]
 
 def tie_gradients(
     pairs: Pairs[BoundTie],
+    params: Sequence[Tensor],
     engine: Engine,
     undo: list[Callable[[], None]] | None = None,
     *,
@@ -43,11 +45,13 @@ def tie_gradients(
     Args:
         pairs: ties and their parameters that take part in a step. Where one of several joined parameters has a
             gradient, the others get one of zeros.
+        params: all parameters of the optimizer, tied or not.
         engine: the numbers.
         undo: gets what turns sums into means again where nobody has replaced the gradient since; without it all
             gradients are tied to their means.
         compiled: whether ``torch.compile`` will get the calls.
     """
+    _part_from_others(pairs, params)
     prepare_gradients(pairs)
     written, others = _parted(pairs)
     to_sum = [pair for pair in written if pair[0].options.reduction == "sum"] if undo is not None else []
@@ -68,6 +72,28 @@ def tie_gradients(
             _replace(summed, engine, "sum")
             undo.append(partial(put_back, [(param, mean, param.grad) for param, mean in means]))
     return calls
+
+
+def _part_from_others(pairs: Pairs[BoundTie], params: Sequence[Tensor]) -> None:
+    """Give tied parameters gradients of their own where another parameter has the same.
+
+    ``torch.autograd.grad`` returns one tensor for both terms of a sum. What ``backward()`` makes is always apart.
+    """
+    # Without anything more for each of many gradients that are apart.
+    addresses = list(map(_address, gradients_of(params)))
+    if len(set(addresses)) == len(addresses):
+        return
+    counts = Counter(map(_address, gradients_of(list(dict.fromkeys(params)))))
+    for param in chain.from_iterable(tied for _, tied in pairs):
+        grad = param.grad
+        if grad is not None and not grad.requires_grad and grad.numel() and counts[_address(grad)] > 1:
+            counts[_address(grad)] -= 1
+            param.grad = grad.clone()
+
+
+def _address(grad: Tensor) -> int:
+    """Return where a gradient begins in memory; its identity if that cannot be asked."""
+    return grad.data_ptr() if type(grad) is Tensor and grad.layout is torch.strided else id(grad)
 
 
 def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from tieopt.errors import message, refusal, shown, users_level
 from tieopt.tensors import check_sharding, local, sharing
@@ -222,10 +223,16 @@ def check_moved(ties: Iterable[BoundTie], stood: Standing, param_groups: ParamGr
 def all_places(param_groups: ParamGroups) -> list[Place]:
     """Return all places, in the order of the numbers that parameters have in a ``state_dict``."""
     return [
-        Place(group, position, param.shape)
+        # A lazy parameter has no shape yet.
+        Place(group, position, torch.Size() if is_lazy(param) else param.shape)
         for group, settings in enumerate(param_groups)
         for position, param in enumerate(settings["params"])
     ]
+
+
+def all_parameters(param_groups: ParamGroups) -> list[Tensor]:
+    """Return all parameters, in the order of :func:`all_places`."""
+    return list(chain.from_iterable(settings["params"] for settings in param_groups))
 
 
 def listed(ties: Any) -> list[Tie]:
