@@ -8,8 +8,8 @@ A multilayer perceptron with 128 hidden neurons learns to read handwritten digit
 the neurons that resemble each other, and :class:`tieopt.TiedOptimizer` ties each group: from then on,
 its members share one row of weights and one bias.
 
-Tied neurons compute the same activation. A network with :math:`k` distinct rows therefore computes
-exactly the same as a network with :math:`k` hidden neurons whose outgoing weights are the sums over
+Tied neurons compute the same activation. A network with :math:`k` distinct rows therefore computes, up
+to rounding, the same as a network with :math:`k` hidden neurons whose outgoing weights are the sums over
 the groups:
 
 .. math::
