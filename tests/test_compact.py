@@ -1163,6 +1163,17 @@ def test_shared_values_beyond_the_range_of_the_weights_are_refused(dtype, scale,
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+def test_a_joined_parameter_gets_zeros_of_the_dtype_of_its_gradients(compact):
+    weights = [Parameter(torch.zeros(SHAPE, dtype=torch.float16)) for _ in range(2)]
+    optimizer = TiedOptimizer(SGD(weights, lr=0.5), Tie.equal(*weights), compact=compact)
+    for weight in weights:
+        weight.grad_dtype = torch.float32
+    weights[0].grad = torch.ones(SHAPE)
+    optimizer.step()
+    assert all(torch.equal(weight, torch.full(SHAPE, -0.25, dtype=torch.float16)) for weight in weights)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
 def test_the_optimizer_sees_gradients_in_the_dtype_that_they_have():
     weight, seen = Parameter(torch.zeros(SHAPE, dtype=torch.float16)), []
 

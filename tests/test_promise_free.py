@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,7 +192,7 @@ def test_a_parameter_without_a_gradient_is_not_written_by_a_step(
 def test_a_gradient_that_several_parameters_have_is_tied_for_each_of_them_alone(
     device: torch.device, compact: bool, data: st.DataObject
 ) -> None:
-    """``torch.autograd.grad`` returns one tensor for both terms of a sum."""
+    """Both ``backward()`` and ``torch.autograd.grad`` may leave one memory to the terms of a sum."""
     shape = data.draw(shapes(max_count=5))
     grad, seed = normal(shape, torch.float64, data.draw(seeds)).to(device), data.draw(seeds)
     given_labels = [data.draw(labels(shape[0])), data.draw(labels(shape[0])), None]
@@ -210,6 +211,35 @@ def test_a_gradient_that_several_parameters_have_is_tied_for_each_of_them_alone(
         results.append(params)
     for params in results[1:]:
         assert all(map(same_bits, params, results[0]))
+
+
+@pytest.mark.parametrize("tied", [[0], [1], [2], [1, 2], [0, 1, 2]])
+def test_gradients_that_backward_leaves_in_one_memory_are_tied_apart(tied: list[int]) -> None:
+    shapes_of, factors = [(6, 3), (2, 3), (4, 3)], normal((18,), torch.float64, 3)
+    results = []
+    for is_copied in (False, True):
+        whole, first, rest = params = [Parameter(normal(shape, torch.float64, 7)) for shape in shapes_of]
+        ties = {params[number]: [[0, 1]] for number in tied}
+        optimizer = TiedOptimizer(torch.optim.SGD(params, lr=0.1), ties)
+        ((torch.cat([first, rest]).view(18) + whole.view(18)) * factors).sum().backward()
+        for param in params if is_copied else ():
+            param.grad = param.grad.clone()
+        optimizer.step()
+        results.append(params)
+    assert all(map(same_bits, *results))
+
+
+def test_gradients_that_lie_beside_each_other_stay_where_they_are() -> None:
+    """As in the buckets of ``DistributedDataParallel``, also column by column."""
+    bucket = normal((4, 6), torch.float64, 0)
+    params = [Parameter(torch.zeros(4, 3, dtype=torch.float64)) for _ in range(2)]
+    optimizer = TiedOptimizer(torch.optim.SGD(params, lr=0.1), {param: [[0, 1]] for param in params})
+    for grads in (bucket.view(-1).split(12), bucket.split(3, dim=1)):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.view(4, 3)
+        places = [param.grad.data_ptr() for param in params]
+        optimizer.step()
+        assert [param.grad.data_ptr() for param in params] == places
 
 
 @given(st.data())

@@ -694,7 +694,7 @@ class TiedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Also of a copy, whose parameters are others.
+        # A copy has other parameters, and is to notice as well if they are reordered.
         self._tieopt.note_added(self._tieopt.param_groups_of(self))
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ def sharing(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
 
     Tensors without memory of their own (lazy, sparse, on the meta device, or wrappers of other tensors) share none.
     """
-    spans = [(str(tensor.device), *_span(tensor), n) for n, tensor in enumerate(tensors) if _has_memory(tensor)]
+    spans = [(str(tensor.device), *span_of(tensor), n) for n, tensor in enumerate(tensors) if _has_memory(tensor)]
     before: list[tuple[str, int, int, int]] = []
     for span in sorted(spans):
         device, start, _, number = span
@@ -38,7 +38,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and tensor.numel() > 0 and tensor.data_ptr() != 0
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span_of(tensor: Tensor) -> tuple[int, int]:
     """Return the address of the first byte of a tensor, and the one after the last."""
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
@@ -46,7 +46,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def _meet(*tensors: Tensor) -> bool:
     """Return whether two tensors whose spans overlap have an entry in common; columns of one matrix have none."""
-    starts, ends = zip(*map(_span, tensors), strict=True)
+    starts, ends = zip(*map(span_of, tensors), strict=True)
     if all(end - start == tensor.nbytes for start, end, tensor in zip(starts, ends, tensors, strict=True)):
         return True
     # In units in which every entry starts and ends.

@@ -6,11 +6,10 @@ and sparse ones, which have no place for every member, are replaced by other ten
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain, repeat
-from operator import attrgetter, is_, is_not
+from itertools import accumulate, chain, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from tieopt.engine.engine import Engine, Pairs
 from tieopt.engine.sharded import placed_as, spans_ranks
 from tieopt.errors import refusal
 from tieopt.numbers.reduction import Operation, divide_, project_
-from tieopt.tensors import overlaps
+from tieopt.tensors import overlaps, sharing, span_of
 from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, T
 
@@ -75,25 +74,33 @@ def tie_gradients(
 
 
 def _part_from_others(pairs: Pairs[BoundTie], params: Sequence[Tensor]) -> None:
-    """Give tied parameters gradients of their own where another parameter has the same.
+    """Give tied parameters gradients of their own where these have an entry in common with that of another parameter.
 
-    ``torch.autograd.grad`` returns one tensor for both terms of a sum. What ``backward()`` makes is always apart.
+    Both ``backward()`` and ``torch.autograd.grad`` may leave one memory to the terms of a sum.
     """
+    spans = sorted(map(_quick_span, filter(_is_plain, gradients_of(params))))
     # Without anything more for each of many gradients that are apart.
-    addresses = list(map(_address, gradients_of(params)))
-    if len(set(addresses)) == len(addresses):
+    if all(
+        start >= end for (start, _), end in zip(spans[1:], accumulate(map(itemgetter(1), spans), max), strict=False)
+    ):
         return
-    counts = Counter(map(_address, gradients_of(list(dict.fromkeys(params)))))
-    for param in chain.from_iterable(tied for _, tied in pairs):
-        grad = param.grad
-        if grad is not None and not grad.requires_grad and grad.numel() and counts[_address(grad)] > 1:
-            counts[_address(grad)] -= 1
-            param.grad = grad.clone()
+    plain = [param for param in dict.fromkeys(params) if param.grad is not None and _is_plain(param.grad)]
+    meeting = {id(plain[number]) for pair in sharing([grad_of(param) for param in plain]) for number in pair}
+    for param in dict.fromkeys(chain.from_iterable(tied for _, tied in pairs)):
+        if id(param) in meeting and not grad_of(param).requires_grad:
+            param.grad = grad_of(param).clone()
 
 
-def _address(grad: Tensor) -> int:
-    """Return where a gradient begins in memory; its identity if that cannot be asked."""
-    return grad.data_ptr() if type(grad) is Tensor and grad.layout is torch.strided else id(grad)
+def _is_plain(grad: Tensor) -> bool:
+    return type(grad) is Tensor and grad.layout is torch.strided
+
+
+def _quick_span(grad: Tensor) -> tuple[int, int]:
+    """Return the span of a gradient in memory, which most of them fill."""
+    if not grad.is_contiguous():
+        return span_of(grad)
+    start = grad.data_ptr()
+    return start, start + grad.nbytes
 
 
 def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
@@ -191,7 +198,8 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
         joined = _connected(pairs, trained)
         for param in missing:
             if param.grad is None and id(param) in joined:
-                param.grad = torch.zeros_like(param)
+                # Older versions of torch have gradients of the parameter's dtype alone.
+                param.grad = torch.zeros_like(param, dtype=getattr(param, "grad_dtype", None))
                 replaced.append((param, None, param.grad))
     return replaced
 
