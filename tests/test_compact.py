@@ -1163,6 +1163,18 @@ def test_shared_values_beyond_the_range_of_the_weights_are_refused(dtype, scale,
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+def test_a_gradient_of_another_dtype_is_folded():
+    weight = parameter(*SHAPE, dtype=torch.bfloat16)
+    weight.grad_dtype = None
+    optimizer = tied_of(SGD([weight], lr=0.1), {weight: GROUPS})
+    start = weight.detach().clone()
+    weight.grad = torch.ones(SHAPE)
+    optimizer.step()
+    assert_close(weight, start - 0.1, rtol=0, atol=0.02)
+    assert is_tied(weight, GROUPS)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
 def test_a_joined_parameter_gets_zeros_of_the_dtype_of_its_gradients(compact):
     weights = [Parameter(torch.zeros(SHAPE, dtype=torch.float16)) for _ in range(2)]
     optimizer = TiedOptimizer(SGD(weights, lr=0.5), Tie.equal(*weights), compact=compact)

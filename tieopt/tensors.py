@@ -40,8 +40,12 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def span_of(tensor: Tensor) -> tuple[int, int]:
     """Return the address of the first byte of a tensor, and the one after the last."""
+    start = tensor.data_ptr()
+    # Without a Python loop for most.
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+    return start, start + (last + 1) * tensor.itemsize
 
 
 def _meet(*tensors: Tensor) -> bool:

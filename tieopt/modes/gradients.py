@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import accumulate, chain, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from itertools import chain, pairwise, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def tie_gradients(
     Args:
         pairs: ties and their parameters that take part in a step. Where one of several joined parameters has a
             gradient, the others get one of zeros.
-        params: all parameters of the optimizer, tied or not.
+        params: all parameters of the optimizer, tied or not, each once.
         engine: the numbers.
         undo: gets what turns sums into means again where nobody has replaced the gradient since; without it all
             gradients are tied to their means.
@@ -78,29 +78,19 @@ def _part_from_others(pairs: Pairs[BoundTie], params: Sequence[Tensor]) -> None:
 
     Both ``backward()`` and ``torch.autograd.grad`` may leave one memory to the terms of a sum.
     """
-    spans = sorted(map(_quick_span, filter(_is_plain, gradients_of(params))))
+    plain = [param for param in params if _is_plain(grad_of(param))]
+    spans = sorted(map(span_of, map(grad_of, plain)))
     # Without anything more for each of many gradients that are apart.
-    if all(
-        start >= end for (start, _), end in zip(spans[1:], accumulate(map(itemgetter(1), spans), max), strict=False)
-    ):
+    if all(end <= start for (_, end), (start, _) in pairwise(spans)):
         return
-    plain = [param for param in dict.fromkeys(params) if param.grad is not None and _is_plain(param.grad)]
-    meeting = {id(plain[number]) for pair in sharing([grad_of(param) for param in plain]) for number in pair}
+    meeting = {id(plain[number]) for pair in sharing(list(map(grad_of, plain))) for number in pair}
     for param in dict.fromkeys(chain.from_iterable(tied for _, tied in pairs)):
         if id(param) in meeting and not grad_of(param).requires_grad:
             param.grad = grad_of(param).clone()
 
 
-def _is_plain(grad: Tensor) -> bool:
+def _is_plain(grad: Tensor | None) -> bool:
     return type(grad) is Tensor and grad.layout is torch.strided
-
-
-def _quick_span(grad: Tensor) -> tuple[int, int]:
-    """Return the span of a gradient in memory, which most of them fill."""
-    if not grad.is_contiguous():
-        return span_of(grad)
-    start = grad.data_ptr()
-    return start, start + grad.nbytes
 
 
 def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:

@@ -289,7 +289,7 @@ class Mode(ABC):
         return pairs
 
     def note_added(self, param_groups: ParamGroups) -> None:
-        """Remember where added parameters stand."""
+        """Remember where parameters stand that were added, or are those of a copy."""
         self._stood = standing(self.ties, param_groups) | self._stood
 
     def taking_part(

@@ -21,7 +21,7 @@ from tieopt.modes.mode import Mode
 from tieopt.numbers.reduction import Operation, project_
 from tieopt.tensors import column, local, sharding_of
 from tieopt.ties.options import Reduction
-from tieopt.ties.places import BoundTie, ParamGroups
+from tieopt.ties.places import BoundTie, ParamGroups, all_parameters
 from tieopt.ties.slices import FREE, firsts_of, flat_labels, flat_scales, numbered
 
 _PROJECT = Operation(project_)
@@ -39,7 +39,7 @@ def grad_norm(mode: Mode, param_groups: ParamGroups, norm_type: float, purpose: 
         purpose: for which all ranks need it.
     """
     _check_number("norm_type", norm_type, "a number above 0; float('inf') for the largest entry", zero=False)
-    grads = {param: param.grad for param in _params_in(param_groups) if param.grad is not None}
+    grads = {param: param.grad for param in all_parameters(param_groups) if param.grad is not None}
     grads |= _counted_once(mode, param_groups)
     norm = norm_of(grads.values(), norm_type)
     if mode.across is None:
@@ -58,7 +58,7 @@ def clip_grad_norm_(mode: Mode, param_groups: ParamGroups, max_norm: float, norm
     """Scale all gradients so that their norm is no larger; see :meth:`tieopt.TiedOptimizer.clip_grad_norm_`."""
     _check_number("max_norm", max_norm, "a number from 0 on", zero=True)
     norm = grad_norm(mode, param_groups, norm_type, f"clip_grad_norm_({max_norm})")
-    for params in by_mesh(_params_in(param_groups)):
+    for params in by_mesh(all_parameters(param_groups)):
         clip_grads_with_norm_(params, max_norm, norm)
     return norm
 
@@ -69,10 +69,6 @@ def _check_number(name: str, value: Any, expected: str, *, zero: bool) -> None:
     if not is_number or not (value > 0 or (zero and value == 0)):
         kind = ValueError if is_number else TypeError
         raise refusal(kind, f"{name} is no norm.", expected=expected, got=shown(value))
-
-
-def _params_in(param_groups: ParamGroups) -> list[Tensor]:
-    return list(dict.fromkeys(param for settings in param_groups for param in settings["params"]))
 
 
 def _counted_once(mode: Mode, param_groups: ParamGroups) -> dict[Tensor, Tensor]:

@@ -382,7 +382,10 @@ def _store_once_(
 
 
 def _view_(numbers: Tensor | slice, others: Tensor, part: slice) -> None:
-    """Make many numbers a view of a part of others if they are the same."""
+    """Turn many numbers, in place, into a view of a part of others if they are the same.
+
+    What holds them, such as an index in a cache, then keeps no memory for them.
+    """
     if isinstance(numbers, Tensor) and len(numbers) >= MANY:
         others = others[part]
         if numbers.dtype == others.dtype and torch.equal(numbers, others):

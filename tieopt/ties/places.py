@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -231,8 +231,8 @@ def all_places(param_groups: ParamGroups) -> list[Place]:
 
 
 def all_parameters(param_groups: ParamGroups) -> list[Tensor]:
-    """Return all parameters, in the order of :func:`all_places`."""
-    return list(chain.from_iterable(settings["params"] for settings in param_groups))
+    """Return all parameters, each once, in the order of :func:`all_places`."""
+    return list(dict.fromkeys(param for settings in param_groups for param in settings["params"]))
 
 
 def listed(ties: Any) -> list[Tie]:
