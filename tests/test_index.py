@@ -363,7 +363,7 @@ def test_an_index_of_single_entries_takes_few_bytes(
     labels = torch.arange(count) // size if even else torch.randint(0, count // size, (count,), generator=generator(0))
     labels = labels[torch.randperm(count, generator=generator(1))]
     index = compiled([labels], [torch.zeros(count, 1)], [None], **values)
-    assert _bytes_of(index.runs) <= (most if even else most + 48 / size) * count
+    assert _bytes_of(index.runs) <= (most if even else most + 4 / size) * count
 
 
 @pytest.mark.parametrize("shape", [(2**18,), (2**9, 2**9), (2**4, 2**7, 2**7)])
@@ -382,7 +382,7 @@ def test_a_folding_takes_four_bytes_for_each_entry_and_for_each_row(
     (rows,) = compact_rows_of(slices)
     index = Index.compile(slices, [torch.empty(shape)])
     folding = Folding.compile(index, (rows,))
-    norms = 8 * len(rows.kept) if free else 0
+    norms = len(rows.kept) if free else 0
     signs = 2 * count if negative else 0
     kept = (index.runs, folding.kept, folding.free, folding.sources, folding.shared, folding.scales, rows)
     assert _bytes_of(kept) <= 4 * (count + len(rows.kept)) + norms + signs + 128

@@ -73,8 +73,8 @@ class Exchange:
         self._sent: dict[int, tuple[Tensor, Tensor | None]] = {}
         for run, row, sign in zip(index.runs, rows_of, signs_of, strict=True):
             # The sum is that over the members on all ranks.
-            runs.append(run._replace(counts=plan.sizes[row].to(run.counts)))
-            signs = None if bool((sign == 1).all()) else sign.to(run.counts)
+            runs.append(run._replace(counts=plan.sizes[row].to(device)))
+            signs = None if bool((sign == 1).all()) else sign.to(device, wide_dtype(device))
             self._sent[id(runs[-1])] = row.to(device), signs
         self.index = replace(index, runs=tuple(runs))
         self._plan = plan

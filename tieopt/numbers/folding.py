@@ -24,6 +24,7 @@ from tieopt.numbers.reduction import (
     group_means,
     pass_over_,
     pin_,
+    times_counts,
     write_slices_,
     write_values,
 )
@@ -475,7 +476,7 @@ def _group_gradients(rows: list[Tensor], run: Run, workspace: Workspace, reducti
     """Return the mean or the sum of the gradients of each group."""
     values = rounded(group_means(rows, run, workspace), rows[0].dtype)
     # Of the mean as it is stored, so that tying the gradients before changes nothing.
-    return values if reduction == "mean" else values.to(run.counts.dtype) * column(run.counts, values)
+    return values if reduction == "mean" else times_counts(values, run)
 
 
 def fold_free_gradients_(grads: Sequence[Tensor], compacts: Sequence[Tensor], folding: Folding) -> None:

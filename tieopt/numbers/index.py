@@ -108,8 +108,10 @@ class Run(NamedTuple):
 
     Attributes:
         lead_members: the leads, sorted by group if their size is 1.
-        norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``.
-        counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; ``[g]``.
+        norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``, as integers
+            where they are.
+        counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; ``[g]``, as
+            integers where they are.
         signed: whether members are their leads times 1 or -1, so that computing them rounds nothing.
         headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
         chunks: all members of these groups.
@@ -559,7 +561,7 @@ def _run(
     firsts = slice(None, None, size) if size else members.firsts
     leads = members.at(firsts)
     if bool((scale == 1).all()):
-        norms = counts = sizes.double()
+        norms = counts = sizes
         signed, bound = True, 2 * float(norms.max())
     else:
         multiples = scale / leads.scale[members.group]
@@ -585,11 +587,11 @@ def _run(
     )
     in_order, by_tensor = int((leads.tensor.diff() >= 0).all()), _by_tensor(leads, layout)
     lead_members = _chunk(leads if by_tensor is None else leads.at(by_tensor), in_order, layout)
-    stored = _stored_once(norms, device)
+    stored = _stored(norms, device)
     return Run(
         lead_members=lead_members if not size else _viewed(lead_members, chunks[0]),
         norms=stored,
-        counts=stored if torch.equal(counts, norms) else _stored_once(counts, device),
+        counts=stored if torch.equal(counts, norms) else _stored(counts, device),
         signed=signed,
         headroom=0.5 ** math.ceil(math.log2(bound)),
         chunks=chunks,
@@ -608,10 +610,15 @@ def _viewed(leads: Chunk, members: Chunk) -> Chunk:
     return leads._replace(pieces=pieces._replace(rows=(chosen[:: members.size],)))
 
 
-def _stored_once(column: Tensor, device: torch.device) -> Tensor:
-    """Return a vector on a device, in the wide dtype; what is the same number everywhere as one number, expanded."""
+def _stored(column: Tensor, device: torch.device) -> Tensor:
+    """Return positive numbers on a device, as bytes or int32 if they are small integers and else in the wide dtype.
+
+    What is the same number everywhere is stored as one, expanded.
+    """
+    dtypes = [dtype for dtype in (torch.uint8, torch.int32) if float(column.max()) <= torch.iinfo(dtype).max]
+    dtype = dtypes[0] if dtypes and bool((column == column.round()).all()) else wide_dtype(device)
     stored = column[:1].clone() if bool((column == column[0]).all()) else column
-    return stored.to(device, wide_dtype(device)).expand(len(column))
+    return stored.to(device, dtype).expand(len(column))
 
 
 def _by_memory(members: Members, layout: Layout) -> Tensor | None:

@@ -138,7 +138,7 @@ def project_(
             continue
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
-            values = rounded(values.to(run.counts.dtype) * column(run.counts, values), values.dtype)
+            values = rounded(times_counts(values, run), values.dtype)
         pass_over_(values, rows, run, workspace)
         write_values(rows, run, values, workspace)
     if index.pinned.tensors:
@@ -274,9 +274,14 @@ def _compared(
 # --- the values of groups ---
 
 
+def times_counts(means: Tensor, run: Run) -> Tensor:
+    """Return the sums of groups that have these means, in the wide dtype."""
+    return means.to(wide_dtype(means.device)) * column(run.counts, means)
+
+
 def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
     """Return the mean of each group, as the value of its lead; shape ``[g, ...]``, at least as wide as the rows."""
-    stored, wide, size = rows[0].dtype, run.norms.dtype, run.chunks[0].size
+    stored, wide, size = rows[0].dtype, wide_dtype(rows[0].device), run.chunks[0].size
     # Of the widest dtype the sums of equal numbers are exact if they are added up by pairs alone. Numbers of 16 bits
     # are not added up in float32: a sum may cancel to less than what float32 has lost of it.
     by_pairs = size.bit_count() == 1 if stored == wide else size > 0 and stored == torch.float32
@@ -295,7 +300,7 @@ def group_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
 
 
 def _careful_means(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
-    if run.norms.dtype == torch.float64 and rows[0].dtype != torch.float64:
+    if wide_dtype(rows[0].device) == torch.float64 and rows[0].dtype != torch.float64:
         if not run.signed:
             return _scaled_means(rows, run, workspace)
         sums = _sums(rows, run, workspace)
@@ -565,7 +570,7 @@ def _means_around(estimates: Tensor, rows: list[Tensor], run: Run, workspace: Wo
         differences.mul_(-run.headroom).add_(members, alpha=run.headroom)
         _add_up(totals, chunk, differences, workspace)
     # Half the distance from the pivot, because the distance itself may overflow.
-    halves = totals.div_(column(run.norms * (2 * run.headroom), totals))
+    halves = totals.div_(column(run.norms.to(totals.dtype) * (2 * run.headroom), totals))
     means = halves.add(pivots, alpha=0.5).mul_(2)
     # The mean of finite members is finite, whatever the last rounding says.
     means = clamped(means, halves, means.dtype)
