@@ -626,7 +626,7 @@ def test_a_tie_says_what_it_is():
         ),
         (
             lambda: Tie(torch.zeros(3, dtype=torch.int32), [[0, 1]]),
-            "the parameter of shape (3,) cannot be tied.\n"
+            "This cannot be tied: the parameter of shape (3,).\n"
             "  Expected: a dense tensor of a floating or complex dtype, on a device that holds its data\n"
             "  Got:      torch.int32, torch.strided, device cpu "
             "(tie and train the floating weights, and quantise them afterwards)",
@@ -722,6 +722,14 @@ def test_a_misspelt_name_is_answered_with_the_nearest_ones_before_the_list_is_cu
         caught.value, rf"Expected: {re.escape(nearest)} \(2, 2\)[^;]*, the nearest names?; or one of layers\.0\."
     )
     assert "97 more" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["layers.*.gate", "layers?.0.fc.weight", "layers.[4-6][!0-9].fc.bias"])
+def test_wildcards_that_no_name_matches_are_refused_as_such(name):
+    optimizer = SGD([(name, parameter(2, 2)) for name in LAYERS], lr=0.1)
+    with pytest.raises(ValueError, match="No name of the optimizer's parameters matches the wildcards") as caught:
+        TiedOptimizer(optimizer, {name: [[0, 1]]})
+    assert_clear(caught.value, r"one of layers\.", re.escape(repr(name)))
 
 
 def test_a_name_that_resembles_none_is_answered_with_the_list():

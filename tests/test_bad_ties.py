@@ -596,7 +596,8 @@ WHOLE = {
         lambda: Tie(torch.zeros(3), Tie("weight", [[0]])),
         "Groups for the parameter are not groups.\n"
         "  Expected: a list of lists of indices, as [[0, 3], [1, 2, 5]], or an integer tensor of labels\n"
-        "  Got:      Tie('weight', [[0]] (list)) (Tie) (a Tie stands for itself, in a list of Ties)",
+        "  Got:      Tie('weight', [[0]] (list)) (Tie) "
+        "(a Tie goes into a list of Ties; tie_ and is_tied take its groups)",
     ),
     "an index where there is none": (
         lambda: Tie(torch.zeros(0, 2), [[0]]),
@@ -607,12 +608,12 @@ WHOLE = {
     ),
     "a parameter without a shape": (
         lambda: Tie(torch.nn.UninitializedParameter(), [[0]]),
-        "the parameter cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      UninitializedParameter "
+        "This cannot be tied: the parameter.\n  Expected: a tensor, with a shape\n  Got:      UninitializedParameter "
         "(call the module once, which gives it one)",
     ),
     "no tensor": (
         lambda: tie_([1.0, 2.0], [[0, 1]]),
-        "the tensor cannot be tied.\n  Expected: a tensor, with a shape\n  Got:      list",
+        "This cannot be tied: the tensor.\n  Expected: a tensor, with a shape\n  Got:      list",
     ),
     "a scale of nothing": (
         lambda: Tie(torch.zeros(2), [[0, 1]], scale=torch.tensor([1.0, INF])),

@@ -816,7 +816,7 @@ def test_entries_that_are_not_finite_are_refused(of, value):
 
 
 def test_clusters_of_something_else_are_refused():
-    text = says("Clusters are of something else.", "of='rows', of='values' or a number of entries", "'columns' (str)")
+    text = says("This cannot be clustered.", "of='rows', of='values' or a number of entries", "'columns' (str)")
     refused(ValueError, text, patterns.clusters, torch.ones(2, 2), 1, of="columns")
 
 

@@ -222,7 +222,7 @@ WEIGHT = torch.ones(4, 6)
         (
             ValueError,
             {"of": "columns"},
-            "Clusters are of something else.",
+            "This cannot be clustered.",
             "of='rows', of='values' or a number of entries",
             "'columns' (str)",
         ),

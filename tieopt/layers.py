@@ -271,7 +271,10 @@ def _warn_of_different_units(module: nn.Module, labels: Tensor) -> None:
     """Warn if tied units do not compute the same for a reason that lies in the layer itself."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         what = "A lookup with max_norm writes to the rows that it looks up, but not to the rows that are tied to them."
-        expected = "an embedding without max_norm; limit the norms of all rows after each step, with weight.renorm_()"
+        expected = (
+            "an embedding without max_norm; instead, after each step, weight.renorm_(...) in torch.no_grad(), and then "
+            "tie_weights()"
+        )
         warnings.warn(message(what, expected=expected, got=module), stacklevel=users_level())
     if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
         units = _first_mixed_group(labels, torch.arange(len(labels), device="cpu") // (len(labels) // module.groups))

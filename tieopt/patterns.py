@@ -1116,7 +1116,7 @@ def _subvector(of: Any, entries: Tensor) -> int:
     columns = entries[0].numel()
     if isinstance(of, str):
         if of not in ("rows", "values"):
-            what, expected = "Clusters are of something else.", "of='rows', of='values' or a number of entries"
+            what, expected = "This cannot be clustered.", "of='rows', of='values' or a number of entries"
             raise refusal(ValueError, what, expected=expected, got=shown(of))
         return columns if of == "rows" else 1
     size = integer_between(of, "The size of a subvector", 1, columns)

@@ -586,8 +586,8 @@ def _warn_of_written(names: str, *, is_frozen: bool) -> None:
             f"{names}. They go on from their mean."
         )
         expected = "the same written to all members, or tie_weights() afterwards, as after loading untied weights;\n"
-        expected += "            and no embedding with max_norm, whose lookups write to single rows (instead call\n"
-        expected += "            weight.renorm_() after each step)"
+        expected += "            and no embedding with max_norm, whose lookups write to single rows; instead, after\n"
+        expected += "            each step, weight.renorm_(...) in torch.no_grad(), and then tie_weights()"
     warnings.warn(message(what, expected=expected), stacklevel=users_level())
 
 

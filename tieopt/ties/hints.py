@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tieopt.errors import message, shown, shown_list, users_level
+from tieopt.ties.names import has_wildcards
 from tieopt.ties.slices import FREE, Slices, described, flat_labels
 
 # --- ties that tie nothing ---
@@ -106,6 +107,8 @@ def not_held(key: Any, params: dict[str, Tensor], holder: str, *, named: bool) -
     others = [f"one of {shown_list(list(listed.values()), _MOST_LISTED)}"] if listed else []
     expected = "; or ".join(guesses + others) or f"no ties, because the {holder} has no parameters"
     what = f"A tie is for a parameter that the {holder} does not hold."
+    if named and isinstance(key, str) and has_wildcards(key):
+        what = f"No name of the {holder}'s parameters matches the wildcards of a tie."
     text = message(what, hint, expected=expected, got=shown(key))
     if holder == "optimizer" and (isinstance(key, Tensor) or (isinstance(key, str) and named)):
         text += (

@@ -99,6 +99,11 @@ def expanded(parts: tuple[Part, ...], named: Mapping[str, Tensor]) -> list[tuple
     return [tuple(parts[0]._replace(param=match.param) for match in found) for found in _equal(sets, is_alone)]
 
 
+def has_wildcards(name: str) -> bool:
+    """Return whether a name is a pattern."""
+    return _WILDCARD.search(name) is not None
+
+
 def _matches(param: Any, named: Mapping[str, Tensor], *, modules: bool) -> list[_Match]:
     if modules and isinstance(param, Module):
         return [_Match(tensor, tensor, (name,)) for name, tensor in param.named_parameters()]

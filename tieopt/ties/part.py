@@ -163,14 +163,14 @@ def _check_can_be_tied(tensor: Any, name: str) -> None:
     if not isinstance(tensor, Tensor) or is_lazy(tensor):
         hint = "call the module once, which gives it one" if isinstance(tensor, Tensor) else ""
         got = type(tensor).__name__
-        raise refusal(TypeError, f"{name} cannot be tied.", hint, expected="a tensor, with a shape", got=got)
-    cannot = f"{name} of shape {tuple(tensor.shape)} cannot be tied"
+        raise refusal(TypeError, f"This cannot be tied: {name}.", hint, expected="a tensor, with a shape", got=got)
+    cannot = f"This cannot be tied: {name} of shape {tuple(tensor.shape)}"
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         expected = "a dense tensor of a floating or complex dtype, on a device that holds its data"
         got = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
         raise refusal(TypeError, f"{cannot}.", _way_to_a_plain_tensor(tensor), expected=expected, got=got)
     if not _writes_through_views(tensor):
-        what = f"{cannot}, because its entries cannot be written one by one."
+        what = f"{cannot}, whose entries cannot be written one by one."
         expected = "a plain tensor: tie and train the weights as they are before they are quantised or packed"
         raise refusal(TypeError, what, expected=expected, got=f"{type(tensor).__name__} of {tensor.dtype}")
 
@@ -273,7 +273,7 @@ def _checked_lists(groups: Any, name: str) -> list[list[Any]]:
             for group in groups
         ]
     except TypeError:
-        hint = "a Tie stands for itself, in a list of Ties" if hasattr(groups, "parts") else ""
+        hint = "a Tie goes into a list of Ties; tie_ and is_tied take its groups" if hasattr(groups, "parts") else ""
         hint = "labels go into a tensor: torch.tensor(labels)" if isinstance(groups, (list, tuple)) else hint
         what = f"Groups for {name} are not groups."
         raise refusal(TypeError, what, hint, expected=_GROUPS, got=shown(groups)) from None

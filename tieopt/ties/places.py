@@ -127,7 +127,7 @@ def parameter_at(param_groups: ParamGroups, place: Place) -> Tensor:
         now = "no parameter there" if param is None else tuple(param.shape)
         raise refusal(
             RuntimeError,
-            f"A tied parameter {'is gone' if param is None else 'has not the shape that it had when it was tied'}.",
+            f"A tied parameter {'is gone' if param is None else 'no longer has the shape that it was tied in'}.",
             parameter=name_of(param_groups, place),
             expected=tuple(place.shape),
             got=f"{now}; call retie() with ties that fit it, or untie()",
