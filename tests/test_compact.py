@@ -1186,6 +1186,36 @@ def test_a_joined_parameter_gets_zeros_of_the_dtype_of_its_gradients(compact):
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+@pytest.mark.parametrize("given", [(0, 1), (0,), (1,)])
+def test_gradients_of_joined_parameters_of_two_dtypes_are_refused(compact, given):
+    """The mean would be rounded to the dtype of whichever is first."""
+    weights = [Parameter(torch.zeros(SHAPE)) for _ in range(2)]
+    optimizer = TiedOptimizer(SGD(weights, lr=0.5), Tie.equal(*weights), compact=compact)
+    weights[1].grad_dtype = torch.bfloat16
+    for number in given:
+        weights[number].grad = torch.ones(SHAPE, dtype=weights[number].grad_dtype)
+    grads = [weight.grad for weight in weights]
+    with pytest.raises(RuntimeError, match=r"differ in dtype(.|\n)*torch.float32, torch.bfloat16"):
+        optimizer.step()
+    assert all(torch.equal(weight, torch.zeros(SHAPE)) for weight in weights)
+    assert all(weight.grad is grad for weight, grad in zip(weights, grads, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+@pytest.mark.parametrize("given", [0, 1])
+def test_zeros_for_a_gradient_of_any_dtype_have_that_of_the_gradients_that_there_are(compact, given):
+    weights = [Parameter(torch.zeros(SHAPE, dtype=torch.float16)) for _ in range(2)]
+    optimizer = TiedOptimizer(SGD(weights, lr=0.5), Tie.equal(*weights), compact=compact)
+    for weight in weights:
+        weight.grad_dtype = None
+    # Half of it is no number of float16.
+    weights[given].grad = torch.full(SHAPE, 2.0**17)
+    optimizer.param_groups[0]["lr"] = 2.0**-17
+    optimizer.step()
+    assert all(torch.equal(weight, torch.full(SHAPE, -0.5, dtype=torch.float16)) for weight in weights)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
 def test_the_optimizer_sees_gradients_in_the_dtype_that_they_have():
     weight, seen = Parameter(torch.zeros(SHAPE, dtype=torch.float16)), []
 

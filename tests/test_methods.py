@@ -167,6 +167,29 @@ def test_the_compact_mode_refuses_parameters_beside_the_groups(build: Callable[.
     assert tied_bitwise(weight)
 
 
+class KeepsBuffers(SGD):
+    """Keeps momenta by parameter from the start, and not in its state."""
+
+    def __init__(self, params: list[Parameter], lr: float):
+        super().__init__(params, lr)
+        self.momenta = {param: torch.zeros_like(param) for param in params}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            param.sub_(self.momenta[param].mul_(0.9).add_(param.grad), alpha=0.1)
+
+
+def test_the_compact_mode_says_why_buffers_beside_the_state_have_no_shared_rows() -> None:
+    weight, optimizer = made(lambda params: KeepsBuffers(params, lr=0.1), compact=True)
+    start, weight.grad = weight.detach().clone(), randn(*SHAPE, seed=2)
+    with pytest.raises(KeyError) as caught:
+        optimizer.step()
+    assert "compact=False" in caught.value.__notes__[0]
+    assert torch.equal(weight, start)
+    assert optimizer.param_groups[0]["params"] == [weight]
+
+
 class Averaging(SGD):
     """Keeps an average of the weights, and exchanges it with them."""
 

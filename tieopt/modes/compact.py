@@ -179,8 +179,14 @@ class CompactStep(Step):
         self._write()
 
     @between_graphs
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Put everything back, and write the weights unless the step has failed."""
+        compacts = self._mode.compacts.values()
+        if isinstance(error, KeyError) and any(key is compact for key in error.args for compact in compacts):
+            error.add_note(
+                "With compact=True an optimizer steps on compact parameters, and this one looks them up in what it has"
+                "\nfor the parameters of the model. Expected: optimizer.state, or compact=False."
+            )
         self._mode.running = self._was_running
         self._exchange_back()
         if kind is None:

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from tieopt.engine.engine import Engine, Pairs
 from tieopt.engine.sharded import placed_as, spans_ranks
-from tieopt.errors import refusal
+from tieopt.errors import refusal, shown_list
 from tieopt.numbers.reduction import Operation, divide_, project_
 from tieopt.tensors import overlaps, sharing, span_of
 from tieopt.ties.options import Reduction
@@ -152,14 +152,21 @@ def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, lis
 
 
 def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
-    """Give every parameter a gradient that can be tied, and return those whose gradients were replaced."""
+    """Give every parameter a gradient that can be tied, and return those whose gradients were replaced.
+
+    Raises:
+        RuntimeError: gradients of joined parameters differ in dtype, or one that is tied across ranks has a graph.
+    """
     replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     missing = []
+    for tie, params in pairs:
+        if len(params) > 1:
+            _check_dtypes(tie, params)
     for tie, params in pairs:
         for param in params:
             grad = param.grad
             if grad is None:
-                missing.append(param)
+                missing.append((param, params))
                 continue
             # Without a call for each of many gradients that are as they should be.
             if (
@@ -186,12 +193,27 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
             if param.grad is not None or (tie.across is not None and len(tie.across.labels))
         }
         joined = _connected(pairs, trained)
-        for param in missing:
+        for param, params in missing:
             if param.grad is None and id(param) in joined:
-                # Older versions of torch have gradients of the parameter's dtype alone.
-                param.grad = torch.zeros_like(param, dtype=getattr(param, "grad_dtype", None))
+                dtype = next(filter(None, map(_gradient_dtype, params)), None)
+                param.grad = torch.zeros_like(param, dtype=dtype)
                 replaced.append((param, None, param.grad))
     return replaced
+
+
+def _check_dtypes(tie: BoundTie, params: Sequence[Tensor]) -> None:
+    """Refuse joined parameters with gradients of which some would be rounded to the dtype of another."""
+    dtypes = list(filter(None, map(_gradient_dtype, params)))
+    if any(map(is_not, dtypes, dtypes[1:])):
+        what, expected = "Gradients of joined parameters differ in dtype.", "one dtype, see param.grad_dtype"
+        got = shown_list(list(map(str, dtypes)))
+        raise refusal(RuntimeError, what, parameters=shown_list(list(tie.names)), expected=expected, got=got)
+
+
+def _gradient_dtype(param: Tensor) -> torch.dtype | None:
+    """Return the dtype of the gradient that a parameter has, or may have; None for any."""
+    # Older versions of torch have gradients of the parameter's dtype alone.
+    return getattr(param, "grad_dtype", param.dtype) if param.grad is None else param.grad.dtype
 
 
 def prepared(grad: Tensor, param: Tensor, *, is_of_rows: bool) -> Tensor:
