@@ -210,7 +210,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         (Path(__file__).parents[2] / "CHANGELOG.md").read_text().partition("## [Unreleased]")[2].partition("\n## ")
     )
     return {
-        "tieopt": tieopt.__version__ + ", with what is unreleased" * bool(unreleased[0].strip()),
+        "tieopt": tieopt.__version__ + " with unreleased changes" * bool(unreleased[0].strip()),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
