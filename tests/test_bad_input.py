@@ -724,14 +724,6 @@ def test_a_misspelt_name_is_answered_with_the_nearest_ones_before_the_list_is_cu
     assert "97 more" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["layers.*.gate", "layers?.0.fc.weight", "layers.[4-6][!0-9].fc.bias"])
-def test_wildcards_that_no_name_matches_are_refused_as_such(name):
-    optimizer = SGD([(name, parameter(2, 2)) for name in LAYERS], lr=0.1)
-    with pytest.raises(ValueError, match="No name of the optimizer's parameters matches the wildcards") as caught:
-        TiedOptimizer(optimizer, {name: [[0, 1]]})
-    assert_clear(caught.value, r"one of layers\.", re.escape(repr(name)))
-
-
 def test_a_name_that_resembles_none_is_answered_with_the_list():
     Setting(named=True).refused(ValueError, r"Expected: one of good \(7, 5\), layer\.bad", ties={"xyz": GROUPS})
 
