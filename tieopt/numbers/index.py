@@ -42,6 +42,7 @@ _FEW = 8
 
 # The fewest numbers that are kept in half of the memory: an operator more in each step, which fewer are not worth.
 MANY = 2**14
+_INTEGERS = (torch.uint8, torch.int32)
 
 
 class Pieces(NamedTuple):
@@ -108,10 +109,9 @@ class Run(NamedTuple):
 
     Attributes:
         lead_members: the leads, sorted by group if their size is 1.
-        norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``, as integers
-            where they are.
-        counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; ``[g]``, as
-            integers where they are.
+        norms: the sum of the squared multiples of each group, which is its size if all are 1; ``[g]``, in the wide
+            dtype, or many integers as uint8 or int32.
+        counts: the sum of the squared scales of each group, by which the mean is multiplied for the sum; as ``norms``.
         signed: whether members are their leads times 1 or -1, so that computing them rounds nothing.
         headroom: a power of two by which terms are multiplied, so small that no sum over a group overflows.
         chunks: all members of these groups.
@@ -611,14 +611,17 @@ def _viewed(leads: Chunk, members: Chunk) -> Chunk:
 
 
 def _stored(column: Tensor, device: torch.device) -> Tensor:
-    """Return positive numbers on a device, as bytes or int32 if they are small integers and else in the wide dtype.
+    """Return positive numbers on a device, in the wide dtype, but many as bytes or int32 if they are small integers.
 
     What is the same number everywhere is stored as one, expanded.
     """
-    dtypes = [dtype for dtype in (torch.uint8, torch.int32) if float(column.max()) <= torch.iinfo(dtype).max]
-    dtype = dtypes[0] if dtypes and bool((column == column.round()).all()) else wide_dtype(device)
-    stored = column[:1].clone() if bool((column == column[0]).all()) else column
-    return stored.to(device, dtype).expand(len(column))
+    wide = wide_dtype(device)
+    if bool((column == column[0]).all()):
+        return column[:1].to(device, wide, copy=True).expand(len(column))
+    if len(column) < MANY or bool((column != column.round()).any()):
+        return column.to(device, wide)
+    largest = float(column.max())
+    return column.to(device, next((dtype for dtype in _INTEGERS if largest <= torch.iinfo(dtype).max), wide))
 
 
 def _by_memory(members: Members, layout: Layout) -> Tensor | None:
