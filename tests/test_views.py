@@ -15,7 +15,7 @@ from reference import same_bits
 from strategies import ALL, REAL, generator, laid_out, layouts, normal, reductions, seeds
 from torch import Tensor
 
-from tieopt import Tie, TiedOptimizer, patterns
+from tieopt import Tie, TiedOptimizer, patterns, tie_
 from tieopt.engine.engine import Engine
 from tieopt.numbers import views
 from tieopt.numbers.folding import Folding, ViewFolding, compact_like, compact_rows_of, fold_, fold_gradients_, unfold_
@@ -30,6 +30,7 @@ from tieopt.numbers.reduction import (
     relax_,
     tied,
 )
+from tieopt.numbers.rounding import INTEGERS
 from tieopt.numbers.views import Move
 from tieopt.tensors import transposed_copy
 from tieopt.ties.slices import Partition, Slices, numbered
@@ -421,6 +422,21 @@ def test_matrices_are_transposed_bit_for_bit(dtype, rows, columns, seed):
     matrix = bytes_.view(dtype)
     assert same_bits(transposed_copy(matrix), matrix.t().contiguous())
     assert transposed_copy(matrix).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@given(size=st.integers(2, 200), count=st.integers(1, 20), negative=st.booleans(), seed=seeds)
+def test_nan_is_spread_bit_for_bit(dtype, size, count, negative, seed):
+    """Where torch rounds several numbers at once, it makes other bits of a NaN than where it rounds one."""
+    labels = patterns.antisymmetric((size, size)) if negative else patterns.symmetric((size, size))
+    labels, scale = labels if negative else (labels, None)
+    tensor = normal((size, size), torch.float32, seed)
+    tensor.view(-1)[torch.randint(size * size, (count,), generator=generator(seed))] = torch.nan
+    tensor = tie_(tensor.to(dtype), labels, scale=scale)
+    patterns_of = tensor.view(INTEGERS[dtype.itemsize])
+    mirrored = patterns_of.t() ^ torch.iinfo(patterns_of.dtype).min if negative else patterns_of.t()
+    is_off = ~torch.eye(size, dtype=torch.bool)
+    assert torch.equal(patterns_of[is_off], mirrored[is_off])
 
 
 @given(size=st.integers(1, 70), block=st.integers(1, 70))

@@ -139,6 +139,9 @@ def project_(
         values = rounded(means_of(rows, run, workspace), rows[0].dtype)
         if reduction == "sum":
             values = rounded(times_counts(values, run), values.dtype)
+        if is_narrow(values.dtype):
+            # Where torch rounds several numbers at once, a NaN has other bits.
+            values = canonical(values, run)
         pass_over_(values, rows, run, workspace)
         write_values(rows, run, values, workspace)
     if index.pinned.tensors:
@@ -380,8 +383,11 @@ def canonical(values: Tensor, run: Run) -> Tensor:
     values = values.index_select(0, first)
     if is_negative is None or is_zero is None:
         return values
-    # Negated, as members are: the product of a NaN and -1 keeps the sign of the NaN.
-    return torch.where(column(is_negative, values), -values, values).masked_fill_(column(is_zero, values), 0)
+    # Negated bit for bit, as members are: the product of a NaN and -1 keeps its sign, and so may what torch negates.
+    integers = values.view(INTEGERS[values.element_size()])
+    negated = integers.bitwise_xor(torch.iinfo(integers.dtype).min)
+    values = torch.where(column(is_negative, values), negated, integers).view(values.dtype)
+    return values.masked_fill_(column(is_zero, values), 0)
 
 
 def means_after_step(rows: list[Tensor], run: Run, workspace: Workspace) -> Tensor:
