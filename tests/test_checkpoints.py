@@ -165,6 +165,50 @@ def test_state_dict_hooks_fire_once(compact):
     assert seen == ["before saving", "after saving", "before loading", "after loading"]
 
 
+def _by_name(optimizer, state_dict):
+    """Find parameters by their names, in whatever order they were saved."""
+    (ours,), (theirs,) = optimizer.param_groups, state_dict["param_groups"]
+    names, saved = ours["param_names"], theirs["param_names"]
+    state = {names.index(name): state_dict["state"][number] for number, name in enumerate(saved)}
+    return {"state": state, "param_groups": [{**theirs, "param_names": names}]}
+
+
+def test_what_hooks_make_of_a_state_is_what_is_loaded_and_checked(compact):
+    layer = torch.nn.Linear(*SHAPE[::-1])
+    bare = AdamW(list(layer.named_parameters())[::-1])
+    layer(torch.ones(1, SHAPE[1])).sum().backward()
+    bare.step()
+    optimizer = TiedOptimizer(AdamW(layer.named_parameters()), {"weight": GROUPS}, compact=compact)
+    optimizer.register_load_state_dict_pre_hook(_by_name)
+    optimizer.load_state_dict(bare.state_dict())
+    bare.load_state_dict(bare.state_dict())
+    averages = [held.state[layer.bias]["exp_avg"] for held in (optimizer, bare)]
+    assert torch.equal(*averages)
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_what_hooks_make_of_a_state_is_refused_before_anything_is_loaded(compact):
+    weight, optimizer = one_tied(AdamW, compact=compact)
+    weight.grad = randn(*SHAPE, seed=1)
+    optimizer.step()
+    before, saved = copy.deepcopy(optimizer.state_dict()), optimizer.state_dict()
+    other = TiedOptimizer(AdamW([weight]), {weight: [[0, 1]]}, compact=compact).state_dict()
+
+    def refused(state, match):
+        handle = optimizer.register_load_state_dict_pre_hook(lambda *_: state)
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(saved)
+        handle.remove()
+        assert same_tree(optimizer.state_dict(), before)
+
+    refused({**saved, "tieopt": other["tieopt"]}, "saved with other ties")
+    refused({**saved, "param_groups": []}, "parameter groups")
+    # In the format of another one, and what it says of ties lost on the way.
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: {key: given["held"][key] for key in given["held"]})
+    optimizer.load_state_dict({"held": saved})
+    assert same_tree(optimizer.state_dict(), before)
+
+
 # --- pickle, deepcopy, and ties by position ---
 
 

@@ -1162,6 +1162,30 @@ def test_shared_values_beyond_the_range_of_the_weights_are_refused(dtype, scale,
     assert torch.equal(param, torch.full((4,), weight, dtype=dtype))
 
 
+@pytest.mark.parametrize("how", ["converted", "loaded"])
+def test_a_weight_whose_shared_value_has_left_its_range_is_refused_by_the_next_step(how):
+    """It would stay infinite, and with it the weight where it is."""
+    layer = torch.nn.Linear(3, 2, bias=False, dtype=torch.float32 if how == "converted" else torch.float16)
+    torch.nn.init.constant_(layer.weight, 100.0 if how == "converted" else 1.0)
+    optimizer = tied_of(
+        SGD(layer.parameters(), lr=1.0), Tie(layer.weight, torch.tensor([0, 0]), scale=torch.full((2,), 1e-3))
+    )
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    if how == "converted":
+        layer.half()
+    else:
+        layer.load_state_dict({"weight": torch.full((2, 3), 100.0, dtype=torch.float16)})
+    before = layer.weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="beyond the range"):
+            optimizer.step()
+        assert torch.equal(layer.weight, before)
+    layer.weight.data = torch.ones_like(layer.weight)
+    optimizer.step()
+    assert torch.equal(layer.weight, torch.ones_like(layer.weight))
+
+
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
 def test_a_gradient_of_another_dtype_is_folded():
     weight = parameter(*SHAPE, dtype=torch.bfloat16)
@@ -1189,15 +1213,21 @@ def test_a_joined_parameter_gets_zeros_of_the_dtype_of_its_gradients(compact):
 @pytest.mark.parametrize("given", [(0, 1), (0,), (1,)])
 def test_gradients_of_joined_parameters_of_two_dtypes_are_refused(compact, given):
     """The mean would be rounded to the dtype of whichever is first."""
-    weights = [Parameter(torch.zeros(SHAPE)) for _ in range(2)]
-    optimizer = TiedOptimizer(SGD(weights, lr=0.5), Tie.equal(*weights), compact=compact)
+    weights, other = [Parameter(torch.zeros(SHAPE)) for _ in range(2)], parameter(*SHAPE)
+    ties = [Tie(other, GROUPS), Tie.equal(*weights)]
+    optimizer = TiedOptimizer(SGD([other, *weights], lr=0.5), ties, compact=compact)
     weights[1].grad_dtype = torch.bfloat16
     for number in given:
         weights[number].grad = torch.ones(SHAPE, dtype=weights[number].grad_dtype)
     grads = [weight.grad for weight in weights]
+    # Another one that the step would tie first.
+    with torch.no_grad():
+        other[0] = 1.0
+    before, other.grad = other.detach().clone(), torch.zeros(SHAPE)
     with pytest.raises(RuntimeError, match=r"differ in dtype(.|\n)*torch.float32, torch.bfloat16"):
         optimizer.step()
     assert all(torch.equal(weight, torch.zeros(SHAPE)) for weight in weights)
+    assert torch.equal(other, before)
     assert all(weight.grad is grad for weight, grad in zip(weights, grads, strict=True))
 
 

@@ -104,6 +104,83 @@ def test_memory_that_is_shared_later_is_refused_by_the_next_step(shared: str, co
     assert torch.equal(first, second.t())
 
 
+def add_view(first: Parameter, optimizer: TiedOptimizer) -> Parameter:
+    added = Parameter(first.detach()[:2])
+    optimizer.add_param_group({"params": [added]})
+    return added
+
+
+# What shares memory with a tied parameter, a free one, and where.
+COMES_ABOUT: dict[str, Callable[[Parameter, Parameter, TiedOptimizer], object]] = {
+    "the tied one is moved": lambda tied, free, _: move(tied, free.data),
+    "the free one is moved": lambda tied, free, _: move(free, tied.data[1:]),
+    "a free one is added": lambda tied, _, optimizer: add_view(tied, optimizer),
+}
+
+
+@pytest.mark.parametrize("how", COMES_ABOUT)
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+def test_memory_shared_with_a_free_parameter_is_refused_by_every_step(how: str, frozen: bool, compact: bool) -> None:
+    tied, free = parameter(4, 6, seed=1), parameter(4, 6, seed=2)
+    optimizer = TiedOptimizer(SGD([tied, free], lr=1.0), {tied: [[0, 2]]}, compact=compact)
+    free.grad = torch.ones_like(free)
+    if frozen:
+        tied.requires_grad_(False)
+    else:
+        tied.grad = torch.ones_like(tied)
+    optimizer.step()
+    COMES_ABOUT[how](tied, free, optimizer)
+    before = tied.detach().clone()
+    for again in range(3):
+        if again == 2:
+            optimizer.tie_weights()
+            before = tied.detach().clone()
+        with pytest.raises(ValueError, match="shares memory"):
+            optimizer.step()
+        assert same_bits(tied, before)
+
+
+@pytest.mark.parametrize("call", ["step", "tie_weights"])
+def test_a_weight_that_has_come_to_repeat_its_entries_is_refused_as_such(call: str, compact: bool) -> None:
+    weight = parameter(4, 6, seed=1)
+    optimizer = TiedOptimizer(SGD([weight], lr=1.0), {weight: [[0, 2]]}, compact=compact)
+    move(weight, weight.data[:1].expand(4, 6))
+    weight.grad = torch.ones(4, 6)
+    with pytest.raises(ValueError, match="cannot be written"):
+        getattr(optimizer, call)()
+
+
+# Views that torch negates or conjugates as it reads them.
+LAZY: dict[torch.dtype, Callable[[Tensor], Tensor]] = {torch.float32: torch._neg_view, torch.complex64: torch.conj}
+
+
+@pytest.mark.parametrize("dtype", LAZY, ids=str)
+@pytest.mark.parametrize("moved", [False, True], ids=["in place", "moved"])
+@pytest.mark.parametrize("is_joined", [False, True], ids=["alone", "joined"])
+def test_a_weight_that_torch_comes_to_negate_or_conjugate_is_trained_rightly_or_refused(
+    dtype: torch.dtype, moved: bool, is_joined: bool, compact: bool
+) -> None:
+    weights = [Parameter(randn(4, 3, seed=seed).to(dtype)) for seed in range(2)]
+    ties: Any = Tie.equal(*weights) if is_joined else {weights[0]: [[0, 2]]}
+    optimizer = TiedOptimizer(SGD(weights, lr=1.0), ties, compact=compact)
+    for weight in weights:
+        weight.grad = torch.zeros(4, 3, dtype=dtype)
+    optimizer.step()
+    weight = weights[0]
+    move(weight, LAZY[dtype](weight.data.clone() if moved else weight.data))
+    before = weight.detach().clone()
+    grad = weight.grad = torch.full((4, 3), 1 + 1j if dtype.is_complex else 1.0, dtype=dtype)
+    if compact or is_joined:
+        for call in (optimizer.step, optimizer.tie_weights):
+            with pytest.raises(ValueError, match=r"in memory|conjugated or negated"):
+                call()
+            assert torch.equal(weight, before)
+    else:
+        optimizer.step()
+        assert torch.equal(weight, before - grad)
+        assert is_tied(weight, [[0, 2]])
+
+
 def test_parameters_in_one_buffer_that_share_no_entry_are_tied(compact: bool) -> None:
     buffer = randn(4, 6, seed=0)
     first, second = Parameter(buffer[:, :3]), Parameter(buffer[:, 3:])

@@ -32,7 +32,7 @@ from tieopt.engine.graphs import between_graphs, copied, untraced
 from tieopt.errors import refusal, shown, users_level
 from tieopt.modes import mode_class, norm, summary
 from tieopt.modes.conversion import converter
-from tieopt.modes.gradients import tie_gradients
+from tieopt.modes.gradients import check_gradients, tie_gradients
 from tieopt.modes.mode import Mode
 from tieopt.modes.state import Lost, by_number, settings_in, states_of, tied_state
 from tieopt.modes.summary import TieSummary
@@ -305,6 +305,7 @@ class TiedOptimizer(Optimizer):
         """
         param_groups = self._tieopt.param_groups_of(self)
         pairs = self._tieopt.taking_part(self._tieopt.parameters(param_groups), param_groups)
+        check_gradients(pairs)
         tie_gradients(pairs, all_parameters(param_groups), self._tieopt.engine)
 
     @_together
@@ -643,10 +644,14 @@ class TiedOptimizer(Optimizer):
             ValueError: The state was saved with other ties.
             ...
         """
-        mode, saved = self._tieopt, state_dict.get(_TIEOPT)
+        mode = self._tieopt
         mode.follow(self)
         pairs, settings = mode.parameters(self.param_groups), settings_in(self.param_groups)
-        if _TIEOPT in state_dict:
+        # Before anything is checked: what hooks make of a state is what is loaded.
+        hooks, given = self._optimizer_load_state_dict_pre_hooks, state_dict
+        state_dict = _after_hooks(self, given)
+        saved = state_dict.get(_TIEOPT, given.get(_TIEOPT))
+        if _TIEOPT in {**given, **state_dict}:
             mode.check_saved(saved, self.param_groups)
         convert = converter(mode, self, None if saved is None else saved.get("compact", False))
         state_dict = mode.to_load({key: value for key, value in state_dict.items() if key != _TIEOPT})
@@ -654,7 +659,11 @@ class TiedOptimizer(Optimizer):
         if convert is not None:
             params = by_number(state_dict, self.param_groups)
             convert({params[number]: state for number, state in state_dict["state"].items() if number in params})
-        super().load_state_dict(state_dict, *args, **kwargs)
+        try:
+            self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+            super().load_state_dict(state_dict, *args, **kwargs)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
         if saved is not None:
             mode.steps = saved.get("steps", 0)
         tied = mode.tied_since(saved, self.param_groups)
@@ -707,6 +716,16 @@ class TiedOptimizer(Optimizer):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made at run time; pickle would not find it by its name.
         return _restored, (*self._tieopt_bases, self._tieopt), self._tieopt.at_rest(self, self.__getstate__())
+
+
+def _after_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return what the hooks that run before a state is loaded make of it."""
+    # Hooks may write to the dictionary, as torch lets them.
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        returned = hook(optimizer, state_dict)
+        state_dict = state_dict if returned is None else returned
+    return state_dict
 
 
 def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:

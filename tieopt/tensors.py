@@ -74,7 +74,8 @@ def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[ob
     Args:
         pairs: each list, and the key that its traces are returned under.
 
-    The second entry for a tensor is its dtype, and the last one counts writes. Those through ``.data`` are not counted,
+    So it does when torch comes to negate or conjugate a tensor as it reads it. The second entry is the dtype, and the
+    last one counts writes. Those through ``.data`` are not counted,
     and of a tensor that was made in inference mode none are: its trace equals no other.
     """
     traced: dict[T, list[tuple[object, ...]]] = {}
@@ -84,7 +85,7 @@ def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[ob
             # Entries of other layouts have no place in memory each.
             where = (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else ()
             writes = object() if tensor.is_inference() else tensor._version
-            traced[key].append((id(tensor), tensor.dtype, *where, writes))
+            traced[key].append((id(tensor), tensor.dtype, tensor.is_neg(), tensor.is_conj(), *where, writes))
     return traced
 
 

@@ -31,7 +31,7 @@ from tieopt.modes.conversion import (
     whole_state,
     without_history,
 )
-from tieopt.modes.gradients import grad_of, prepare_gradients, put_back, with_gradients
+from tieopt.modes.gradients import check_gradients, grad_of, prepare_gradients, put_back, with_gradients
 from tieopt.modes.mode import Mode, Pairs, Step, class_among
 from tieopt.modes.state import KEPT_BY_TORCH, Lost, by_number, held_optimizers, settings_in, states_of
 from tieopt.numbers.folding import fold_, fold_gradients_, unfold_
@@ -41,7 +41,7 @@ from tieopt.tensors import calculable, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
-from tieopt.ties.slices import described
+from tieopt.ties.slices import Slices, described
 
 # Optimizers to which it matters which rows a rank has, or whether there is padding.
 _COUPLES_ROWS = {"Adafactor", "LBFGS", "Muon"}
@@ -80,18 +80,21 @@ class CompactStep(Step):
         mode, optimizer = self._mode, self._optimizer
         if mode.set_aside:
             return ()
+        mode.check_apart(optimizer.param_groups)
         attached = mode.attach(optimizer)
         if pairs is None:
             pairs = with_gradients(attached)
-        written = mode.written(pairs, optimizer.param_groups)
+        check_gradients(pairs)
         replaced = prepare_gradients(pairs)
         if replaced:
             self._undo.append(partial(put_back, replaced))
+        written = mode.written(pairs, optimizer.param_groups)
         # What a closure has left without a gradient is not trained any more.
         self._took_part = pairs
         self._values = [list(map(mode.compacts.__getitem__, map(id, params))) for _, params in pairs]
         self._match()
         if written:
+            mode.check_ranges(written)
             # What was written from outside, or took the place of another parameter, may not be tied.
             optimizer.state.update(refolded(optimizer.state, written, optimizer, mode.engine))
             mode.engine.calls(_PROJECT, written, compiled=False)
@@ -317,6 +320,29 @@ class CompactMode(Mode):
             kept = self._gradients[id(compact)] = torch.zeros_like(compact, dtype=dtype)
         return kept
 
+    def check_ranges(self, pairs: Pairs) -> None:
+        """Refuse written weights whose shared values are beyond the range of their dtype.
+
+        Raises:
+            ValueError: there is one.
+        """
+        # Of shards, whose ranks would have to talk, another one may have been written.
+        for tie, params in self.engine.whole(pairs):
+            if any(map(_may_leave, tie.slices)):
+                compacts: list[Tensor] = [self.compacts[id(param)] for param in params]
+                self.engine.apply_(_FOLD, [(tie, params)], [compacts])
+                _check_range(tie, params, compacts)
+
+    @untraced
+    def _check_memory(self, pairs: Pairs, param_groups: ParamGroups) -> None:
+        super()._check_memory(pairs, param_groups)
+        for tie, params in pairs:
+            for place, param in zip(tie.places, params, strict=True):
+                if param.is_neg() or param.is_conj():
+                    expected = "a parameter that is not lazily negated or conjugated"
+                    what, name = "The compact mode reads weights as they are in memory.", name_of(param_groups, place)
+                    raise _unserved(what, expected, name)
+
     # --- the optimizer and its state ---
 
     def check_served(self, optimizer: Any) -> None:
@@ -331,6 +357,7 @@ class CompactMode(Mode):
         super().check_served(optimizer)
         if self.ties:
             _check_served(optimizer, self.applied)
+            self._check_memory(parameters_of(self.applied, optimizer.param_groups), optimizer.param_groups)
         self.attach(optimizer)
         coupling = class_among(optimizer, _COUPLES_ROWS)
         if coupling is not None and not self.saves_compact:
@@ -535,10 +562,14 @@ def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError
     return refusal(ValueError, what, **lines, expected=f"{expected}, or compact=False", got=got)
 
 
+def _may_leave(slices: Slices) -> bool:
+    """Return whether a shared value may be beyond the range of the members."""
+    return slices.scale is not None or slices.offset is not None
+
+
 def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
     for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
-        may_leave = slices.scale is not None or slices.offset is not None
-        if may_leave and _is_finite(param) and not _is_finite(compact):
+        if _may_leave(slices) and _is_finite(param) and not _is_finite(compact):
             scale = f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
             raise _unserved(
                 "The compact mode trains shared values, and one is beyond the range of the weights.",
@@ -605,9 +636,6 @@ def _check_served(optimizer: Any, ties: Sequence[BoundTie]) -> None:
     for tie, params in pairs:
         for place, slices, param in zip(tie.places, tie.slices, params, strict=True):
             name = name_of(optimizer.param_groups, place)
-            if param.is_neg() or param.is_conj():
-                expected = "a parameter that is not lazily negated or conjugated"
-                raise _unserved("The compact mode reads weights as they are in memory.", expected, name)
             if muon is not None and isinstance(optimizer, muon) and slices.labels.dim() != 1:
                 raise _unserved(
                     "Muon trains matrices, and the compact parameter would be a list of single values.",

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tieopt.engine.agreement import tell_of_failure
 from tieopt.engine.graphs import between_graphs, is_capturing, untraced
 from tieopt.errors import message, users_level
-from tieopt.modes.gradients import grad_of, gradients_of, tie_gradients
+from tieopt.modes.gradients import check_gradients, grad_of, gradients_of, tie_gradients
 from tieopt.modes.mode import Mode, Pairs, Step, by_strength
 from tieopt.modes.state import held_optimizers
 from tieopt.tensors import traces
@@ -52,10 +52,13 @@ class FullStep(Step):
 
     @untraced
     def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
+        param_groups = self._optimizer.param_groups
+        self._mode.check_apart(param_groups)
         if pairs is not None:
             self._check_weights(pairs)
-        param_groups = self._optimizer.param_groups
-        pairs = self._mode.taking_part(self._mode.applied_to(param_groups), param_groups, stepped=self._took_part)
+        pairs = self._mode.applied_to(param_groups)
+        check_gradients(self._exact(pairs))
+        pairs = self._mode.taking_part(pairs, param_groups, stepped=self._took_part)
         self._has_begun = True
         self._check_weights(pairs)
         if not self._ties_gradients:

@@ -152,16 +152,9 @@ def with_gradients(pairs: Sequence[tuple[T, list[Tensor]]]) -> list[tuple[T, lis
 
 
 def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
-    """Give every parameter a gradient that can be tied, and return those whose gradients were replaced.
-
-    Raises:
-        RuntimeError: gradients of joined parameters differ in dtype, or one that is tied across ranks has a graph.
-    """
+    """Give every parameter a gradient that can be tied, and return those whose gradients were replaced."""
     replaced: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     missing = []
-    for tie, params in pairs:
-        if len(params) > 1:
-            _check_dtypes(tie, params)
     for tie, params in pairs:
         for param in params:
             grad = param.grad
@@ -177,9 +170,6 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
                 and not (grad.requires_grad or grad.is_conj() or grad.is_neg() or grad.is_inference())
             ):
                 continue
-            if tie.across is not None and grad.requires_grad:
-                what, expected = "A gradient that is tied across ranks has a graph.", "one without, as of backward()"
-                raise refusal(RuntimeError, what, expected=expected, got=f"{grad.grad_fn}")
             replacement = prepared(grad, param, is_of_rows=tie.is_of_rows)
             if replacement is not grad:
                 param.grad = replacement
@@ -201,13 +191,28 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
     return replaced
 
 
-def _check_dtypes(tie: BoundTie, params: Sequence[Tensor]) -> None:
-    """Refuse joined parameters with gradients of which some would be rounded to the dtype of another."""
-    dtypes = list(filter(None, map(_gradient_dtype, params)))
-    if any(map(is_not, dtypes, dtypes[1:])):
-        what, expected = "Gradients of joined parameters differ in dtype.", "one dtype, see param.grad_dtype"
-        got = shown_list(list(map(str, dtypes)))
-        raise refusal(RuntimeError, what, parameters=shown_list(list(tie.names)), expected=expected, got=got)
+def check_gradients(pairs: Pairs[BoundTie]) -> None:
+    """Refuse gradients that cannot be tied, before anything is written.
+
+    Raises:
+        RuntimeError: those of joined parameters differ in dtype, so that some would be rounded to that of another; or
+            one that is tied across ranks has a graph.
+    """
+    for tie, params in pairs:
+        if len(params) == 1 and tie.across is None:
+            continue
+        grads = [param.grad for param in params if param.grad is not None]
+        graphs = [grad.grad_fn for grad in grads if grad.requires_grad] if tie.across is not None else []
+        if graphs:
+            what, expected = "A gradient that is tied across ranks has a graph.", "one without, as of backward()"
+            raise refusal(RuntimeError, what, expected=expected, got=f"{graphs[0]}")
+        if not grads:
+            continue
+        dtypes = list(filter(None, map(_gradient_dtype, params)))
+        if any(map(is_not, dtypes, dtypes[1:])):
+            what, expected = "Gradients of joined parameters differ in dtype.", "one dtype, see param.grad_dtype"
+            got = shown_list(list(map(str, dtypes)))
+            raise refusal(RuntimeError, what, parameters=shown_list(list(tie.names)), expected=expected, got=got)
 
 
 def _gradient_dtype(param: Tensor) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tieopt.engine.agreement import agree
 from tieopt.engine.engine import Engine
@@ -125,6 +126,7 @@ class Mode(ABC):
         self.norm_weights: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self._pairs: Pairs | None = None
         self._stood: Standing = {}
+        self._addresses: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COPIED}
@@ -362,6 +364,8 @@ class Mode(ABC):
         """
         param_groups = self.param_groups_of(optimizer)
         trained = [pair for pair in self.parameters(param_groups) if pair[1][0].requires_grad]
+        if exactly:
+            self._check_memory(trained, param_groups)
         if start == "first":
             for tie, params in trained:
                 if not tie.options.relaxed:
@@ -424,13 +428,41 @@ class Mode(ABC):
     def _note_all(self, param_groups: ParamGroups) -> None:
         self.note(pair for pair in self.applied_to(param_groups) if pair[1][0].requires_grad)
 
+    def check_apart(self, param_groups: ParamGroups) -> None:
+        """Refuse tied parameters that have come to share memory with others; looks for them where something has moved.
+
+        Raises:
+            ValueError: there is one.
+        """
+        addresses = [
+            param.data_ptr()
+            for settings in param_groups
+            for param in settings["params"]
+            if type(param) in (Parameter, Tensor) and param.layout is torch.strided
+        ]
+        if addresses != self._addresses:
+            check_apart(param_groups, self.ties)
+            self._addresses = addresses
+
+    @untraced
+    def _check_memory(self, pairs: Pairs, param_groups: ParamGroups) -> None:
+        """Refuse parameters that the mode cannot tie as they are in memory now.
+
+        Raises:
+            ValueError: entries share memory, or torch negates or conjugates them as it reads them.
+        """
+        for tie, params in pairs:
+            for place, param in zip(tie.places, params, strict=True):
+                check_writable(param, name_of(param_groups, place))
+            check_read_as_stored(param_groups, tie, params)
+
     def written(self, pairs: Pairs, param_groups: ParamGroups) -> Pairs:
         """Return the ties whose parameters were replaced, moved or written to since they were noted.
 
         Warns if the members of a group are not equal any more.
 
         Raises:
-            ValueError: entries of a parameter share memory now, with each other or with those of another parameter.
+            ValueError: a parameter can no longer be tied as it is in memory.
         """
         now = traces(pairs)
         changed = [(tie, params) for tie, params in pairs if now[tie] != self._seen.get(tie)]
@@ -445,12 +477,7 @@ class Mode(ABC):
             for tie, params in changed
             if [trace[:-1] for trace in now[tie]] != [trace[:-1] for trace in self._seen.get(tie, ())]
         ]
-        for tie, params in moved:
-            for place, param in zip(tie.places, params, strict=True):
-                check_writable(param, name_of(groups, place))
-            check_read_as_stored(groups, tie, params)
-        if moved:
-            check_apart(groups, self.ties)
+        self._check_memory(moved, groups)
         seen, there = set(), set()
         for tie, _ in changed:
             before = self._seen.get(tie)
