@@ -75,8 +75,8 @@ def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[ob
         pairs: each list, and the key that its traces are returned under.
 
     So it does when torch comes to negate or conjugate a tensor as it reads it. The second entry is the dtype, and the
-    last one counts writes. Those through ``.data`` are not counted, and of a tensor that was made in inference mode none
-    are: its trace equals no other.
+    last one counts writes. Those through ``.data`` are not counted, and of a tensor that was made in inference mode
+    none are: its trace equals no other.
     """
     traced: dict[T, list[tuple[object, ...]]] = {}
     for key, tensors in pairs:

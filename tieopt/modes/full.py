@@ -57,7 +57,8 @@ class FullStep(Step):
         if pairs is not None:
             self._check_weights(pairs)
         pairs = self._mode.applied_to(param_groups)
-        check_gradients(self._exact(pairs))
+        if self._ties_gradients:
+            check_gradients(self._exact(pairs))
         pairs = self._mode.taking_part(pairs, param_groups, stepped=self._took_part)
         self._has_begun = True
         self._check_weights(pairs)

@@ -42,6 +42,8 @@ _FEW = 8
 
 # The fewest numbers that are kept in half of the memory: an operator more in each step, which fewer are not worth.
 MANY = 2**14
+
+# What many numbers are kept in if they are integers and fit.
 _INTEGERS = (torch.uint8, torch.int32)
 
 
