@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from reference import all_tied, same_bits
 from strategies import ALL, generator, normal, seeds, tensors
 from torch import Tensor
+from torch.nn import Parameter
 
-from tieopt import is_tied, tie_
+from tieopt import TiedOptimizer, is_tied, tie_
 from tieopt.numbers import index as index_module
 from tieopt.numbers import reduction as reduction_module
 from tieopt.numbers import sums as sums_module
@@ -386,6 +387,20 @@ def test_a_folding_takes_four_bytes_for_each_entry_and_for_each_row(
     signs = 2 * count if negative else 0
     kept = (index.runs, folding.kept, folding.free, folding.sources, folding.shared, folding.scales, rows)
     assert _bytes_of(kept) <= 4 * (count + len(rows.kept)) + norms + signs + 128
+
+
+def test_a_folding_takes_no_other_numbers_for_the_same() -> None:
+    """Groups of each size are counted from 0 on in their own run, but through all of them in the compact tensor."""
+    sizes = torch.arange(2, 600)
+    labels = torch.arange(len(sizes)).repeat_interleave(sizes)
+    weight = Parameter(normal((len(labels), 16), torch.float32, 0))
+    optimizer = TiedOptimizer(torch.optim.SGD([weight], lr=0.1), {weight: labels}, compact=True)
+    grad = weight.grad = normal(weight.shape, torch.float32, 1)
+    means = torch.segment_reduce(weight.detach().double(), "mean", lengths=sizes)
+    means -= 0.1 * torch.segment_reduce(grad.double(), "mean", lengths=sizes)
+    optimizer.step()
+    assert is_tied(weight, labels)
+    torch.testing.assert_close(weight[sizes.cumsum(0) - 1].double(), means, rtol=0, atol=1e-6)
 
 
 def test_an_index_keeps_the_offset_of_each_member_and_of_each_group_once() -> None:

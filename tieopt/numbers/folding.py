@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,6 +110,9 @@ def compact_rows_of(
     return tuple(map(CompactRows, kept_of, groups, rows_of_slices, scale.split_with_sizes(sizes), first_rows))
 
 
+# Numbers of rows, or what may be a stretch of them.
+_Numbers = TypeVar("_Numbers", Tensor, Tensor | slice)
+
 # Shared values of a run: the number of the tensor, the groups of the run, and the rows of the compact tensor.
 _Shared = tuple[int, Tensor | slice, slice]
 
@@ -180,8 +183,10 @@ class Folding:
             ]
         )
         sources = _sources(compact, positions, device) if all(run.offsets is None for run in index.runs) else None
-        for run, of_run in zip(index.runs, shared, strict=True):
-            _store_once_(run, of_run, kept, sources)
+        # Replaced as a whole, and not written to: another thread may be reading the old ones.
+        index.runs = tuple(
+            [_stored_once(run, of_run, kept, sources) for run, of_run in zip(index.runs, shared, strict=True)]
+        )
         return cls(
             index,
             (*index.slices, *map(compact_slices, index.slices)),
@@ -360,37 +365,38 @@ def _sources(
     return tuple(sources)
 
 
-def _store_once_(
+def _stored_once(
     run: Run,
     shared: Sequence[_Shared],
     kept: Sequence[Tensor],
     sources: Sequence[tuple[Tensor, Tensor | None]] | None,
-) -> None:
-    """Have what a run and its folding both keep of many members take memory only once."""
-    leads = run.lead_members.pieces
+) -> Run:
+    """Return a run that has no numbers of its own where its folding has the same."""
+    leads, between, chunks = run.lead_members.pieces, run.between, []
     assert isinstance(leads, Pieces)
-    for leads_of_tensor, (number, _, rows) in zip(leads.rows, shared, strict=True):
-        _view_(leads_of_tensor, kept[number], rows)
-    if run.between is not None:
-        (number,), (free,), (count,) = run.between
-        _view_(free, kept[number], slice(-count, None))
+    rows = [_view_of(kept[number], part, own) for own, (number, _, part) in zip(leads.rows, shared, strict=True)]
+    if between is not None:
+        (number,), (free,), (count,) = between
+        between = between._replace(rows=(_view_of(kept[number], slice(-count, None), free),))
     for chunk in run.chunks:
         assert isinstance(chunk.pieces, Pieces)
-        if sources is not None and len(chunk.pieces.rows) == 1:
-            (number,), (members,), _ = chunk.pieces
-            if isinstance(members, slice):
-                _view_(chunk.groups, sources[number][0], members)
+        (number, *others), (members, *_) = chunk.pieces.tensors, chunk.pieces.rows
+        if sources is not None and not others and isinstance(members, slice):
+            groups = _view_of(sources[number][0], members, chunk.groups)
+            sums = chunk.sums
+            if sums is not None and sums.groups is chunk.groups:
+                sums = sums._replace(groups=groups)
+            chunk = chunk._replace(groups=groups, sums=sums)
+        chunks.append(chunk)
+    lead_members = run.lead_members._replace(pieces=leads._replace(rows=tuple(rows)))
+    return run._replace(lead_members=lead_members, between=between, chunks=tuple(chunks))
 
 
-def _view_(numbers: Tensor | slice, others: Tensor, part: slice) -> None:
-    """Turn many numbers, in place, into a view of a part of others if they are the same.
-
-    What holds them, such as an index in a cache, then keeps no memory for them.
-    """
-    if isinstance(numbers, Tensor) and len(numbers) >= MANY:
-        others = others[part]
-        if numbers.dtype == others.dtype and torch.equal(numbers, others):
-            numbers.data = others
+def _view_of(others: Tensor, part: slice, numbers: _Numbers) -> _Numbers:
+    """Return a part of others if it has the same numbers, and many of them; otherwise the numbers."""
+    if isinstance(numbers, Tensor) and len(numbers) >= MANY and numbers.dtype == others.dtype:
+        return others[part] if torch.equal(numbers, others[part]) else numbers
+    return numbers
 
 
 def compact_slices(slices: Slices) -> Slices:

@@ -161,7 +161,7 @@ class Layout(NamedTuple):
         return cls(tensors[0].device, double, steps, memory)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Index:
     """The members of every group of one or several tensors, cut into runs of consecutive groups.
 
@@ -239,7 +239,7 @@ class Index:
         return torch.cat(rows_of_runs).view(-1, self.runs[0].chunks[0].size).long()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Views(Index):
     """The members of a regular tie. Its runs are tiles, and its rows whole tensors.
 
