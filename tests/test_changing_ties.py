@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -779,6 +780,19 @@ def test_no_tie_goes_to_another_parameter(compact, copied, move, method):
     with pytest.raises(RuntimeError, match="removed from the parameter groups or reordered"):
         getattr(optimizer, method)()
     assert all(map(torch.equal, map(bits, weights), before))
+
+
+def test_a_parameter_that_is_gone_is_not_kept(compact):
+    weights, optimizer = _one_group_each(compact, 0)
+    for weight in weights[:2]:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    gone = weakref.ref(weights.pop(1))
+    del weight, optimizer.param_groups[1]
+    optimizer.state.clear()
+    optimizer.step()
+    optimizer.state_dict()
+    assert gone() is None
 
 
 def _replaced_after_the_last_is_gone(optimizer: TiedOptimizer, other: Parameter) -> None:

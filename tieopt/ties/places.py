@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ class Place(NamedTuple):
         return f"param_groups[{self.group}]['params'][{self.position}]"
 
 
-# Parameters by identity, and where they stand.
-Standing = dict[int, tuple[Tensor, Place]]
+# Where parameters stand, by identity. They are not kept alive: an identity counts while its parameter lives.
+Standing = dict[int, tuple[ReferenceType[Tensor], Place]]
 
 
 class BoundTie(Partition):
@@ -187,12 +188,15 @@ def still_there(pairs: Sequence[tuple[T, list[Tensor]]], param_groups: ParamGrou
 def standing(ties: Iterable[BoundTie], param_groups: ParamGroups) -> Standing:
     """Return where the parameters stand that have the shape of a tied one, by identity.
 
-    They are held, so that no other parameter can get the identity of one that is gone.
+    A parameter that is there twice, of which torch warns, stands in its first place.
     """
     shapes = {place.shape for tie in ties for place in tie.places}
-    places = [place for place in all_places(param_groups) if place.shape in shapes]
-    # A parameter that is there twice, of which torch warns, stands in its first place.
-    return {id(param): (param, place) for place in reversed(places) for param in (_param(param_groups, place),)}
+    found: Standing = {}
+    for place in all_places(param_groups):
+        if place.shape in shapes:
+            param = _param(param_groups, place)
+            found.setdefault(id(param), (ref(param), place))
+    return found
 
 
 def check_moved(ties: Iterable[BoundTie], stood: Standing, param_groups: ParamGroups) -> None:
@@ -209,8 +213,11 @@ def check_moved(ties: Iterable[BoundTie], stood: Standing, param_groups: ParamGr
     if not stood:
         return
     for place in (place for tie in ties for place in tie.places):
-        _, before = stood.get(id(_param_or_none(param_groups, place)), (None, place))
-        if before[:2] != place[:2]:
+        param = _param_or_none(param_groups, place)
+        if param is None or id(param) not in stood:
+            continue
+        known, before = stood[id(param)]
+        if known() is param and before[:2] != place[:2]:
             raise refusal(
                 RuntimeError,
                 "Parameters were removed from the parameter groups or reordered: a tie would go to another one.",
