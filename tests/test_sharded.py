@@ -840,6 +840,21 @@ def test_gradients_are_brought_to_where_their_parameters_are(ranks, reduction):
             assert same_bits(weight, wanted)
 
 
+def in_one_memory() -> bool:
+    """Whether a gradient that is in the memory of that of a tied parameter stays as it is."""
+    tied, free = [Parameter(sharded(randn(8, 4, seed=seed), line(), [Shard(0)])) for seed in range(2)]
+    optimizer = TiedOptimizer(SGD([tied, free], lr=0.5), {tied: [[0, 1, 7]]})
+    grad = sharded(randn(8, 4, seed=2), line(), [Shard(0)])
+    tied.grad, free.grad = grad, DTensor.from_local(grad.to_local(), grad.device_mesh, grad.placements)
+    before = grad.to_local().clone()
+    optimizer.step()
+    return same_bits(free.grad.to_local(), before)
+
+
+def test_gradients_of_shards_in_one_memory_are_tied_apart(ranks):
+    assert all(ranks.run(in_one_memory))
+
+
 GRADIENTS = {
     "with a graph": lambda weight: weight.square().sum().backward(create_graph=True),
     "sparse": lambda weight: setattr(weight, "grad", randn(8, 4).to_sparse(1)),

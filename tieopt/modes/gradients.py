@@ -20,7 +20,7 @@ from tieopt.engine.engine import Engine, Pairs
 from tieopt.engine.sharded import placed_as, spans_ranks
 from tieopt.errors import refusal, shown_list
 from tieopt.numbers.reduction import Operation, divide_, project_
-from tieopt.tensors import overlaps, sharing, span_of
+from tieopt.tensors import local, overlaps, sharing, span_of
 from tieopt.ties.options import Reduction
 from tieopt.ties.places import BoundTie, T
 
@@ -78,19 +78,22 @@ def _part_from_others(pairs: Pairs[BoundTie], params: Sequence[Tensor]) -> None:
 
     Both ``backward()`` and ``torch.autograd.grad`` may leave one memory to the terms of a sum.
     """
-    plain = [param for param in params if _is_plain(grad_of(param))]
-    spans = sorted(map(span_of, map(grad_of, plain)))
+    given = [(param, grad) for param in params if (grad := _in_memory(grad_of(param))) is not None]
+    spans = sorted([span_of(grad) for _, grad in given])
     # Without anything more for each of many gradients that are apart.
     if all(end <= start for (_, end), (start, _) in pairwise(spans)):
         return
-    meeting = {id(plain[number]) for pair in sharing(list(map(grad_of, plain))) for number in pair}
+    meeting = {id(given[number][0]) for pair in sharing([grad for _, grad in given]) for number in pair}
     for param in dict.fromkeys(chain.from_iterable(tied for _, tied in pairs)):
         if id(param) in meeting and not grad_of(param).requires_grad:
             param.grad = grad_of(param).clone()
 
 
-def _is_plain(grad: Tensor | None) -> bool:
-    return type(grad) is Tensor and grad.layout is torch.strided
+def _in_memory(grad: Tensor | None) -> Tensor | None:
+    """Return the entries of a gradient that this rank has, if they have a place in memory each."""
+    if grad is not None and type(grad) is not Tensor:
+        grad = local(grad)
+    return grad if type(grad) is Tensor and grad.layout is torch.strided else None
 
 
 def _parted(pairs: Pairs[BoundTie]) -> tuple[Pairs[BoundTie], Pairs[BoundTie]]:
