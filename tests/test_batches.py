@@ -167,7 +167,7 @@ def test_what_is_not_alike_is_not_merged() -> None:
 def test_many_ties_are_merged_into_batches_that_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether elements are added up where they lie depends on how many shared values there are."""
     monkeypatch.setattr(engine_module, "_TOGETHER", 150)
-    monkeypatch.setattr(engine_module, "_SMALL", 50)
+    monkeypatch.setattr(engine_module, "ONE_PART", 50)
     listed = [_pair(number, torch.arange(10) // 2, None, randn(10, 3, seed=number)) for number in range(12)]
     batches = _merged(listed)
     assert 1 < len(batches) < len(listed)

@@ -140,7 +140,7 @@ KINDS: list[Callable[[], tuple[list[Parameter], Any]]] = [
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small ties, too, are given to the compiler here, one by one as large ones are.
     monkeypatch.setattr(traced_module, "_LEAST", 1)
-    monkeypatch.setattr(engine_module, "_SMALL", 0)
+    monkeypatch.setattr(engine_module, "ONE_PART", 0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -521,7 +521,7 @@ def test_parameters_without_gradients_are_left_by_a_traced_step(compact):
 
 def test_what_is_worth_compiling_of_tie_weights_is_traced_as_one_graph(monkeypatch):
     monkeypatch.setattr(traced_module, "_LEAST", 1)
-    monkeypatch.setattr(engine_module, "_SMALL", 0)
+    monkeypatch.setattr(engine_module, "ONE_PART", 0)
     params, ties = rows()
     optimizer = TiedOptimizer(SGD(params, lr=0.1), ties)
     with torch.no_grad():

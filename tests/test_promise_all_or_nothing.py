@@ -253,6 +253,25 @@ def _canonical(names: torch.Tensor) -> torch.Tensor:
     return numbered([Slices(names)])[0].labels
 
 
+def test_python_does_not_look_for_garbage_while_ties_are_made() -> None:
+    """A mapping is read then."""
+    weight, seen = Parameter(torch.zeros(3)), []
+
+    class Asked(dict[Parameter, list[list[int]]]):
+        def items(self) -> Any:
+            seen.append(gc.isenabled())
+            return super().items()
+
+    was_enabled = gc.isenabled()
+    try:
+        gc.enable()
+        optimizer = TiedOptimizer(SGD([weight]), Asked({weight: [[0, 1]]}))
+        optimizer.retie(Asked({weight: [[0, 2]]}))
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+    assert set(seen) == {False}
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_python_looks_for_garbage_afterwards_if_it_did_before(*, enabled: bool) -> None:
     weight, other = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))

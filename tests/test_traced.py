@@ -29,7 +29,7 @@ def as_compiled() -> Any:
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_ties_are_written_out_as_well() -> Iterator[None]:
-    with patch("tieopt.engine.compiled._LEAST", 1), patch("tieopt.engine.engine._SMALL", 0):
+    with patch("tieopt.engine.compiled._LEAST", 1), patch("tieopt.engine.engine.ONE_PART", 0):
         yield
 
 

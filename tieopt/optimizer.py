@@ -76,10 +76,10 @@ def _together(method: F) -> F:
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Keep Python from looking for garbage while ties are made.
+    """Pause garbage collection while ties are made.
 
-    Thousands of ties make a hundred thousand objects, and all of them stay. Python looks through all objects of the
-    process each time that their number has grown by a quarter, which takes as long as to make them.
+    Thousands of ties make a hundred thousand objects, and all of them stay. To look through all objects of the process
+    again and again takes as long as to make them.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -594,6 +594,9 @@ class TiedOptimizer(Optimizer):
             fingerprints by the numbers of the parameters, the number of steps of relaxed ties, and whether the mode is
             compact.
 
+        Raises:
+            RuntimeError: a parameter has another shape than when it was tied, is gone, or has moved.
+
         Example:
             >>> import torch
             >>> from tieopt import TiedOptimizer
@@ -699,12 +702,12 @@ class TiedOptimizer(Optimizer):
             True
         """
         super().add_param_group(param_group)
-        self._tieopt.note_added(self.param_groups)
+        self._tieopt.remember_places(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy has other parameters, and is to notice as well if they are reordered.
-        self._tieopt.note_added(self._tieopt.param_groups_of(self))
+        self._tieopt.remember_places(self._tieopt.param_groups_of(self))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({summary.line(self._tieopt)})"

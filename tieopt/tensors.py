@@ -101,9 +101,9 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 def transposed_copy(matrix: Tensor) -> Tensor:
     """Return a contiguous transposed copy of a contiguous matrix."""
-    if matrix.dtype != torch.float32 or matrix.device.type != "cpu" or torch.compiler.is_compiling():
+    if matrix.dtype != torch.float32 or matrix.device.type != "cpu":
         return matrix.t().contiguous()
-    # To shuffle the channels of one pixel is to transpose them as a matrix: torch does so by vector instructions.
+    # Shuffling the channels of one pixel transposes them as a matrix, and for float32 on a CPU torch vectorises it.
     (rows, columns), count = matrix.shape, matrix.numel()
     pixel = matrix.as_strided((1, count, 1, 1), (count, 1, count, count))
     return torch.channel_shuffle(pixel, rows).view(columns, rows)

@@ -23,7 +23,7 @@ from tieopt.engine.graphs import Copies, between_graphs, is_under_compiler, untr
 from tieopt.engine.sharded import Shards, on_any_rank, spans_ranks
 from tieopt.numbers.folding import Folding, ViewFolding, fold_gradients_
 from tieopt.numbers.index import EVEN_ENTRIES, Index, Layout, Views
-from tieopt.numbers.reduction import Operation, Workspace, drift, project_, projected, tied
+from tieopt.numbers.reduction import ONE_PART, Operation, Workspace, drift, project_, projected, tied
 from tieopt.numbers.sparse import TiedRows, folded_sparse, projected_sparse
 from tieopt.numbers.start import start_from_first_
 from tieopt.tensors import gathered, local, shard_of, sharding_of, wide_dtype
@@ -33,8 +33,7 @@ from tieopt.ties.slices import Partition, Totals, joined, sizes_of_groups
 P = TypeVar("P", bound=Partition)
 Pairs = Sequence[tuple[P, list[Tensor]]]
 
-# Ties of more entries are worth a run of their own, and of others so many entries are worked on as one.
-_SMALL = 2**17
+# Larger ties, of more than ONE_PART entries, are not merged; smaller ones are, up to so many entries.
 _TOGETHER = 2**20
 
 # What is not sharded, as can be told without a call.
@@ -293,7 +292,7 @@ class Engine:
         kinds = _kinds(pairs) if merge else [()] * len(pairs)
         for (tie, tensors), kind in zip(pairs, kinds, strict=True):
             entries[kind] += tensors[0].numel()
-            key = (*kind, entries[kind] // (_TOGETHER - _SMALL)) if kind else (count,)
+            key = (*kind, entries[kind] // (_TOGETHER - ONE_PART)) if kind else (count,)
             numbers = range(count, count + len(tensors))
             alike.setdefault(key, []).append((tie, tensors, numbers))
             count = numbers.stop
@@ -343,9 +342,9 @@ def _once(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> li
 
 
 def _kinds(pairs: Pairs[Partition]) -> list[tuple[Any, ...]]:
-    """Return what ties have in common that can be worked on as one; nothing for a tie that is worked on by itself.
+    """Return a key for each tie: those with equal keys can be merged; one with an empty key cannot.
 
-    It begins with the size of all groups, 0 if there are several.
+    A key begins with the size of all groups, 0 if there are several.
     """
     small = [number for number, (tie, tensors) in enumerate(pairs) if _may_be_merged(tie, tensors)]
     kinds: list[tuple[Any, ...]] = [()] * len(pairs)
@@ -361,7 +360,7 @@ def _kinds(pairs: Pairs[Partition]) -> list[tuple[Any, ...]]:
 def _may_be_merged(tie: Partition, tensors: Sequence[Tensor]) -> bool:
     """Return whether a tie can be worked on together with others, as far as that does not depend on its groups."""
     tensor = tensors[0]
-    if not tie.is_of_rows or not 0 < tensor.numel() <= _SMALL or spans_ranks([tensor], tie):
+    if not tie.is_of_rows or not 0 < tensor.numel() <= ONE_PART or spans_ranks([tensor], tie):
         return False
     # Sums that are as wide as their terms are scaled by the largest group of a run, and round by that.
     if not tensor.is_contiguous() or tensor.dtype.to_real() == wide_dtype(tensor.device):

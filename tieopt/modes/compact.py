@@ -187,8 +187,8 @@ class CompactStep(Step):
         compacts = self._mode.compacts.values()
         if isinstance(error, KeyError) and any(key is compact for key in error.args for compact in compacts):
             error.add_note(
-                "With compact=True an optimizer steps on compact parameters, and this one looks them up in what it has"
-                "\nfor the parameters of the model. Expected: optimizer.state, or compact=False."
+                "With compact=True the optimizer steps on compact parameters, and it has looked one up in a table of\n"
+                "its own, by the parameters of the model. Expected: what it keeps in optimizer.state, or compact=False."
             )
         self._mode.running = self._was_running
         self._exchange_back()

@@ -290,8 +290,8 @@ class Mode(ABC):
         check_moved(self.ties, self._stood, param_groups)
         return pairs
 
-    def note_added(self, param_groups: ParamGroups) -> None:
-        """Remember where parameters stand that were added, or are those of a copy."""
+    def remember_places(self, param_groups: ParamGroups) -> None:
+        """Remember where parameters stand that were added, or loaded, or are those of a copy."""
         self._stood = standing(self.ties, param_groups) | self._stood
 
     def taking_part(

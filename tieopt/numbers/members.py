@@ -1,4 +1,4 @@
-"""Members of groups: which slices are what multiple of which shared value.
+"""Members of groups: the group and the scale of each slice.
 
 Everybody who asks gets the same answer here, so that groups are numbered alike, and led by the same member, wherever
 something is kept for each of them.
@@ -19,7 +19,7 @@ _MUCH_LARGER = 256.0
 
 
 class Members(NamedTuple):
-    """Members of groups: which slices are multiples of which shared value.
+    """Members of groups, each a multiple of the shared value of its group.
 
     Attributes:
         tensor: the number of the tensor that each is in, int64, shape ``[m]``.

@@ -41,10 +41,10 @@ IndexFor = Callable[[Sequence[Tensor]], Index]
 # How many numbers are widened at once: as many as members of single entries are gathered.
 _WIDENED = 2**19
 
-# Up to so many single entries of a tensor are added up in one part. More are cut into several, whose totals together
-# are not more than caches hold. How many parts there are depends on the tie alone, and not on the number of threads or
-# on ties that are merged with it: nor do the bits of the sums.
-_ONE_PART = 2**17
+# Of a run with more single entries of a tensor several parts are added up, so that several threads can work; their
+# totals together fit into the caches. How many parts there are depends on the tie alone, and not on the number of
+# threads, nor on ties that are merged with it, which have no more entries: nor do the bits of the sums.
+ONE_PART = 2**17
 _PARTS = 8
 _TOTALS_OF_PARTS = 2**19
 
@@ -151,8 +151,8 @@ def project_(
 def pass_over_(values: Tensor, rows: list[Tensor], run: Run, workspace: Workspace) -> None:
     """Replace the values of slices between members by these slices, bit for bit."""
     if run.between is not None:
-        between = bits(_gathered(rows, run.between, workspace, "between"))
-        bits(values)[len(values) - len(between) :] = between
+        between = _gathered(rows, run.between, workspace, "between")
+        values[len(values) - len(between) :] = between
 
 
 def lead_(tensors: Sequence[Tensor], index: Index, workspace: Workspace) -> None:
@@ -462,7 +462,7 @@ def _parts(run: Run, groups: int) -> int:
     pieces, sums = run.chunks[0].pieces, run.chunks[0].sums
     if sums is None or sums.levels is not None or isinstance(pieces, Tile):
         return 1
-    if len(pieces.tensors) > 1 or pieces.lengths[0] <= _ONE_PART:
+    if len(pieces.tensors) > 1 or pieces.lengths[0] <= ONE_PART:
         return 1
     return max(min(_PARTS, _TOTALS_OF_PARTS // groups), 1)
 

@@ -403,7 +403,7 @@ def tiles(correspondence: Correspondence, grids: Sequence[Tensor]) -> Iterator[T
         tile_shape = tuple(part.stop - part.start for part in tile)
         views = [View.of(number, tile, shape, move) for number, move in moves]
         # Of entries that are their own negatives there are views of both signs. The positive ones write 0.0, not -0.0.
-        # All write the same to a tile that is taken to itself, where nothing has to be transposed.
+        # Views of one region write the same values; a plain one need not transpose them.
         best_last = sorted(views, key=lambda view: (view.move.sign, view.is_plain))
         distinct = {(view.tensor, str(view.region)): view for view in best_last}
         stabilizers = tuple(move for move, image in zip(symmetries, images, strict=True) if image == at)

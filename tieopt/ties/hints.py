@@ -108,7 +108,7 @@ def not_held(key: Any, params: dict[str, Tensor], holder: str, *, named: bool) -
     expected = "; or ".join(guesses + others) or f"no ties, because the {holder} has no parameters"
     what = f"A tie is for a parameter that the {holder} does not hold."
     if named and isinstance(key, str) and has_wildcards(key):
-        what = f"No name of the {holder}'s parameters matches the wildcards of a tie."
+        what = f"No parameter name in the {holder} matches the pattern of a tie."
     text = message(what, hint, expected=expected, got=shown(key))
     if holder == "optimizer" and (isinstance(key, Tensor) or (isinstance(key, str) and named)):
         text += (

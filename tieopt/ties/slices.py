@@ -506,13 +506,18 @@ def _labels_apart(ties: Sequence[Sequence[Slices]]) -> tuple[Tensor, Tensor]:
 
 
 def _bounds_of(labels: Tensor, counts: Tensor) -> Tensor:
-    """Return one more than the largest label of each of several ties, which have so many of them."""
+    """Return, for each tie, one more than its largest label.
+
+    Args:
+        labels: of all ties, one after the other.
+        counts: how many each tie has.
+    """
     tie = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
     return torch.full_like(counts, FREE).scatter_reduce_(0, tie, labels, "amax") + 1
 
 
 def _shifted(labels: Tensor, counts: Tensor, shifts: Tensor) -> Tensor:
-    """Return labels plus a number, of each of several ties, which have so many of them; free ones as they are."""
+    """Return labels plus the shift of their tie; free ones stay. Arguments are as for :func:`_bounds_of`."""
     return shifts.repeat_interleave(counts).masked_fill_(labels == FREE, 0).add_(labels)
 
 
@@ -523,7 +528,7 @@ def _counts_of(ties: Sequence[Sequence[Slices]]) -> Tensor:
 
 
 def _with_labels_of(ties: Sequence[Sequence[Slices]], labels: Tensor) -> list[tuple[Slices, ...]]:
-    """Return the slices of several ties, with other labels, of all slices as a vector."""
+    """Return the slices of each tie with the labels replaced by those given, of all ties one after the other."""
     parts = labels.split_with_sizes([part.labels.numel() for slices in ties for part in slices])
     # Copies, because a pickle has the whole vector once for each of its views.
     own = iter(parts) if len(parts) == 1 else map(torch.clone, parts)
