@@ -439,6 +439,20 @@ def test_nan_is_spread_bit_for_bit(dtype, size, count, negative, seed):
     assert torch.equal(patterns_of[is_off], mirrored[is_off])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@given(size=st.integers(2, 40), count=st.integers(1, 20), seed=seeds)
+def test_nan_of_a_step_is_negated_bit_for_bit(dtype, size, count, seed):
+    labels, scale = patterns.antisymmetric((size, size))
+    weight = torch.nn.Parameter(torch.zeros(size, size, dtype=dtype))
+    optimizer = TiedOptimizer(torch.optim.SGD([weight], lr=0.1), Tie(weight, labels, scale=scale))
+    weight.grad = normal((size, size), dtype, seed)
+    weight.grad.view(-1)[torch.randint(size * size, (count,), generator=generator(seed))] = torch.nan
+    optimizer.step()
+    patterns_of = weight.detach().view(INTEGERS[dtype.itemsize])
+    is_off = ~torch.eye(size, dtype=torch.bool)
+    assert torch.equal(patterns_of[is_off], (patterns_of.t() ^ torch.iinfo(patterns_of.dtype).min)[is_off])
+
+
 @given(size=st.integers(1, 70), block=st.integers(1, 70))
 def test_dimensions_are_cut_alike_from_either_end(size, block):
     sizes = [part.stop - part.start for part in views._cuts(size, min(block, size))]

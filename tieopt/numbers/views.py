@@ -156,9 +156,11 @@ def _flipped(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _copy_negated_(target: Tensor, values: Tensor) -> None:
-    # torch negates no 8-bit floats.
+    # torch negates no 8-bit floats, and of a NaN of 16 bits it may make another one.
     if values.element_size() == 1:
         target.copy_(values.float().neg_())
+    elif values.element_size() == 2:
+        torch.bitwise_xor(values.view(torch.int16), torch.iinfo(torch.int16).min, out=target.view(torch.int16))
     else:
         torch.neg(values, out=target)
 
