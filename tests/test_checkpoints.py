@@ -209,6 +209,28 @@ def test_what_hooks_make_of_a_state_is_refused_before_anything_is_loaded(compact
     assert same_tree(optimizer.state_dict(), before)
 
 
+def test_hooks_run_within_the_load_state_dict_of_the_inner_class(compact):
+    """They get what it hands on, and what they register stays."""
+    seen = []
+
+    class Wrapping(SGD):
+        def state_dict(self):
+            return {"inner": super().state_dict()}
+
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict["inner"])
+
+    _, optimizer = one_tied(Wrapping, compact=compact)
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.append(sorted(given)))
+    optimizer.register_load_state_dict_post_hook(
+        lambda _: optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.append("registered"))
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [["param_groups", "state"]]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [["param_groups", "state"], ["param_groups", "state"], "registered"]
+
+
 # --- pickle, deepcopy, and ties by position ---
 
 

@@ -391,7 +391,7 @@ class TiedOptimizer(Optimizer):
 
         .. math:: w_i \leftarrow s_i \frac{\sum_j s_j w_j}{\sum_j s_j^2}
 
-        Idempotent bit for bit, but for the sign of NaN. A frozen parameter, whose ``requires_grad`` is False, is not
+        Idempotent bit for bit, but for the bits of NaN. A frozen parameter, whose ``requires_grad`` is False, is not
         written. Relaxed ties are tied exactly.
 
         Raises:
@@ -650,23 +650,33 @@ class TiedOptimizer(Optimizer):
         mode = self._tieopt
         mode.follow(self)
         pairs, settings = mode.parameters(self.param_groups), settings_in(self.param_groups)
-        # Before anything is checked: what hooks make of a state is what is loaded.
-        hooks, given = self._optimizer_load_state_dict_pre_hooks, state_dict
-        state_dict = _after_hooks(self, given)
-        saved = state_dict.get(_TIEOPT, given.get(_TIEOPT))
-        if _TIEOPT in {**given, **state_dict}:
-            mode.check_saved(saved, self.param_groups)
-        convert = converter(mode, self, None if saved is None else saved.get("compact", False))
-        state_dict = mode.to_load({key: value for key, value in state_dict.items() if key != _TIEOPT})
-        mode.agree_to("load_state_dict()")
-        if convert is not None:
-            params = by_number(state_dict, self.param_groups)
-            convert({params[number]: state for number, state in state_dict["state"].items() if number in params})
-        try:
-            self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-            super().load_state_dict(state_dict, *args, **kwargs)
-        finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks
+        saved, convert, is_checked = state_dict.get(_TIEOPT), None, False
+
+        def checked(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            nonlocal saved, convert, is_checked
+            if is_checked:
+                return given
+            is_checked = True
+            saved = given.get(_TIEOPT, saved)
+            if _TIEOPT in {**state_dict, **given}:
+                mode.check_saved(saved, self.param_groups)
+            convert = converter(mode, self, None if saved is None else saved.get("compact", False))
+            given = mode.to_load(_without_ties(given))
+            mode.agree_to("load_state_dict()")
+            if convert is not None:
+                params = by_number(given, self.param_groups)
+                convert({params[number]: state for number, state in given["state"].items() if number in params})
+            return given
+
+        if self._optimizer_load_state_dict_pre_hooks:
+            # The last hook checks what the others have made of the state.
+            hook = self.register_load_state_dict_pre_hook(checked)
+            try:
+                super().load_state_dict(_without_ties(state_dict), *args, **kwargs)
+            finally:
+                hook.remove()
+        else:
+            super().load_state_dict(checked(self, state_dict), *args, **kwargs)
         if saved is not None:
             mode.steps = saved.get("steps", 0)
         tied = mode.tied_since(saved, self.param_groups)
@@ -721,14 +731,8 @@ class TiedOptimizer(Optimizer):
         return _restored, (*self._tieopt_bases, self._tieopt), self._tieopt.at_rest(self, self.__getstate__())
 
 
-def _after_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return what the hooks that run before a state is loaded make of it."""
-    # Hooks may write to the dictionary, as torch lets them.
-    state_dict = state_dict.copy()
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        returned = hook(optimizer, state_dict)
-        state_dict = state_dict if returned is None else returned
-    return state_dict
+def _without_ties(state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state_dict.items() if key != _TIEOPT}
 
 
 def _tied_step(inner: type[Optimizer]) -> Callable[..., Any]:
