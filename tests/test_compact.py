@@ -1163,19 +1163,21 @@ def test_shared_values_beyond_the_range_of_the_weights_are_refused(dtype, scale,
 
 
 @pytest.mark.parametrize("how", ["converted", "loaded"])
-def test_a_weight_whose_shared_value_has_left_its_range_is_refused_by_the_next_step(how):
-    """It would stay infinite, and with it the weight where it is."""
-    layer = torch.nn.Linear(3, 2, bias=False, dtype=torch.float32 if how == "converted" else torch.float16)
+@pytest.mark.parametrize("free", [0.0, -torch.inf])
+def test_a_weight_whose_shared_value_has_left_its_range_is_refused_by_the_next_step(how, free):
+    """It would stay infinite, and with it the weight where it is; a free row may be so."""
+    layer = torch.nn.Linear(3, 3, bias=False, dtype=torch.float32 if how == "converted" else torch.float16)
     torch.nn.init.constant_(layer.weight, 100.0 if how == "converted" else 1.0)
-    optimizer = tied_of(
-        SGD(layer.parameters(), lr=1.0), Tie(layer.weight, torch.tensor([0, 0]), scale=torch.full((2,), 1e-3))
-    )
+    with torch.no_grad():
+        layer.weight[2] = free
+    tie = Tie(layer.weight, torch.tensor([0, 0, -1]), scale=torch.full((3,), 1e-3))
+    optimizer = tied_of(SGD(layer.parameters(), lr=1.0), tie)
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.step()
     if how == "converted":
         layer.half()
     else:
-        layer.load_state_dict({"weight": torch.full((2, 3), 100.0, dtype=torch.float16)})
+        layer.load_state_dict({"weight": torch.tensor([100.0, 100.0, free]).half()[:, None].expand(3, 3)})
     before = layer.weight.detach().clone()
     for _ in range(2):
         with pytest.raises(ValueError, match="beyond the range"):

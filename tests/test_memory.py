@@ -118,10 +118,17 @@ COMES_ABOUT: dict[str, Callable[[Parameter, Parameter, TiedOptimizer], object]] 
 }
 
 
+class Weight(Parameter):
+    """As a framework may have its own."""
+
+
 @pytest.mark.parametrize("how", COMES_ABOUT)
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-def test_memory_shared_with_a_free_parameter_is_refused_by_every_step(how: str, frozen: bool, compact: bool) -> None:
-    tied, free = parameter(4, 6, seed=1), parameter(4, 6, seed=2)
+@pytest.mark.parametrize("kind", [Parameter, Weight])
+def test_memory_shared_with_a_free_parameter_is_refused_by_every_step(
+    how: str, frozen: bool, kind: type[Parameter], compact: bool
+) -> None:
+    tied, free = kind(randn(4, 6, seed=1)), kind(randn(4, 6, seed=2))
     optimizer = TiedOptimizer(SGD([tied, free], lr=1.0), {tied: [[0, 2]]}, compact=compact)
     free.grad = torch.ones_like(free)
     if frozen:
@@ -138,6 +145,17 @@ def test_memory_shared_with_a_free_parameter_is_refused_by_every_step(how: str, 
         with pytest.raises(ValueError, match="shares memory"):
             optimizer.step()
         assert same_bits(tied, before)
+
+
+def test_a_tied_weight_that_grows_into_another_where_it_is_is_refused(compact: bool) -> None:
+    buffer = randn(4, 6, seed=0)
+    tied, free = Parameter(buffer[:, :3]), Parameter(buffer[:, 3:])
+    optimizer = TiedOptimizer(SGD([tied, free], lr=1.0), {tied: [[0, 2]]}, compact=compact)
+    tied.grad = torch.zeros(4, 3)
+    optimizer.step()
+    move(tied, buffer.view(-1)[:12].view(4, 3))
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("call", ["step", "tie_weights"])

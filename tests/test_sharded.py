@@ -14,7 +14,7 @@ from cases import every_pair
 from checks import randn, same_bits
 from hypothesis import example, given
 from hypothesis import strategies as st
-from ranks import Ranks
+from ranks import Ranks, refusal_of
 from strategies import few_examples, seeds
 from test_rounding_at_random import LABELS, distances, expected_distance, rounded_training
 from torch import Tensor
@@ -853,6 +853,19 @@ def in_one_memory() -> bool:
 
 def test_gradients_of_shards_in_one_memory_are_tied_apart(ranks):
     assert all(ranks.run(in_one_memory))
+
+
+def shared_later() -> str:
+    tied = Parameter(sharded(randn(8, 4), line(), [Shard(0)]))
+    optimizer = TiedOptimizer(SGD([tied], lr=0.5), {tied: [[0, 1, 7]]})
+    tied.grad = sharded(randn(8, 4), line(), [Shard(0)])
+    optimizer.step()
+    optimizer.add_param_group({"params": [Parameter(tied.detach())]})
+    return refusal_of(ValueError, optimizer.step)
+
+
+def test_shards_that_come_to_share_memory_are_refused_by_the_next_step(ranks):
+    assert all("shares memory" in message for message in ranks.run(shared_later))
 
 
 GRADIENTS = {

@@ -38,6 +38,13 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and tensor.numel() > 0 and tensor.data_ptr() != 0
 
 
+def address_of(tensor: Any) -> int:
+    """Return where the entries that this rank has begin in memory; 0 if they have none of their own."""
+    with torch.no_grad():
+        tensor = local(tensor)
+    return tensor.data_ptr() if _has_memory(tensor) else 0
+
+
 def span_of(tensor: Tensor) -> tuple[int, int]:
     """Return the address of the first byte of a tensor, and the one after the last."""
     start = tensor.data_ptr()

@@ -37,11 +37,11 @@ from tieopt.modes.state import KEPT_BY_TORCH, Lost, by_number, held_optimizers, 
 from tieopt.numbers.folding import fold_, fold_gradients_, unfold_
 from tieopt.numbers.reduction import Operation, project_
 from tieopt.numbers.start import Start
-from tieopt.tensors import calculable, local, sharding_of
+from tieopt.tensors import bits, calculable, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
-from tieopt.ties.slices import Slices, described
+from tieopt.ties.slices import described
 
 # Optimizers to which it matters which rows a rank has, or whether there is padding.
 _COUPLES_ROWS = {"Adafactor", "LBFGS", "Muon"}
@@ -286,10 +286,10 @@ class CompactMode(Mode):
         self.without_rows = frozenset(place for place, compact in made.items() if not compact.numel())
         # From here on they are read from the weights before each step.
         values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
+        for (tie, params), compacts in zip(pairs, values, strict=True):
+            self._check_range(tie, params, compacts)
         self.engine.apply_(_FOLD, pairs, values)
         self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear], folded=True)
-        for (tie, params), compacts in zip(pairs, values, strict=True):
-            _check_range(tie, params, compacts)
         for compact in made.values():
             compact.grad = self.gradient_of(compact, compact.dtype) if compact.numel() else None
         self._compact_at, self.originals = made, originals
@@ -328,10 +328,21 @@ class CompactMode(Mode):
         """
         # Of shards, whose ranks would have to talk, another one may have been written.
         for tie, params in self.engine.whole(pairs):
-            if any(map(_may_leave, tie.slices)):
-                compacts: list[Tensor] = [self.compacts[id(param)] for param in params]
-                self.engine.apply_(_FOLD, [(tie, params)], [compacts])
-                _check_range(tie, params, compacts)
+            self._check_range(tie, params, [self.compacts[id(param)] for param in params])
+
+    def _check_range(self, tie: BoundTie, params: Sequence[Tensor], compacts: list[Tensor]) -> None:
+        """Refuse weights whose shared values are beyond the range of their dtype; compact ones are written to."""
+        if all(slices.scale is None and slices.offset is None for slices in tie.slices):
+            return
+        self.engine.apply_(_FOLD, [(tie, list(map(_finite, params)))], [compacts])
+        for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
+            if on_any_rank(not bool(calculable(local(compact)).isfinite().all()), compact):
+                scale = f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
+                raise _unserved(
+                    "The compact mode trains shared values, and one is beyond the range of the weights.",
+                    f"weights without their offsets, divided by their scales, within {param.dtype}",
+                    scale if slices.offset is None else f"{scale}, and an offset",
+                )
 
     @untraced
     def _check_memory(self, pairs: Pairs, param_groups: ParamGroups) -> None:
@@ -562,24 +573,11 @@ def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError
     return refusal(ValueError, what, **lines, expected=f"{expected}, or compact=False", got=got)
 
 
-def _may_leave(slices: Slices) -> bool:
-    """Return whether a shared value may be beyond the range of the members."""
-    return slices.scale is not None or slices.offset is not None
-
-
-def _check_range(tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
-    for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
-        if _may_leave(slices) and _is_finite(param) and not _is_finite(compact):
-            scale = f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
-            raise _unserved(
-                "The compact mode trains shared values, and one is beyond the range of the weights.",
-                f"weights without their offsets, divided by their scales, within {param.dtype}",
-                scale if slices.offset is None else f"{scale}, and an offset",
-            )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not on_any_rank(not bool(calculable(local(tensor)).isfinite().all()), tensor)
+def _finite(param: Tensor) -> Tensor:
+    """Return a copy of a parameter with zeros in the places of infinities and NaNs."""
+    copy = param.detach().clone()
+    bits(local(copy)).masked_fill_(calculable(local(copy)).isfinite().logical_not_(), 0)
+    return copy
 
 
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:

@@ -23,7 +23,7 @@ from tieopt.modes.gradients import with_gradients
 from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, project_, relax_
 from tieopt.numbers.start import Start, check_start
-from tieopt.tensors import traces
+from tieopt.tensors import address_of, traces
 from tieopt.ties.options import EXACT, Options, Reduction, check_options
 from tieopt.ties.part import check_writable
 from tieopt.ties.places import (
@@ -435,10 +435,10 @@ class Mode(ABC):
             ValueError: there is one.
         """
         addresses = [
-            param.data_ptr()
+            # Without a call for each of many.
+            param.data_ptr() if type(param) is Parameter and param.layout is torch.strided else address_of(param)
             for settings in param_groups
             for param in settings["params"]
-            if type(param) in (Parameter, Tensor) and param.layout is torch.strided
         ]
         if addresses != self._addresses:
             check_apart(param_groups, self.ties)
@@ -462,7 +462,7 @@ class Mode(ABC):
         Warns if the members of a group are not equal any more.
 
         Raises:
-            ValueError: a parameter can no longer be tied as it is in memory.
+            ValueError: a parameter can no longer be tied as it is in memory, or shares it with another one.
         """
         now = traces(pairs)
         changed = [(tie, params) for tie, params in pairs if now[tie] != self._seen.get(tie)]
@@ -477,7 +477,9 @@ class Mode(ABC):
             for tie, params in changed
             if [trace[:-1] for trace in now[tie]] != [trace[:-1] for trace in self._seen.get(tie, ())]
         ]
-        self._check_memory(moved, groups)
+        if moved:
+            self._check_memory(moved, groups)
+            check_apart(groups, self.ties)
         seen, there = set(), set()
         for tie, _ in changed:
             before = self._seen.get(tie)
