@@ -795,6 +795,21 @@ def test_a_parameter_that_is_gone_is_not_kept(compact):
     assert gone() is None
 
 
+def test_a_parameter_with_the_identity_of_one_that_is_gone_is_another_one(compact):
+    """Python gives the address of what is gone to what comes next."""
+    for _ in range(40):
+        weights, optimizer = _one_group_each(compact, 0)
+        optimizer.step()
+        optimizer.param_groups.pop(1)
+        optimizer.state.clear()
+        del weights[1]
+        added = parameter(7, 5, seed=5)
+        optimizer.add_param_group({"params": [added]})
+        optimizer.param_groups.pop(0)
+        with pytest.raises(RuntimeError, match="removed from the parameter groups or reordered"):
+            optimizer.step()
+
+
 def _replaced_after_the_last_is_gone(optimizer: TiedOptimizer, other: Parameter) -> None:
     optimizer.param_groups.pop()
     optimizer.step()

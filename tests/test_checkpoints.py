@@ -220,8 +220,12 @@ def test_hooks_run_within_the_load_state_dict_of_the_inner_class(compact):
         def load_state_dict(self, state_dict):
             super().load_state_dict(state_dict["inner"])
 
-    _, optimizer = one_tied(Wrapping, compact=compact)
+    weight, optimizer = one_tied(Wrapping, compact=compact)
     optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.append(sorted(given)))
+    other = TiedOptimizer(Wrapping([weight]), {weight: [[0, 1]]}, compact=compact)
+    with pytest.raises(ValueError, match="saved with other ties"):
+        optimizer.load_state_dict(other.state_dict())
+    assert not seen
     optimizer.register_load_state_dict_post_hook(
         lambda _: optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.append("registered"))
     )

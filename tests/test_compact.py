@@ -1234,6 +1234,38 @@ def test_gradients_of_joined_parameters_of_two_dtypes_are_refused(compact, given
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
+def test_gradients_of_two_dtypes_are_refused_where_one_is_to_be_zeros_by_way_of_another_tie(compact):
+    first, second, third, other = weights = [Parameter(torch.zeros(3, 2)) for _ in range(4)]
+    labels = torch.tensor([0, -1, -1]), torch.tensor([-1, 0, -1])
+    pairs = (first, second, labels[0]), (second, third, labels[1])
+    chain = [Tie.join(Tie(one, part), Tie(next_one, part)) for one, next_one, part in pairs]
+    optimizer = TiedOptimizer(SGD(weights, lr=0.5), [Tie(other, [[0, 1]]), *chain], compact=compact)
+    third.grad_dtype = torch.bfloat16
+    first.grad, other.grad = torch.ones(3, 2), torch.ones(3, 2)
+    with torch.no_grad():
+        other[0] = 1.0
+    before = other.detach().clone()
+    with pytest.raises(RuntimeError, match="differ in dtype"):
+        optimizer.step()
+    assert torch.equal(other, before)
+    assert second.grad is third.grad is None
+
+
+def test_weights_that_are_not_finite_themselves_are_no_reason_to_refuse_them(compact):
+    weight = Parameter(torch.full((3, 2), 100.0, dtype=torch.float16))
+    tie = Tie(weight, [[0, 1]], scale=torch.full((3,), 1e-3), offset=torch.full((3, 2), 100.0))
+    optimizer = TiedOptimizer(SGD([weight], lr=0.1), tie, compact=compact)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with torch.no_grad():
+        weight[:2] = torch.nan
+    # NaN is no equal of itself.
+    with pytest.warns(UserWarning, match="their members differ now"):
+        optimizer.step()
+    assert weight[:2].isnan().all()
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of the parameter")
 @pytest.mark.parametrize("given", [0, 1])
 def test_zeros_for_a_gradient_of_any_dtype_have_that_of_the_gradients_that_there_are(compact, given):
     weights = [Parameter(torch.zeros(SHAPE, dtype=torch.float16)) for _ in range(2)]

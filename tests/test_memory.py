@@ -158,6 +158,17 @@ def test_a_tied_weight_that_grows_into_another_where_it_is_is_refused(compact: b
         optimizer.step()
 
 
+def test_a_free_weight_that_grows_into_a_tied_one_where_it_is_is_refused(compact: bool) -> None:
+    buffer = randn(8, 3, seed=0)
+    free, tied = Parameter(buffer[:4]), Parameter(buffer[4:])
+    optimizer = TiedOptimizer(SGD([tied, free], lr=1.0), {tied: [[0, 2]]}, compact=compact)
+    tied.grad = torch.zeros(4, 3)
+    optimizer.step()
+    move(free, buffer)
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("call", ["step", "tie_weights"])
 def test_a_weight_that_has_come_to_repeat_its_entries_is_refused_as_such(call: str, compact: bool) -> None:
     weight = parameter(4, 6, seed=1)

@@ -668,7 +668,9 @@ class TiedOptimizer(Optimizer):
                 convert({params[number]: state for number, state in given["state"].items() if number in params})
             return given
 
-        if self._optimizer_load_state_dict_pre_hooks:
+        # An inner class with a method of its own may never come to the hooks.
+        is_torchs = self._tieopt_bases[1].load_state_dict is Optimizer.load_state_dict
+        if is_torchs and self._optimizer_load_state_dict_pre_hooks:
             # The last hook checks what the others have made of the state.
             hook = self.register_load_state_dict_pre_hook(checked)
             try:

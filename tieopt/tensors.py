@@ -38,11 +38,10 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and tensor.numel() > 0 and tensor.data_ptr() != 0
 
 
-def address_of(tensor: Any) -> int:
-    """Return where the entries that this rank has begin in memory; 0 if they have none of their own."""
-    with torch.no_grad():
-        tensor = local(tensor)
-    return tensor.data_ptr() if _has_memory(tensor) else 0
+def where_in_memory(tensor: Any) -> tuple[object, ...]:
+    """Return where the entries that this rank has lie in memory; nothing if they have none of their own."""
+    tensor = local(tensor)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if _has_memory(tensor) else ()
 
 
 def span_of(tensor: Tensor) -> tuple[int, int]:
@@ -78,12 +77,13 @@ def _meet(*tensors: Tensor) -> bool:
 def traces(pairs: Iterable[tuple[T, Sequence[Tensor]]]) -> dict[T, list[tuple[object, ...]]]:
     """Return, for each of several lists of tensors, what changes when one is replaced, converted, moved or written to.
 
+    It changes as well when torch comes to negate or conjugate one as it reads it.
+
     Args:
         pairs: each list, and the key that its traces are returned under.
 
-    So it does when torch comes to negate or conjugate a tensor as it reads it. The second entry is the dtype, and the
-    last one counts writes. Those through ``.data`` are not counted, and of a tensor that was made in inference mode
-    none are: its trace equals no other.
+    The second entry for a tensor is its dtype, and the last one counts writes. Those through ``.data`` are not counted,
+    and of a tensor that was made in inference mode none are: its trace equals no other.
     """
     traced: dict[T, list[tuple[object, ...]]] = {}
     for key, tensors in pairs:

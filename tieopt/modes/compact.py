@@ -37,7 +37,7 @@ from tieopt.modes.state import KEPT_BY_TORCH, Lost, by_number, held_optimizers, 
 from tieopt.numbers.folding import fold_, fold_gradients_, unfold_
 from tieopt.numbers.reduction import Operation, project_
 from tieopt.numbers.start import Start
-from tieopt.tensors import bits, calculable, local, sharding_of
+from tieopt.tensors import calculable, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
@@ -80,7 +80,7 @@ class CompactStep(Step):
         mode, optimizer = self._mode, self._optimizer
         if mode.set_aside:
             return ()
-        mode.check_apart(optimizer.param_groups)
+        mode.check_still_apart(optimizer.param_groups)
         attached = mode.attach(optimizer)
         if pairs is None:
             pairs = with_gradients(attached)
@@ -94,6 +94,7 @@ class CompactStep(Step):
         self._values = [list(map(mode.compacts.__getitem__, map(id, params))) for _, params in pairs]
         self._match()
         if written:
+            mode.engine.calls(_FOLD, self._took_part, self._values, compiled=False)
             mode.check_ranges(written)
             # What was written from outside, or took the place of another parameter, may not be tied.
             optimizer.state.update(refolded(optimizer.state, written, optimizer, mode.engine))
@@ -286,10 +287,10 @@ class CompactMode(Mode):
         self.without_rows = frozenset(place for place, compact in made.items() if not compact.numel())
         # From here on they are read from the weights before each step.
         values: list[list[Tensor]] = [[made[place[:2]] for place in tie.places] for tie, _ in pairs]
-        for (tie, params), compacts in zip(pairs, values, strict=True):
-            self._check_range(tie, params, compacts)
         self.engine.apply_(_FOLD, pairs, values)
         self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear], folded=True)
+        for (tie, params), compacts in zip(pairs, values, strict=True):
+            self._check_range(tie, params, compacts)
         for compact in made.values():
             compact.grad = self.gradient_of(compact, compact.dtype) if compact.numel() else None
         self._compact_at, self.originals = made, originals
@@ -321,7 +322,7 @@ class CompactMode(Mode):
         return kept
 
     def check_ranges(self, pairs: Pairs) -> None:
-        """Refuse written weights whose shared values are beyond the range of their dtype.
+        """Refuse weights whose shared values are beyond the range of their dtype; compact ones are made of them now.
 
         Raises:
             ValueError: there is one.
@@ -330,13 +331,18 @@ class CompactMode(Mode):
         for tie, params in self.engine.whole(pairs):
             self._check_range(tie, params, [self.compacts[id(param)] for param in params])
 
-    def _check_range(self, tie: BoundTie, params: Sequence[Tensor], compacts: list[Tensor]) -> None:
-        """Refuse weights whose shared values are beyond the range of their dtype; compact ones are written to."""
+    def _check_range(self, tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
         if all(slices.scale is None and slices.offset is None for slices in tie.slices):
             return
-        self.engine.apply_(_FOLD, [(tie, list(map(_finite, params)))], [compacts])
-        for slices, param, compact in zip(tie.slices, params, compacts, strict=True):
-            if on_any_rank(not bool(calculable(local(compact)).isfinite().all()), compact):
+        if not any(on_any_rank(not _is_finite(compact), compact) for compact in compacts):
+            return
+        # NaN where the weight is not finite itself.
+        zeros = [(calculable(param.detach()) * 0).to(param.dtype) for param in params]
+        marks = [torch.empty_like(compact) for compact in compacts]
+        self.engine.apply_(_FOLD, [(tie, zeros)], [marks])
+        for slices, param, compact, mark in zip(tie.slices, params, compacts, marks, strict=True):
+            value, is_own = calculable(local(compact)), calculable(local(mark)).isnan()
+            if on_any_rank(not bool(value.isfinite().logical_or_(is_own).all()), compact):
                 scale = f"a scale of {float(slices.scales[slices.scales != 0].abs().min()):g}"
                 raise _unserved(
                     "The compact mode trains shared values, and one is beyond the range of the weights.",
@@ -573,11 +579,9 @@ def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError
     return refusal(ValueError, what, **lines, expected=f"{expected}, or compact=False", got=got)
 
 
-def _finite(param: Tensor) -> Tensor:
-    """Return a copy of a parameter with zeros in the places of infinities and NaNs."""
-    copy = param.detach().clone()
-    bits(local(copy)).masked_fill_(calculable(local(copy)).isfinite().logical_not_(), 0)
-    return copy
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all entries that this rank has are finite."""
+    return bool(calculable(local(tensor)).isfinite().all())
 
 
 def _has(value: Any, params: set[int], depth: int = 2) -> bool:

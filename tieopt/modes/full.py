@@ -53,7 +53,7 @@ class FullStep(Step):
     @untraced
     def _prepared(self, pairs: Pairs | None, compiled: bool) -> Sequence[Callable[[], None]]:
         param_groups = self._optimizer.param_groups
-        self._mode.check_apart(param_groups)
+        self._mode.check_still_apart(param_groups)
         if pairs is not None:
             self._check_weights(pairs)
         pairs = self._mode.applied_to(param_groups)

@@ -197,20 +197,19 @@ def prepare_gradients(pairs: Pairs[BoundTie]) -> Replaced:
 def check_gradients(pairs: Pairs[BoundTie]) -> None:
     """Refuse gradients that cannot be tied, before anything is written.
 
+    Args:
+        pairs: ties and their parameters.
+
     Raises:
         RuntimeError: those of joined parameters differ in dtype, so that some would be rounded to that of another; or
             one that is tied across ranks has a graph.
     """
-    for tie, params in pairs:
-        if len(params) == 1 and tie.across is None:
-            continue
+    for tie, params in with_gradients([pair for pair in pairs if len(pair[1]) > 1 or pair[0].across is not None]):
         grads = [param.grad for param in params if param.grad is not None]
         graphs = [grad.grad_fn for grad in grads if grad.requires_grad] if tie.across is not None else []
         if graphs:
             what, expected = "A gradient that is tied across ranks has a graph.", "one without, as of backward()"
             raise refusal(RuntimeError, what, expected=expected, got=f"{graphs[0]}")
-        if not grads:
-            continue
         dtypes = list(filter(None, map(_gradient_dtype, params)))
         if any(map(is_not, dtypes, dtypes[1:])):
             what, expected = "Gradients of joined parameters differ in dtype.", "one dtype, see param.grad_dtype"

@@ -23,7 +23,7 @@ from tieopt.modes.gradients import with_gradients
 from tieopt.modes.state import Lost, held_optimizers, settings_in, tied_state
 from tieopt.numbers.reduction import Operation, project_, relax_
 from tieopt.numbers.start import Start, check_start
-from tieopt.tensors import address_of, traces
+from tieopt.tensors import traces, where_in_memory
 from tieopt.ties.options import EXACT, Options, Reduction, check_options
 from tieopt.ties.part import check_writable
 from tieopt.ties.places import (
@@ -126,7 +126,7 @@ class Mode(ABC):
         self.norm_weights: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self._pairs: Pairs | None = None
         self._stood: Standing = {}
-        self._addresses: list[int] = []
+        self._where: list[tuple[object, ...]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COPIED}
@@ -292,7 +292,9 @@ class Mode(ABC):
 
     def remember_places(self, param_groups: ParamGroups) -> None:
         """Remember where parameters stand that were added, or loaded, or are those of a copy."""
-        self._stood = standing(self.ties, param_groups) | self._stood
+        # Another parameter may have the identity of one that is gone.
+        alive = {key: stood for key, stood in self._stood.items() if stood[0]() is not None}
+        self._stood = standing(self.ties, param_groups) | alive
 
     def taking_part(
         self, pairs: Pairs, param_groups: ParamGroups, *, stepped: Container[BoundTie] | None = None
@@ -428,21 +430,23 @@ class Mode(ABC):
     def _note_all(self, param_groups: ParamGroups) -> None:
         self.note(pair for pair in self.applied_to(param_groups) if pair[1][0].requires_grad)
 
-    def check_apart(self, param_groups: ParamGroups) -> None:
+    def check_still_apart(self, param_groups: ParamGroups) -> None:
         """Refuse tied parameters that have come to share memory with others; looks for them where something has moved.
 
         Raises:
             ValueError: there is one.
         """
-        addresses = [
+        where = [
             # Without a call for each of many.
-            param.data_ptr() if type(param) is Parameter and param.layout is torch.strided else address_of(param)
+            (param.data_ptr(), param.shape, param.stride())
+            if type(param) is Parameter and param.layout is torch.strided
+            else where_in_memory(param)
             for settings in param_groups
             for param in settings["params"]
         ]
-        if addresses != self._addresses:
+        if where != self._where:
             check_apart(param_groups, self.ties)
-            self._addresses = addresses
+            self._where = where
 
     @untraced
     def _check_memory(self, pairs: Pairs, param_groups: ParamGroups) -> None:
