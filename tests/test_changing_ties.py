@@ -795,7 +795,8 @@ def test_a_parameter_that_is_gone_is_not_kept(compact):
     assert gone() is None
 
 
-def test_a_parameter_with_the_identity_of_one_that_is_gone_is_another_one(compact):
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_parameter_with_the_identity_of_one_that_is_gone_is_another_one(compact, replaces):
     """Python gives the address of what is gone to what comes next."""
     for _ in range(40):
         weights, optimizer = _one_group_each(compact, 0)
@@ -804,6 +805,11 @@ def test_a_parameter_with_the_identity_of_one_that_is_gone_is_another_one(compac
         optimizer.state.clear()
         del weights[1]
         added = parameter(7, 5, seed=5)
+        if replaces:
+            optimizer.param_groups[0]["params"][0] = added
+            optimizer.tie_weights()
+            assert is_tied(added, [[0, 1]])
+            continue
         optimizer.add_param_group({"params": [added]})
         optimizer.param_groups.pop(0)
         with pytest.raises(RuntimeError, match="removed from the parameter groups or reordered"):
