@@ -41,7 +41,7 @@ from tieopt.tensors import calculable, local, sharding_of
 from tieopt.ties.components import components
 from tieopt.ties.options import EXACT, Options, Reduction
 from tieopt.ties.places import BoundTie, ParamGroups, all_places, name_of, parameters_of
-from tieopt.ties.slices import described
+from tieopt.ties.slices import are_scaled, described
 
 # Optimizers to which it matters which rows a rank has, or whether there is padding.
 _COUPLES_ROWS = {"Adafactor", "LBFGS", "Muon"}
@@ -94,7 +94,6 @@ class CompactStep(Step):
         self._values = [list(map(mode.compacts.__getitem__, map(id, params))) for _, params in pairs]
         self._match()
         if written:
-            mode.engine.calls(_FOLD, self._took_part, self._values, compiled=False)
             mode.check_ranges(written)
             # What was written from outside, or took the place of another parameter, may not be tied.
             optimizer.state.update(refolded(optimizer.state, written, optimizer, mode.engine))
@@ -290,7 +289,8 @@ class CompactMode(Mode):
         self.engine.apply_(_FOLD, pairs, values)
         self.engine.prepare([(tie.linear, params) for tie, params in pairs if not tie.is_linear], folded=True)
         for (tie, params), compacts in zip(pairs, values, strict=True):
-            self._check_range(tie, params, compacts)
+            if _may_leave_range(tie):
+                self._check_range(tie, params, compacts)
         for compact in made.values():
             compact.grad = self.gradient_of(compact, compact.dtype) if compact.numel() else None
         self._compact_at, self.originals = made, originals
@@ -322,18 +322,20 @@ class CompactMode(Mode):
         return kept
 
     def check_ranges(self, pairs: Pairs) -> None:
-        """Refuse weights whose shared values are beyond the range of their dtype; compact ones are made of them now.
+        """Refuse weights whose shared values are beyond the range of their dtype.
 
         Raises:
             ValueError: there is one.
         """
         # Of shards, whose ranks would have to talk, another one may have been written.
-        for tie, params in self.engine.whole(pairs):
-            self._check_range(tie, params, [self.compacts[id(param)] for param in params])
+        pairs = [pair for pair in self.engine.whole(pairs) if _may_leave_range(pair[0])]
+        values: list[list[Tensor]] = [[self.compacts[id(param)] for param in params] for _, params in pairs]
+        self.engine.calls(_FOLD, pairs, values, compiled=False)
+        for (tie, params), compacts in zip(pairs, values, strict=True):
+            self._check_range(tie, params, compacts)
 
     def _check_range(self, tie: BoundTie, params: Sequence[Tensor], compacts: Sequence[Tensor]) -> None:
-        if all(slices.scale is None and slices.offset is None for slices in tie.slices):
-            return
+        """Refuse weights, of which compact ones have just been made, whose shared values are beyond their range."""
         if not any(on_any_rank(not _is_finite(compact), compact) for compact in compacts):
             return
         # NaN where the weight is not finite itself.
@@ -353,12 +355,7 @@ class CompactMode(Mode):
     @untraced
     def _check_memory(self, pairs: Pairs, param_groups: ParamGroups) -> None:
         super()._check_memory(pairs, param_groups)
-        for tie, params in pairs:
-            for place, param in zip(tie.places, params, strict=True):
-                if param.is_neg() or param.is_conj():
-                    expected = "a parameter that is not lazily negated or conjugated"
-                    what, name = "The compact mode reads weights as they are in memory.", name_of(param_groups, place)
-                    raise _unserved(what, expected, name)
+        _check_read_as_stored(pairs, param_groups)
 
     # --- the optimizer and its state ---
 
@@ -374,7 +371,6 @@ class CompactMode(Mode):
         super().check_served(optimizer)
         if self.ties:
             _check_served(optimizer, self.applied)
-            self._check_memory(parameters_of(self.applied, optimizer.param_groups), optimizer.param_groups)
         self.attach(optimizer)
         coupling = class_among(optimizer, _COUPLES_ROWS)
         if coupling is not None and not self.saves_compact:
@@ -579,6 +575,20 @@ def _unserved(what: str, expected: str, got: str, **lines: object) -> ValueError
     return refusal(ValueError, what, **lines, expected=f"{expected}, or compact=False", got=got)
 
 
+def _may_leave_range(tie: BoundTie) -> bool:
+    """Return whether shared values may be beyond the range of the weights."""
+    return are_scaled(tie.slices) or not tie.is_linear
+
+
+def _check_read_as_stored(pairs: Pairs, param_groups: ParamGroups) -> None:
+    for tie, params in pairs:
+        for place, param in zip(tie.places, params, strict=True):
+            if param.is_neg() or param.is_conj():
+                expected = "a parameter that is not lazily negated or conjugated"
+                what, name = "The compact mode reads weights as they are in memory.", name_of(param_groups, place)
+                raise _unserved(what, expected, name)
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all entries that this rank has are finite."""
     return bool(calculable(local(tensor)).isfinite().all())
@@ -634,6 +644,7 @@ def _check_served(optimizer: Any, ties: Sequence[BoundTie]) -> None:
     if any(settings.get("differentiable", False) for settings in optimizer.param_groups):
         got = f"{type(optimizer).__name__} with differentiable=True"
         raise _unserved("The compact mode has no graph through the step.", "differentiable=False", got)
+    _check_read_as_stored(pairs, optimizer.param_groups)
     muon = getattr(torch.optim, "Muon", None)
     for tie, params in pairs:
         for place, slices, param in zip(tie.places, tie.slices, params, strict=True):

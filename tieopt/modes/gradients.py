@@ -78,7 +78,7 @@ def _part_from_others(pairs: Pairs[BoundTie], params: Sequence[Tensor]) -> None:
 
     Both ``backward()`` and ``torch.autograd.grad`` may leave one memory to the terms of a sum.
     """
-    given = [(param, grad) for param in params if (grad := _in_memory(grad_of(param))) is not None]
+    given = [(param, grad) for param in params if (grad := _strided(grad_of(param))) is not None]
     spans = sorted([span_of(grad) for _, grad in given])
     # Without anything more for each of many gradients that are apart.
     if all(end <= start for (_, end), (start, _) in pairwise(spans)):
@@ -89,7 +89,7 @@ def _part_from_others(pairs: Pairs[BoundTie], params: Sequence[Tensor]) -> None:
             param.grad = grad_of(param).clone()
 
 
-def _in_memory(grad: Tensor | None) -> Tensor | None:
+def _strided(grad: Tensor | None) -> Tensor | None:
     """Return the entries of a gradient that this rank has, if they have a place in memory each."""
     if grad is not None and type(grad) is not Tensor:
         grad = local(grad)

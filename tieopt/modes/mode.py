@@ -466,7 +466,7 @@ class Mode(ABC):
         Warns if the members of a group are not equal any more.
 
         Raises:
-            ValueError: a parameter can no longer be tied as it is in memory, or shares it with another one.
+            ValueError: a parameter can no longer be tied as it is in memory.
         """
         now = traces(pairs)
         changed = [(tie, params) for tie, params in pairs if now[tie] != self._seen.get(tie)]
@@ -481,9 +481,7 @@ class Mode(ABC):
             for tie, params in changed
             if [trace[:-1] for trace in now[tie]] != [trace[:-1] for trace in self._seen.get(tie, ())]
         ]
-        if moved:
-            self._check_memory(moved, groups)
-            check_apart(groups, self.ties)
+        self._check_memory(moved, groups)
         seen, there = set(), set()
         for tie, _ in changed:
             before = self._seen.get(tie)
